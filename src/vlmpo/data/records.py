@@ -1,0 +1,65 @@
+"""The records everything starts from. Frozen, free of torch, each with a JSON round trip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+IMAGE_PLACEHOLDER = "<image>"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of the prompt. ``text`` holds one ``<image>`` placeholder wherever an image stands."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One prompt, a preferred and a rejected response.
+
+    Attributes:
+        prompt: the turns before the scored response, images marked by ``<image>`` in order of ``images``.
+        images: one source an image: a path, encoded bytes, or a PIL image.
+        chosen: the preferred response.
+        rejected: the other one; None in supervised fine-tuning data.
+        source: name of the data set it belongs to; metrics are also reported by it.
+        origin: ``file:line`` it was read from, for messages.
+        max_tiles: tiles per pair its data set allows; None leaves it to the recipe.
+        metadata: whatever else the record held.
+    """
+
+    prompt: tuple[Message, ...]
+    images: tuple[Any, ...]
+    chosen: str
+    rejected: str | None
+    source: str = "data"
+    origin: str = ""
+    max_tiles: int | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; refuses images that are not paths, since JSON has no place for them."""
+        for image in self.images:
+            if not isinstance(image, str):
+                raise TypeError(f"only image paths have a JSON form, this pair holds a {type(image).__name__}")
+        return {
+            "prompt": [{"role": m.role, "text": m.text} for m in self.prompt],
+            "images": list(self.images),
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+            "source": self.source,
+            "origin": self.origin,
+            "max_tiles": self.max_tiles,
+            "metadata": self.metadata,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> PreferencePair:
+        """Inverse of :meth:`to_json`."""
+        fields = dict(record)
+        fields["prompt"] = tuple(Message(m["role"], m["text"]) for m in record["prompt"])
+        fields["images"] = tuple(record["images"])
+        return cls(**fields)
