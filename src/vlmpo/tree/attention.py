@@ -1,0 +1,143 @@
+"""The attention that lets a branch see its trunk and itself, nothing else.
+
+Trunk and first branch together are plain causal attention. Every further branch attends to ``[trunk, itself]`` with
+lower-right causal alignment. So a tree costs one attention call a branch, no padding, and no dense mask over the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlmpo.errors import ModelError
+from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.tree.layout import RowLayout, TreeSpan
+
+ensure_torchvision()  # before transformers' model code, which imports torchvision
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+
+ATTENTION_NAME = "vlmpo_branches"
+LAYOUT_ARGUMENT = "vlmpo_layout"  # keyword of the model's forward that reaches every attention layer
+
+_reading_a_row: ContextVar[bool] = ContextVar("vlmpo_reading_a_row", default=False)
+
+
+@contextmanager
+def reading_a_row() -> Iterator[None]:
+    """While a row is read, no mask is built: the layout says who sees whom."""
+    token = _reading_a_row.set(True)
+    try:
+        yield
+    finally:
+        _reading_a_row.reset(token)
+
+
+def branch_mask(**arguments: Any) -> Tensor | None:
+    """Mask function of our attention: none while a row is read, otherwise (``generate``) the usual one."""
+    return None if _reading_a_row.get() else sdpa_mask(**arguments)
+
+
+def branch_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a row of trees; without a layout, plain SDPA, so that ``generate`` works as ever.
+
+    Args:
+        query: ``[1, heads, tokens, head]``; key, value: ``[1, kv_heads, tokens, head]``.
+        attention_mask: ignored where there is a layout.
+        arguments: ``vlmpo_layout`` (RowLayout) among whatever else the layer passes.
+
+    Returns:
+        ``[1, tokens, heads, head]`` and None for the weights.
+
+    Raises:
+        ModelError: called from a vision layer, with dropout on, or over a sliding window that would cut a tree:
+            each would be silently wrong.
+    """
+    layout: RowLayout | None = arguments.pop(LAYOUT_ARGUMENT, None)
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
+        )
+    _refuse_what_would_be_wrong(module, query, layout, dropout, arguments)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    pieces = [piece for span in layout.spans for piece in _attend(span, query, key, value, layout, scaling)]
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    span: TreeSpan, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float | None
+) -> list[Tensor]:
+    """Outputs of one tree, ``[1, heads, tokens, head]`` a piece: trunk with first branch, then each other branch."""
+    trunk_end = span.start + span.trunk
+    at = trunk_end + span.branches[0]
+    first = slice(span.start, at)
+    pieces = [
+        scaled_dot_product_attention(
+            query[:, :, first], key[:, :, first], value[:, :, first], is_causal=True, scale=scaling
+        )
+    ]
+    trunk_key, trunk_value = key[:, :, span.start : trunk_end], value[:, :, span.start : trunk_end]
+    for length in span.branches[1:]:
+        own = slice(at, at + length)
+        mask: Any = (
+            causal_lower_right(length, span.trunk + length)
+            if query.is_cuda  # dispatches to flash attention, which knows this alignment
+            else layout.lower_right_mask(length, span.trunk + length, query.device)
+        )
+        pieces.append(
+            scaled_dot_product_attention(
+                query[:, :, own],
+                torch.cat([trunk_key, key[:, :, own]], dim=2),
+                torch.cat([trunk_value, value[:, :, own]], dim=2),
+                attn_mask=mask,
+                scale=scaling,
+            )
+        )
+        at += length
+    return pieces
+
+
+def _refuse_what_would_be_wrong(
+    module: torch.nn.Module, query: Tensor, layout: RowLayout, dropout: float, arguments: dict[str, Any]
+) -> None:
+    if not getattr(module, "is_causal", True):
+        raise ModelError(
+            f"{type(module).__name__} is not a causal text layer, yet the attention for branches was called from it; "
+            "set model.attention: separate in the recipe"
+        )
+    if dropout:
+        raise ModelError("attention dropout is on; policy and reference must be read without dropout")
+    window = arguments.get("sliding_window")
+    if window is not None and any(span.trunk + max(span.branches) > window for span in layout.spans):
+        raise ModelError(
+            f"this model sees only {window} tokens back, a tree of this row is longer; set model.attention: separate"
+        )
+    if query.shape[0] != 1 or query.shape[2] != layout.num_tokens:
+        raise ModelError(f"the layout covers {layout.num_tokens} tokens, the layer was given {tuple(query.shape)}")
+
+
+def register() -> None:
+    """Make the attention known to transformers under ATTENTION_NAME. Harmless when done twice."""
+    AttentionInterface.register(ATTENTION_NAME, branch_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, branch_mask)

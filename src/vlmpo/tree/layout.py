@@ -1,0 +1,178 @@
+"""Trunks and branches laid out in one row.
+
+A prompt (its images included) is a TRUNK, each response to it a BRANCH. A row holds the tokens of one or more trees
+behind one another, without padding: ``trunk branch branch ... | trunk branch ...``. Positions of every branch continue
+from the end of its trunk, so a branch reads exactly as if it were the only response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """One prompt and the responses to be scored on it.
+
+    Attributes:
+        trunk_ids: ``[trunk]``, token ids of the prompt, image tokens expanded; at least one.
+        branches: ids of each response's scored tokens, ``[length]`` each; at least one token each.
+        vision: the processor's vision tensors, stacked along dimension 0 (InternVL: ``pixel_values [tiles, 3, h, w]``).
+    """
+
+    trunk_ids: Tensor
+    branches: tuple[Tensor, ...]
+    vision: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.trunk_ids.numel() == 0:
+            raise ValueError("a tree needs a trunk of at least one token: the first branch token is predicted from it")
+        if not self.branches or any(branch.numel() == 0 for branch in self.branches):
+            raise ValueError("a tree needs at least one branch, and every branch at least one token")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the tree takes in a row: the trunk once, every branch once."""
+        return self.trunk_ids.numel() + sum(branch.numel() for branch in self.branches)
+
+    def separate(self) -> list[PromptTree]:
+        """The same responses as one tree each: what a model reads that cannot share a trunk."""
+        return [replace(self, branches=(branch,)) for branch in self.branches]
+
+
+class TreeSpan(NamedTuple):
+    """Where a tree lies in its row: first token, trunk length, lengths of the branches that follow it."""
+
+    start: int
+    trunk: int
+    branches: tuple[int, ...]
+
+
+class RowLayout:
+    """The spans of the trees in a row; the attention reads nothing else.
+
+    A class of its own, so that wrappers which walk through nested inputs leave it alone, and so that masks made for
+    one layer serve all.
+    """
+
+    def __init__(self, spans: tuple[TreeSpan, ...]) -> None:
+        self.spans = spans
+        self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the row."""
+        return sum(span.trunk + sum(span.branches) for span in self.spans)
+
+    def lower_right_mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """``[queries, keys]`` bool: the last query sees all keys, each one before it one key less."""
+        key = (queries, keys, device)
+        if key not in self._masks:
+            ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+            self._masks[key] = ones.tril(diagonal=keys - queries)
+        return self._masks[key]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, ready for the model.
+
+    Attributes:
+        input_ids, position_ids: ``[1, tokens]``.
+        layout: the spans, for the attention.
+        predictors: ``[scored]``, for each scored token the position in the row whose hidden state predicts it. The
+            trunk's last position stands there once per branch.
+        targets: ``[scored]``, the scored tokens' ids.
+        branch_of: ``[scored]``, which branch of the row each scored token belongs to, counted through the row.
+        num_branches: branches in the row.
+        vision: the trees' vision tensors, concatenated along dimension 0 in order of the trees.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: RowLayout
+    predictors: Tensor
+    targets: Tensor
+    branch_of: Tensor
+    num_branches: int
+    vision: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> Row:
+        """The row with its tensors on ``device``."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "position_ids", "predictors", "targets", "branch_of")
+        }
+        return replace(self, vision={k: v.to(device, non_blocking=True) for k, v in self.vision.items()}, **moved)
+
+
+def build_row(trees: Sequence[PromptTree]) -> Row:
+    """Lay ``trees`` out behind one another in one row."""
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    predictors: list[Tensor] = []
+    branch_of: list[Tensor] = []
+    spans: list[TreeSpan] = []
+    start = num_branches = 0
+    for tree in trees:
+        trunk = tree.trunk_ids.numel()
+        lengths = tuple(branch.numel() for branch in tree.branches)
+        ids += [tree.trunk_ids, *tree.branches]
+        positions.append(torch.arange(trunk))
+        spans.append(TreeSpan(start, trunk, lengths))
+        at = start + trunk
+        for length in lengths:
+            positions.append(torch.arange(trunk, trunk + length))
+            # The first token of EVERY branch is predicted from the trunk's last position, the others from their own.
+            predictors += [torch.tensor([start + trunk - 1]), torch.arange(at, at + length - 1)]
+            branch_of.append(torch.full((length,), num_branches))
+            at += length
+            num_branches += 1
+        start = at
+    return Row(
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions)[None],
+        layout=RowLayout(tuple(spans)),
+        predictors=torch.cat(predictors),
+        targets=torch.cat([branch for tree in trees for branch in tree.branches]),
+        branch_of=torch.cat(branch_of),
+        num_branches=num_branches,
+        vision=_concatenate([tree.vision for tree in trees]),
+    )
+
+
+def _concatenate(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+def pack(trees: Sequence[PromptTree], max_tokens: int | None) -> list[list[int]]:
+    """Which trees go into which row: indices, in order, each row at most ``max_tokens`` unless one tree alone is longer.
+
+    ``None`` puts all into one row.
+    """
+    rows: list[list[int]] = []
+    room = 0
+    for index, tree in enumerate(trees):
+        if not rows or (max_tokens is not None and tree.num_tokens > room):
+            rows.append([])
+            room = max_tokens or 0
+        rows[-1].append(index)
+        room -= tree.num_tokens
+    return rows
+
+
+def sum_by_branch(token_logps: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Log-probability of each branch: ``[scored]`` of all rows to ``[branches]``, the SUM over its scored tokens."""
+    index: list[Tensor] = []
+    seen = 0
+    for row in rows:
+        index.append(row.branch_of + seen)
+        seen += row.num_branches
+    sums = token_logps.new_zeros(seen)
+    return sums.index_add(0, torch.cat(index), token_logps) if index else sums
