@@ -1,0 +1,48 @@
+"""vlmpo: Mixed Preference Optimization for vision-language models.
+
+The names below are loaded when first used, so that ``import vlmpo`` and the command line's help need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmpo.data.records import Message, PreferencePair
+    from vlmpo.errors import VlmpoError
+    from vlmpo.loss.mpo import LossOutput, mpo_loss
+    from vlmpo.loss.reward_shift import RewardShift
+    from vlmpo.train.config import MPOConfig
+    from vlmpo.train.trainer import MPOTrainer
+
+_HOMES = {
+    "Message": "vlmpo.data.records",
+    "PreferencePair": "vlmpo.data.records",
+    "VlmpoError": "vlmpo.errors",
+    "LossOutput": "vlmpo.loss.mpo",
+    "mpo_loss": "vlmpo.loss.mpo",
+    "RewardShift": "vlmpo.loss.reward_shift",
+    "MPOConfig": "vlmpo.train.config",
+    "MPOTrainer": "vlmpo.train.trainer",
+}
+__all__ = [
+    "LossOutput",
+    "MPOConfig",
+    "MPOTrainer",
+    "Message",
+    "PreferencePair",
+    "RewardShift",
+    "VlmpoError",
+    "mpo_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlmpo' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -175,4 +175,5 @@ def sum_by_branch(token_logps: Tensor, rows: Sequence[Row]) -> Tensor:
         index.append(row.branch_of + seen)
         seen += row.num_branches
     sums = token_logps.new_zeros(seen)
-    return sums.index_add(0, torch.cat(index), token_logps) if index else sums
+    # Without rows the empty input itself is given back: it still hangs on the model's weights.
+    return sums.index_add(0, torch.cat(index), token_logps) if index else token_logps

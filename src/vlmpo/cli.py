@@ -1,0 +1,127 @@
+"""The command line: one command a stage. Parses first; imports the stage, and torch with it, only then.
+
+Exit codes: 0 done; 2 the recipe, the data or the arguments are at fault (one message, no traceback); 1 anything else;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vlmpo.errors import RecordError, VlmpoError
+from vlmpo.recipe import load_recipe
+
+app = typer.Typer(
+    help="Mixed Preference Optimization for vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help and plain usage errors: they read the same in a log
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Dotted overrides, e.g. loss.beta=0.2", show_default=False),
+]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"vlmpo {version('vlmpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Mixed Preference Optimization for vision-language models."""
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train as the recipe says.
+
+    The run folder is the recipe's training.output_dir, runs/<name of the recipe> by default.
+    """
+    with _exit_codes():
+        parsed = load_recipe(recipe, overrides or [])
+        from vlmpo.train.run import train as run
+
+        run(parsed)
+
+
+@app.command()
+def inspect(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    pairs: Annotated[int, typer.Option(min=0, help="How many pairs to show as the model sees them.")] = 1,
+) -> None:
+    """Show the pairs as the model sees them.
+
+    Scored tokens are marked; lengths, tiles, and what is dropped and why, are counted.
+    """
+    with _exit_codes():
+        parsed = load_recipe(recipe, overrides or [])
+        from vlmpo.train.inspect import inspect as run
+
+        run(parsed, pairs)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the data, the models and the logs go.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the images, the model and the training.")] = 0,
+) -> None:
+    """Align a tiny model on a drawn task.
+
+    Draws a small visual task, builds a tiny InternVL, warms it up and aligns it with MPO: minutes on two cores.
+    """
+    with _exit_codes():
+        from vlmpo.demo.run import demo as run
+
+        run(output, seed)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn what a stage raises into its message and exit code."""
+    try:
+        yield
+    except VlmpoError as error:
+        _complain(error)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise  # `vlmpo inspect ... | head`: typer closes down quietly
+    except Exception:
+        traceback.print_exc()
+        raise typer.Exit(1) from None
+
+
+def _complain(error: VlmpoError) -> None:
+    """Print the error on stderr: once a job, not once a rank, unless it is about a record, which one rank alone met."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and not isinstance(error, RecordError):
+        return
+    heading = "error: " if rank == "0" else f"error on rank {rank}: "
+    Console(stderr=True).print(Text.assemble((heading, "bold red"), str(error)), soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the ``vlmpo`` command."""
+    app(prog_name="vlmpo")

@@ -1,0 +1,81 @@
+"""MPOConfig: what transformers' TrainingArguments lack for Mixed Preference Optimization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmpo.loss.mpo import MPO_WEIGHTS, check_weights
+from vlmpo.torchvision_shim import ensure_torchvision
+
+ensure_torchvision()  # before transformers' Trainer, which imports torchvision
+
+from transformers import TrainingArguments  # noqa: E402
+
+CHOICES = {
+    "reward_shift": ("previous", "running", "none"),
+    "nll_reduction": ("sequence", "token"),
+    "reference_kind": ("auto", "copy", "adapter"),
+    "over_long": ("drop", "cut"),
+    "on_bad_record": ("skip", "fail"),
+    "attention": ("auto", "separate"),
+}
+
+
+@dataclass
+class MPOConfig(TrainingArguments):
+    """TrainingArguments and the settings of MPO.
+
+    Attributes:
+        loss_weights: of the terms ``sigmoid``, ``bco_pair``, ``nll``; None: 0.8, 0.2, 1.0. ``{"nll": 1.0}`` is
+            supervised fine-tuning: no reference, no rejected response.
+        beta: scale of the implicit rewards.
+        reward_shift: how delta moves: ``previous``, ``running`` or ``none`` (see vlmpo.loss.reward_shift).
+        nll_reduction: ``sequence`` (the paper) or ``token``.
+        label_smoothing: of the sigmoid term, in [0, 0.5).
+        reference_kind: ``copy`` of the initial policy, ``adapter`` switched off, or ``auto``: the adapter where there
+            is one.
+        max_length: tokens of prompt and longer response together; None: no limit.
+        over_long: ``drop`` such pairs (counted), or ``cut`` the responses' ends.
+        max_tiles: tiles a pair's images may take together.
+        max_tokens_per_row: a micro-batch is read in rows of at most so many tokens, each with its own backward pass,
+            so that the longest row decides the memory, not the micro-batch.
+        on_bad_record: ``skip`` and count, or ``fail``.
+        attention: ``auto`` shares trunks where the model family allows; ``separate`` reads one response a row.
+    """
+
+    loss_weights: dict[str, float] | None = field(default=None)
+    beta: float = 0.1
+    reward_shift: str = "previous"
+    nll_reduction: str = "sequence"
+    label_smoothing: float = 0.0
+    reference_kind: str = "auto"
+    max_length: int | None = None
+    over_long: str = "drop"
+    max_tiles: int = 12
+    max_tokens_per_row: int | None = 16384
+    on_bad_record: str = "skip"
+    attention: str = "auto"
+    # A NaN must show in the log, not be replaced by the mean of earlier losses.
+    logging_nan_inf_filter: bool = False
+    logging_first_step: bool = True
+    report_to: Any = "none"
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_weights"]  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.loss_weights = check_weights(MPO_WEIGHTS if self.loss_weights is None else self.loss_weights)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be above 0, not {self.beta}")
+        if not 0.0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The terms that are on."""
+        assert self.loss_weights is not None  # set in __post_init__
+        return self.loss_weights

@@ -1,0 +1,126 @@
+"""Loss and rewards on held-out pairs, over all ranks, without touching the state of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from vlmpo.evaluate.intervals import mean_interval, wilson
+from vlmpo.loss.mpo import mpo_loss
+
+if TYPE_CHECKING:
+    from vlmpo.train.batching import PairLoader, PairRows, Unusable
+    from vlmpo.train.trainer import MPOTrainer
+
+
+class ScoredPair(NamedTuple):
+    """One pair's log-probs, summed over scored tokens. The reference's and the rejected one's may be absent."""
+
+    source: str
+    chosen_length: int
+    policy_chosen: float
+    policy_rejected: float | None
+    reference_chosen: float | None
+    reference_rejected: float | None
+
+
+def score_pairs(trainer: MPOTrainer, loader: PairLoader) -> tuple[list[ScoredPair], list[Unusable]]:
+    """Policy and reference log-probs of every pair, from all ranks; and the records that could not be used."""
+    model = trainer.model_wrapped
+    if not trainer.accelerator._models and model is trainer.model:  # asked before training: autocast is not on yet
+        model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    was_training = model.training
+    model.eval()
+    scored: list[ScoredPair] = []
+    dropped: list[Unusable] = []
+    with torch.no_grad():
+        for batch in loader:
+            if trainer.args.on_bad_record == "fail" and batch.dropped:
+                raise batch.dropped[0].error
+            dropped += batch.dropped
+            for part in batch.parts:
+                scored += _score(trainer, model, part.to(trainer.args.device))
+    model.train(was_training)
+    gathered = trainer._gathered((scored, dropped))
+    return [pair for pairs, _ in gathered for pair in pairs], [item for _, items in gathered for item in items]
+
+
+def _score(trainer: MPOTrainer, model: torch.nn.Module, part: PairRows) -> list[ScoredPair]:
+    policy, reference = trainer.branch_logps(model, part)
+    nothing: list[float | None] = [None] * len(part)
+    rejected = part.rejected if reference is not None else None
+    columns = (
+        part.sources,
+        part.chosen_lengths.tolist(),
+        policy[part.chosen].tolist(),
+        nothing if rejected is None else policy[rejected].tolist(),
+        nothing if reference is None else reference[part.chosen].tolist(),
+        nothing if reference is None or rejected is None else reference[rejected].tolist(),
+    )
+    return [ScoredPair(*values) for values in zip(*columns, strict=True)]
+
+
+def evaluate_pairs(trainer: MPOTrainer, loader: PairLoader) -> dict[str, float]:
+    """Metrics on held-out pairs: loss and terms at delta's present value, rewards and log-probs with 95 % intervals.
+
+    With more than one data set, reward accuracy and margin of each stand beside the total.
+    """
+    pairs, dropped = score_pairs(trainer, loader)
+    metrics: dict[str, float] = {"pairs": len(pairs), "pairs_dropped": len(dropped)}
+    if not pairs:
+        return metrics
+    metrics |= _losses(trainer, pairs)
+    metrics["logps/chosen"] = sum(pair.policy_chosen for pair in pairs) / len(pairs)
+    if pairs[0].reference_chosen is None:
+        return metrics
+    metrics["logps/rejected"] = sum(pair.policy_rejected or 0.0 for pair in pairs) / len(pairs)
+    metrics |= _rewards(pairs, trainer.args.beta)
+    sources = sorted({pair.source for pair in pairs})
+    for source in sources if len(sources) > 1 else ():
+        own = [pair for pair in pairs if pair.source == source]
+        metrics |= {f"{name}/{source}": value for name, value in _rewards(own, trainer.args.beta).items()}
+        metrics[f"pairs/{source}"] = len(own)
+    return metrics
+
+
+def _column(values: Sequence[float | None]) -> torch.Tensor | None:
+    known = [value for value in values if value is not None]
+    return torch.tensor(known, dtype=torch.float64) if len(known) == len(values) else None
+
+
+def _losses(trainer: MPOTrainer, pairs: list[ScoredPair]) -> dict[str, float]:
+    chosen = _column([pair.policy_chosen for pair in pairs])
+    assert chosen is not None
+    output = mpo_loss(
+        chosen,
+        _column([pair.policy_rejected for pair in pairs]),
+        _column([pair.reference_chosen for pair in pairs]),
+        _column([pair.reference_rejected for pair in pairs]),
+        torch.tensor([pair.chosen_length for pair in pairs], dtype=torch.float64),
+        weights=trainer.args.weights,
+        beta=trainer.args.beta,
+        reward_shift=trainer.reward_shift.value,
+        nll_reduction=trainer.args.nll_reduction,
+        label_smoothing=trainer.args.label_smoothing,
+    )
+    return {"loss": output.loss.item(), **{f"loss/{name}": value.item() for name, value in output.terms.items()}}
+
+
+def _rewards(pairs: list[ScoredPair], beta: float) -> dict[str, float]:
+    chosen = [beta * (pair.policy_chosen - (pair.reference_chosen or 0.0)) for pair in pairs]
+    rejected = [beta * ((pair.policy_rejected or 0.0) - (pair.reference_rejected or 0.0)) for pair in pairs]
+    right = sum(c > r for c, r in zip(chosen, rejected, strict=True))
+    low, high = wilson(right, len(pairs))
+    margin, margin_low, margin_high = mean_interval([c - r for c, r in zip(chosen, rejected, strict=True)])
+    return {
+        "rewards/chosen": sum(chosen) / len(pairs),
+        "rewards/rejected": sum(rejected) / len(pairs),
+        "rewards/accuracies": right / len(pairs),
+        "rewards/accuracies_low": low,
+        "rewards/accuracies_high": high,
+        "rewards/margins": margin,
+        "rewards/margins_low": margin_low,
+        "rewards/margins_high": margin_high,
+    }

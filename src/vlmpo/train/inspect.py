@@ -1,0 +1,378 @@
+"""``vlmpo inspect``: what the model will see of the data, before a GPU is spent on it. Loads no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from vlmpo.data.encode import EncodedPair, PairEncoder
+from vlmpo.errors import RecipeError, RecordError
+from vlmpo.loss.mpo import needs_reference
+from vlmpo.recipe import Recipe, check_training_keys
+from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.train.accounts import Accounts
+from vlmpo.train.config import MPOConfig
+from vlmpo.train.run import load_processor
+from vlmpo.train.run_data import RunData, open_run_data
+from vlmpo.tree.families import support_for
+from vlmpo.tree.layout import PromptTree, pack
+
+ensure_torchvision()  # before transformers' model classes, which import torchvision
+
+from transformers import AutoConfig, TrainingArguments  # noqa: E402
+
+MAX_EXAMINED = 2000  # pairs encoded for the distributions; above it a seeded sample speaks for the rest
+_BINS = 8
+_BAR = 40
+
+
+@dataclass(frozen=True)
+class PairSize:
+    """One encoded pair in tokens: its prompt (image tokens included) and its responses; and its tiles."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+    image_tokens: int
+    tiles: int
+
+    @property
+    def longer(self) -> int:
+        """Prompt and longer response: what ``data.max_length`` bounds."""
+        return self.prompt + max(self.chosen, self.rejected)
+
+    @property
+    def shared(self) -> int:
+        """Tokens read for the pair when the prompt is read once."""
+        return self.prompt + self.chosen + self.rejected
+
+
+@dataclass
+class Findings:
+    """What :func:`examine` found.
+
+    Attributes:
+        data: the run's data, screened.
+        sizes: of the examined pairs that can be used, in order.
+        dropped: examined pairs that the processor or a limit refused.
+        samples: a few of the encoded pairs, spread over the data.
+        notices: remarks on the data and on the chat template.
+    """
+
+    data: RunData
+    sizes: list[PairSize] = field(default_factory=list)
+    dropped: Accounts = field(default_factory=Accounts)
+    samples: list[EncodedPair] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def num_examined(self) -> int:
+        """Pairs that were encoded, or tried."""
+        return len(self.sizes) + self.dropped.num_dropped
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How the pairs fall into optimizer steps.
+
+    Attributes:
+        per_device, accumulation, world_size: their product is the pairs of a step.
+        steps_per_epoch: optimizer steps that take every pair once; the last may be smaller.
+        rows_per_step: rows a step reads, as an estimate from the examined pairs; None where the model is not known.
+        shared: whether the responses to a prompt share a row; None where the model is not known.
+    """
+
+    per_device: int
+    accumulation: int
+    world_size: int
+    steps_per_epoch: int
+    rows_per_step: float | None
+    shared: bool | None
+
+    @property
+    def pairs_per_step(self) -> int:
+        """The global batch."""
+        return self.per_device * self.accumulation * self.world_size
+
+
+def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> None:
+    """Print ``pairs`` pairs as the model reads them, what is dropped and why, lengths and tiles, pairs and rows a step.
+
+    Raises:
+        VlmpoError: the recipe, the data or the processor is at fault; the first bad record under
+            ``data.on_bad_record: fail``.
+    """
+    check_training_keys(recipe, [f.name for f in dataclasses.fields(TrainingArguments)])
+    console = console or Console()
+    processor = load_processor(recipe)
+    found = examine(recipe, processor, pairs)
+    for remark in found.notices:
+        _line(console, f"note: {remark}", style="yellow")
+    for number, encoded in enumerate(found.samples, start=1):
+        _line(console, f"\npair {number} of {len(found.samples)}", style="bold")
+        console.print(describe(encoded, processor), soft_wrap=True)
+    show_counts(console, found)
+    show_sizes(console, found)
+    show_plan(console, plan_steps(recipe, found, is_shared(recipe)))
+
+
+def examine(recipe: Recipe, processor: Any, num_samples: int) -> Findings:
+    """Open and screen the data as training would; encode the training pairs, or MAX_EXAMINED of them."""
+    data = open_run_data(recipe)
+    found = Findings(data, notices=list(data.notices))
+    encoder = PairEncoder(
+        processor,
+        max_length=recipe.data.max_length,
+        over_long=recipe.data.over_long,
+        max_tiles=recipe.data.max_tiles,
+        need_rejected=needs_reference(recipe.loss.weights),
+    )
+    indices = _sampled(len(data.train), seed=int(recipe.training.get("seed", 42)))
+    watched = track(indices, "encoding", console=Console(stderr=True), transient=True)
+    for position, index in enumerate(watched):
+        try:
+            encoded = encoder.encode(data.train[index])
+        except RecordError as error:
+            if recipe.data.on_bad_record == "fail":
+                raise
+            found.dropped.drop(data.train.source(index), error)
+            continue
+        found.sizes.append(_size(encoded))
+        if len(found.samples) < num_samples and position * num_samples >= len(found.samples) * len(indices):
+            found.samples.append(encoded)
+    found.notices += encoder.notices
+    return found
+
+
+def _sampled(count: int, seed: int) -> list[int]:
+    if count <= MAX_EXAMINED:
+        return list(range(count))
+    return np.sort(np.random.default_rng(seed).choice(count, MAX_EXAMINED, replace=False)).tolist()
+
+
+def _size(encoded: EncodedPair) -> PairSize:
+    return PairSize(
+        prompt=encoded.trunk_ids.numel(),
+        chosen=encoded.chosen_ids.numel(),
+        rejected=0 if encoded.rejected_ids is None else encoded.rejected_ids.numel(),
+        image_tokens=encoded.image_tokens,
+        tiles=encoded.tiles,
+    )
+
+
+# ---- one pair ----
+
+
+def describe(encoded: EncodedPair, processor: Any) -> Text:
+    """The pair as the model reads it: runs of image tokens as a count, scored tokens between ‹ and ›."""
+    size = _size(encoded)
+    text = Text(f"{encoded.source}, {encoded.origin}\n")
+    text.append(f"{size.prompt} prompt tokens, {size.image_tokens} of them from images in {size.tiles} tiles\n")
+    text.append("prompt, not scored:\n", style="bold")
+    text.append(_indented(collapse_images(encoded.trunk_ids.tolist(), processor)))
+    responses = [("chosen", encoded.chosen_ids, "green"), ("rejected", encoded.rejected_ids, "red")]
+    for name, ids, style in responses:
+        if ids is None:
+            continue
+        cut = ", cut" if encoded.cut else ""
+        text.append(f"{name}, {ids.numel()} tokens scored{cut}:\n", style="bold")
+        text.append(_indented(f"‹{_decode(ids.tolist(), processor)}›"), style=style)
+    return text
+
+
+def collapse_images(ids: Sequence[int], processor: Any) -> str:
+    """Decoded ``ids`` with each run of image tokens as ``[256 image tokens x 7 tiles = 1792]``.
+
+    The tiles are told where the processor says how many tokens one takes, and the run holds more than one.
+    """
+    image_id = getattr(processor, "image_token_id", None)
+    parts: list[str] = []
+    for is_image, start, end in _runs([token == image_id for token in ids]):
+        if not is_image:
+            parts.append(_decode(ids[start:end], processor))
+            continue
+        count, per_tile = end - start, getattr(processor, "image_seq_length", None)
+        if per_tile and count > per_tile and count % per_tile == 0:
+            parts.append(f"[{per_tile} image tokens x {count // per_tile} tiles = {count}]")
+        else:
+            parts.append(f"[{count} image tokens]")
+    return "".join(parts)
+
+
+def _runs(flags: Sequence[bool]) -> Iterator[tuple[bool, int, int]]:
+    """(flag, start, end) of each stretch of equal flags."""
+    start = 0
+    for at in range(1, len(flags) + 1):
+        if at == len(flags) or flags[at] != flags[start]:
+            yield flags[start], start, at
+            start = at
+
+
+def _decode(ids: Sequence[int], processor: Any) -> str:
+    return processor.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _indented(text: str) -> str:
+    return "".join(f"  | {line}\n" for line in text.split("\n"))
+
+
+# ---- all pairs ----
+
+
+def show_counts(console: Console, found: Findings) -> None:
+    """Print pairs read, kept, held out and dropped by reason, for each data set, and examples of what was dropped."""
+    data = found.data
+    dropped = Accounts.merged([data.screened, found.dropped])
+    reasons = list(dropped.reasons())
+    table = _table("\ntraining pairs", "data set", "read", "kept", "held out", *reasons)
+    for source, read in data.read.items():
+        counts = [data.held_out[source], *(dropped.dropped[source, reason] for reason in reasons)]
+        table.add_row(source, *(str(n) for n in (read, read - sum(counts), *counts)))
+    console.print(table)
+    if found.num_examined < len(data.train):
+        share = f"{found.num_examined} of {len(data.train)}"
+        _line(
+            console,
+            f"Encoded: a seeded sample, {share} pairs; over-long pairs and broken images were sought there only.",
+        )
+    for name, evaluation in data.evaluation.items():
+        _line(console, f"{name}: {len(evaluation)} pairs")
+    for reason, messages in dropped.examples.items():
+        for message in messages:
+            _line(console, f"  {reason}: {message}")
+
+
+def show_sizes(console: Console, found: Findings) -> None:
+    """Print the distributions of lengths and tiles over the examined pairs that can be used."""
+    if not found.sizes:
+        _line(console, "no pair could be encoded")
+        return
+    columns = {
+        "prompt + longer response": [size.longer for size in found.sizes],
+        "pair, prompt read once": [size.shared for size in found.sizes],
+        "prompt": [size.prompt for size in found.sizes],
+        "image tokens": [size.image_tokens for size in found.sizes],
+        "chosen": [size.chosen for size in found.sizes],
+        "rejected": [size.rejected for size in found.sizes],
+        "tiles": [size.tiles for size in found.sizes],
+    }
+    if not any(columns["rejected"]):
+        del columns["rejected"]
+    table = _table(f"\ntokens and tiles of {len(found.sizes)} pairs", "", "min", "median", "p95", "max")
+    for name, values in columns.items():
+        table.add_row(name, *(str(value) for value in summary(values)))
+    console.print(table)
+    for name in ("prompt + longer response", "tiles"):
+        _line(console, f"\n{name}", style="bold")
+        for line in histogram(columns[name]):
+            _line(console, line)
+
+
+def summary(values: Sequence[int]) -> tuple[int, int, int, int]:
+    """Minimum, median, 95th percentile and maximum; of two middle values the lower, so each is a value that occurs."""
+    low, median, p95, high = np.quantile(values, [0, 0.5, 0.95, 1], method="inverted_cdf").tolist()
+    return int(low), int(median), int(p95), int(high)
+
+
+def histogram(values: Sequence[int]) -> list[str]:
+    """One line a bin, ``low - high | bar count``; at most _BINS bins of equal whole width, none of them left out."""
+    low, high = min(values), max(values)
+    width = math.ceil((high - low + 1) / _BINS)
+    counts = np.bincount((np.asarray(values) - low) // width)
+    labels = [_range(low + bin_ * width, min(low + (bin_ + 1) * width - 1, high)) for bin_ in range(len(counts))]
+    pad = max(map(len, labels))
+    tallest = counts.max()
+    return [
+        f"  {label:>{pad}} | {'#' * math.ceil(_BAR * count / tallest)} {count}"
+        for label, count in zip(labels, counts.tolist(), strict=True)
+    ]
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} - {high}"
+
+
+# ---- the steps ----
+
+
+def is_shared(recipe: Recipe) -> bool | None:
+    """Whether the responses to a prompt will share a row; None where the model's config cannot be read."""
+    if recipe.model.attention == "separate":
+        return False
+    try:
+        return support_for(AutoConfig.from_pretrained(recipe.model.path)).shared
+    except (OSError, ValueError):
+        return None  # a processor alone is enough to inspect the data
+
+
+def plan_steps(recipe: Recipe, found: Findings, shared: bool | None) -> StepPlan:
+    """Pairs, rows and steps, from the recipe, WORLD_SIZE and the sizes of the examined pairs. Raises RecipeError."""
+    per_device = _whole(recipe, "per_device_train_batch_size")
+    accumulation = _whole(recipe, "gradient_accumulation_steps")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    global_batch = per_device * accumulation * world_size
+    rows = None
+    if shared is not None and found.sizes:
+        unbounded = recipe.training.get("max_tokens_per_row", 0) is None
+        bound = None if unbounded else _whole(recipe, "max_tokens_per_row")
+        rows = global_batch * _rows(found.sizes, per_device, bound, shared) / len(found.sizes)
+    return StepPlan(per_device, accumulation, world_size, math.ceil(len(found.data.train) / global_batch), rows, shared)
+
+
+def _whole(recipe: Recipe, name: str) -> int:
+    default = next(f.default for f in dataclasses.fields(MPOConfig) if f.name == name)
+    value = recipe.training.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RecipeError(f"training.{name}: expected a whole number above 0, got {value!r}")
+    return value
+
+
+def _rows(sizes: Sequence[PairSize], per_device: int, bound: int | None, shared: bool) -> int:
+    """Rows that micro-batches of ``per_device`` pairs come to, packed as training packs them."""
+    if not shared:
+        return sum(2 if size.rejected else 1 for size in sizes)
+    trees = [_tree(size) for size in sizes]
+    return sum(len(pack(trees[at : at + per_device], bound)) for at in range(0, len(trees), per_device))
+
+
+def _tree(size: PairSize) -> PromptTree:
+    """A tree of that size; on the meta device its tokens take no memory."""
+    lengths = [length for length in (size.chosen, size.rejected) if length]
+    return PromptTree(
+        torch.empty(size.prompt, device="meta"), tuple(torch.empty(length, device="meta") for length in lengths)
+    )
+
+
+def show_plan(console: Console, plan: StepPlan) -> None:
+    """Print pairs and rows a step and steps an epoch."""
+    product = f"{plan.per_device} a device x {plan.accumulation} accumulated x {plan.world_size} device(s)"
+    _line(console, f"\npairs per optimizer step: {plan.pairs_per_step} ({product})")
+    if plan.rows_per_step is None:
+        _line(console, "rows per optimizer step: not known, the model's config cannot be read")
+    else:
+        kind = "prompts shared" if plan.shared else "one response a row"
+        _line(console, f"rows per optimizer step: about {plan.rows_per_step:.1f} ({kind})")
+    _line(console, f"optimizer steps per epoch: {plan.steps_per_epoch}")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True, overflow="ignore")
+    return table
+
+
+def _line(console: Console, text: str, style: str | None = None) -> None:
+    """Plain text: no markup in it is read, and no long line is wrapped."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,248 @@
+"""One run, from recipe to run folder: ``vlmpo train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vlmpo.errors import ModelError, RecipeError, RunError
+from vlmpo.recipe import Recipe, check_lora_keys, check_training_keys
+from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.train.accounts import Accounts
+from vlmpo.train.config import MPOConfig
+from vlmpo.train.progress import notice
+from vlmpo.train.run_data import RunData, open_run_data, show_accounts
+from vlmpo.train.trainer import MPOTrainer
+
+ensure_torchvision()  # before transformers' model classes, which import torchvision
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainingArguments  # noqa: E402
+
+_PACKAGES = ("vlmpo", "torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "tokenizers", "pillow")
+
+
+def train(recipe: Recipe) -> MPOTrainer:
+    """Train as ``recipe`` says; the run folder is ``training.output_dir``.
+
+    Raises:
+        VlmpoError: the recipe, the data, the model or the run folder is at fault.
+    """
+    args = training_config(recipe)
+    folder = Path(args.output_dir)
+    _refuse_to_overwrite(folder, args)
+    data = open_run_data(recipe)
+    for remark in data.notices:
+        notice(f"note: {remark}")
+    processor = load_processor(recipe)
+    model = load_model(recipe)
+    if args.dataloader_num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
+    evaluation: Any = data.evaluation or None
+    trainer = MPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=next(iter(evaluation.values())) if evaluation and len(evaluation) == 1 else evaluation,
+        processing_class=processor,
+        peft_config=_lora(recipe),
+    )
+    main = trainer.accelerator.is_main_process
+    manifest = _manifest(recipe, trainer, data)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        _write_json(folder / "manifest.json", {**manifest, "status": "running"})
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
+    trainer.save_model(args.output_dir)
+    results = {name: trainer.evaluate(part, metric_key_prefix=name) for name, part in data.evaluation.items()}
+    accounts = trainer.all_accounts()
+    for remark in trainer.encoder.notices:
+        notice(f"note: {remark}")
+    if main:
+        manifest["data"] |= _data_accounts(data, accounts)
+        _write_json(folder / "manifest.json", {**manifest, "status": "finished", "evaluation": results})
+        console = Console()
+        show_accounts(console, data, accounts)
+        _show_evaluation(console, results)
+        console.print(f"model and processor: {folder}", markup=False, highlight=False, soft_wrap=True)
+    return trainer
+
+
+def training_config(recipe: Recipe) -> MPOConfig:
+    """MPOConfig of a recipe. Raises RecipeError for an unknown key or a value TrainingArguments refuse."""
+    check_training_keys(recipe, [field.name for field in dataclasses.fields(TrainingArguments)])
+    try:
+        return MPOConfig(
+            **{
+                **recipe.training,
+                "loss_weights": dict(recipe.loss.weights),
+                "beta": recipe.loss.beta,
+                "reward_shift": recipe.loss.reward_shift,
+                "nll_reduction": recipe.loss.nll_reduction,
+                "label_smoothing": recipe.loss.label_smoothing,
+                "reference_kind": recipe.reference.kind,
+                "max_length": recipe.data.max_length,
+                "over_long": recipe.data.over_long,
+                "max_tiles": recipe.data.max_tiles,
+                "on_bad_record": recipe.data.on_bad_record,
+                "attention": recipe.model.attention,
+            }
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"training: {error}") from error
+
+
+def _refuse_to_overwrite(folder: Path, args: MPOConfig) -> None:
+    if not args.resume_from_checkpoint and (folder / "manifest.json").exists():
+        raise RunError(
+            f"{folder} already holds a run; set training.resume_from_checkpoint=true to go on with it, "
+            "or name another folder in training.output_dir"
+        )
+
+
+def load_processor(recipe: Recipe) -> Any:
+    """The model's own processor. Raises ModelError where it cannot be loaded."""
+    try:
+        return AutoProcessor.from_pretrained(recipe.model.path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.path: no processor can be loaded from {recipe.model.path}: {_first_line(error)}") from error
+
+
+def load_model(recipe: Recipe) -> Any:
+    """The policy, whole, in the recipe's dtype, its frozen parts frozen.
+
+    Raises:
+        ModelError: no model there, weights missing in the checkpoint, or a frozen part that does not exist.
+    """
+    path = recipe.model.path
+    try:
+        AutoConfig.from_pretrained(path)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=getattr(torch, recipe.model.dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.path: no model can be loaded from {path}: {_first_line(error)}") from error
+    absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
+    if absent:
+        raise ModelError(
+            f"model.path: {path} lacks {len(absent)} of the model's weights ({', '.join(absent[:3])}, ...); "
+            "training would start from random ones"
+        )
+    if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
+        notice("weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)")
+    freeze_parts(model, recipe.model.freeze)
+    return model
+
+
+def freeze_parts(model: Any, parts: tuple[str, ...]) -> None:
+    """Take the named submodules out of training: ``vision_tower`` matches any submodule of that name, at any depth."""
+    for part in parts:
+        found = [m for name, m in model.named_modules() if name == part or name.endswith(f".{part}")]
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if 0 < name.count(".") < 2})
+            raise RecipeError(f"model.freeze: the model has no part {part!r}; it has {', '.join(known)}, among others")
+        for module in found:
+            module.requires_grad_(False)
+
+
+def _lora(recipe: Recipe) -> Any:
+    if recipe.model.lora is None:
+        return None
+    from peft import LoraConfig
+
+    check_lora_keys(recipe, [field.name for field in dataclasses.fields(LoraConfig)])
+    try:
+        return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **recipe.model.lora})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"model.lora: {error}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---- the run folder ----
+
+
+def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData) -> dict[str, Any]:
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "seed": trainer.args.seed,
+        "data_seed": trainer.args.data_seed,
+        "world_size": trainer.args.world_size,
+        "model": {"path": recipe.model.path, "shared_rows": trainer.shared},
+        "reference_hash": None if trainer.reference is None else trainer.reference.weights_hash(),
+        "data": {
+            "hashes": {path: _file_hash(path) for path in data.train.paths},
+            **_data_accounts(data, Accounts()),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _file_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _data_accounts(data: RunData, trained: Accounts) -> dict[str, Any]:
+    """``read = used + held_out + dropped + not_reached`` for every data set."""
+    dropped = Accounts.merged([data.screened, trained])
+    sets = {}
+    for source, read in data.read.items():
+        reasons = {reason: n for (name, reason), n in sorted(dropped.dropped.items()) if name == source}
+        used, aside = trained.used[source], data.held_out[source]
+        sets[source] = {
+            "read": read,
+            "used": used,
+            "held_out": aside,
+            "dropped": reasons,
+            "not_reached": read - used - aside - sum(reasons.values()),
+        }
+    return {"sets": sets, "examples": dropped.examples, "eval_dropped": data.eval_screened.to_json()["dropped"]}
+
+
+def _write_json(file: Path, value: Any) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, file)
+
+
+def _show_evaluation(console: Console, results: dict[str, dict[str, float]]) -> None:
+    for name, metrics in results.items():
+        if f"{name}_rewards/accuracies" not in metrics:
+            continue
+        table = Table(title=f"{name}: reward accuracy and margin, 95 % intervals", title_justify="left")
+        for column in ("data set", "pairs", "accuracy", "margin"):
+            table.add_column(column, justify="left" if column == "data set" else "right")
+        prefix = f"{name}_pairs/"
+        sources = [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]
+        for label, suffix in [("all", ""), *((source, f"/{source}") for source in sources)]:
+            values = [
+                metrics[f"{name}_rewards/{key}{suffix}"]
+                for key in (
+                    "accuracies", "accuracies_low", "accuracies_high", "margins", "margins_low", "margins_high"
+                )  # fmt: skip
+            ]
+            accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*values[:3])
+            margin = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*values[3:])
+            table.add_row(label, str(int(metrics[f"{name}_pairs{suffix}"])), accuracy, margin)
+        console.print(table)

@@ -1,0 +1,102 @@
+"""The data of a run, as its recipe says: opened, screened, the held-out part set aside, every pair accounted for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vlmpo.data.sources import PairDataset, SourceSpec, open_pairs, screen, split_hold_out
+from vlmpo.errors import DataError, RecordError
+from vlmpo.loss.mpo import needs_reference
+from vlmpo.recipe import Recipe, Source
+from vlmpo.train.accounts import Accounts
+
+
+@dataclass
+class RunData:
+    """What a run trains and evaluates on.
+
+    Attributes:
+        train: pairs to train on, screened.
+        evaluation: pairs to evaluate on by name: ``eval`` (the recipe's own), ``held_out`` (split off the training data).
+        read: training pairs read, by data set.
+        held_out: of these, how many were split off, by data set.
+        screened: of these, what was dropped before training.
+        eval_screened: what was dropped of the recipe's evaluation data.
+        notices: remarks on the data sets.
+    """
+
+    train: PairDataset
+    evaluation: dict[str, PairDataset]
+    read: Counter[str]
+    held_out: Counter[str]
+    screened: Accounts
+    eval_screened: Accounts
+    notices: list[str] = field(default_factory=list)
+
+
+def open_run_data(recipe: Recipe) -> RunData:
+    """Open and screen the recipe's data.
+
+    Raises:
+        DataError: a data set cannot be opened, or nothing is left to train on.
+        RecordError: the first bad record, under ``data.on_bad_record: fail``.
+    """
+    seed = int(recipe.training.get("data_seed") or recipe.training.get("seed") or 42)
+    whole = _open(recipe, recipe.data.train, seed)
+    kept, screened = _screen(recipe, whole)
+    notices = list(whole.notices)
+    evaluation: dict[str, PairDataset] = {}
+    eval_screened = Accounts()
+    if recipe.data.eval:
+        data = _open(recipe, recipe.data.eval, seed)
+        kept_eval, eval_screened = _screen(recipe, data)
+        evaluation["eval"] = data.select(kept_eval)
+        notices += data.notices
+    held_out: Counter[str] = Counter()
+    if recipe.data.hold_out:
+        kept, aside = split_hold_out(whole, kept, recipe.data.hold_out, seed)
+        evaluation["held_out"] = whole.select(aside)
+        held_out.update(whole.source(int(index)) for index in aside)
+    if len(kept) == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in screened.reasons().items())
+        raise DataError(f"data.train: of {len(whole)} pairs none is left to train on ({reasons or 'all held out'})")
+    read = Counter(whole.source(index) for index in range(len(whole)))
+    return RunData(whole.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
+
+
+def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:
+    specs = [SourceSpec(s.path, s.image_root, s.repeat, s.max_tiles, s.name) for s in sources]
+    return open_pairs(specs, seed=seed, need_rejected=needs_reference(recipe.loss.weights))
+
+
+def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, Accounts]:
+    found = screen(data)
+    accounts = Accounts()
+    for drop in found.dropped:
+        error = RecordError(drop.reason, drop.origin, drop.detail)
+        if recipe.data.on_bad_record == "fail":
+            raise error
+        accounts.drop(data.source(drop.index), error)
+    return found.kept, accounts
+
+
+def show_accounts(console: Console, data: RunData, trained: Accounts) -> None:
+    """Print what became of every training pair, by data set, and the first records dropped under each reason."""
+    dropped = Accounts.merged([data.screened, trained])
+    reasons = list(dropped.reasons())
+    table = Table(title="training pairs", title_justify="left")
+    for column in ("data set", "read", "used", "held out", *reasons, "not reached"):
+        table.add_column(column, justify="left" if column == "data set" else "right")
+    for source, read in data.read.items():
+        counts = [trained.used[source], data.held_out[source], *(dropped.dropped[source, r] for r in reasons)]
+        table.add_row(source, *(str(n) for n in (read, *counts, read - sum(counts))))
+    console.print(table)
+    for reason, messages in dropped.examples.items():
+        for message in messages:
+            console.print(f"  {reason}: {message}", markup=False, highlight=False)

@@ -1,0 +1,408 @@
+"""MPOTrainer: transformers' Trainer, with the objective of Mixed Preference Optimization over shared rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmpo.data.encode import PairEncoder
+from vlmpo.errors import RunError
+from vlmpo.loss.mpo import LossOutput, expected_start, mpo_loss, needs_reference
+from vlmpo.loss.reward_shift import RewardShift
+from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.train.accounts import Accounts
+from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch, PairBatchSampler, PairLoader, PairRows, merge
+from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
+from vlmpo.train.config import MPOConfig
+from vlmpo.train.metrics import StepSums, add_up, summarise
+from vlmpo.train.progress import MetricsFile, ShortProgress, StepClock, notice
+from vlmpo.train.reference import (
+    AdapterReference,
+    CopyReference,
+    Reference,
+    base_of,
+    choose_kind,
+    freeze,
+    frozen_copy,
+    is_peft,
+    switch_dropout_off,
+)
+from vlmpo.tree.families import support_for
+from vlmpo.tree.layout import sum_by_branch
+from vlmpo.tree.logprobs import install
+
+ensure_torchvision()  # before transformers' Trainer, which imports torchvision
+
+from transformers import ProgressCallback, Trainer  # noqa: E402
+
+
+class MPOTrainer(Trainer):
+    """Trains a vision-language model by MPO, or by any subset of its terms.
+
+    Args:
+        model: the policy, a transformers model (or one under a PEFT adapter).
+        ref_model: the frozen reference; None: a copy of ``model`` as given, or the model with its adapter off.
+        args: the settings.
+        train_dataset: anything with ``len()`` and ``[i] -> PreferencePair``.
+        eval_dataset: the same, or a dict of them by name.
+        processing_class: the model's own processor, with its chat template.
+        peft_config: put a fresh adapter on the policy; its ``lora_dropout`` is forced to 0.
+
+    Raises:
+        RecipeError: the reference that is asked for contradicts the model.
+        ModelError: the processor has no chat template, or a checkpoint does not fit.
+        RecordError: a bad record under ``on_bad_record="fail"``.
+        RunError: a checkpoint is incomplete, or was trained against another reference.
+    """
+
+    # The loss is divided by the global batch's own denominators; Trainer must not divide it by accumulation steps.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any | None = None,
+        args: MPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args if args is not None else MPOConfig(output_dir="runs/mpo")
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config)
+        switched_off = switch_dropout_off(model)
+        if switched_off:
+            notice(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
+        self.shared = self._choose_rows(args, base_of(model))
+        install(base_of(model), self.shared)
+        self.with_preferences = needs_reference(args.weights)
+        self.encoder = PairEncoder(
+            processing_class,
+            max_length=args.max_length,
+            over_long=args.over_long,  # type: ignore[arg-type]
+            max_tiles=args.max_tiles,
+            need_rejected=self.with_preferences,
+        )
+        self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
+        self.sums = StepSums()
+        self.clock = StepClock()
+        self.accounts = Accounts()
+        self.tokens_read = 0
+        self._step_rewards = [0.0, 0.0]  # sum and count of the optimizer step under way, this rank
+        self._start: dict[str, float] | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(args.max_tokens_per_row, self.shared),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
+            optimizers=optimizers,
+        )
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ShortProgress)
+        self.reference = self._build_reference(ref_model, peft_config is not None)
+
+    # ---- set-up ----
+
+    @staticmethod
+    def _choose_rows(args: MPOConfig, model: Any) -> bool:
+        support = support_for(model.config)
+        if args.attention == "auto" and not support.shared:
+            notice(f"NOT sharing the prompt between responses: {support.reason}. Each response is read in a row of its own.")
+        return args.attention == "auto" and support.shared
+
+    def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
+        if not self.with_preferences:
+            return None
+        if choose_kind(self.args.reference_kind, self.model, given, fresh_adapter) == "adapter":
+            return AdapterReference(self.model)
+        frozen = frozen_copy(self.model) if given is None else freeze(given, self.shared)
+        return CopyReference(self.accelerator.prepare_model(frozen, evaluation_mode=True))
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> PairLoader:
+        """Micro-batches of this rank, in an order that depends on seed and epoch alone."""
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        accumulation = self.args.gradient_accumulation_steps
+        return self._loader(self.train_dataset, self._train_batch_size, accumulation, seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
+        """Micro-batches of this rank, in the data set's own order."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str):
+            data = self.eval_dataset[data]
+        return self._loader(data, self.args.eval_batch_size, 1, None)
+
+    def _loader(self, data: Any, per_device: int, accumulation: int, seed: int | None) -> PairLoader:
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        workers = self.args.dataloader_num_workers
+        return PairLoader(
+            EncodedPairs(data, self.encoder),
+            batch_sampler=PairBatchSampler(len(data), per_device, accumulation, world, rank, seed),
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            generator=torch.Generator(),  # its own: reading data must not move the random state of training
+            persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[MicroBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[MicroBatch], dict[str, float]]:
+        """The micro-batches of one optimizer step, with its global denominators, summed over ranks before any forward."""
+        self.clock.start()
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self._account(batches)
+        pairs = sum(len(batch) for batch in batches)
+        tokens = sum(batch.num_chosen_tokens for batch in batches)
+        counts = self._over_ranks([pairs, tokens], device)
+        return batches, {"pairs": counts[0], "chosen_tokens": counts[1]}
+
+    def _account(self, batches: list[MicroBatch]) -> None:
+        for unusable in (unusable for batch in batches for unusable in batch.dropped):
+            if self.args.on_bad_record == "fail":
+                raise unusable.error
+            if self.accounts.is_news(unusable.error):
+                notice(f"dropped: {unusable.error}")
+        if (self.state.epoch or 0.0) < 1.0:  # every pair comes once an epoch: the first one counts them
+            self.accounts.add(batches)
+
+    def _over_ranks(self, values: list[float], device: torch.device) -> list[float]:
+        """Each value summed over ranks, in float64 where the device has it."""
+        if self.accelerator.num_processes == 1:
+            return [float(value) for value in values]
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        summed = self.accelerator.reduce(torch.tensor(values, dtype=kind, device=device), reduction="sum")
+        return [float(value) for value in summed]
+
+    # ---- one step ----
+
+    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch, part by part.
+
+        In ``running`` mode all its rewards must be known before any backward, so it is read in one part.
+        """
+        parts = [merge(inputs.parts)] if self.reward_shift.mode == "running" else inputs.parts
+        total = torch.zeros((), device=self.args.device)
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                total = total + super().training_step(model, part, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._end_step()
+        return total
+
+    def _prepare_inputs(self, inputs: PairRows) -> PairRows:
+        return inputs.to(self.args.device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: PairRows,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """This part's share of the global batch's loss, times the number of ranks, whose gradients are averaged."""
+        policy, reference = self.branch_logps(model, inputs)
+        if self.reward_shift.mode == "running" and model.training:
+            self._observe_micro_batch(policy, reference)
+        output = self._loss(inputs, policy, reference, num_items_in_batch)
+        if model.training:
+            self._record(inputs, policy, output)
+        loss = output.loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def branch_logps(self, model: nn.Module, part: PairRows) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each branch of ``part``, ``[branches]``: the policy's, and the reference's where needed."""
+        reference = None
+        if self.reference is not None:
+            reference = sum_by_branch(self.reference.token_logps(part.rows), part.rows)
+        return sum_by_branch(model(branch_rows=part.rows), part.rows), reference
+
+    def _loss(
+        self, part: PairRows, policy: Tensor, reference: Tensor | None, counts: dict[str, float] | None
+    ) -> LossOutput:
+        counts = counts or {}
+        rejected = part.rejected if reference is not None else None
+        return mpo_loss(
+            policy[part.chosen],
+            None if rejected is None else policy[rejected],
+            None if reference is None else reference[part.chosen],
+            None if reference is None or rejected is None else reference[rejected],
+            part.chosen_lengths,
+            weights=self.args.weights,
+            beta=self.args.beta,
+            reward_shift=self.reward_shift.value,
+            nll_reduction=self.args.nll_reduction,
+            label_smoothing=self.args.label_smoothing,
+            num_pairs=counts.get("pairs"),
+            num_chosen_tokens=counts.get("chosen_tokens"),
+        )
+
+    def _observe_micro_batch(self, policy: Tensor, reference: Tensor | None) -> None:
+        """``running``: this micro-batch's mean reward, averaged over the ranks that have one, enters delta at once."""
+        if reference is None:
+            return
+        rewards = self.args.beta * (policy.detach() - reference)
+        mine = [float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0]
+        total, ranks = self._over_ranks(mine, self.args.device)
+        self.reward_shift.observe(total, ranks)
+
+    def _record(self, part: PairRows, policy: Tensor, output: LossOutput) -> None:
+        logps = policy.detach()
+        self.sums.add_losses(output.loss.detach(), output.terms)
+        rejected = None if part.rejected is None else logps[part.rejected]
+        self.sums.add_pairs(
+            logps[part.chosen], rejected, output.chosen_rewards, output.rejected_rewards, part.sources
+        )
+        self.sums.values["tokens"] += part.num_tokens
+        if output.chosen_rewards is not None and output.rejected_rewards is not None:
+            self._step_rewards[0] += float(output.chosen_rewards.sum()) + float(output.rejected_rewards.sum())
+            self._step_rewards[1] += 2.0 * len(part)
+
+    def _end_step(self) -> None:
+        """The optimizer step's losses are all computed: now delta may move, once, by the rewards of all ranks."""
+        if self.reward_shift.mode == "previous" and self.reference is not None:
+            self.reward_shift.observe(*self._over_ranks(self._step_rewards, self.args.device))
+        self.reward_shift.step()
+        self._step_rewards = [0.0, 0.0]
+        self.sums.values["steps"] += 1
+
+    # ---- log ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add MPO's metrics to a training log."""
+        if "loss" in logs:
+            logs |= self._take_metrics()
+            if self.state.global_step == 1:
+                self._show_start(logs)
+        super().log(logs, start_time)
+
+    def _take_metrics(self) -> dict[str, float]:
+        total = add_up(self._gathered(dict(self.sums.values)))
+        steps = max(total.pop("steps", 0.0) / self.accelerator.num_processes, 1.0)
+        self.sums = StepSums()
+        seconds = self.clock.take()
+        logs = summarise(total, steps)
+        logs["step_seconds"] = seconds / steps
+        if seconds > 0:
+            logs["pairs_per_second"] = total.get("pairs", 0.0) / seconds
+            logs["tokens_per_second"] = total.get("tokens", 0.0) / seconds
+        if self.reference is not None:
+            logs["reward_shift"] = self.reward_shift.value
+        return logs
+
+    def _gathered(self, mine: Any) -> list[Any]:
+        if self.accelerator.num_processes == 1:
+            return [mine]
+        from accelerate.utils import gather_object
+
+        return gather_object([mine])
+
+    def _show_start(self, logs: dict[str, float]) -> None:
+        """Beside the first measured loss, the one expected while policy and reference are the same."""
+        if self.reference is None:
+            return
+        offset = expected_start(self.args.weights, 0.0)
+        nll = self.args.weights.get("nll", 0.0) * logs.get("loss/nll", 0.0)
+        logs["start/expected_loss"] = offset + nll
+        notice(f"first loss {logs['loss']:.4f}; expected {offset:.4f} + nll {nll:.4f} = {offset + nll:.4f}")
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, rewards and log-probs on held-out pairs. Touches neither delta nor any other state of training."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in data.items())
+            return {key: value for part in parts for key, value in part.items()}
+        from vlmpo.train.evaluation import evaluate_pairs
+
+        found = evaluate_pairs(self, self.get_eval_dataloader(data))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint of the output folder."""
+        if resume_from_checkpoint is True:
+            found = last_complete_checkpoint(self.args.output_dir)
+            if found is None:
+                raise RunError(
+                    f"there is no complete checkpoint in {self.args.output_dir} to resume from; "
+                    "leave training.resume_from_checkpoint out to start anew"
+                )
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        state = self._mpo_state()
+        if self.args.should_save:
+            write_state(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}", state)
+
+    def _mpo_state(self) -> dict[str, Any]:
+        return {
+            "reward_shift": self.reward_shift.state_dict(),
+            "reference_hash": None if self.reference is None else self.reference.weights_hash(),
+            "accounts": self.all_accounts().to_json(),
+        }
+
+    def all_accounts(self) -> Accounts:
+        """What became of the pairs of the first epoch so far, over all ranks."""
+        return Accounts.merged(self._gathered(self.accounts))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
+        state = read_state(resume_from_checkpoint)
+        mine = None if self.reference is None else self.reference.weights_hash()
+        if state["reference_hash"] != mine:
+            raise RunError(
+                f"{resume_from_checkpoint} was trained against another reference than this run has; start from the "
+                "same initial model (a resumed policy must not become its own reference)"
+            )
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model if model is None else model, resume_from_checkpoint)
+        try:
+            self.reward_shift.load_state_dict(state["reward_shift"])
+        except ValueError as error:
+            raise RunError(f"{resume_from_checkpoint}: {error}") from error
+        if self.accelerator.is_main_process:  # one rank carries the counts on, so that they add up
+            self.accounts = Accounts.from_json(state["accounts"])
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, self.state.best_model_checkpoint)
+
+    def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
+        """Not counted: transformers' estimate knows neither images nor shared rows."""
+        return 0
+
+
+def _with_adapter(model: Any, peft_config: Any) -> Any:
+    from peft import get_peft_model
+
+    if is_peft(model):
+        raise RunError("the model already carries an adapter; pass either such a model or a peft_config, not both")
+    if getattr(peft_config, "lora_dropout", 0.0):
+        notice(f"lora_dropout {peft_config.lora_dropout} forced to 0: the rewards would be noise at the start")
+        peft_config.lora_dropout = 0.0
+    return get_peft_model(model, peft_config)

@@ -1,0 +1,162 @@
+"""The command line: exit codes, messages, what it imports."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.paths import REPO
+from vlmpo.cli import app
+from vlmpo.errors import RecipeError, RecordError
+
+MINIMAL = "model: {path: some/model}\ndata: {train: [pairs.jsonl]}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Puts a function in the place of a stage, as the lazy import will find it."""
+
+    def place(module: str, name: str, function) -> None:
+        fake = types.ModuleType(module)
+        setattr(fake, name, function)
+        monkeypatch.setitem(sys.modules, module, fake)
+
+    return place
+
+
+def call(*args: str):
+    return CliRunner().invoke(app, list(args))
+
+
+def raising(error: BaseException):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def test_train_gets_the_parsed_recipe(recipe, stage):
+    seen = []
+    stage("vlmpo.train.run", "train", seen.append)
+    result = call("train", recipe, "loss.beta=0.2", "training.max_steps=-1")
+    assert result.exit_code == 0
+    assert seen[0].loss.beta == 0.2
+    assert seen[0].training == {"max_steps": -1, "output_dir": "runs/r"}
+
+
+def test_inspect_and_demo_get_their_options(recipe, stage):
+    seen = []
+    stage("vlmpo.train.inspect", "inspect", lambda parsed, pairs: seen.append((parsed.model.path, pairs)))
+    stage("vlmpo.demo.run", "demo", lambda output, seed: seen.append((str(output), seed)))
+    assert call("inspect", recipe, "--pairs", "3").exit_code == 0
+    assert call("inspect", recipe, "model.path=other").exit_code == 0
+    assert call("demo").exit_code == 0
+    assert call("demo", "--output", "there", "--seed", "7").exit_code == 0
+    assert seen == [("some/model", 3), ("other", 1), ("runs/demo", 0), ("there", 7)]
+
+
+def test_the_users_mistakes_exit_2_with_one_message(recipe, stage):
+    stage("vlmpo.train.run", "train", raising(RecordError("missing_image", "a.jsonl:3", "no image [x].png")))
+    result = call("train", recipe)
+    assert result.exit_code == 2
+    assert result.stderr == "error: a.jsonl:3: no image [x].png [missing_image]\n"
+    assert result.stdout == ""
+
+
+def test_a_wrong_recipe_fails_before_the_stage_is_imported(recipe, stage):
+    stage("vlmpo.train.run", "train", raising(AssertionError("the stage ran")))
+    result = call("train", recipe, "loss.bta=1")
+    assert result.exit_code == 2
+    assert result.stderr == "error: command line: loss.bta: unknown key; did you mean loss.beta?\n"
+
+
+@pytest.mark.parametrize("args", [["train"], ["nosuch"], ["demo", "--seed", "x"], ["demo", "--nosuch"]])
+def test_argument_errors_exit_2(args):
+    result = call(*args)
+    assert result.exit_code == 2
+    assert "Error" in result.stderr
+
+
+def test_our_own_faults_exit_1_with_a_traceback(recipe, stage):
+    for error in (ZeroDivisionError("ours"), EOFError("ours"), ValueError("ours")):
+        stage("vlmpo.train.run", "train", raising(error))
+        result = call("train", recipe)
+        assert result.exit_code == 1
+        assert "Traceback" in result.stderr
+        assert f"{type(error).__name__}: ours" in result.stderr
+
+
+def test_interrupting_exits_130(recipe, stage):
+    stage("vlmpo.train.run", "train", raising(KeyboardInterrupt()))
+    result = call("train", recipe)
+    assert result.exit_code == 130
+    assert "Traceback" not in result.stderr
+
+
+def test_only_rank_0_speaks_for_the_job(recipe, stage, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    stage("vlmpo.train.run", "train", raising(RecipeError("the same on every rank")))
+    result = call("train", recipe)
+    assert (result.exit_code, result.stderr) == (2, "")
+    stage("vlmpo.train.run", "train", raising(RecordError("bad_json", "a.jsonl:1", "met by this rank alone")))
+    assert call("train", recipe).stderr == "error on rank 3: a.jsonl:1: met by this rank alone [bad_json]\n"
+
+
+def test_version():
+    result = call("--version")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"vlmpo \d+\.\d+\.\d+\n", result.stdout)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["inspect", "--help"], ["demo", "--help"]])
+def test_help_imports_no_torch(args):
+    code = (
+        "import sys\nfrom vlmpo.cli import app\n"
+        f"try:\n    app({args!r})\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert "Usage:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_python_dash_m_is_the_command(tmp_path):
+    missing = str(tmp_path / "none.yaml")
+    done = subprocess.run([sys.executable, "-m", "vlmpo", "train", missing], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: cannot read the recipe {missing}: No such file or directory\n"
+
+
+# --- the README against the command line and the Makefile ---
+
+
+def shell_lines() -> list[str]:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_in_the_readme_exists():
+    commands = {re.search(r"\bvlmpo (\w+)", line)[1] for line in shell_lines() if re.search(r"\bvlmpo \w", line)}
+    assert {"train", "inspect", "demo"} <= commands
+    for command in commands:
+        assert call(command, "--help").exit_code == 0, command
+
+
+def test_every_make_target_in_the_readme_exists():
+    targets = {match[1] for line in shell_lines() if (match := re.match(r"make (\w+)", line))}
+    assert {"demo", "test"} <= targets
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    assert targets <= set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE))
