@@ -15,8 +15,7 @@ from vlmpo.demo.tiny import TinySize, build_model, build_processor, train_tokeni
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.recipe import load_recipe, parse_recipe
 from vlmpo.train import inspect as room
-from vlmpo.train.accounts import Accounts
-from vlmpo.train.inspect import Findings, PairSize, StepPlan, collapse_images, histogram, inspect, plan_steps, summary
+from vlmpo.train.inspect import PairSize, StepPlan, collapse_images, histogram, inspect, plan_steps, summary
 
 # 56 px tiles of 14 px patches: 4 x 4 patches, 2 x 2 after the pixel shuffle: 4 tokens a tile.
 SIZE = TinySize(image_size=56)
@@ -62,7 +61,7 @@ def printed(recipe, pairs: int) -> str:
     return out.getvalue()
 
 
-def test_a_pair_is_shown_as_the_model_reads_it(recipe_file):
+def test_a_pair_is_shown_as_the_model_reads_it(recipe_file, tokenizer):
     text = printed(load_recipe(recipe_file), pairs=3)
     first, second, third = text.split("training pairs")[0].split("pair ")[1:]
     assert "| <img>[4 image tokens]</img>\n" in first
@@ -76,11 +75,10 @@ def test_a_pair_is_shown_as_the_model_reads_it(recipe_file):
         "  | one two<|im_end|>",
         "  | <|im_start|>assistant",
         "  | ",
-        "chosen, " + third.split("chosen, ")[1].splitlines()[0],
+        f"chosen, {len(tokenizer('three')['input_ids']) + 1} tokens scored:",
         "  | ‹three<|im_end|>›",
-        "rejected, " + third.split("rejected, ")[1].splitlines()[0],
+        f"rejected, {len(tokenizer('four')['input_ids']) + 1} tokens scored:",
         "  | ‹four<|im_end|>›",
-        "",
         "",
     ]
 
@@ -88,21 +86,16 @@ def test_a_pair_is_shown_as_the_model_reads_it(recipe_file):
 def test_every_record_is_accounted_for(recipe_file):
     text = printed(load_recipe(recipe_file), pairs=0)
     header, row = (line.split() for line in text.split("training pairs")[1].splitlines()[1:3])
-    counts = dict(zip(["set", "read", "kept", "held", "out"], header[1:], strict=False))
-    assert counts["set"] == "set"
-    assert row[0] == "pairs"
-    # read, kept, held out, one dropped under each of two reasons
-    assert [int(n) for n in row[1:]] == [5, 3, 0, 1, 1]
-    assert {"identical", "missing_image"} <= set(header)
+    assert header == ["data", "set", "read", "kept", "held", "out", "identical", "missing_image"]
+    assert row == ["pairs", "5", "3", "0", "1", "1"]
     assert f"identical: {recipe_file.parent / 'pairs.jsonl'}:4" in text
     assert "gone.png" in text
 
 
 def test_over_long_pairs_are_counted_too(recipe_file):
-    # 20 image tokens alone are more than the limit; the text-only pair and the one-tile pair are not
-    recipe = load_recipe(recipe_file, ["data.max_length=40", "data.hold_out=0"])
-    longest = max(size.longer for size in room.examine(load_recipe(recipe_file), _load(recipe), 0).sizes)
-    found = room.examine(load_recipe(recipe_file, [f"data.max_length={longest - 1}"]), _load(recipe), 0)
+    recipe = load_recipe(recipe_file)
+    five_tiles = room.examine(recipe, _load(recipe), 0).sizes[1]
+    found = room.examine(load_recipe(recipe_file, [f"data.max_length={five_tiles.longer - 1}"]), _load(recipe), 0)
     assert len(found.sizes) == 2
     assert found.dropped.reasons() == {"over_long": 1}
     assert [size.tiles for size in found.sizes] == [1, 0]
@@ -183,11 +176,8 @@ def test_histogram_counts_every_value():
     assert histogram([5, 5]) == ["  5 | " + "#" * 40 + " 2"]
 
 
-def plan(text: str, sizes: list[PairSize], shared: bool | None, num_train: int = 10) -> StepPlan:
-    class Data:
-        train = range(num_train)
-
-    return plan_steps(parse_recipe(text), Findings(Data(), sizes, Accounts()), shared)  # type: ignore[arg-type]
+def plan(text: str, sizes: list[PairSize], shared: bool | None) -> StepPlan:
+    return plan_steps(parse_recipe(text), 10, sizes, shared)
 
 
 MINIMAL = "model: {path: m}\ndata: {train: [a]}\n"

@@ -18,7 +18,7 @@ from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220)}
 SHAPES = ("circle", "square", "triangle")
-EMPTY = "none"
+EMPTY = "empty cell"
 CELLS = (EMPTY, *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
 KINDS = ("shapes", *(f"{colour} shapes" for colour in COLOURS), *(f"{shape}s" for shape in SHAPES))
 LINES = {
@@ -58,7 +58,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def caption(scene: Scene) -> str:
-    """All nine cells, row by row: ``row 1 : red circle , none , blue square . row 2 : ...``."""
+    """All nine cells, row by row: ``row 1 : red circle , empty cell , blue square . row 2 : ...``."""
     rows = (f"row {i + 1} : " + " , ".join(scene[3 * i : 3 * i + 3]) + " ." for i in range(3))
     return " ".join(rows)
 
@@ -85,7 +85,7 @@ class Count:
         return sum(self.matches(scene[place]) for place in LINES[self.line])
 
     def aloud(self, scene: Scene) -> str:
-        """The counting, cell before number: ``red shapes in row 1 : red circle 1 none 1 red square 2 .``."""
+        """The counting, cell before number: ``red shapes in row 1 : red circle 1 empty cell 1 red square 2 .``."""
         words, total = [], 0
         for place in LINES[self.line]:
             total += self.matches(scene[place])

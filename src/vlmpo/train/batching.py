@@ -32,10 +32,18 @@ class PairBatchSampler(Sampler[list[int]]):
         accumulation: micro-batches an optimizer step takes.
         world_size, rank: of the data-parallel group.
         seed: of the order; None keeps the order of the data set.
+        drop_last: leave out the last optimizer step of an epoch where it is not full.
     """
 
     def __init__(
-        self, num_pairs: int, per_device: int, accumulation: int, world_size: int, rank: int, seed: int | None
+        self,
+        num_pairs: int,
+        per_device: int,
+        accumulation: int,
+        world_size: int,
+        rank: int,
+        seed: int | None,
+        drop_last: bool = False,
     ) -> None:
         self.num_pairs = num_pairs
         self.per_device = per_device
@@ -43,6 +51,7 @@ class PairBatchSampler(Sampler[list[int]]):
         self.world_size = world_size
         self.rank = rank
         self.seed = seed
+        self.drop_last = drop_last
         self.epoch = 0
 
     @property
@@ -63,12 +72,15 @@ class PairBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_pairs, self.global_batch)
+        rest = 0 if self.drop_last else rest
         return full * self.accumulation + math.ceil(rest / (self.per_device * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
         for start in range(0, self.num_pairs, self.global_batch):
             step = order[start : start + self.global_batch]
+            if self.drop_last and len(step) < self.global_batch:
+                return
             for micro in range(math.ceil(len(step) / (self.per_device * self.world_size))):
                 at = (micro * self.world_size + self.rank) * self.per_device
                 yield step[at : at + self.per_device]

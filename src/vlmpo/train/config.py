@@ -19,6 +19,7 @@ CHOICES = {
     "over_long": ("drop", "cut"),
     "on_bad_record": ("skip", "fail"),
     "attention": ("auto", "separate"),
+    "train_sampling_strategy": ("random", "sequential"),
 }
 
 
@@ -71,6 +72,8 @@ class MPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is not MPO's; set label_smoothing (loss.label_smoothing)")
         if not 0.0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
 

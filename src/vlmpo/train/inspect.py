@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from rich.text import Text
 
 from vlmpo.data.encode import EncodedPair, PairEncoder
@@ -32,7 +31,7 @@ ensure_torchvision()  # before transformers' model classes, which import torchvi
 
 from transformers import AutoConfig, TrainingArguments  # noqa: E402
 
-MAX_EXAMINED = 2000  # pairs encoded for the distributions; above it a seeded sample speaks for the rest
+MAX_EXAMINED = 2000  # pairs encoded for the distributions; above it a sample, the same each time, speaks for the rest
 _BINS = 8
 _BAR = 40
 
@@ -114,6 +113,7 @@ def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> N
             ``data.on_bad_record: fail``.
     """
     check_training_keys(recipe, [f.name for f in dataclasses.fields(TrainingArguments)])
+    plan_steps(recipe, num_train=1, sizes=[], shared=None)  # a wrong batch size is told before minutes of encoding
     console = console or Console()
     processor = load_processor(recipe)
     found = examine(recipe, processor, pairs)
@@ -124,7 +124,7 @@ def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> N
         console.print(describe(encoded, processor), soft_wrap=True)
     show_counts(console, found)
     show_sizes(console, found)
-    show_plan(console, plan_steps(recipe, found, is_shared(recipe)))
+    show_plan(console, plan_steps(recipe, len(found.data.train), found.sizes, is_shared(recipe)))
 
 
 def examine(recipe: Recipe, processor: Any, num_samples: int) -> Findings:
@@ -138,8 +138,9 @@ def examine(recipe: Recipe, processor: Any, num_samples: int) -> Findings:
         max_tiles=recipe.data.max_tiles,
         need_rejected=needs_reference(recipe.loss.weights),
     )
-    indices = _sampled(len(data.train), seed=int(recipe.training.get("seed", 42)))
-    watched = track(indices, "encoding", console=Console(stderr=True), transient=True)
+    indices = _sampled(len(data.train))
+    screen = Console(stderr=True)
+    watched = track(indices, "encoding", console=screen, transient=True, disable=not screen.is_terminal)
     for position, index in enumerate(watched):
         try:
             encoded = encoder.encode(data.train[index])
@@ -155,10 +156,10 @@ def examine(recipe: Recipe, processor: Any, num_samples: int) -> Findings:
     return found
 
 
-def _sampled(count: int, seed: int) -> list[int]:
+def _sampled(count: int) -> list[int]:
     if count <= MAX_EXAMINED:
         return list(range(count))
-    return np.sort(np.random.default_rng(seed).choice(count, MAX_EXAMINED, replace=False)).tolist()
+    return np.sort(np.random.default_rng(0).choice(count, MAX_EXAMINED, replace=False)).tolist()
 
 
 def _size(encoded: EncodedPair) -> PairSize:
@@ -188,6 +189,7 @@ def describe(encoded: EncodedPair, processor: Any) -> Text:
         cut = ", cut" if encoded.cut else ""
         text.append(f"{name}, {ids.numel()} tokens scored{cut}:\n", style="bold")
         text.append(_indented(f"‹{_decode(ids.tolist(), processor)}›"), style=style)
+    text.right_crop()  # the last newline: printing adds one
     return text
 
 
@@ -196,9 +198,8 @@ def collapse_images(ids: Sequence[int], processor: Any) -> str:
 
     The tiles are told where the processor says how many tokens one takes, and the run holds more than one.
     """
-    image_id = getattr(processor, "image_token_id", None)
     parts: list[str] = []
-    for is_image, start, end in _runs([token == image_id for token in ids]):
+    for is_image, start, end in _runs([token == processor.image_token_id for token in ids]):
         if not is_image:
             parts.append(_decode(ids[start:end], processor))
             continue
@@ -235,11 +236,11 @@ def show_counts(console: Console, found: Findings) -> None:
     data = found.data
     dropped = Accounts.merged([data.screened, found.dropped])
     reasons = list(dropped.reasons())
-    table = _table("\ntraining pairs", "data set", "read", "kept", "held out", *reasons)
+    rows: list[list[object]] = [["data set", "read", "kept", "held out", *reasons]]
     for source, read in data.read.items():
         counts = [data.held_out[source], *(dropped.dropped[source, reason] for reason in reasons)]
-        table.add_row(source, *(str(n) for n in (read, read - sum(counts), *counts)))
-    console.print(table)
+        rows.append([source, read, read - sum(counts), *counts])
+    _print_table(console, "training pairs", rows)
     if found.num_examined < len(data.train):
         share = f"{found.num_examined} of {len(data.train)}"
         _line(
@@ -269,10 +270,9 @@ def show_sizes(console: Console, found: Findings) -> None:
     }
     if not any(columns["rejected"]):
         del columns["rejected"]
-    table = _table(f"\ntokens and tiles of {len(found.sizes)} pairs", "", "min", "median", "p95", "max")
-    for name, values in columns.items():
-        table.add_row(name, *(str(value) for value in summary(values)))
-    console.print(table)
+    rows: list[list[object]] = [["", "min", "median", "p95", "max"]]
+    rows += [[name, *summary(values)] for name, values in columns.items()]
+    _print_table(console, f"tokens and tiles of {len(found.sizes)} pairs", rows)
     for name in ("prompt + longer response", "tiles"):
         _line(console, f"\n{name}", style="bold")
         for line in histogram(columns[name]):
@@ -316,18 +316,21 @@ def is_shared(recipe: Recipe) -> bool | None:
         return None  # a processor alone is enough to inspect the data
 
 
-def plan_steps(recipe: Recipe, found: Findings, shared: bool | None) -> StepPlan:
-    """Pairs, rows and steps, from the recipe, WORLD_SIZE and the sizes of the examined pairs. Raises RecipeError."""
+def plan_steps(recipe: Recipe, num_train: int, sizes: Sequence[PairSize], shared: bool | None) -> StepPlan:
+    """How ``num_train`` pairs fall into steps, from the recipe and WORLD_SIZE; rows by the ``sizes`` of some of them.
+
+    Raises RecipeError where a batch size is no whole number above 0.
+    """
     per_device = _whole(recipe, "per_device_train_batch_size")
     accumulation = _whole(recipe, "gradient_accumulation_steps")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     global_batch = per_device * accumulation * world_size
     rows = None
-    if shared is not None and found.sizes:
+    if shared is not None and sizes:
         unbounded = recipe.training.get("max_tokens_per_row", 0) is None
         bound = None if unbounded else _whole(recipe, "max_tokens_per_row")
-        rows = global_batch * _rows(found.sizes, per_device, bound, shared) / len(found.sizes)
-    return StepPlan(per_device, accumulation, world_size, math.ceil(len(found.data.train) / global_batch), rows, shared)
+        rows = global_batch * _rows(sizes, per_device, bound, shared) / len(sizes)
+    return StepPlan(per_device, accumulation, world_size, math.ceil(num_train / global_batch), rows, shared)
 
 
 def _whole(recipe: Recipe, name: str) -> int:
@@ -366,11 +369,13 @@ def show_plan(console: Console, plan: StepPlan) -> None:
     _line(console, f"optimizer steps per epoch: {plan.steps_per_epoch}")
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True, overflow="ignore")
-    return table
+def _print_table(console: Console, title: str, rows: Sequence[Sequence[object]]) -> None:
+    """The rows, the first of them the header, in aligned columns; never wrapped or cut, so that it can be piped."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    _line(console, f"\n{title}", style="bold")
+    for name, *numbers in rows:
+        cells = [f"{cell!s:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True)]
+        _line(console, "  ".join([f"  {name!s:<{widths[0]}}", *cells]))
 
 
 def _line(console: Console, text: str, style: str | None = None) -> None:

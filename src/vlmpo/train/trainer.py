@@ -133,22 +133,25 @@ class MPOTrainer(Trainer):
     def get_train_dataloader(self) -> PairLoader:
         """Micro-batches of this rank, in an order that depends on seed and epoch alone."""
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        accumulation = self.args.gradient_accumulation_steps
-        return self._loader(self.train_dataset, self._train_batch_size, accumulation, seed)
+        order = None if self.args.train_sampling_strategy == "sequential" else seed
+        accumulation, drop_last = self.args.gradient_accumulation_steps, self.args.dataloader_drop_last
+        return self._loader(self.train_dataset, self._train_batch_size, accumulation, order, drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
         """Micro-batches of this rank, in the data set's own order."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, str):
             data = self.eval_dataset[data]
-        return self._loader(data, self.args.eval_batch_size, 1, None)
+        return self._loader(data, self.args.eval_batch_size, 1, None, False)
 
-    def _loader(self, data: Any, per_device: int, accumulation: int, seed: int | None) -> PairLoader:
+    def _loader(
+        self, data: Any, per_device: int, accumulation: int, seed: int | None, drop_last: bool
+    ) -> PairLoader:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         workers = self.args.dataloader_num_workers
         return PairLoader(
             EncodedPairs(data, self.encoder),
-            batch_sampler=PairBatchSampler(len(data), per_device, accumulation, world, rank, seed),
+            batch_sampler=PairBatchSampler(len(data), per_device, accumulation, world, rank, seed, drop_last),
             collate_fn=self.data_collator,
             num_workers=workers,
             generator=torch.Generator(),  # its own: reading data must not move the random state of training
