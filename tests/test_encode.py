@@ -399,6 +399,13 @@ def test_a_prompt_that_is_rendered_differently_is_told_once():
     assert r"'<think>\n\n</think>\n\n' where the model is to answer, '' where the answer is given" in encoder.notices[0]
 
 
+def test_only_what_differs_of_the_prompt_is_told():
+    encoder = PairEncoder(with_template(template(generation="<|im_start|>model\n")))
+    assert text_of(encoder.encode(pair()).trunk_ids).endswith("<|im_start|>model\n")
+    assert len(encoder.notices) == 1
+    assert "'model' where the model is to answer, 'assistant' where the answer is given" in encoder.notices[0]
+
+
 ADDS_THINKING = template(
     "{% if m['role'] == 'assistant' and '<think>' not in c['text'] %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ c['text'] }}"

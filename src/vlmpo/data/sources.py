@@ -285,6 +285,11 @@ class PairDataset:
         self.notices = notices
         self.source_names = [file.name for file in files]
 
+    @property
+    def paths(self) -> list[str]:
+        """The annotation files behind the pairs, each once."""
+        return list(dict.fromkeys(file.path for file in self._files))
+
     def __len__(self) -> int:
         return len(self._rows)
 

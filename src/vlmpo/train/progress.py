@@ -53,6 +53,14 @@ class ShortProgress(ProgressCallback):
             self.training_bar.write(short_line(state.global_step, logs))
 
 
+class ShortPrinter(TrainerCallback):
+    """The same short line where there is no progress bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        if state.is_local_process_zero and ("loss" in logs or "eval_loss" in logs):
+            print(short_line(state.global_step, logs), flush=True)
+
+
 class MetricsFile(TrainerCallback):
     """Appends every logged step to ``metrics.jsonl``, numbers unrounded."""
 

@@ -19,7 +19,7 @@ from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch, PairBatchSa
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.metrics import StepSums, add_up, summarise
-from vlmpo.train.progress import MetricsFile, ShortProgress, StepClock, notice
+from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock, notice
 from vlmpo.train.reference import (
     AdapterReference,
     CopyReference,
@@ -37,7 +37,7 @@ from vlmpo.tree.logprobs import install
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
-from transformers import ProgressCallback, Trainer  # noqa: E402
+from transformers import PrinterCallback, ProgressCallback, Trainer  # noqa: E402
 
 
 class MPOTrainer(Trainer):
@@ -107,8 +107,8 @@ class MPOTrainer(Trainer):
             callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
             optimizers=optimizers,
         )
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(ShortProgress)
+        self.pop_callback(PrinterCallback)
+        self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.reference = self._build_reference(ref_model, peft_config is not None)
 
     # ---- set-up ----
