@@ -185,7 +185,9 @@ def test_generate_is_untouched_by_the_attention() -> None:
     install(ours, shared=True)
     template = processor().apply_chat_template
     texts = [
-        template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": t}]}], add_generation_prompt=True)
+        template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": t}]}], add_generation_prompt=True
+        )
         for t in ("what?", "what colour is the first row in the picture?")
     ]
     batch = processor()(images=[[i] for i in two_images(0)[:1] * 2], text=texts, padding=True, return_tensors="pt")

@@ -278,7 +278,9 @@ def test_evaluation_touches_nothing_of_training(tmp_path: Path) -> None:
     assert torch.equal(flat_weights(runs[0].model), flat_weights(runs[1].model))
     assert runs[0].reward_shift.state_dict() == runs[1].reward_shift.state_dict()
     assert abs(runs[0].reward_shift.value) > 1e-3
-    assert [line["loss"] for line in logged(tmp_path / "with")] == [line["loss"] for line in logged(tmp_path / "without")]
+    assert [line["loss"] for line in logged(tmp_path / "with")] == [
+        line["loss"] for line in logged(tmp_path / "without")
+    ]
 
 
 def test_evaluation_metrics_by_hand(tmp_path: Path) -> None:

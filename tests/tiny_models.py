@@ -40,7 +40,9 @@ def noise_image(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def image_tree(images: list[Image.Image], lengths: list[int], seed: int, dtype: torch.dtype = torch.float32) -> PromptTree:
+def image_tree(
+    images: list[Image.Image], lengths: list[int], seed: int, dtype: torch.dtype = torch.float32
+) -> PromptTree:
     """A prompt with ``images`` and a few words, and branches of random tokens of the given lengths."""
     generator = torch.Generator().manual_seed(seed)
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": f"what is it {seed}?"}]

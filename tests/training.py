@@ -49,7 +49,7 @@ def config(folder: Path, **settings: Any) -> MPOConfig:
 
 
 def trainer(folder: Path, data: Any, *, model: Any = None, dtype: torch.dtype = torch.float32, **settings: Any):
-    """An MPOTrainer on a fresh tiny model; keywords beyond MPOConfig's: model, callbacks, ref_model, peft_config, ..."""
+    """An MPOTrainer on a fresh tiny model; takes MPOConfig's keywords and the trainer's own."""
     extra = {k: settings.pop(k) for k in ("callbacks", "ref_model", "peft_config", "eval_dataset") if k in settings}
     return MPOTrainer(
         model=tiny_model(dtype=dtype) if model is None else model,

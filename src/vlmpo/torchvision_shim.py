@@ -24,7 +24,7 @@ def ensure_torchvision() -> None:
     Does nothing when torchvision imports by itself. Raises ImportError when it is not installed.
     """
     try:
-        import torchvision  # noqa: F401
+        import torchvision
 
         return
     except RuntimeError as error:

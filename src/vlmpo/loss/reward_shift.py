@@ -66,6 +66,6 @@ class RewardShift:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         if state["mode"] != self.mode:
-            raise ValueError(f"the saved reward shift was kept in mode {state['mode']!r}, this run asks for {self.mode!r}")
+            raise ValueError(f"the saved reward shift was kept in mode {state['mode']!r}, this run has {self.mode!r}")
         self._sum, self._count = float(state["sum"]), float(state["count"])
         self._pending_sum = self._pending_count = 0.0

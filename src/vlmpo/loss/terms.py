@@ -33,5 +33,5 @@ def bco_pair(chosen_rewards: Tensor, rejected_rewards: Tensor, reward_shift: flo
 
 
 def nll(chosen_logps: Tensor) -> Tensor:
-    """``-log pi(y_c|x)``, summed over the response, not yet divided by its length: MPO's L_g (arXiv 2411.10442). ``[pairs]``."""
+    """``-log pi(y_c|x)``, MPO's L_g (arXiv 2411.10442) before it is divided by the response's length. ``[pairs]``."""
     return -chosen_logps

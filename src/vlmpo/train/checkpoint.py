@@ -49,7 +49,9 @@ def _load_adapter(model: Any, checkpoint: Path) -> None:
     saved, expected = load_file(file), get_peft_model_state_dict(model)
     if saved.keys() != expected.keys():
         odd = sorted(saved.keys() ^ expected.keys())[:5]
-        raise ModelError(f"the adapter in {checkpoint} does not fit the model; weights on one side only: {', '.join(odd)}")
+        raise ModelError(
+            f"the adapter in {checkpoint} does not fit the model; weights on one side only: {', '.join(odd)}"
+        )
     set_peft_model_state_dict(model, saved)
     restored = get_peft_model_state_dict(model)
     for name, tensor in saved.items():

@@ -48,7 +48,7 @@ def short_line(step: int, logs: dict[str, Any]) -> str:
 class ShortProgress(ProgressCallback):
     """transformers' progress bar with one short line a log."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None and ("loss" in logs or "eval_loss" in logs):
             self.training_bar.write(short_line(state.global_step, logs))
 
@@ -56,7 +56,7 @@ class ShortProgress(ProgressCallback):
 class ShortPrinter(TrainerCallback):
     """The same short line where there is no progress bar."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_local_process_zero and ("loss" in logs or "eval_loss" in logs):
             print(short_line(state.global_step, logs), flush=True)
 
@@ -67,7 +67,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, output_dir: str) -> None:
         self.file = Path(output_dir) / METRICS_FILE
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A fresh run starts a fresh file; a resumed one forgets the lines after its checkpoint: they come again."""
         if not state.is_world_process_zero:
             return
@@ -76,7 +76,7 @@ class MetricsFile(TrainerCallback):
         kept = [line for line in lines if _step_of(line) <= state.global_step]
         self.file.write_text("".join(line + "\n" for line in kept))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with self.file.open("a") as out:
                 out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
@@ -100,7 +100,7 @@ class StepClock(TrainerCallback):
         """A step begins: its data are being fetched."""
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self._started
 
     def take(self) -> float:

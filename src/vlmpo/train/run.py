@@ -29,6 +29,7 @@ ensure_torchvision()  # before transformers' model classes, which import torchvi
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainingArguments  # noqa: E402
 
+_SHOWN = ("accuracies", "accuracies_low", "accuracies_high", "margins", "margins_low", "margins_high")
 _PACKAGES = ("vlmpo", "torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "tokenizers", "pillow")
 
 
@@ -116,7 +117,9 @@ def load_processor(recipe: Recipe) -> Any:
     try:
         return AutoProcessor.from_pretrained(recipe.model.path)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.path: no processor can be loaded from {recipe.model.path}: {_first_line(error)}") from error
+        raise ModelError(
+            f"model.path: no processor can be loaded from {recipe.model.path}: {_first_line(error)}"
+        ) from error
 
 
 def load_model(recipe: Recipe) -> Any:
@@ -140,7 +143,9 @@ def load_model(recipe: Recipe) -> Any:
             "training would start from random ones"
         )
     if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
-        notice("weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)")
+        notice(
+            "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"
+        )
     freeze_parts(model, recipe.model.freeze)
     return model
 
@@ -236,12 +241,7 @@ def _show_evaluation(console: Console, results: dict[str, dict[str, float]]) -> 
         prefix = f"{name}_pairs/"
         sources = [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]
         for label, suffix in [("all", ""), *((source, f"/{source}") for source in sources)]:
-            values = [
-                metrics[f"{name}_rewards/{key}{suffix}"]
-                for key in (
-                    "accuracies", "accuracies_low", "accuracies_high", "margins", "margins_low", "margins_high"
-                )  # fmt: skip
-            ]
+            values = [metrics[f"{name}_rewards/{key}{suffix}"] for key in _SHOWN]
             accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*values[:3])
             margin = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*values[3:])
             table.add_row(label, str(int(metrics[f"{name}_pairs{suffix}"])), accuracy, margin)

@@ -23,7 +23,7 @@ class RunData:
 
     Attributes:
         train: pairs to train on, screened.
-        evaluation: pairs to evaluate on by name: ``eval`` (the recipe's own), ``held_out`` (split off the training data).
+        evaluation: pairs to evaluate on by name: ``eval`` (the recipe's own), ``held_out`` (of the training data).
         read: training pairs read, by data set.
         held_out: of these, how many were split off, by data set.
         screened: of these, what was dropped before training.

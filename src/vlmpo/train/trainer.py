@@ -117,7 +117,7 @@ class MPOTrainer(Trainer):
     def _choose_rows(args: MPOConfig, model: Any) -> bool:
         support = support_for(model.config)
         if args.attention == "auto" and not support.shared:
-            notice(f"NOT sharing the prompt between responses: {support.reason}. Each response is read in a row of its own.")
+            notice(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
         return args.attention == "auto" and support.shared
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
@@ -144,9 +144,7 @@ class MPOTrainer(Trainer):
             data = self.eval_dataset[data]
         return self._loader(data, self.args.eval_batch_size, 1, None, False)
 
-    def _loader(
-        self, data: Any, per_device: int, accumulation: int, seed: int | None, drop_last: bool
-    ) -> PairLoader:
+    def _loader(self, data: Any, per_device: int, accumulation: int, seed: int | None, drop_last: bool) -> PairLoader:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         workers = self.args.dataloader_num_workers
         return PairLoader(
@@ -162,7 +160,7 @@ class MPOTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[MicroBatch], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], dict[str, float]]:
-        """The micro-batches of one optimizer step, with its global denominators, summed over ranks before any forward."""
+        """The micro-batches of one optimizer step and its denominators, summed over ranks before any forward."""
         self.clock.start()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._account(batches)
@@ -226,7 +224,7 @@ class MPOTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def branch_logps(self, model: nn.Module, part: PairRows) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each branch of ``part``, ``[branches]``: the policy's, and the reference's where needed."""
+        """Log-probability of each branch of ``part``, ``[branches]``: policy's, and reference's where needed."""
         reference = None
         if self.reference is not None:
             reference = sum_by_branch(self.reference.token_logps(part.rows), part.rows)
@@ -265,9 +263,7 @@ class MPOTrainer(Trainer):
         logps = policy.detach()
         self.sums.add_losses(output.loss.detach(), output.terms)
         rejected = None if part.rejected is None else logps[part.rejected]
-        self.sums.add_pairs(
-            logps[part.chosen], rejected, output.chosen_rewards, output.rejected_rewards, part.sources
-        )
+        self.sums.add_pairs(logps[part.chosen], rejected, output.chosen_rewards, output.rejected_rewards, part.sources)
         self.sums.values["tokens"] += part.num_tokens
         if output.chosen_rewards is not None and output.rejected_rewards is not None:
             self._step_rewards[0] += float(output.chosen_rewards.sum()) + float(output.rejected_rewards.sum())
@@ -336,7 +332,7 @@ class MPOTrainer(Trainer):
         found = evaluate_pairs(self, self.get_eval_dataloader(data))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # ---- checkpoints ----
@@ -395,7 +391,7 @@ class MPOTrainer(Trainer):
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
 
-    def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
+    def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' estimate knows neither images nor shared rows."""
         return 0
 

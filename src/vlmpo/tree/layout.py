@@ -152,9 +152,9 @@ def _concatenate(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def pack(trees: Sequence[PromptTree], max_tokens: int | None) -> list[list[int]]:
-    """Which trees go into which row: indices, in order, each row at most ``max_tokens`` unless one tree alone is longer.
+    """Which trees go into which row: indices, in order. ``None`` puts all into one row.
 
-    ``None`` puts all into one row.
+    A row holds at most ``max_tokens``, unless one tree alone is longer.
     """
     rows: list[list[int]] = []
     room = 0
