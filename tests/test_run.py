@@ -1,0 +1,260 @@
+"""``vlmpo train`` from recipe to run folder, on files as a user has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests.tiny_models import model, noise_image, processor, random_pair
+from tests.training import logged
+from vlmpo.cli import app
+from vlmpo.train.checkpoint import STATE_FILE
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model().save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return folder
+
+
+def records(count: int) -> list[dict[str, Any]]:
+    found = []
+    for seed in range(count):
+        pair = random_pair(seed)
+        question = pair.prompt[0].text.removeprefix("<image>\n")
+        found.append(
+            {"image": f"{seed % 4}.png", "question": question, "chosen": pair.chosen, "rejected": pair.rejected}
+        )
+    return found
+
+
+def write_data(folder: Path, lines: list[Any]) -> None:
+    """An MMPR data set in ``folder``: four images, one annotation file (strings are written as they are)."""
+    (folder / "set" / "images").mkdir(parents=True)
+    for seed in range(4):
+        noise_image(60 + 20 * seed, 60, seed).save(folder / "set" / "images" / f"{seed}.png")
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (folder / "set" / "pairs.jsonl").write_text(text)
+    entry = {"root": "set/images", "annotation": "set/pairs.jsonl", "repeat_time": 1, "length": len(lines)}
+    (folder / "set" / "meta.json").write_text(json.dumps({"noise": entry}))
+
+
+def write_recipe(folder: Path, checkpoint: Path, **changes: Any) -> str:
+    recipe: dict[str, Any] = {
+        "model": {"path": str(checkpoint)},
+        "data": {"train": ["set/meta.json"], "max_tiles": 2},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        },
+    }
+    for section, keys in changes.items():
+        recipe[section] = recipe.get(section, {}) | keys
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return str(file)
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run" / "manifest.json").read_text())
+
+
+def test_a_run_leaves_its_folder_whole(tmp_path: Path, checkpoint: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vlmpo.recipe import load_recipe
+
+    write_data(tmp_path, records(6))
+    recipe = write_recipe(tmp_path, checkpoint, data={"eval": ["set/pairs.jsonl"]}, training={"seed": 5})
+    recipe_eval = yaml.safe_load(Path(recipe).read_text())
+    recipe_eval["data"]["eval"] = [{"path": "set/pairs.jsonl", "image_root": "set/images"}]
+    Path(recipe).write_text(yaml.safe_dump(recipe_eval))
+    result = call("train", recipe, "loss.beta=0.2")
+    assert result.exit_code == 0, result.output
+    run = tmp_path / "run"
+    lines = logged(run)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    written = manifest(tmp_path)
+    assert written["status"] == "finished"
+    assert written["seed"] == 5
+    assert written["data"]["sets"] == {"noise": {"read": 6, "used": 6, "held_out": 0, "dropped": {}, "not_reached": 0}}
+    assert len(written["reference_hash"]) == 32
+    assert written["versions"]["vlmpo"]
+    assert list(written["data"]["hashes"]) == [str(tmp_path / "set" / "pairs.jsonl")]
+    assert written["evaluation"]["eval"]["eval_pairs"] == 6
+    assert load_recipe(run / "recipe.yaml").loss.beta == 0.2
+    AutoModelForImageTextToText.from_pretrained(run)
+    AutoProcessor.from_pretrained(run)
+    assert "reward accuracy" in result.output
+
+
+def test_holding_out_part_of_the_images(tmp_path: Path, checkpoint: Path) -> None:
+    write_data(tmp_path, records(16))
+    result = call("train", write_recipe(tmp_path, checkpoint, data={"hold_out": 0.25}))
+    assert result.exit_code == 0, result.output
+    counts = manifest(tmp_path)["data"]["sets"]["noise"]
+    assert counts == {"read": 16, "used": 12, "held_out": 4, "dropped": {}, "not_reached": 0}  # 4 images, 4 pairs each
+    assert manifest(tmp_path)["evaluation"]["held_out"]["held_out_pairs"] == 4
+
+
+def bad_lines() -> list[Any]:
+    good = records(8)
+    return [
+        good[0],
+        '{"image": "0.png", "question": "no end',
+        {**good[1], "image": "nowhere.png"},
+        {**good[2], "image": "broken.png"},
+        {**good[3], "rejected": ""},
+        {**good[4], "rejected": good[4]["chosen"]},
+        {**good[5], "chosen": "red " * 500},
+        {**good[6], "chosen": "look: <IMG_CONTEXT>"},
+        good[7],
+    ]
+
+
+REASONS = {
+    "bad_json": 2,
+    "missing_image": 3,
+    "undecodable_image": 4,
+    "empty_response": 5,
+    "identical": 6,
+    "over_long": 7,
+    "image_token_in_response": 8,
+}
+
+
+def test_bad_records_are_skipped_counted_and_named(tmp_path: Path, checkpoint: Path) -> None:
+    write_data(tmp_path, bad_lines())
+    (tmp_path / "set" / "images" / "broken.png").write_bytes(b"no picture")
+    result = call("train", write_recipe(tmp_path, checkpoint, data={"max_length": 400}))
+    assert result.exit_code == 0, result.output
+    found = manifest(tmp_path)["data"]
+    assert found["sets"]["noise"] == {
+        "read": 9,
+        "used": 2,
+        "held_out": 0,
+        "dropped": dict.fromkeys(sorted(REASONS), 1),
+        "not_reached": 0,
+    }
+    for reason, line in REASONS.items():
+        assert f"pairs.jsonl:{line}: " in found["examples"][reason][0]
+        assert reason in result.output
+
+
+@pytest.mark.parametrize("reason", list(REASONS))
+def test_a_bad_record_ends_the_run_when_asked(tmp_path: Path, checkpoint: Path, reason: str) -> None:
+    lines = bad_lines()
+    write_data(tmp_path, [lines[0], lines[REASONS[reason] - 1]])
+    (tmp_path / "set" / "images" / "broken.png").write_bytes(b"no picture")
+    result = call(
+        "train",
+        write_recipe(tmp_path, checkpoint, data={"max_length": 400, "on_bad_record": "fail"}),
+        "training.dataloader_num_workers=1",
+    )
+    assert result.exit_code == 2, result.output
+    assert f"{tmp_path / 'set' / 'pairs.jsonl'}:2: " in result.output
+    assert f"[{reason}]" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_cutting_over_long_responses(tmp_path: Path, checkpoint: Path) -> None:
+    lines = records(2)
+    lines[1]["chosen"] = "red " * 500
+    write_data(tmp_path, lines)
+    result = call("train", write_recipe(tmp_path, checkpoint, data={"max_length": 400, "over_long": "cut"}))
+    assert result.exit_code == 0, result.output
+    assert manifest(tmp_path)["data"]["sets"]["noise"]["used"] == 2
+
+
+def test_resuming_by_the_command_line(tmp_path: Path, checkpoint: Path) -> None:
+    write_data(tmp_path, records(8))
+    recipe = write_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2})
+    assert call("train", recipe).exit_code == 0
+    first = logged(tmp_path / "run")
+    again = call("train", recipe)
+    assert again.exit_code == 2
+    assert "already holds a run" in again.output
+    (tmp_path / "run" / "checkpoint-4" / STATE_FILE).unlink()  # as if killed while it was written
+    resumed = call("train", recipe, "training.resume_from_checkpoint=true")
+    assert resumed.exit_code == 0, resumed.output
+    timing = ("step_seconds", "pairs_per_second", "tokens_per_second")
+    for mine, other in zip(logged(tmp_path / "run"), first, strict=True):
+        assert {k: v for k, v in mine.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
+    assert manifest(tmp_path)["data"]["sets"]["noise"]["used"] == 8
+
+
+def test_lora_from_a_recipe(tmp_path: Path, checkpoint: Path) -> None:
+    write_data(tmp_path, records(4))
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
+    result = call("train", write_recipe(tmp_path, checkpoint, model={"lora": lora}, reference={"kind": "adapter"}))
+    assert result.exit_code == 0, result.output
+    assert logged(tmp_path / "run")[0]["rewards/chosen"] == 0.0
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_frozen_parts_do_not_move(tmp_path: Path, checkpoint: Path) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    write_data(tmp_path, records(4))
+    result = call("train", write_recipe(tmp_path, checkpoint, model={"freeze": ["vision_tower"]}))
+    assert result.exit_code == 0, result.output
+    before = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        frozen = "vision_tower" in name
+        if frozen:
+            assert torch.equal(old, new), name
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.learning_rat=1", "did you mean training.learning_rate"),
+        ("training.lr_scheduler_type=cosinus", "training: "),
+        ("model.lora={rank: 4}", "model.lora.rank"),
+        ("model.freeze=[visual_tower]", "model.freeze: the model has no part 'visual_tower'"),
+        ("model.path=no/such/model", "model.path: no"),
+        ("data.train=[no/such.jsonl]", "no/such.jsonl"),
+        ("training.resume_from_checkpoint=true", "no complete checkpoint"),
+    ],
+)
+def test_mistakes_get_one_message(tmp_path: Path, checkpoint: Path, override: str, words: str) -> None:
+    write_data(tmp_path, records(2))
+    result = call("train", write_recipe(tmp_path, checkpoint), override)
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights.pop(sorted(weights)[0])
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    write_data(tmp_path, records(2))
+    result = call("train", write_recipe(tmp_path, broken))
+    assert result.exit_code == 2
+    assert "lacks 1 of the model's weights" in result.output
