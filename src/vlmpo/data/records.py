@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -63,3 +63,70 @@ class PreferencePair:
         fields["prompt"] = tuple(Message(m["role"], m["text"]) for m in record["prompt"])
         fields["images"] = tuple(record["images"])
         return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with its true answer: what preference pairs are built from, and what models are tested on.
+
+    Attributes:
+        id: unique in its file; by default a hash of the content.
+        images: one source an image: a path, encoded bytes, or a PIL image.
+        question: the text, ``<image>`` where an image stands (one image and none written: it goes first).
+        answer: the truth.
+        verifier: how a response is held against it; None leaves it to the recipe.
+        split: e.g. ``train`` or ``test``; None where the data have none.
+        origin: ``file:line`` it was read from, for messages.
+    """
+
+    id: str
+    images: tuple[Any, ...]
+    question: str
+    answer: str
+    verifier: str | None = None
+    split: str | None = None
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One sampled answer to a question.
+
+    Attributes:
+        question_id, sample_index: which sample of which question.
+        text: without the end-of-turn token.
+        finish_reason: ``stop`` (the model ended its turn) or ``length`` (cut at the token limit).
+        model: who answered.
+        settings: how it was sampled: temperature, top_p, max_new_tokens, seed, prompt style.
+    """
+
+    question_id: str
+    sample_index: int
+    text: str
+    finish_reason: str
+    model: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Response:
+        """Inverse of :meth:`to_json`."""
+        return cls(**record)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verifier says of a response: never a guess.
+
+    Attributes:
+        status: ``correct``, ``wrong``, or ``unparsed`` where no final answer could be read from the response.
+        parsed: the final answer as read from the response; None when unparsed.
+        verifier: the one that decided.
+    """
+
+    status: Literal["correct", "wrong", "unparsed"]
+    parsed: str | None
+    verifier: str

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from vlmpo.demo.task import CAPTION_REQUEST, CELLS, IMAGE_PIXELS, KINDS, LARGEST_ANSWER, LINES
+from vlmpo.demo.task import CELLS, IMAGE_PIXELS, KINDS, LARGEST_ANSWER, LINES
 from vlmpo.demo.tiny import SPECIAL_TOKENS, TinySize, build_model, build_processor, wrap_tokenizer
 
 UNKNOWN = "<unk>"
@@ -36,11 +36,10 @@ def _words() -> list[str]:
     """Every word of the task and of the chat template, in a fixed order."""
     sentences = [
         "system user assistant",
-        CAPTION_REQUEST,
         *CELLS,
-        *(f"{kind} in" for kind in KINDS),
-        *LINES,
-        "Count plus minus . : , + - = Final answer:",
+        *KINDS,
+        *(f"{line} {line}:" for line in LINES),
+        "Describe Count in plus minus and . + - = Final answer:",
         " ".join(str(number) for number in range(LARGEST_ANSWER + 1)),
     ]
     return list(dict.fromkeys(word for sentence in sentences for word in sentence.split()))

@@ -7,7 +7,7 @@ alone. Every sentence is words separated by single spaces, so that a word-level 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,18 +18,17 @@ from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220)}
 SHAPES = ("circle", "square", "triangle")
-EMPTY = "empty cell"
-CELLS = (EMPTY, *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
-KINDS = ("shapes", *(f"{colour} shapes" for colour in COLOURS), *(f"{shape}s" for shape in SHAPES))
+EMPTY = "empty"
+CELLS = (EMPTY, *(f"{colour}-{shape}" for colour in COLOURS for shape in SHAPES))
+KINDS = ("shapes", *(f"{colour}-shapes" for colour in COLOURS), *(f"{shape}s" for shape in SHAPES))
 LINES = {
-    **{f"row {i + 1}": (3 * i, 3 * i + 1, 3 * i + 2) for i in range(3)},
-    **{f"column {i + 1}": (i, i + 3, i + 6) for i in range(3)},
+    **{f"{name}-row": (3 * i, 3 * i + 1, 3 * i + 2) for i, name in enumerate(("top", "middle", "bottom"))},
+    **{f"{name}-column": (i, i + 3, i + 6) for i, name in enumerate(("left", "middle", "right"))},
 }
 CELL_PIXELS = 16
 IMAGE_PIXELS = 3 * CELL_PIXELS
 EMPTY_SHARE = 0.25
 ADD_SHARE = 0.65
-CAPTION_REQUEST = "Describe the image ."
 LARGEST_ANSWER = 6
 
 Scene = tuple[str, ...]  # nine entries of CELLS, row by row
@@ -40,7 +39,7 @@ def _tile(cell: str) -> np.ndarray:
     """Pixels of one cell [16, 16, 3], uint8."""
     tile = Image.new("RGB", (CELL_PIXELS, CELL_PIXELS), "white")
     if cell != EMPTY:
-        colour, shape = cell.split()
+        colour, shape = cell.split("-")
         draw, low, high = ImageDraw.Draw(tile), 2, CELL_PIXELS - 3
         if shape == "circle":
             draw.ellipse((low, low, high, high), outline=COLOURS[colour], width=3)
@@ -57,10 +56,9 @@ def render(scene: Scene) -> Image.Image:
     return Image.fromarray(np.concatenate(rows, axis=0))
 
 
-def caption(scene: Scene) -> str:
-    """All nine cells, row by row: ``row 1 : red circle , empty cell , blue square . row 2 : ...``."""
-    rows = (f"row {i + 1} : " + " , ".join(scene[3 * i : 3 * i + 3]) + " ." for i in range(3))
-    return " ".join(rows)
+def caption(scene: Scene, lines: Sequence[str]) -> str:
+    """The cells of some lines: ``top-row: red-circle empty blue-square . left-column: ...``."""
+    return " ".join(f"{line}: {' '.join(scene[place] for place in LINES[line])} ." for line in lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +75,20 @@ class Count:
         """Whether ``cell`` belongs to what is counted."""
         if cell == EMPTY:
             return False
-        wanted = self.kind.removesuffix(" shapes").removesuffix("s")
-        return wanted == "shape" or wanted in cell.split()
+        wanted = self.kind.removesuffix("-shapes").removesuffix("s")
+        return wanted == "shape" or wanted in cell.split("-")
 
     def of(self, scene: Scene) -> int:
         """The count, 0 to 3."""
         return sum(self.matches(scene[place]) for place in LINES[self.line])
 
     def aloud(self, scene: Scene) -> str:
-        """The counting, cell before number: ``red shapes in row 1 : red circle 1 empty cell 1 red square 2 .``."""
+        """The counting, cell before number: ``red-shapes in top-row: red-circle 1 empty 1 red-square 2 .``."""
         words, total = [], 0
         for place in LINES[self.line]:
             total += self.matches(scene[place])
             words.append(f"{scene[place]} {total}")
-        return f"{self} : {' '.join(words)} ."
+        return f"{self}: {' '.join(words)} ."
 
 
 @dataclass(frozen=True, slots=True)
