@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from benchmarks.visonlyqa import DATA, run
 
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason="the visonlyqa pairs are not beside this checkout")

@@ -15,6 +15,7 @@ from tests.tiny_models import processor, random_pair
 from tests.training import Gradients, flat_weights, logged, pairs, relative, trainer
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.train.reference import AdapterReference, CopyReference
+from vlmpo.tree.layout import build_row
 
 START = 0.8 * math.log(2) + 0.2 * 2 * math.log(2)
 
@@ -332,3 +333,26 @@ def test_the_final_model_reloads_and_generates_the_same(tmp_path: Path) -> None:
     prompt = run.encoder.encode(pairs(1)[0])
     arguments = {"input_ids": prompt.trunk_ids[None], **prompt.vision, "max_new_tokens": 5, "do_sample": False}
     assert model.generate(**arguments).tolist() == run.model.generate(**arguments).tolist()
+
+
+def test_start_up_check_falls_back_where_shared_rows_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Positions that go on after the sibling: caught on the first pair, and the run is that of separate rows."""
+    from vlmpo.train import batching
+
+    def broken(trees: list) -> object:
+        row = build_row(trees)
+        return replace(row, position_ids=torch.arange(row.layout.num_tokens)[None])
+
+    separate = trainer(tmp_path / "separate", pairs(4), attention="separate")
+    separate.train()
+    assert "NOT sharing" not in capsys.readouterr().err
+    monkeypatch.setattr(batching, "build_row", broken)
+    fallen = trainer(tmp_path / "fallen", pairs(4))
+    fallen.train()
+    assert "NOT sharing the prompt between responses: on memory:0" in capsys.readouterr().err
+    assert not fallen.shared
+    for mine, other in zip(logged(tmp_path / "fallen"), logged(tmp_path / "separate"), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    assert relative(flat_weights(fallen.model), flat_weights(separate.model)) < 1e-6

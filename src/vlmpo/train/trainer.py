@@ -9,13 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmpo.data.encode import PairEncoder
+from vlmpo.data.encode import EncodedPair, PairEncoder
 from vlmpo.errors import RunError
 from vlmpo.loss.mpo import LossOutput, expected_start, mpo_loss, needs_reference
 from vlmpo.loss.reward_shift import RewardShift
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
-from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch, PairBatchSampler, PairLoader, PairRows, merge
+from vlmpo.train.batching import (
+    Collator,
+    EncodedPairs,
+    MicroBatch,
+    PairBatchSampler,
+    PairLoader,
+    PairRows,
+    lay_out,
+    merge,
+)
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.metrics import StepSums, add_up, summarise
@@ -31,7 +40,7 @@ from vlmpo.train.reference import (
     is_peft,
     switch_dropout_off,
 )
-from vlmpo.tree.families import support_for
+from vlmpo.tree.families import shared_row_error, support_for
 from vlmpo.tree.layout import sum_by_branch
 from vlmpo.tree.logprobs import install
 
@@ -119,6 +128,26 @@ class MPOTrainer(Trainer):
         if args.attention == "auto" and not support.shared:
             notice(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
         return args.attention == "auto" and support.shared
+
+    def _check_shared_rows(self) -> None:
+        """Read one real pair both ways; where they differ by more than rounding, share no more and say so."""
+        data = EncodedPairs(self.train_dataset, self.encoder)
+        items = (data[index] for index in range(len(data)))
+        pair = next((item for item in items if isinstance(item, EncodedPair)), None)
+        if pair is None:
+            return
+        rows, parts = (lay_out([pair], shared).to(self.args.device).rows for shared in (True, False))
+        difference = shared_row_error(base_of(self.model), rows, parts, self.args.bf16 or self.args.fp16)
+        if difference is None:
+            return
+        notice(
+            f"NOT sharing the prompt between responses: on {pair.origin or 'the first pair'} shared and separate rows "
+            f"differ by {difference:.3g} nats a token. Each response is read in a row of its own."
+        )
+        self.shared = self.data_collator.shared = False
+        install(base_of(self.model), shared=False)
+        if isinstance(self.reference, CopyReference):
+            install(base_of(self.accelerator.unwrap_model(self.reference.model)), shared=False)
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
@@ -347,6 +376,8 @@ class MPOTrainer(Trainer):
                     "leave training.resume_from_checkpoint out to start anew"
                 )
             resume_from_checkpoint = str(found)
+        if self.shared:
+            self._check_shared_rows()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

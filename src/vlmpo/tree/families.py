@@ -6,8 +6,14 @@ separate rows, one response a row: exact for any causal model, only slower.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+from vlmpo.tree.layout import Row
+from vlmpo.tree.logprobs import score_rows
 
 # Text towers with plain causal attention in every layer and one position a token.
 PLAIN_CAUSAL_TEXT = frozenset({"qwen2", "qwen3", "llama"})
@@ -35,3 +41,29 @@ def support_for(config: Any) -> Support:
     if kinds != {"full_attention"}:
         return Support(False, f"its text tower has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}")
     return Support(True, f"{family} with a {text.model_type} text tower")
+
+
+# Mean difference a token that rounding explains. A branch that is read wrongly is off by tenths of a nat.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+def shared_row_error(model: Any, shared: Sequence[Row], separate: Sequence[Row], half: bool) -> float | None:
+    """The start-up check: the same responses read on a shared trunk and each on its own.
+
+    Args:
+        model: set up to share trunks.
+        shared, separate: the same pair laid out both ways.
+        half: whether the run computes in a half-precision type by autocast.
+
+    Returns:
+        None where they agree to rounding, else the mean absolute difference in nats a token.
+    """
+    kind = shared[0].input_ids.device.type
+    dtype = model.get_output_embeddings().weight.dtype
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16, enabled=half):
+        difference = (score_rows(model, shared, True) - score_rows(model, separate, False)).abs().mean().item()
+    model.train(was_training)
+    bound = max(ROUNDING[dtype], ROUNDING[torch.bfloat16] if half else 0.0)
+    return None if difference <= bound else difference  # NaN is not within any bound
