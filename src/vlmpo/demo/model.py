@@ -1,4 +1,4 @@
-"""The demo's model: a half-million-parameter InternVL with a word-level tokenizer for the demo's sentences."""
+"""The demo's model: an InternVL of 0.6 million weights, with a word-level tokenizer for the demo's sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmpo.demo.tiny import SPECIAL_TOKENS, TinySize, build_model, build_process
 UNKNOWN = "<unk>"
 
 # Patches of 8 pixels, shuffled two by two: one image token a cell. InternVL's own layer scale (0.1), initializer range
-# (0.02) and zero position embeddings suit a pretrained tower and slow one that starts from nothing.
+# (0.02) and zero position embeddings suit a pretrained tower; from nothing they make the first hundreds of steps idle.
 DEMO_SIZE = TinySize(
     image_size=IMAGE_PIXELS,
     patch_size=8,
@@ -26,21 +26,21 @@ DEMO_SIZE = TinySize(
     max_positions=1024,
     layer_scale=1.0,
     initializer_range=0.08,
-    position_embedding_std=0.2,
+    position_embedding_std=0.5,
     crop_to_patches=False,
     max_tiles=1,
 )
 
 
 def _words() -> list[str]:
-    """Every word of the task and of the chat template, in a fixed order."""
+    """Every word of the task and of the chat template's turns, in a fixed order."""
     sentences = [
         "system user assistant",
+        "Describe and Count in plus minus . + - = Final answer:",
+        " ".join(str(number) for number in range(LARGEST_ANSWER + 1)),
         *CELLS,
         *KINDS,
         *(f"{line} {line}:" for line in LINES),
-        "Describe Count in plus minus and . + - = Final answer:",
-        " ".join(str(number) for number in range(LARGEST_ANSWER + 1)),
     ]
     return list(dict.fromkeys(word for sentence in sentences for word in sentence.split()))
 

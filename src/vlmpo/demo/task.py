@@ -1,13 +1,14 @@
-"""The demo's visual task: small drawings of nine cells and sums over what is counted in them.
+"""The demo's visual task: small drawings of nine cells, and sums over what is counted in them.
 
 A scene is nine cells, each empty or one of three colours times three shapes. A question adds or subtracts two counts,
 each over one row or column. A worked answer counts aloud and then computes; a direct answer is its last sentence
-alone. Every sentence is words separated by single spaces, so that a word-level tokenizer reproduces it exactly.
+alone. Every sentence is words separated by single spaces, so that a word-level tokenizer reproduces it exactly; a cell
+is one word, so that the model has to look once to name it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,7 +22,7 @@ SHAPES = ("circle", "square", "triangle")
 EMPTY = "empty"
 CELLS = (EMPTY, *(f"{colour}-{shape}" for colour in COLOURS for shape in SHAPES))
 KINDS = ("shapes", *(f"{colour}-shapes" for colour in COLOURS), *(f"{shape}s" for shape in SHAPES))
-LINES = {
+LINES = {  # name: the three cells it holds, of nine counted row by row
     **{f"{name}-row": (3 * i, 3 * i + 1, 3 * i + 2) for i, name in enumerate(("top", "middle", "bottom"))},
     **{f"{name}-column": (i, i + 3, i + 6) for i, name in enumerate(("left", "middle", "right"))},
 }
@@ -30,13 +31,14 @@ IMAGE_PIXELS = 3 * CELL_PIXELS
 EMPTY_SHARE = 0.25
 ADD_SHARE = 0.65
 LARGEST_ANSWER = 6
+SOURCE = "demo"  # the data set's name in the metrics
 
 Scene = tuple[str, ...]  # nine entries of CELLS, row by row
 
 
 @cache
 def _tile(cell: str) -> np.ndarray:
-    """Pixels of one cell [16, 16, 3], uint8."""
+    """Pixels of one cell ``[16, 16, 3]``, uint8. The circle is hollow: a filled one is too like a square to learn."""
     tile = Image.new("RGB", (CELL_PIXELS, CELL_PIXELS), "white")
     if cell != EMPTY:
         colour, shape = cell.split("-")
@@ -51,14 +53,9 @@ def _tile(cell: str) -> np.ndarray:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as a 48x48 RGB image."""
+    """The scene as a 48x48 RGB image. Different scenes have different images."""
     rows = [np.concatenate([_tile(cell) for cell in scene[start : start + 3]], axis=1) for start in (0, 3, 6)]
     return Image.fromarray(np.concatenate(rows, axis=0))
-
-
-def caption(scene: Scene, lines: Sequence[str]) -> str:
-    """The cells of some lines: ``top-row: red-circle empty blue-square . left-column: ...``."""
-    return " ".join(f"{line}: {' '.join(scene[place] for place in LINES[line])} ." for line in lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +69,10 @@ class Count:
         return f"{self.kind} in {self.line}"
 
     def matches(self, cell: str) -> bool:
-        """Whether ``cell`` belongs to what is counted."""
-        if cell == EMPTY:
-            return False
-        wanted = self.kind.removesuffix("-shapes").removesuffix("s")
-        return wanted == "shape" or wanted in cell.split("-")
+        """Whether ``cell`` is of the kind that is counted."""
+        if cell == EMPTY or self.kind == "shapes":
+            return cell != EMPTY
+        return self.kind.removesuffix("-shapes").removesuffix("s") in cell.split("-")
 
     def of(self, scene: Scene) -> int:
         """The count, 0 to 3."""
@@ -84,10 +80,10 @@ class Count:
 
     def aloud(self, scene: Scene) -> str:
         """The counting, cell before number: ``red-shapes in top-row: red-circle 1 empty 1 red-square 2 .``."""
-        words, total = [], 0
+        words: list[str] = []
         for place in LINES[self.line]:
-            total += self.matches(scene[place])
-            words.append(f"{scene[place]} {total}")
+            total = int(words[-1]) if words else 0
+            words += [scene[place], str(total + self.matches(scene[place]))]
         return f"{self}: {' '.join(words)} ."
 
 
@@ -124,8 +120,46 @@ class Question:
         return f"{self.left.aloud(self.scene)} {self.right.aloud(self.scene)} {computed} {self.direct}"
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A supervised example: a scene, what is asked, and what to say."""
+
+    scene: Scene
+    request: str
+    answer: str
+
+
+class Lessons:
+    """Supervised examples as the trainer reads them; an image is drawn when it is read."""
+
+    def __init__(self, lessons: Sequence[Lesson]) -> None:
+        self.lessons = lessons
+
+    def __len__(self) -> int:
+        return len(self.lessons)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        lesson = self.lessons[index]
+        return PreferencePair(prompt(lesson.request), (render(lesson.scene),), lesson.answer, None, SOURCE)
+
+
+def prompt(request: str) -> tuple[Message, ...]:
+    """The one user turn: the image, then the request."""
+    return (Message("user", f"{IMAGE_PLACEHOLDER}\n{request}"),)
+
+
+def caption(scene: Scene, lines: Sequence[str]) -> Lesson:
+    """A description of ``lines``, in that order: ``top-row: red-circle empty blue-square . left-column: ...``."""
+    told = (f"{line}: {' '.join(scene[place] for place in LINES[line])} ." for line in lines)
+    return Lesson(scene, f"Describe {' and '.join(lines)} .", " ".join(told))
+
+
 class SceneSource:
-    """Draws scenes, none of them twice: what one split was given, no other split gets."""
+    """Draws scenes, never the same one twice: an image that one split was given, no other split gets.
+
+    Args:
+        seed: of everything that is drawn; what it gives depends on the order of the calls too.
+    """
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
@@ -141,33 +175,33 @@ class SceneSource:
                 self._given.add(scene)
                 return scene
 
-    def scenes(self, number: int) -> Iterator[Scene]:
-        """``number`` scenes not given before."""
-        return (self.scene() for _ in range(number))
-
-    def questions(self, number: int) -> list[Question]:
-        """``number`` questions, each about a scene not given before."""
-        return [self._question(scene) for scene in self.scenes(number)]
-
-    def _question(self, scene: Scene) -> Question:
+    def question(self) -> Question:
+        """A question about a scene not given before, over two different lines."""
+        scene = self.scene()
         kinds = self._random.integers(0, len(KINDS), 2)
-        lines = self._random.choice(list(LINES), 2, replace=False)
-        left, right = (Count(KINDS[k], str(line)) for k, line in zip(kinds, lines, strict=True))
+        left, right = (Count(KINDS[k], line) for k, line in zip(kinds, self._lines()[:2], strict=True))
         add = bool(self._random.random() < ADD_SHARE)
         if not add and left.of(scene) < right.of(scene):
             left, right = right, left
         return Question(scene, left, right, add)
 
-    def chance(self, share: float) -> bool:
-        """True in ``share`` of the calls."""
-        return bool(self._random.random() < share)
+    def questions(self, number: int) -> list[Question]:
+        """``number`` questions."""
+        return [self.question() for _ in range(number)]
 
+    def captions(self, number: int) -> list[Lesson]:
+        """Descriptions of all six lines, in an order that the request names."""
+        return [caption(self.scene(), self._lines()) for _ in range(number)]
 
-def prompt(request: str) -> tuple[Message, ...]:
-    """The one user turn: the image, then the request."""
-    return (Message("user", f"{IMAGE_PLACEHOLDER}\n{request}"),)
+    def answers(self, number: int, direct_sums: float = 0.0, direct_differences: float = 0.0) -> list[Lesson]:
+        """Answered questions: so large a share of the sums, and of the differences, directly, the rest worked."""
+        lessons = []
+        for question in self.questions(number):
+            direct = self._random.random() < (direct_sums if question.add else direct_differences)
+            lessons.append(Lesson(question.scene, question.text, question.direct if direct else question.worked))
+        return lessons
 
-
-def lesson(scene: Scene, request: str, answer: str) -> PreferencePair:
-    """A supervised example: an image, what is asked, and what to say."""
-    return PreferencePair(prompt(request), (render(scene),), answer, None, source="demo")
+    def _lines(self) -> list[str]:
+        """The names of all lines in random order."""
+        names = list(LINES)
+        return [names[index] for index in self._random.permutation(len(names))]
