@@ -98,6 +98,8 @@ def test_a_run_leaves_its_folder_whole(tmp_path: Path, checkpoint: Path) -> None
     assert written["versions"]["vlmpo"]
     assert list(written["data"]["hashes"]) == [str(tmp_path / "set" / "pairs.jsonl")]
     assert written["evaluation"]["eval"]["eval_pairs"] == 6
+    overlap = written["overlap"]["eval"]  # the same file on both sides: every item was seen, and it is said
+    assert (overlap["items"], overlap["with_seen_image"], overlap["seen_whole"]) == (6, 6, 6)
     assert load_recipe(run / "recipe.yaml").loss.beta == 0.2
     AutoModelForImageTextToText.from_pretrained(run)
     AutoProcessor.from_pretrained(run)
@@ -111,6 +113,7 @@ def test_holding_out_part_of_the_images(tmp_path: Path, checkpoint: Path) -> Non
     counts = manifest(tmp_path)["data"]["sets"]["noise"]
     assert counts == {"read": 16, "used": 12, "held_out": 4, "dropped": {}, "not_reached": 0}  # 4 images, 4 pairs each
     assert manifest(tmp_path)["evaluation"]["held_out"]["held_out_pairs"] == 4
+    assert manifest(tmp_path)["overlap"]["held_out"]["with_seen_image"] == 0
 
 
 def bad_lines() -> list[Any]:

@@ -317,6 +317,12 @@ def test_evaluation_metrics_by_hand(tmp_path: Path) -> None:
     own = [rewards[i] for i in (0, 2, 4)]
     assert metrics["eval_rewards/accuracies/a"] == sum(c > r for c, r in own) / 3
     assert metrics["eval_pairs/b"] == 2
+    lengths = [(run.encoder.encode(p).chosen_ids.numel(), run.encoder.encode(p).rejected_ids.numel()) for p in held_out]
+    assert metrics["eval_lengths/chosen"] == pytest.approx(sum(chosen for chosen, _ in lengths) / 5)
+    assert metrics["eval_lengths/rejected"] == pytest.approx(sum(rejected for _, rejected in lengths) / 5)
+    similar = [reward for reward, (c, r) in zip(rewards, lengths, strict=True) if min(c, r) >= 0.8 * max(c, r)]
+    assert metrics["eval_pairs_similar_length"] == len(similar) > 0
+    assert metrics["eval_rewards/accuracies_similar_length"] == sum(c > r for c, r in similar) / len(similar)
     low, high = metrics["eval_rewards/accuracies_low"], metrics["eval_rewards/accuracies_high"]
     assert 0.0 <= low <= metrics["eval_rewards/accuracies"] <= high <= 1.0
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from vlmpo.data.records import PreferencePair
 from vlmpo.demo.answers import generate, make_pairs, marks

@@ -145,6 +145,11 @@ class PairRows:
         """Branches in all rows."""
         return sum(row.num_branches for row in self.rows)
 
+    @property
+    def branch_lengths(self) -> list[int]:
+        """Scored tokens of each branch, counted through the rows."""
+        return [length for row in self.rows for span in row.layout.spans for length in span.branches]
+
     def to(self, device: torch.device) -> PairRows:
         """The same with its tensors on ``device``."""
         return replace(

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from vlmpo.train.trainer import MPOTrainer
 
 
+SIMILAR_LENGTH = 0.8
+STRONG_LENGTH_RATIO = 1.5
+
+
 class ScoredPair(NamedTuple):
     """One pair's log-probs, summed over scored tokens. The reference's and the rejected one's may be absent."""
 
     source: str
     chosen_length: int
+    rejected_length: int | None
     policy_chosen: float
     policy_rejected: float | None
     reference_chosen: float | None
@@ -51,9 +56,11 @@ def _score(trainer: MPOTrainer, model: torch.nn.Module, part: PairRows) -> list[
     policy, reference = trainer.branch_logps(model, part)
     nothing: list[float | None] = [None] * len(part)
     rejected = part.rejected if reference is not None else None
+    lengths = part.branch_lengths
     columns = (
         part.sources,
         part.chosen_lengths.tolist(),
+        nothing if rejected is None else [lengths[branch] for branch in rejected.tolist()],
         policy[part.chosen].tolist(),
         nothing if rejected is None else policy[rejected].tolist(),
         nothing if reference is None else reference[part.chosen].tolist(),
@@ -77,6 +84,7 @@ def evaluate_pairs(trainer: MPOTrainer, loader: PairLoader) -> dict[str, float]:
         return metrics
     metrics["logps/rejected"] = sum(pair.policy_rejected or 0.0 for pair in pairs) / len(pairs)
     metrics |= _rewards(pairs, trainer.args.beta)
+    metrics |= _by_length(pairs, trainer.args.beta)
     sources = sorted({pair.source for pair in pairs})
     for source in sources if len(sources) > 1 else ():
         own = [pair for pair in pairs if pair.source == source]
@@ -108,9 +116,46 @@ def _losses(trainer: MPOTrainer, pairs: list[ScoredPair]) -> dict[str, float]:
     return {"loss": output.loss.item(), **{f"loss/{name}": value.item() for name, value in output.terms.items()}}
 
 
-def _rewards(pairs: list[ScoredPair], beta: float) -> dict[str, float]:
+def _reward_columns(pairs: list[ScoredPair], beta: float) -> tuple[list[float], list[float]]:
     chosen = [beta * (pair.policy_chosen - (pair.reference_chosen or 0.0)) for pair in pairs]
     rejected = [beta * ((pair.policy_rejected or 0.0) - (pair.reference_rejected or 0.0)) for pair in pairs]
+    return chosen, rejected
+
+
+def _by_length(pairs: list[ScoredPair], beta: float) -> dict[str, float]:
+    """Mean lengths, and reward accuracy where length cannot give the answer away.
+
+    Responses are of similar length when the shorter has at least SIMILAR_LENGTH of the longer's tokens.
+    """
+    lengths = [(pair.chosen_length, pair.rejected_length or 0) for pair in pairs]
+    metrics = {
+        "lengths/chosen": sum(chosen for chosen, _ in lengths) / len(pairs),
+        "lengths/rejected": sum(rejected for _, rejected in lengths) / len(pairs),
+    }
+    similar = [p for p, (c, r) in zip(pairs, lengths, strict=True) if min(c, r) >= SIMILAR_LENGTH * max(c, r)]
+    metrics["pairs_similar_length"] = len(similar)
+    if similar:
+        right = sum(c > r for c, r in zip(*_reward_columns(similar, beta), strict=True))
+        low, high = wilson(right, len(similar))
+        metrics["rewards/accuracies_similar_length"] = right / len(similar)
+        metrics["rewards/accuracies_similar_length_low"] = low
+        metrics["rewards/accuracies_similar_length_high"] = high
+    return metrics
+
+
+def length_warning(metrics: dict[str, float], prefix: str) -> str | None:
+    """A line for the user where chosen and rejected lengths differ so much that length alone may decide."""
+    chosen, rejected = metrics.get(f"{prefix}_lengths/chosen"), metrics.get(f"{prefix}_lengths/rejected")
+    if chosen is None or rejected is None or max(chosen, rejected) <= STRONG_LENGTH_RATIO * min(chosen, rejected):
+        return None
+    return (
+        f"{prefix}: chosen responses have {chosen:.0f} tokens, rejected ones {rejected:.0f} on average; "
+        "reward accuracy may measure length (see rewards/accuracies_similar_length)"
+    )
+
+
+def _rewards(pairs: list[ScoredPair], beta: float) -> dict[str, float]:
+    chosen, rejected = _reward_columns(pairs, beta)
     right = sum(c > r for c, r in zip(chosen, rejected, strict=True))
     low, high = wilson(right, len(pairs))
     margin, margin_low, margin_high = mean_interval([c - r for c, r in zip(chosen, rejected, strict=True)])

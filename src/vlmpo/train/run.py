@@ -21,8 +21,9 @@ from vlmpo.recipe import Recipe, check_lora_keys, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
 from vlmpo.train.config import MPOConfig
+from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
-from vlmpo.train.run_data import RunData, open_run_data, show_accounts
+from vlmpo.train.run_data import RunData, find_overlaps, open_run_data, show_accounts
 from vlmpo.train.trainer import MPOTrainer
 
 ensure_torchvision()  # before transformers' model classes, which import torchvision
@@ -43,7 +44,8 @@ def train(recipe: Recipe) -> MPOTrainer:
     folder = Path(args.output_dir)
     _refuse_to_overwrite(folder, args)
     data = open_run_data(recipe)
-    for remark in data.notices:
+    overlaps = find_overlaps(data)
+    for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
         notice(f"note: {remark}")
     processor = load_processor(recipe)
     model = load_model(recipe)
@@ -60,6 +62,7 @@ def train(recipe: Recipe) -> MPOTrainer:
     )
     main = trainer.accelerator.is_main_process
     manifest = _manifest(recipe, trainer, data)
+    manifest["overlap"] = {name: dataclasses.asdict(found) for name, found in overlaps.items()}
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
@@ -68,7 +71,8 @@ def train(recipe: Recipe) -> MPOTrainer:
     trainer.save_model(args.output_dir)
     results = {name: trainer.evaluate(part, metric_key_prefix=name) for name, part in data.evaluation.items()}
     accounts = trainer.all_accounts()
-    for remark in trainer.encoder.notices:
+    warnings = [length_warning(metrics, name) for name, metrics in results.items()]
+    for remark in [*trainer.encoder.notices, *filter(None, warnings)]:
         notice(f"note: {remark}")
     if main:
         manifest["data"] |= _data_accounts(data, accounts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vlmpo.data.sources import PairDataset, SourceSpec, open_pairs, screen, split_hold_out
 from vlmpo.errors import DataError, RecordError
+from vlmpo.evaluate.overlap import Item, Overlap, find_overlap
 from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import Recipe, Source
 from vlmpo.train.accounts import Accounts
@@ -84,6 +85,17 @@ def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, Accounts]:
             raise error
         accounts.drop(data.source(drop.index), error)
     return found.kept, accounts
+
+
+def find_overlaps(data: RunData) -> dict[str, Overlap]:
+    """For each evaluation set, what of it the training pairs show too, by content."""
+    return {name: find_overlap(_items(data.train), list(_items(pairs))) for name, pairs in data.evaluation.items()}
+
+
+def _items(pairs: PairDataset) -> Iterator[Item]:
+    for index in range(len(pairs)):
+        pair = pairs[index]
+        yield Item(" ".join(message.text for message in pair.prompt), pair.images, pair.origin)
 
 
 def show_accounts(console: Console, data: RunData, trained: Accounts) -> None:
