@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from vlmpo.demo.tiny import TinySize, build_model, build_processor, train_tokenizer
-from vlmpo.evaluate.intervals import wilson
+from vlmpo.intervals import wilson
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data" / "visonlyqa"

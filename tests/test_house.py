@@ -17,11 +17,12 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # A module imports from its own storey and lower ones, and no two rooms need each other. `vlmpo/__init__.py` only
 # gathers the public names: it sits on the roof, and nothing inside the house imports from it.
 STOREYS = [
-    {"errors", "recipe", "torchvision_shim"},
+    {"errors", "intervals", "recipe", "torchvision_shim"},
     {"data"},
     {"tree"},
     {"loss"},
-    {"train", "build", "evaluate"},
+    {"train", "build"},
+    {"evaluate"},
     {"report", "demo"},
     {"cli"},
     {"__init__", "__main__"},
@@ -92,7 +93,7 @@ def test_no_two_rooms_need_each_other():
 
 
 def test_a_cycle_is_seen():
-    sources = {"train.run": "from vlmpo.evaluate import intervals", "evaluate.accuracy": "import vlmpo.train.run"}
+    sources = {"train.run": "from vlmpo.build import sample", "build.engines": "import vlmpo.train.run"}
     with pytest.raises(graphlib.CycleError):
         graphlib.TopologicalSorter(room_needs(sources)).prepare()
 

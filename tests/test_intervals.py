@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from vlmpo.evaluate.intervals import mean_interval, paired_bootstrap, wilson
+from vlmpo.intervals import mean_interval, paired_bootstrap, wilson
 
 
 def test_wilson_by_hand() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmpo.evaluate.overlap import Item, find_overlap
+from vlmpo.data.overlap import Item, find_overlap
 
 
 def test_overlap_goes_by_content_not_by_name(tmp_path: Path) -> None:

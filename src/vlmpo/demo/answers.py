@@ -12,7 +12,7 @@ import torch
 from vlmpo.data.chat import content_of
 from vlmpo.data.records import PreferencePair
 from vlmpo.demo.task import LINES, SOURCE, Question, prompt, render
-from vlmpo.evaluate.intervals import wilson
+from vlmpo.intervals import wilson
 
 MAX_NEW_TOKENS = 48  # the longest worked answer takes 33, end of turn included
 BATCH = 128  # questions generated at a time

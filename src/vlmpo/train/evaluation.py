@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vlmpo.evaluate.intervals import mean_interval, wilson
+from vlmpo.intervals import mean_interval, wilson
 from vlmpo.loss.mpo import mpo_loss
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from vlmpo.data.overlap import Item, Overlap, find_overlap
 from vlmpo.data.sources import PairDataset, SourceSpec, open_pairs, screen, split_hold_out
 from vlmpo.errors import DataError, RecordError
-from vlmpo.evaluate.overlap import Item, Overlap, find_overlap
 from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import Recipe, Source
 from vlmpo.train.accounts import Accounts
