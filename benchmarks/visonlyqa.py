@@ -47,11 +47,11 @@ SIZE = TinySize(
 BATCH = 8
 
 
-def write_model(data: Path, folder: Path, seed: int) -> None:
+def write_model(source: Path, folder: Path, seed: int) -> None:
     """A tiny InternVL and a processor whose tokenizer was trained on the pairs' text."""
     texts: list[str] = []
-    for entry in json.loads((data / "meta.json").read_text()).values():
-        file = data.parent / entry["annotation"]
+    for entry in json.loads((source / "meta.json").read_text()).values():
+        file = source.parent / entry["annotation"]
         for line in file.read_text().splitlines():
             record = json.loads(line)
             texts += [record["question"], record["chosen"], record["rejected"]]
@@ -60,11 +60,11 @@ def write_model(data: Path, folder: Path, seed: int) -> None:
     build_model(tokenizer, SIZE, seed).save_pretrained(folder)
 
 
-def write_recipe(data: Path, folder: Path, seed: int, **changes: Any) -> Path:
+def write_recipe(source: Path, folder: Path, seed: int, **changes: Any) -> Path:
     """The recipe of the run; ``changes`` replace whole sections' keys, e.g. ``data={"hold_out": 0.0}``."""
     recipe: dict[str, Any] = {
         "model": {"path": str(folder / "model")},
-        "data": {"train": [str(data / "meta.json")], "max_length": 4096, "max_tiles": 6, "hold_out": 0.1},
+        "data": {"train": [str(source / "meta.json")], "max_length": 4096, "max_tiles": 6, "hold_out": 0.1},
         "training": {
             "output_dir": str(folder / "run"),
             "seed": seed,
@@ -87,12 +87,12 @@ def write_recipe(data: Path, folder: Path, seed: int, **changes: Any) -> Path:
     return file
 
 
-def run(data: Path, folder: Path, seed: int, **changes: Any) -> dict[str, Any]:
+def run(source: Path, folder: Path, seed: int, **changes: Any) -> dict[str, Any]:
     """Train with one seed in ``folder`` (made anew) by the command a user would give; what came of it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_model(data, folder / "model", seed)
-    recipe = write_recipe(data, folder, seed, **changes)
+    write_model(source, folder / "model", seed)
+    recipe = write_recipe(source, folder, seed, **changes)
     started = time.perf_counter()
     log = folder / "log.txt"
     with log.open("w") as out:

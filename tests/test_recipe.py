@@ -123,7 +123,7 @@ def test_refusals(extra, message):
     [
         ("{train: []}", "data.train: names no data set"),
         ("{train: a.jsonl}", "data.train: expected a list, got 'a.jsonl'"),
-        ("{eval: [a.jsonl]}", "data.train: missing"),
+        ("{eval: [a.jsonl]}", "data.train: names no data set"),
         ("{train: [3]}", "data.train.0: expected a mapping of keys, got 3"),
         (
             "{train: [{path: a, image_rot: b}]}",
@@ -153,7 +153,7 @@ def test_every_problem_is_named_at_once():
     ("text", "message"),
     [
         ("model: [", "r.yaml:2: not valid YAML"),
-        ("- 1\n", "expected a mapping with the keys model, reference, data, loss, training, got [1]"),
+        ("- 1\n", "expected a mapping with the keys model, reference, data, loss, build, evaluate, training, got [1]"),
         ("", "got None"),
         ("loss: {beta: 0.1}\nmodel: {path: m}\nloss: {beta: 0.2}\n", "r.yaml:3: not valid YAML: loss is given twice"),
     ],

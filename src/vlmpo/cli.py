@@ -61,6 +61,24 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
         parsed = load_recipe(recipe, overrides or [])
         from vlmpo.train.run import train as run
 
+        if parsed.evaluate is None or parsed.evaluate.questions is None:
+            run(parsed)
+            return
+        from vlmpo.evaluate.run import ask_while_training
+
+        run(parsed, ask_while_training(parsed))
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Evaluate a trained model on held-out pairs and questions.
+
+    The recipe's evaluate section says which model, against which, and on what questions.
+    """
+    with _exit_codes():
+        parsed = load_recipe(recipe, overrides or [])
+        from vlmpo.evaluate.run import evaluate as run
+
         run(parsed)
 
 
@@ -79,6 +97,20 @@ def inspect(
         from vlmpo.train.inspect import inspect as run
 
         run(parsed, pairs)
+
+
+@app.command()
+def sample(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Sample responses to questions.
+
+    As the recipe's build section says, into responses.jsonl in build.output_dir, runs/<name of the recipe>/build by
+    default. Started again after a stop it goes on with what is missing.
+    """
+    with _exit_codes():
+        parsed = load_recipe(recipe, overrides or [])
+        from vlmpo.build.sample import sample as run
+
+        run(parsed)
 
 
 @app.command()

@@ -21,6 +21,9 @@ from vlmpo.errors import RecipeError
 
 LOSS_TERMS = ("sigmoid", "bco_pair", "nll")
 MPO_WEIGHTS = {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0}
+# Ways to put a question; anything else is a template that holds QUESTION_FIELD. vlmpo.build.prompts has their texts.
+PROMPT_STYLES = ("direct", "cot", "boxed")
+QUESTION_FIELD = "{question}"
 # What `training` takes beside the fields of transformers.TrainingArguments.
 OWN_TRAINING_KEYS = ("max_tokens_per_row",)
 
@@ -74,20 +77,13 @@ class DataSection(_Section):
     pair above it, ``on_bad_record`` of a record that cannot be used.
     """
 
-    train: tuple[Source, ...] = Field(strict=False)
+    train: tuple[Source, ...] = Field(default=(), strict=False)
     eval: tuple[Source, ...] = Field(default=(), strict=False)
     hold_out: float = Field(default=0.0, ge=0, lt=1)
     max_length: int | None = Field(default=8192, ge=1)
     max_tiles: int = Field(default=12, ge=1)
     on_bad_record: Literal["skip", "fail"] = "skip"
     over_long: Literal["drop", "cut"] = "drop"
-
-    @field_validator("train")
-    @classmethod
-    def _not_empty(cls, train: tuple[Source, ...]) -> tuple[Source, ...]:
-        if not train:
-            raise ValueError("names no data set; give at least one")
-        return train
 
 
 class LossSection(_Section):
@@ -112,13 +108,95 @@ class LossSection(_Section):
         return weights
 
 
+class BuildSection(_Section):
+    """From questions to pairs: ``vlmpo sample`` and ``vlmpo pair``.
+
+    ``questions`` is a JSON Lines file, ``split`` the part of it to use. ``engine`` is ``local`` (the model of
+    ``model.path``, through transformers) or the URL of an OpenAI-compatible chat server, whose ``model`` is asked.
+    Each question gets ``samples`` responses under the style or template of ``prompt``. ``batch_size``: questions read
+    together by the local engine; ``concurrency``, ``timeout`` (seconds) and ``retries`` are for servers. ``verifier``,
+    ``max_pairs`` (per question) and ``keep`` (the part of a response DropoutNTP keeps) are for pairing.
+    """
+
+    questions: str = Field(min_length=1)
+    image_root: str | None = None
+    split: str | None = None
+    output_dir: str | None = Field(default=None, min_length=1)
+    engine: str = "local"
+    model: str | None = None
+    samples: int = Field(default=8, ge=1)
+    prompt: str = "cot"
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=1024, ge=1)
+    seed: int = Field(default=0, ge=0)
+    verifier: Literal["auto", "exact", "option", "number", "anls", "vqa", "math"] = "auto"
+    max_pairs: int = Field(default=15, ge=1)
+    keep: float = Field(default=0.5, gt=0, lt=1)
+    batch_size: int = Field(default=8, ge=1)
+    concurrency: int = Field(default=8, ge=1)
+    timeout: float = Field(default=120.0, gt=0)
+    retries: int = Field(default=5, ge=0)
+
+    @field_validator("engine")
+    @classmethod
+    def _local_or_url(cls, engine: str) -> str:
+        if engine != "local" and not re.match(r"https?://[^/]", engine):
+            raise ValueError(f"expected local or the http(s) URL of a chat server, got {engine!r}")
+        return engine
+
+    @field_validator("prompt")
+    @classmethod
+    def _style_or_template(cls, prompt: str) -> str:
+        return _checked_prompt(prompt)
+
+
+def _checked_prompt(prompt: str) -> str:
+    if prompt not in PROMPT_STYLES and QUESTION_FIELD not in prompt:
+        hint = _nearest(prompt, PROMPT_STYLES)
+        raise ValueError(f"{prompt!r} is neither a style nor a template that holds {QUESTION_FIELD}{hint}")
+    return prompt
+
+
+class EvaluateSection(_Section):
+    """What ``vlmpo evaluate`` asks, and what training asks at each evaluation.
+
+    ``model`` is evaluated (by default the run's final model, ``training.output_dir``), ``reference`` is what its
+    rewards on held-out pairs are taken against (by default ``model.path``), ``against`` a second model for the
+    questions. ``questions``, ``image_root`` and ``split`` name the questions; ``prompt``, ``max_new_tokens`` and
+    ``verifier`` say how they are put and judged; the answers are greedy.
+    """
+
+    model: str | None = Field(default=None, min_length=1)
+    reference: str | None = Field(default=None, min_length=1)
+    against: str | None = Field(default=None, min_length=1)
+    questions: str | None = Field(default=None, min_length=1)
+    image_root: str | None = None
+    split: str | None = None
+    prompt: str = "direct"
+    max_new_tokens: int = Field(default=256, ge=1)
+    verifier: Literal["auto", "exact", "option", "number", "anls", "vqa", "math"] = "auto"
+    batch_size: int = Field(default=16, ge=1)
+    output_dir: str | None = Field(default=None, min_length=1)
+
+    @field_validator("prompt")
+    @classmethod
+    def _style_or_template(cls, prompt: str) -> str:
+        return _checked_prompt(prompt)
+
+
 class Recipe(_Section):
-    """Everything a run is told. Made by :func:`load_recipe`; equal recipes compare equal."""
+    """Everything a run is told. Made by :func:`load_recipe`; equal recipes compare equal.
+
+    A recipe that trains names pairs under ``data.train``, one that makes pairs has a ``build`` section; both is fine.
+    """
 
     model: ModelSection
     reference: ReferenceSection = ReferenceSection()
-    data: DataSection
+    data: DataSection = DataSection()
     loss: LossSection = LossSection()
+    build: BuildSection | None = None
+    evaluate: EvaluateSection | None = None
     training: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("training")
@@ -129,6 +207,12 @@ class Recipe(_Section):
             raise ValueError(f"max_tokens_per_row: expected a whole number of tokens above 0, got {rows!r}")
         # YAML reads an unquoted `no` as false, and `save_strategy: no` is what everyone writes.
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in training.items()}
+
+    @model_validator(mode="after")
+    def _has_something_to_do(self) -> Recipe:
+        if not self.data.train and self.build is None and self.evaluate is None:
+            raise ValueError("data.train: names no data set; give at least one")
+        return self
 
     @model_validator(mode="after")
     def _adapter_needs_lora(self) -> Recipe:
@@ -152,9 +236,9 @@ def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Recipe from a YAML file and ``key=value`` overrides, e.g. ``loss.beta=0.2``; values are YAML.
 
-    Relative paths in the file (``model.path``, data paths, ``image_root``) mean the file's own folder where they exist
+    Relative paths in the file (models, data, questions, ``image_root``) mean the file's own folder where they exist
     there, else the working directory; those in overrides mean the working directory. ``training.output_dir`` defaults
-    to ``runs/<file name without suffix>``.
+    to ``runs/<file name without suffix>``, ``build.output_dir`` to ``build`` in that folder.
 
     Raises RecipeError, naming the file, the dotted key, the value and what was expected.
     """
@@ -168,6 +252,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     overridden = [_override(raw, override) for override in overrides]
     if isinstance(training := raw.setdefault("training", {}), dict):
         training.setdefault("output_dir", os.path.join("runs", path.stem))
+    if isinstance(build := raw.get("build"), dict) and build.get("output_dir") is None:
+        build["output_dir"] = os.path.join("runs", path.stem, "build")
     return _validate(raw, str(path), overridden)
 
 
@@ -280,9 +366,14 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
             return {k: anchored(v) if k in ("path", "image_root") else v for k, v in value.items()}
         return anchored(value)
 
-    model, data = raw.get("model"), raw.get("data")
+    model, data, build = raw.get("model"), raw.get("data"), raw.get("build")
     if isinstance(model, dict) and "path" in model:
         raw["model"] = {**model, "path": anchored(model["path"])}
+    if isinstance(build, dict):
+        raw["build"] = {k: anchored(v) if k in ("questions", "image_root") else v for k, v in build.items()}
+    if isinstance(evaluate := raw.get("evaluate"), dict):
+        paths = ("model", "reference", "against", "questions", "image_root")
+        raw["evaluate"] = {k: anchored(v) if k in paths else v for k, v in evaluate.items()}
     if isinstance(data, dict):
         lists = {k: [source(v) for v in data[k]] for k in ("train", "eval") if isinstance(data.get(k), list)}
         raw["data"] = {**data, **lists}
@@ -298,6 +389,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataSection,
     "data.train": Source,
     "data.eval": Source,
+    "build": BuildSection,
+    "evaluate": EvaluateSection,
     "loss": LossSection,
 }
 _EXPECTED = {

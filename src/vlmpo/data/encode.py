@@ -72,6 +72,9 @@ class PairEncoder:
             lower it. Each image may take its share, at least one. Without effect on models that do not tile.
         need_rejected: False for supervised fine-tuning: the rejected response is not looked at.
 
+    Attributes:
+        media_ids: tokens that to the model are an image, video or sound, or frame one; no response may hold them.
+
     Raises:
         ModelError: not a processor of text and images, or one without a usable chat template.
         RecipeError: an unknown ``over_long``.
@@ -100,8 +103,8 @@ class PairEncoder:
         self.need_rejected = need_rejected
         self._tokenizer = processor.tokenizer
         self._chat = ChatTemplate(processor)
-        self._media_ids = _media_ids(processor)
-        self._media_tokens = self._tokenizer.convert_ids_to_tokens(sorted(self._media_ids))
+        self.media_ids = _media_ids(processor)
+        self._media_tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.media_ids))
 
     @property
     def notices(self) -> list[str]:
@@ -174,7 +177,7 @@ class PairEncoder:
         ids = joint[len(before) :] if fits else self._ids(reply + end_of_turn, False)
         if ids == self._ids(end_of_turn, False):
             raise RecordError("empty_response", origin, "a response becomes no token at all: there is nothing to score")
-        if not self._media_ids.isdisjoint(ids):
+        if not self.media_ids.isdisjoint(ids):
             token = next(t for t in self._tokenizer.convert_ids_to_tokens(ids) if t in self._media_tokens)
             detail = f"a response holds {token}, which to the model is an image or a video; take it out"
             raise RecordError("image_token_in_response", origin, detail)

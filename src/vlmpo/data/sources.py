@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmpo.data.fields import image_names, json_kind, json_object, place_images, text_field
 from vlmpo.data.images import missing_image
-from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
+from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import DataError, RecipeError, RecordError
 
 Indices = NDArray[np.int64]
@@ -99,7 +100,7 @@ def _meta_specs(
     for name, entry in _read_meta(path).items():
         where = f"{path}: set {name!r}"
         if not isinstance(entry, dict):
-            raise DataError(f"{where}: must be an object with `root` and `annotation`, not {_kind(entry)}")
+            raise DataError(f"{where}: must be an object with `root` and `annotation`, not {json_kind(entry)}")
         _notice_entry(entry, where, notices)
         annotation = _resolve(path, entry.get("annotation"), f"{where}: annotation", os.path.isfile)
         if not annotation.lower().endswith(".jsonl"):
@@ -140,7 +141,7 @@ def _read_meta(path: str) -> dict[str, Any]:
     if isinstance(meta, list):
         raise DataError(f"{path}: a list; it {shape}. Pairs go into a .jsonl file, one JSON object a line")
     if not isinstance(meta, dict) or not meta:
-        raise DataError(f"{path}: {_kind(meta) if meta else 'empty'}; it {shape}")
+        raise DataError(f"{path}: {json_kind(meta) if meta else 'empty'}; it {shape}")
     return meta
 
 
@@ -160,7 +161,7 @@ def _notice_entry(entry: dict[str, Any], where: str, notices: list[str]) -> None
 def _resolve(meta_path: str, value: Any, where: str, exists: Callable[[str], bool]) -> str:
     """MMPR writes paths relative to the folder above meta.json's; other people's files, to its own or the cwd."""
     if not isinstance(value, str):
-        raise DataError(f"{where}: must be a path, not {_kind(value)}")
+        raise DataError(f"{where}: must be a path, not {json_kind(value)}")
     own = os.path.dirname(meta_path)
     bases = [""] if os.path.isabs(value) else [os.path.dirname(own), own, os.getcwd()]
     tried = [os.path.join(base, value) for base in bases]
@@ -385,17 +386,17 @@ def _repeated(records: int, repeat: float, seed: str) -> Indices:
 
 
 def _parse(raw: bytes, file: _PairFile, origin: str, need_rejected: bool) -> PreferencePair:
-    record = _json_object(raw, origin)
+    record = json_object(raw, origin)
     if record.get("video"):
         raise RecordError("video_unsupported", origin, "`video` is not supported yet; take the record out")
-    names = _image_names(record, origin)
-    question = _text(record, "question", origin)
+    names = image_names(record, origin)
+    question = text_field(record, "question", origin)
     if not names and not question.strip():
         raise RecordError("missing_field", origin, "`question` is empty and there is no image: nothing to answer")
-    chosen = _text(record, "chosen", origin)
-    rejected = _text(record, "rejected", origin) if need_rejected else None
+    chosen = text_field(record, "chosen", origin)
+    rejected = text_field(record, "rejected", origin) if need_rejected else None
     pair = PreferencePair(
-        prompt=(Message("user", _place_images(question, len(names), origin)),),
+        prompt=(Message("user", place_images(question, len(names), origin)),),
         images=tuple(os.path.join(file.image_root, name) for name in names),
         chosen=chosen,
         rejected=rejected,
@@ -408,52 +409,6 @@ def _parse(raw: bytes, file: _PairFile, origin: str, need_rejected: bool) -> Pre
     return pair
 
 
-def _json_object(raw: bytes, origin: str) -> dict[str, Any]:
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        detail = f"the line is not valid JSON in UTF-8 ({error}); write one JSON object a line"
-        raise RecordError("bad_json", origin, detail) from error
-    if not isinstance(record, dict):
-        raise RecordError("bad_json", origin, f"the line holds {_kind(record)}; write one JSON object a line")
-    return record
-
-
-def _text(record: dict[str, Any], key: str, origin: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str):
-        what = f"must be a string, not {_kind(value)}" if key in record else "is missing"
-        raise RecordError("missing_field", origin, f"`{key}` {what}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # "\ud83d" alone is JSON, but no tokenizer takes it
-        detail = f"`{key}` holds half of a surrogate pair at character {error.start}; write the whole character"
-        raise RecordError("bad_json", origin, detail) from error
-    return value
-
-
-def _image_names(record: dict[str, Any], origin: str) -> list[str]:
-    value = record.get("image")
-    if value is None or value == "":
-        return []
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        detail = f"`image` must be a path, a list of paths or null, not {json.dumps(value)[:80]}"
-        raise RecordError("missing_field", origin, detail)
-    return names
-
-
-def _place_images(question: str, images: int, origin: str) -> str:
-    """The question with one placeholder an image; a single image that has none goes first."""
-    placeholders = question.count(IMAGE_PLACEHOLDER)
-    if images == 1 and placeholders == 0:
-        return f"{IMAGE_PLACEHOLDER}\n{question}"
-    if placeholders != images:
-        detail = f"`question` has {placeholders} {IMAGE_PLACEHOLDER} for {images} images; write one where each stands"
-        raise RecordError("placeholder_mismatch", origin, detail)
-    return question
-
-
 def _check_responses(pair: PreferencePair, need_rejected: bool) -> None:
     if not pair.chosen.strip():
         raise RecordError("empty_response", pair.origin, "`chosen` is empty: there is nothing to score")
@@ -463,12 +418,6 @@ def _check_responses(pair: PreferencePair, need_rejected: bool) -> None:
         raise RecordError("empty_response", pair.origin, "`rejected` is empty: there is nothing to score")
     if pair.chosen == pair.rejected:
         raise RecordError("identical", pair.origin, "`chosen` and `rejected` are the same: no preference to learn")
-
-
-def _kind(value: Any) -> str:
-    """The JSON name of a value's type, for messages."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,15 +8,15 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from vlmpo.errors import ModelError, RecipeError, RunError
+from vlmpo.errors import RecipeError, RunError
 from vlmpo.recipe import Recipe, check_lora_keys, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
@@ -25,17 +25,25 @@ from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
 from vlmpo.train.run_data import RunData, find_overlaps, open_run_data, show_accounts
 from vlmpo.train.trainer import MPOTrainer
+from vlmpo.tree import loading
 
-ensure_torchvision()  # before transformers' model classes, which import torchvision
+ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainingArguments  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
 
 _SHOWN = ("accuracies", "accuracies_low", "accuracies_high", "margins", "margins_low", "margins_high")
 _PACKAGES = ("vlmpo", "torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "tokenizers", "pillow")
 
 
-def train(recipe: Recipe) -> MPOTrainer:
+Prepare = Callable[[MPOTrainer], None]
+
+
+def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     """Train as ``recipe`` says; the run folder is ``training.output_dir``.
+
+    Args:
+        recipe: the run.
+        prepare: called with the trainer before it starts, to hang further evaluations on it.
 
     Raises:
         VlmpoError: the recipe, the data, the model or the run folder is at fault.
@@ -51,7 +59,7 @@ def train(recipe: Recipe) -> MPOTrainer:
     model = load_model(recipe)
     if args.dataloader_num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    evaluation: Any = data.evaluation or None
+    evaluation: Any = data.evaluation or ({} if recipe.evaluate and recipe.evaluate.questions else None)
     trainer = MPOTrainer(
         model=model,
         args=args,
@@ -60,6 +68,8 @@ def train(recipe: Recipe) -> MPOTrainer:
         processing_class=processor,
         peft_config=_lora(recipe),
     )
+    if prepare is not None:
+        prepare(trainer)
     main = trainer.accelerator.is_main_process
     manifest = _manifest(recipe, trainer, data)
     manifest["overlap"] = {name: dataclasses.asdict(found) for name, found in overlaps.items()}
@@ -79,7 +89,7 @@ def train(recipe: Recipe) -> MPOTrainer:
         _write_json(folder / "manifest.json", {**manifest, "status": "finished", "evaluation": results})
         console = Console()
         show_accounts(console, data, accounts)
-        _show_evaluation(console, results)
+        show_evaluation(console, results)
         console.print(f"model and processor: {folder}", markup=False, highlight=False, soft_wrap=True)
     return trainer
 
@@ -118,51 +128,23 @@ def _refuse_to_overwrite(folder: Path, args: MPOConfig) -> None:
 
 def load_processor(recipe: Recipe) -> Any:
     """The model's own processor. Raises ModelError where it cannot be loaded."""
-    try:
-        return AutoProcessor.from_pretrained(recipe.model.path)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            f"model.path: no processor can be loaded from {recipe.model.path}: {_first_line(error)}"
-        ) from error
+    return loading.load_processor(recipe.model.path)
 
 
 def load_model(recipe: Recipe) -> Any:
     """The policy, whole, in the recipe's dtype, its frozen parts frozen.
 
     Raises:
-        ModelError: no model there, weights missing in the checkpoint, or a frozen part that does not exist.
+        ModelError: no model there, or weights missing in the checkpoint.
+        RecipeError: a frozen part that does not exist.
     """
-    path = recipe.model.path
-    try:
-        AutoConfig.from_pretrained(path)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=getattr(torch, recipe.model.dtype), output_loading_info=True
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.path: no model can be loaded from {path}: {_first_line(error)}") from error
-    absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
-    if absent:
-        raise ModelError(
-            f"model.path: {path} lacks {len(absent)} of the model's weights ({', '.join(absent[:3])}, ...); "
-            "training would start from random ones"
-        )
+    model = loading.load_model(recipe.model.path, recipe.model.dtype)
     if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
         notice(
             "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"
         )
-    freeze_parts(model, recipe.model.freeze)
+    loading.freeze_parts(model, recipe.model.freeze)
     return model
-
-
-def freeze_parts(model: Any, parts: tuple[str, ...]) -> None:
-    """Take the named submodules out of training: ``vision_tower`` matches any submodule of that name, at any depth."""
-    for part in parts:
-        found = [m for name, m in model.named_modules() if name == part or name.endswith(f".{part}")]
-        if not found:
-            known = sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if 0 < name.count(".") < 2})
-            raise RecipeError(f"model.freeze: the model has no part {part!r}; it has {', '.join(known)}, among others")
-        for module in found:
-            module.requires_grad_(False)
 
 
 def _lora(recipe: Recipe) -> Any:
@@ -175,10 +157,6 @@ def _lora(recipe: Recipe) -> Any:
         return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **recipe.model.lora})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"model.lora: {error}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---- the run folder ----
@@ -235,7 +213,7 @@ def _write_json(file: Path, value: Any) -> None:
     os.replace(partial, file)
 
 
-def _show_evaluation(console: Console, results: dict[str, dict[str, float]]) -> None:
+def show_evaluation(console: Console, results: dict[str, dict[str, float]]) -> None:
     for name, metrics in results.items():
         if f"{name}_rewards/accuracies" not in metrics:
             continue

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vlmpo.data.overlap import Item, Overlap, find_overlap
 from vlmpo.data.sources import PairDataset, SourceSpec, open_pairs, screen, split_hold_out
-from vlmpo.errors import DataError, RecordError
+from vlmpo.errors import DataError, RecipeError, RecordError
 from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import Recipe, Source
 from vlmpo.train.accounts import Accounts
@@ -45,20 +45,21 @@ def open_run_data(recipe: Recipe) -> RunData:
     """Open and screen the recipe's data.
 
     Raises:
+        RecipeError: it names no data to train on.
         DataError: a data set cannot be opened, or nothing is left to train on.
         RecordError: the first bad record, under ``data.on_bad_record: fail``.
     """
-    seed = int(recipe.training.get("data_seed") or recipe.training.get("seed") or 42)
+    if not recipe.data.train:
+        raise RecipeError("data.train: names no data set to train on; give at least one")
+    seed = _seed(recipe)
     whole = _open(recipe, recipe.data.train, seed)
     kept, screened = _screen(recipe, whole)
     notices = list(whole.notices)
     evaluation: dict[str, PairDataset] = {}
     eval_screened = Accounts()
     if recipe.data.eval:
-        data = _open(recipe, recipe.data.eval, seed)
-        kept_eval, eval_screened = _screen(recipe, data)
-        evaluation["eval"] = data.select(kept_eval)
-        notices += data.notices
+        evaluation["eval"], eval_screened = _open_eval(recipe)
+        notices += evaluation["eval"].notices
     held_out: Counter[str] = Counter()
     if recipe.data.hold_out:
         kept, aside = split_hold_out(whole, kept, recipe.data.hold_out, seed)
@@ -69,6 +70,25 @@ def open_run_data(recipe: Recipe) -> RunData:
         raise DataError(f"data.train: of {len(whole)} pairs none is left to train on ({reasons or 'all held out'})")
     read = Counter(whole.source(index) for index in range(len(whole)))
     return RunData(whole.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
+
+
+def open_evaluation_pairs(recipe: Recipe) -> dict[str, PairDataset]:
+    """The pairs ``vlmpo train`` would evaluate on, the held-out part the same as there; empty without any."""
+    if recipe.data.train and recipe.data.hold_out:
+        return open_run_data(recipe).evaluation
+    return {"eval": _open_eval(recipe)[0]} if recipe.data.eval else {}
+
+
+def _open_eval(recipe: Recipe) -> tuple[PairDataset, Accounts]:
+    data = _open(recipe, recipe.data.eval, _seed(recipe))
+    kept, screened = _screen(recipe, data)
+    return data.select(kept), screened
+
+
+def _seed(recipe: Recipe) -> int:
+    """What draws repeated parts and the held-out images: ``data_seed``, else ``seed``, else transformers' 42."""
+    seeds = (recipe.training.get("data_seed"), recipe.training.get("seed"), 42)
+    return next(int(seed) for seed in seeds if seed is not None)
 
 
 def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:

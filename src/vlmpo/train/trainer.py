@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from vlmpo.train.batching import (
 )
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
 from vlmpo.train.config import MPOConfig
+from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.metrics import StepSums, add_up, summarise
 from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock, notice
 from vlmpo.train.reference import (
@@ -103,6 +104,7 @@ class MPOTrainer(Trainer):
         self.sums = StepSums()
         self.clock = StepClock()
         self.accounts = Accounts()
+        self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self.tokens_read = 0
         self._step_rewards = [0.0, 0.0]  # sum and count of the optimizer step under way, this rank
         self._start: dict[str, float] | None = None
@@ -351,15 +353,19 @@ class MPOTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, rewards and log-probs on held-out pairs. Touches neither delta nor any other state of training."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(data, dict):
-            parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in data.items())
-            return {key: value for part in parts for key, value in part.items()}
-        from vlmpo.train.evaluation import evaluate_pairs
+        """Loss, rewards and log-probs on held-out pairs, and whatever ``extra_evaluations`` add.
 
-        found = evaluate_pairs(self, self.get_eval_dataloader(data))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        Touches neither delta nor any other state of training.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        sets = {f"_{name}": part for name, part in data.items()} if isinstance(data, dict) else {"": data}
+        metrics: dict[str, float] = {}
+        for name, part in sets.items():
+            found = evaluate_pairs(self, self.get_eval_dataloader(part))
+            metrics |= {f"{metric_key_prefix}{name}_{key}": value for key, value in found.items()}
+        if eval_dataset is None:
+            for extra in self.extra_evaluations:
+                metrics |= {f"{metric_key_prefix}_{key}": value for key, value in extra().items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -1,0 +1,63 @@
+"""A checkpoint and its processor, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vlmpo.errors import ModelError, RecipeError
+from vlmpo.torchvision_shim import ensure_torchvision
+
+ensure_torchvision()  # before transformers' model classes, which import torchvision
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+
+
+def load_processor(path: str) -> Any:
+    """The model's own processor, from a folder or the hub. Raises ModelError where it cannot be loaded."""
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.path: no processor can be loaded from {path}: {_first_line(error)}") from error
+
+
+def load_model(path: str, dtype: str = "float32") -> Any:
+    """The model at ``path``, a folder or a hub name, with weights of ``dtype``, on the CPU.
+
+    Raises:
+        ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
+    """
+    try:
+        AutoConfig.from_pretrained(path)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.path: no model can be loaded from {path}: {_first_line(error)}") from error
+    absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
+    if absent:
+        raise ModelError(
+            f"model.path: {path} lacks {len(absent)} of the model's weights ({', '.join(absent[:3])}, ...); "
+            "they would be random"
+        )
+    return model
+
+
+def freeze_parts(model: Any, parts: Sequence[str]) -> None:
+    """Take the named submodules out of training: ``vision_tower`` matches any submodule of that name, at any depth.
+
+    Raises RecipeError for a name that matches none.
+    """
+    for part in parts:
+        found = [m for name, m in model.named_modules() if name == part or name.endswith(f".{part}")]
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if 0 < name.count(".") < 2})
+            raise RecipeError(f"model.freeze: the model has no part {part!r}; it has {', '.join(known)}, among others")
+        for module in found:
+            module.requires_grad_(False)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
