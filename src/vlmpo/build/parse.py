@@ -3,8 +3,8 @@ r"""The final answer of a response, as text; never a guess.
 What counts, in this order:
 
 1. The last of these marks: a "Final answer: ..." line (also "the final answer is ..."), ``\boxed{...}``,
-   ``<answer>...</answer>``. Whichever stands later in the text wins; if that one holds nothing readable (cut off, empty,
-   negated), neither does the response: an earlier one is not fallen back on.
+   ``<answer>...</answer>``. Whichever stands later in the text wins; if that one holds nothing (it is cut off,
+   empty or denied), neither does the response: an earlier one is not fallen back on.
 2. Without such a mark, the last plain statement of an answer: "Answer: B", "the answer is 3", "option C is correct".
 3. Without that either, a response that is nothing but an answer: one short line, no sentence.
 """
@@ -76,7 +76,7 @@ def parse_final_answer(text: str) -> str | None:
 
 
 def tidy(text: str) -> str:
-    """``text`` without white space, emphasis, ``$...$`` and full stop around it; as it is where nothing else is there."""
+    """``text`` without white space, emphasis, ``$...$`` and full stop around it; as it is where that is all."""
     whole = text.strip()
     text = whole.strip(_EMPHASIS + " \t")
     text = re.sub(r"(?<!\.)\.$", "", text).rstrip(_EMPHASIS + " \t")

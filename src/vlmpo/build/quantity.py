@@ -75,10 +75,10 @@ NUMBER_WORDS = {"none": 0} | {w: i for i, w in enumerate(_ONES)} | {w: 20 + 10 *
 # Words that, after a number, make it another number or none.
 _NO_UNIT = frozenset(
     "or and not no nor but than to of less more fewer over under minus plus times squared cubed half halves third "
-    "thirds quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths either neither maybe "
-    "possibly perhaps if unless except point negative positive up down sqrt pi".split()
+    "thirds quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths either neither "
+    "maybe possibly perhaps if unless except point negative positive up down sqrt pi".split()
 )
-# What, in a parenthesis after a number, takes it back: "3 (or 4)". Otherwise it only explains: "3 (two red, one blue)".
+# What, in a parenthesis after a number, takes it back: "3 (or 4)". Others explain: "3 (two red, one blue)".
 _OTHERWISE = frozenset("or not maybe possibly perhaps if with without including excluding actually".split())
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
 _WORD = re.compile(r"[^\W\d_][\w'.-]*(?:[/^][^\W\d_]?[\w^-]*)*|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+")

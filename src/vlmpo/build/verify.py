@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
-from vlmpo.build.parse import braced, first_sentence, parse_final_answer, tidy
+from vlmpo.build.parse import first_sentence, parse_final_answer, tidy
 from vlmpo.build.quantity import NUMBER_WORDS, Quantity, read_quantity
 from vlmpo.data.records import Verdict
 from vlmpo.errors import RecipeError, RecordError
@@ -108,6 +108,8 @@ def _text_judge(same: Callable[[str, str], bool]) -> Judge:
 
 # --- exact, vqa, anls -------------------------------------------------------------------------------------------------
 
+# Numbers with their sign, points and slashes; words; and the signs that tell "5 %" from "5", "A-" from "A".
+_TOKEN = re.compile(r"(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|[%$€£°+#&=<>≤≥^*@]|(?<=\w)-(?!\w)")
 _ARTICLES = frozenset({"a", "an", "the"})
 _COPULA = re.compile(r"(?:it|this|that|they|the(?:\s+[\w-]+){1,6})\s+(?:is|are|was|were)\s+(?P<rest>.+)", re.IGNORECASE)
 _DENIAL = re.compile(r"\b(?:not|no|never|none|without|cannot)\b|n't", re.IGNORECASE)
@@ -131,10 +133,8 @@ def words_of(text: str) -> list[str]:
     """
     text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", _plain(text)).replace("’", "").replace("'", "")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub("[−–—]", "-", text))
-    text = re.sub(r"(?<![\d])[.:/,]|[.:/,](?![\d])|(?<=\w)-(?!\d)|(?<!\d)(?<=\w)-|-(?![\d.])", " ", text)
-    words = re.sub(r"[^\w.:/,%$€£°+-]", " ", text).split()
-    kept = [str(NUMBER_WORDS.get(word, word)) for word in words if word not in _ARTICLES]
-    return kept or words
+    words = _TOKEN.findall(text)
+    return [str(NUMBER_WORDS.get(word, word)) for word in words if word not in _ARTICLES] or words
 
 
 def _same_words(one: str, other: str) -> bool:
@@ -152,7 +152,7 @@ def _same_words(one: str, other: str) -> bool:
 
 
 def _similar(one: str, other: str) -> bool:
-    """ANLS at the threshold. A misread letter is forgiven; other digits, or a denial on one side, are another answer."""
+    """ANLS at the threshold. A misread letter is forgiven; other digits, or a denial on one side, are not."""
     one, other = _plain(one), _plain(other)
     digits = [re.sub(r"\D", "", text) for text in (one, other)]
     if digits[0] != digits[1] or bool(_DENIAL.search(one)) != bool(_DENIAL.search(other)):
@@ -252,16 +252,16 @@ def _judge_math(parsed: str, truth: str) -> bool | None:
     right, read = read_quantity(truth), _quantity(parsed)
     if right and read and (_close(read, right, Fraction(0)) or (right.is_whole and read.is_whole)):
         return _close(read, right, Fraction(0))
-    if not _is_formula(truth):
+    if right is None and not _is_formula(truth):  # a truth in words
         return _text_judge(_same_words)(parsed, truth)
-    if not _is_formula(parsed):
-        return None
+    if not (_is_formula(parsed) and _is_formula(truth)):
+        return None if read is None else False
     return _math_equal(parsed, truth)
 
 
 _NAMES = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt inf infty infinity max min lim mod det gcd "
-    "lcm deg degrees cup cap and left right".split()
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt inf infty infinity max min lim mod det "
+    "gcd lcm deg degrees cup cap and left right".split()
 )
 # What sympy would work on for years, once it is told to: towers of powers, huge exponents and factorials.
 _ENDLESS = re.compile(r"\^\s*\{?[^{}^]*[\^]|\^\s*[({]?\s*\d{5,}|\d{4,}\s*\)?\s*!|\)\s*!|!\s*!")
@@ -278,17 +278,19 @@ def _math_equal(parsed: str, truth: str) -> bool | None:
     """What math-verify says; None where it can read no answer, or comes to no end."""
     from math_verify import parse
     from math_verify import verify as equal
+    from math_verify.errors import TimeoutException
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every call without a time limit
     # Its time limits are alarm signals, which only the main thread can set.
-    seconds = _MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
-    limits: dict[str, Any] = {"raise_on_error": True}
+    seconds: Any = _MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
     try:
-        gold, read = (parse(f"${text}$", parsing_timeout=seconds, **limits) for text in (truth, tidy(parsed)))  # type: ignore[arg-type]
+        gold, read = (
+            parse(f"${tidy(text)}$", parsing_timeout=seconds, raise_on_error=True) for text in (truth, parsed)
+        )
         if not gold or not read:
             return None
-        return bool(equal(gold, read, timeout_seconds=seconds, **limits))
-    except Exception:  # sympy raises many kinds, and so do the limits
+        return bool(equal(gold, read, timeout_seconds=seconds, raise_on_error=True))
+    except (Exception, TimeoutException):  # sympy raises many kinds; the time limit's is no Exception
         return None
 
 
