@@ -112,7 +112,7 @@ def test_files_and_folders_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match=r"no such file of questions: .*none\.jsonl"):
         read_questions(tmp_path / "none.jsonl")
     file = write(tmp_path, {"question": "A?", "answer": "a"})
-    with pytest.raises(DataError, match="image_root .*nowhere is not a folder"):
+    with pytest.raises(DataError, match=r"image_root .*nowhere is not a folder"):
         read_questions(file, tmp_path / "nowhere")
     file.write_text("\n\n")
     with pytest.raises(DataError, match="no record in it"):

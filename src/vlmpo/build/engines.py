@@ -202,10 +202,10 @@ class LocalEngine:
         return sorted(ids)
 
     def _config(self, ends: list[int], returned: int) -> GenerationConfig:
-        pad = self._tokenizer.pad_token_id
+        pad, samples = self._tokenizer.pad_token_id, self._sampling.temperature > 0
         return GenerationConfig(
-            do_sample=self._sampling.temperature > 0,
-            top_k=0,
+            do_sample=samples,
+            top_k=0 if samples else None,
             max_new_tokens=self._sampling.max_new_tokens,
             num_return_sequences=returned,
             eos_token_id=ends,

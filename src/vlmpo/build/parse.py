@@ -13,6 +13,12 @@ from __future__ import annotations
 
 import re
 
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of ``text``."""
+    return frozenset(text.split())
+
+
 _EMPHASIS = "*_`#"
 # `is` but not `isn't`; a colon of any script; or a heading, with the answer on the next line.
 _STRONG = re.compile(
@@ -23,7 +29,7 @@ _STRONG = re.compile(
 )
 _STATED = re.compile(
     r"\b(?:answer|(?:correct|right|best)\s+(?:option|choice))\b[*_`]*"
-    r"(?:\s+(?:is|would\s+be|should\s+be|must\s+be)\b[ \t]*[:：]?|[ \t]*[:：=])[*_` \t]*\n*(?P<rest>[^\n]*)",
+    r"(?:\s+(?:is|would\s+be|should\s+be|must\s+be)\b[ \t]*[:：]?|[ \t]*[:：=])[*_` \t]*\n*(?=(?P<rest>[^\n]*))",
     re.IGNORECASE,
 )
 _LABEL = r"(?:(?i:option|choice|answer)\s+\(?(?P<{0}1>[A-Za-z])\)?|\((?P<{0}2>[A-Za-z])\))"
@@ -45,10 +51,10 @@ _TITLES = frozenset({"dr", "mr", "mrs", "ms", "st", "prof", "no", "vs", "jr", "s
 _BARE_LABEL = re.compile(
     r"(?:(?:option|choice)\s+\(?[A-Za-z]\)?[.:]?$|\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:](?:\s|$))", re.IGNORECASE
 )
-_SENTENCE_WORDS = frozenset(
-    "i i'm it's there's is isn't are aren't was wasn't were weren't has have had shows show appears appear seems seem "
-    "think believe would could should can can't cannot do don't does doesn't because since so therefore thus sorry "
-    "unable unsure maybe perhaps either or".split()
+_SENTENCE_WORDS = word_set(
+    "i i'm it's there's is isn't are aren't was wasn't were weren't has have had shows show appears appear "
+    "seems seem think believe would could should can can't cannot do don't does doesn't because since so "
+    "therefore thus sorry unable unsure maybe perhaps either or"
 )
 _BARE_WORDS, _BARE_CHARACTERS = 12, 120
 
@@ -56,7 +62,7 @@ _BARE_WORDS, _BARE_CHARACTERS = 12, 120
 def parse_final_answer(text: str) -> str | None:
     """The final answer as the response words it, freed of emphasis and of a surrounding ``$``.
 
-    Of "several" answers the last counts. A reasoning block (``<think>...</think>``) is not part of the response; one
+    Of several answers the last counts. A reasoning block (``<think>...</think>``) is not part of the response; one
     that is never closed leaves no response.
 
     Args:

@@ -12,7 +12,7 @@ _TEMPLATES = {
     "direct": f"{QUESTION_FIELD}\nAnswer the question with a single word, number or phrase.",
     "cot": (
         f"{QUESTION_FIELD}\nThink step by step and write your reasoning down. "
-        'Then end with a line of the form "Final answer: ..." that holds the answer alone.'
+        'Then end with a line of the form "Final answer: .." that holds the answer alone.'
     ),
     "boxed": (
         f"{QUESTION_FIELD}\nThink step by step and write your reasoning down. "
@@ -27,7 +27,7 @@ def prompt_text(question: Question, style: str) -> str:
 
     Args:
         question: images that stand before its text stand before the whole prompt.
-        style: ``direct`` (a short answer), ``cot`` (reasoning, then "Final answer: ..."), ``boxed`` (reasoning, then
+        style: ``direct`` (a short answer), ``cot`` (reasoning, then "Final answer: .."), ``boxed`` (reasoning, then
             ``\\boxed{...}``), or a template of your own that holds ``{question}``; its other braces are left alone.
 
     Raises:

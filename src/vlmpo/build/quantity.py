@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from vlmpo.build.parse import braced, tidy
+from vlmpo.build.parse import braced, tidy, word_set
 
 _MOST_DIGITS, _MOST_EXPONENT = 60, 300
 
@@ -67,22 +67,24 @@ _MAGNITUDES = {
 }  # fmt: skip
 # Only right after the digits: "300 K" may be kelvin.
 _ATTACHED_MAGNITUDES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-_ONES += ["seventeen", "eighteen", "nineteen"]
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _THOUSANDS = ("thousand", "million", "billion")
 NUMBER_WORDS = {"none": 0} | {w: i for i, w in enumerate(_ONES)} | {w: 20 + 10 * i for i, w in enumerate(_TENS)}
 # Words that, after a number, make it another number or none.
-_NO_UNIT = frozenset(
-    "or and not no nor but than to of less more fewer over under minus plus times squared cubed half halves third "
-    "thirds quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths either neither "
-    "maybe possibly perhaps if unless except point negative positive up down sqrt pi".split()
+_NO_UNIT = word_set(
+    "or and not no nor but than to of less more fewer over under minus plus times squared cubed half halves "
+    "third thirds quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths "
+    "either neither maybe possibly perhaps if unless except point negative positive up down sqrt pi"
 )
 # What, in a parenthesis after a number, takes it back: "3 (or 4)". Others explain: "3 (two red, one blue)".
-_OTHERWISE = frozenset("or not maybe possibly perhaps if with without including excluding actually".split())
+_OTHERWISE = word_set("or not maybe possibly perhaps if with without including excluding actually")
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
 _WORD = re.compile(r"[^\W\d_][\w'.-]*(?:[/^][^\W\d_]?[\w^-]*)*|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+")
-_NO_LEAD = frozenset("not no never neither nor if unless than least most between cannot can't isn't aren't or".split())
+_NO_LEAD = word_set("not no never neither nor if unless than least most between cannot can't isn't aren't or")
 _APPROXIMATE = re.compile(
     r"(?:about|approximately|approx\.?|around|roughly|nearly|almost|circa|ca\.|exactly|only|just|a total of|equal to|"
     r"equals|≈|~|=)\s*",
@@ -98,7 +100,7 @@ _SIGNED = re.compile(
     rf"(?P<sign>[+-]|minus |negative )?\s*(?P<currency>{_CURRENCY})?\s*(?P<sign2>[+-])?\s*", re.IGNORECASE
 )
 _FORMS = [
-    re.compile(rf"(?P<whole>\d+)\s+(?P<top>\d+)\s*/\s*(?P<bottom>\d+)(?![\d/.])"),
+    re.compile(r"(?P<whole>\d+)\s+(?P<top>\d+)\s*/\s*(?P<bottom>\d+)(?![\d/.])"),
     re.compile(rf"(?P<top>{_PLAIN})\s*/\s*(?P<bottom>{_PLAIN})(?![\d/.])"),
     re.compile(rf"(?P<number>{_PLAIN})\s*(?:[xX*]\s*10\s*\^|[eE])\s*[({{]?\s*(?P<exponent>[+-]?\d+)\s*[)}}]?(?!\w)"),
     re.compile(r"(?P<number>)10\s*\^\s*[({]?\s*(?P<exponent>[+-]?\d+)\s*[)}]?(?!\w)"),
@@ -261,13 +263,15 @@ def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -
     if rest[:1] in _ATTACHED_MAGNITUDES and not rest[1:2].isalnum():
         value, rest = value * _ATTACHED_MAGNITUDES[rest[0]], rest[1:]
     rest = re.sub(r"^\s*%", " % ", rest.replace("per cent", "percent"))
-    words = rest.strip().rstrip(".,;!").split()
+    words = rest.strip().rstrip(".,;").split()
     while words and words[0].lower() in _MAGNITUDES:
         value *= _MAGNITUDES[words.pop(0).lower()]
     percent = bool(words) and words[0].lower() in _PERCENT
     if percent:
         words = words[2:] if words[1:2] == ["of"] else words[1:]
     known = _known_unit(words[0]) if len(words) == 1 else None
+    if not known and words and re.match(r"[^\W\d_]{1,2}(?![\w/^])", rest):  # 3x, 21st: a product, an ordinal
+        return None
     if known:
         kind, scale = known
     elif not _plain_words(words):

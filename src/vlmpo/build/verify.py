@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
-from vlmpo.build.parse import first_sentence, parse_final_answer, tidy
+from vlmpo.build.parse import first_sentence, parse_final_answer, tidy, word_set
 from vlmpo.build.quantity import NUMBER_WORDS, Quantity, read_quantity
 from vlmpo.data.records import Verdict
 from vlmpo.errors import RecipeError, RecordError
@@ -35,7 +35,8 @@ def verify(response_text: str, answer: str, verifier: str = "auto") -> Verdict:
         answer: the truth, on one line.
         verifier:
             ``exact``: the same text, but for case, white space and a full stop.
-            ``option``: the same letter, ``e``, ``(e)`` or ``e) 46670``; the option's text where the truth has it.
+            ``option``: the same letter, ``e``, ``(e)`` or ``e) 46670``; the option's text where the truth has it; the
+            same letters, where the truth is a list such as ``b, c``.
             ``number``: within 5 % of the truth, as charts are read; a truth of 0, or one in plain digits from 1800 to
             2100, which is a year, exactly.
             ``anls``: normalised Levenshtein similarity, ``1 - distance / longer length``, at least 0.5; digits and
@@ -67,7 +68,9 @@ def choose_verifier(answer: str, verifier: str = "auto") -> str:
     if not answer.strip():
         raise RecordError("truth_unreadable", "", "the answer is empty: there is nothing to hold a response against")
     name = _by_form(answer) if verifier == "auto" else verifier
-    if (name == "number" and read_quantity(answer) is None) or (name == "option" and _option(answer) is None):
+    if (name == "number" and read_quantity(answer) is None) or (
+        name == "option" and _option(answer) is None and _letters(answer) is None
+    ):
         kind = "number" if name == "number" else "option letter"
         detail = f"verifier {name}: the answer {answer!r:.80} is no {kind}; name another verifier for this question"
         raise RecordError("truth_unreadable", "", detail)
@@ -76,14 +79,15 @@ def choose_verifier(answer: str, verifier: str = "auto") -> str:
 
 def _by_form(truth: str) -> str:
     text = tidy(truth)
-    if re.fullmatch(r"\(?[A-Za-z]\)?|\([A-Za-z]\)\s.+|[A-Za-z]\)\s.+", text):
+    if re.fullmatch(r"\(?[A-Za-z]\)?|\([A-Za-z]\)\s.+|[A-Za-z]\)\s.+", text) or _letters(text):
         return "option"
     if re.search(r"[\\^√π]|^[\s\d.+-]+/[\s\d.]+$", text):
         return "math"
     quantity = read_quantity(text)
     if quantity is None or re.search(r"[A-Za-z]{3,}\s+[A-Za-z]{3,}|^[A-Za-z]", text):
         return "vqa"
-    return "math" if quantity.is_whole and not quantity.percent else "number"
+    is_exact = quantity.is_whole and not quantity.percent and not re.search(r"\.\d", text)
+    return "math" if is_exact else "number"
 
 
 # --- readings ---------------------------------------------------------------------------------------------------------
@@ -110,7 +114,8 @@ def _text_judge(same: Callable[[str, str], bool]) -> Judge:
 
 # Numbers with their sign, points and slashes; words; and the signs that tell "5 %" from "5", "A-" from "A".
 _TOKEN = re.compile(r"(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|[%$€£°+#&=<>≤≥^*@]|(?<=\w)-(?!\w)")
-_ARTICLES = frozenset({"a", "an", "the"})
+# Before a word only, and `a` not before a single letter: "vitamin A" and "a, b" hold none.
+_ARTICLE = re.compile(r"\b(?:(?:an|the)\s+(?=\w)|a\s+(?=\w\w|\d))")
 _COPULA = re.compile(r"(?:it|this|that|they|the(?:\s+[\w-]+){1,6})\s+(?:is|are|was|were)\s+(?P<rest>.+)", re.IGNORECASE)
 _DENIAL = re.compile(r"\b(?:not|no|never|none|without|cannot)\b|n't", re.IGNORECASE)
 
@@ -133,8 +138,9 @@ def words_of(text: str) -> list[str]:
     """
     text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", _plain(text)).replace("’", "").replace("'", "")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub("[−–—]", "-", text))
-    words = _TOKEN.findall(text)
-    return [str(NUMBER_WORDS.get(word, word)) for word in words if word not in _ARTICLES] or words
+    text = _ARTICLE.sub("", text)
+    words = _TOKEN.findall(re.sub(r"(?<=[^\W\d])\.(?=[^\W\d]|\s|$)", "", text))  # U.S.A.
+    return [str(NUMBER_WORDS.get(word, word)) for word in words]
 
 
 def _same_words(one: str, other: str) -> bool:
@@ -181,9 +187,12 @@ _OPTION = re.compile(
     r"\s*[.:,;=–—-]*\s*(?P<text>.*)",
     re.IGNORECASE | re.DOTALL,
 )
+# A second label: "(a) and (b)", "b) or c)", "c, not b". Single capitals in an option's text, "(a) point B", are none.
 _OTHER_LABEL = re.compile(
-    r"(?<!\w)[(\[]?[a-z][)\]](?!\w)|\b(?:and|or|/|&)\s*[(\[]?[A-Za-z][)\]]?(?!\w)|(?<!\w)[B-HJ-Z](?!\w)"
+    r"(?<!\w)[(\[][a-z][)\]](?!\w)|(?<![\w(\[])[a-z]\)(?!\w)|(?:\b(?:and|or|not)|[/&])\s*[(\[]?[A-Za-z][)\]]?(?![\w'])"
 )
+_LETTER = r"[(\[]?[A-Za-z][)\]]?"
+_LIST = re.compile(rf"{_LETTER}(?:(?: ?[,;&] ?(?:and )?| and ){_LETTER})+")
 
 
 def _option(text: str) -> tuple[str, str] | None:
@@ -191,12 +200,24 @@ def _option(text: str) -> tuple[str, str] | None:
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", tidy(text))
     text = re.sub(r"[*_`]", "", text)
     found = _OPTION.fullmatch(text)
-    if not found or _OTHER_LABEL.search(found["text"]):
+    if not found or _OTHER_LABEL.search(found["text"]) or _LIST.fullmatch(text):
         return None
     return (found["bracketed"] or found["open"]).lower(), found["text"].strip(" .")
 
 
+def _letters(text: str, one: bool = False) -> frozenset[str] | None:
+    """The options of a list such as "b, c" or "(b) and (c)"; ``one``: or a single one. None where it is none."""
+    text = re.sub(r"\s+", " ", re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r"\1", tidy(text)))
+    if not (_LIST.fullmatch(text) or (one and re.fullmatch(_LETTER, text))):
+        return None
+    return frozenset(re.findall(r"\b[a-z]\b", text.lower()))
+
+
 def _judge_option(parsed: str, truth: str) -> bool | None:
+    several = _letters(truth)
+    if several:
+        picked = next((letters for reading in _readings(parsed) if (letters := _letters(reading, one=True))), None)
+        return None if picked is None else picked == several
     right = _option(truth)
     assert right is not None  # choose_verifier has seen to it
     read = next((option for reading in _readings(parsed) if (option := _option(reading))), None)
@@ -259,9 +280,9 @@ def _judge_math(parsed: str, truth: str) -> bool | None:
     return _math_equal(parsed, truth)
 
 
-_NAMES = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt inf infty infinity max min lim mod det "
-    "gcd lcm deg degrees cup cap and left right".split()
+_NAMES = word_set(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt inf infty infinity max min lim "
+    "mod det gcd lcm deg degrees cup cap and left right"
 )
 # What sympy would work on for years, once it is told to: towers of powers, huge exponents and factorials.
 _ENDLESS = re.compile(r"\^\s*\{?[^{}^]*[\^]|\^\s*[({]?\s*\d{5,}|\d{4,}\s*\)?\s*!|\)\s*!|!\s*!")
