@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from vlmpo.build.pair import pair_correctness_stage
 
 from vlmpo import Message, MPOConfig, MPOTrainer, PreferencePair
 from vlmpo.build.engines import LocalEngine, Sampling
+from vlmpo.build.pair import PAIRS_FILE, run_correctness
 from vlmpo.build.prompts import prompt_text
 from vlmpo.build.sample import sample
 from vlmpo.data.questions import read_questions
@@ -180,8 +180,8 @@ def make_pairs(folder: Path, questions: list[Question], seed: int) -> tuple[dict
     recipe_file.write_text(yaml.safe_dump({"model": {"path": str(folder / "warm_up")}, "build": build}))
     recipe = load_recipe(recipe_file)
     sample(recipe)
-    report = pair_correctness_stage(recipe)
-    pairs = open_pairs([SourceSpec(str(folder / "build" / "pairs.jsonl"))], seed=seed)
+    report = run_correctness(recipe)
+    pairs = open_pairs([SourceSpec(str(folder / "build" / PAIRS_FILE))], seed=seed)
     aside = min(SETTINGS["held_out_pairs"], len(pairs) // 4)
     return {"train": pairs.select(range(aside, len(pairs))), "held_out": pairs.select(range(aside))}, report.to_json()
 

@@ -287,6 +287,7 @@ def test_bad_requests_are_reported_and_the_others_answered():
     expected = list(engine().generate([bad_requests()[0], bad_requests()[-1]]))
     assert answers == [expected[0], [], [], [], expected[1]]
     assert bad == REASONS
+    assert list(engine().generate(bad_requests()[1:4], lambda *_: None)) == [[], [], []]
     with pytest.raises(RecordError, match=r"q:2: image no/such\.png does not exist"):
         list(engine().generate(bad_requests()))
     with pytest.raises(RecordError, match="image_token_in_prompt"):

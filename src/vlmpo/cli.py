@@ -113,6 +113,36 @@ def sample(recipe: RecipePath, overrides: Overrides = None) -> None:
         run(parsed)
 
 
+pair_app = typer.Typer(help="Make preference pairs of sampled responses.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(pair_app, name="pair")
+
+
+@pair_app.command("correctness")
+def pair_correctness(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Pair right responses with wrong ones.
+
+    Of the responses in build.output_dir; the pairs, and the questions all right (easy) or all wrong (hard), go there.
+    """
+    with _exit_codes():
+        parsed = load_recipe(recipe, overrides or [])
+        from vlmpo.build.pair import run_correctness as run
+
+        run(parsed)
+
+
+@pair_app.command("dropout-ntp")
+def pair_dropout_ntp(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Pair responses with their first half, continued without the image.
+
+    For questions without a checkable answer. Started again after a stop it goes on with what is missing.
+    """
+    with _exit_codes():
+        parsed = load_recipe(recipe, overrides or [])
+        from vlmpo.build.dropout import run_dropout_ntp as run
+
+        run(parsed)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the data, the models and the logs go.")] = Path("runs/demo"),

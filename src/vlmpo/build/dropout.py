@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ CONTINUATIONS_FILE = "continuations.jsonl"
 _WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
 _PLACEHOLDER = re.compile(rf"{IMAGE_PLACEHOLDER}\n?")
 
-Save = Callable[[list[Response]], None]
+Save = Callable[[str, Generated], None]  # name of the continuation, and what was generated
 
 
 def run_dropout_ntp(recipe: Recipe) -> PairingReport:
@@ -52,7 +52,12 @@ def run_dropout_ntp(recipe: Recipe) -> PairingReport:
     found = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
     responses = read_responses(folder / RESPONSES_FILE)
     engine = open_engine(recipe)
-    with ResponseFile(folder / CONTINUATIONS_FILE, engine.name, sampling_settings(recipe)) as file:
+    settings = sampling_settings(recipe)
+    with ResponseFile(folder / CONTINUATIONS_FILE, engine.name, settings) as file:
+
+        def save(name: str, generated: Generated) -> None:
+            file.append([Response(name, 0, generated.text, generated.finish_reason, engine.name, settings)])
+
         known = {r.question_id: Generated(r.text, r.finish_reason) for r in read_responses(file.path)}
         records, report = pair_dropout_ntp(
             found.questions,
@@ -62,7 +67,7 @@ def run_dropout_ntp(recipe: Recipe) -> PairingReport:
             seed=build.seed,
             max_pairs=build.max_pairs,
             known=known,
-            save=file.append,
+            save=save,
         )
     report.note_dropped(found.dropped)
     write_lines(folder / PAIRS_FILE, records)
@@ -82,7 +87,7 @@ def pair_dropout_ntp(
     seed: int = 0,
     max_pairs: int = 15,
     known: Mapping[str, Generated] | None = None,
-    save: Save = lambda _: None,
+    save: Save = lambda name, generated: None,
 ) -> tuple[list[Record], PairingReport]:
     """Pairs of a response and its first part continued without the image.
 
@@ -96,7 +101,7 @@ def pair_dropout_ntp(
         questions, responses, seed, max_pairs: as in :func:`vlmpo.build.pair.pair_correctness`.
         engine: continues the kept parts; how tokens are drawn is its own affair.
         keep: from 0 to 1, both excluded: the part of a response's words that is kept.
-        known: continuations that are there already, by the ``question_id`` under which ``save`` was given them.
+        known: continuations that are there already, by the name under which ``save`` was given them.
         save: is given new continuations as they come.
 
     Returns:
@@ -200,14 +205,10 @@ def _continue(
             for generated in texts:
                 if cut.key not in known:
                     known[cut.key] = generated
-                    save([_as_response(cut, generated, engine.name)])
+                    save(cut.key, generated)
         for remark in engine.notices:
             progress.notice(f"note: {remark}")
     return known
-
-
-def _as_response(cut: _Cut, generated: Generated, model: str, settings: Mapping[str, object]) -> Response:
-    return Response(cut.key, 0, generated.text, generated.finish_reason, model, dict(settings))
 
 
 def _record(cut: _Cut, generated: Generated, continued_by: str, report: PairingReport) -> Record | None:

@@ -157,7 +157,8 @@ class LocalEngine:
         groups: dict[int, list[tuple[int, EncodedPair]]] = {}  # by samples: generate() takes one number for all
         for position, request in enumerate(requests):
             try:
-                groups.setdefault(request.n, []).append((position, self._encode(request)))
+                encoded = self._encode(request)
+                groups.setdefault(request.n, []).append((position, encoded))
             except RecordError as error:
                 if on_bad is None:
                     raise

@@ -214,7 +214,7 @@ def _pairs(
     pairs = list(candidates.values())
     taken = sorted(np.random.default_rng(seed_for(seed, question.id)).permutation(len(pairs))[:max_pairs].tolist())
     report.skipped["over_max_pairs"] += len(pairs) - len(taken)
-    return [_record(question, *pairs[index], report) for index in taken]
+    return [_record(question, pairs[index], report) for index in taken]
 
 
 def _is_contained(chosen: _Judged, rejected: _Judged, truth: str) -> bool:
@@ -230,7 +230,8 @@ def _spaced(text: str) -> str:
     return f" {' '.join(words_of(text))} "
 
 
-def _record(question: Question, chosen: _Judged, rejected: _Judged, report: PairingReport) -> Record:
+def _record(question: Question, pair: tuple[_Judged, _Judged], report: PairingReport) -> Record:
+    chosen, rejected = pair
     is_wrong = rejected.verdict.status == "wrong" and not rejected.is_cut
     kind = "wrong" if is_wrong else "format"
     report.pairs[kind] += 1
