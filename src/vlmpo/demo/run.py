@@ -61,7 +61,7 @@ class DemoSettings:
     warm_up_rate: float = 3e-3
     habit_rate: float = 1e-3
     direct_sums: float = 0.7
-    direct_differences: float = 0.3
+    direct_differences: float = 0.25
     questions: int = 600
     held_out_questions: int = 200
     samples: int = 8
@@ -186,6 +186,11 @@ class _Demo:
     def _trainer(
         self, name: str, data: Any, steps: int, rate: float, held_out: Any, loss_weights: dict[str, float]
     ) -> MPOTrainer:
+        """A trainer for one stage.
+
+        The nll term is averaged over tokens. By its default, a mean over each response, the first word of a direct
+        answer (6 tokens) weighs five times that of a worked one (31), and the nll term holds on to the habit.
+        """
         args = MPOConfig(
             output_dir=str(self.output / "logs" / name),
             per_device_train_batch_size=self.settings.batch,
@@ -197,15 +202,13 @@ class _Demo:
             adam_beta2=0.99,
             weight_decay=0.01,
             beta=self.settings.beta,
+            nll_reduction="token",
             logging_steps=50,
             save_strategy="no",
             seed=self.seed,
             use_cpu=True,
             dataloader_num_workers=WORKERS,
             loss_weights=loss_weights,
-            # Averaged over tokens: over sequences, a short direct answer's first word would weigh seven times a long
-            # one's, and the nll term would teach the habit.
-            nll_reduction="token",
         )
         return MPOTrainer(
             self.model, args=args, train_dataset=data, eval_dataset=held_out, processing_class=self.processor
@@ -258,10 +261,11 @@ def show(results: dict[str, Any]) -> None:
         )
     console = Console(highlight=False)
     console.print(table)
-    console.print(
-        f"All arms start from the warm-up and take {settings['steps']} steps on the same {results['pairs']['train']} pairs "
-        "of its own right and wrong responses.\n"
+    for line in (
+        f"All arms start from the warm-up and take {settings['steps']} steps on the same {results['pairs']['train']} "
+        "pairs of its own right and wrong responses.",
         "The warm-up leaves a model that has the skill (it counts aloud rightly) and a wrong habit (it often answers "
-        "at once). Preference\ntraining mends the habit. One seed of one tiny task: it says nothing of which loss is best "
-        "elsewhere."
-    )
+        "at once); preference training mends the habit.",
+        "One seed of one tiny task: it says nothing of which loss is best elsewhere.",
+    ):
+        console.print(line)
