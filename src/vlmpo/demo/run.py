@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -248,9 +249,8 @@ def show(results: dict[str, Any]) -> None:
     for column in ("arm", "accuracy [95 %]", "unparsed", "worked", "chosen log-prob", "reward accuracy [95 %]"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for name, arm in arms.items():
-        rewards = "-"
-        if arm["reward_accuracy"]:
-            rewards = f"{arm['reward_accuracy']:.3f} [{arm['reward_low']:.3f}, {arm['reward_high']:.3f}]"
+        # The warm-up is its own reference: its rewards are 0, and 0 accuracy would only say so.
+        rewards = f"{arm['reward_accuracy']:.3f}" if arm["reward_accuracy"] else "-"
         table.add_row(
             _TITLES[name],
             f"{arm['accuracy']:.3f} [{arm['low']:.3f}, {arm['high']:.3f}]",
