@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -242,10 +243,9 @@ _TITLES = {"warm_up": "warm-up only", "sft_on_chosen": "SFT on the chosen", "dpo
 def show(results: dict[str, Any]) -> None:
     """Print the table and what it shows, no more."""
     settings, arms = results["settings"], results["arms"]
-    table = Table(
-        title=f"{settings['test_questions']} held-out questions, seed {results['seed']}", title_justify="left"
-    )
-    for column in ("arm", "accuracy [95 %]", "unparsed", "worked", "chosen log-prob", "reward accuracy [95 %]"):
+    title = f"{settings['test_questions']} held-out questions, seed {results['seed']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("arm", "accuracy [95 %]", "unparsed", "worked", "chosen logp", "rewards right"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for name, arm in arms.items():
         # The warm-up is its own reference: its rewards are 0, and 0 accuracy would only say so.
