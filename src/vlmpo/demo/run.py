@@ -245,8 +245,8 @@ def show(results: dict[str, Any]) -> None:
     settings, arms = results["settings"], results["arms"]
     title = f"{settings['test_questions']} held-out questions, seed {results['seed']}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("arm", "accuracy [95 %]", "unparsed", "worked", "chosen logp", "rewards right"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    for column in ("arm", "accuracy [95 %]", "unparsed", "worked", "logp", "reward"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for name, arm in arms.items():
         # The warm-up is its own reference: its rewards are 0, and 0 accuracy would only say so.
         rewards = f"{arm['reward_accuracy']:.3f}" if arm["reward_accuracy"] else "-"
@@ -261,6 +261,8 @@ def show(results: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(table)
     for line in (
+        "worked: share of answers that count aloud first; logp: of the chosen responses of held-out pairs; reward: "
+        "reward accuracy on them.",
         f"All arms start from the warm-up and take {settings['steps']} steps on the same {results['pairs']['train']} "
         "pairs of its own right and wrong responses.",
         "The warm-up leaves a model that has the skill (it counts aloud rightly) and a wrong habit (it often answers "
