@@ -182,8 +182,17 @@ def make_pairs(folder: Path, questions: list[Question], seed: int) -> tuple[dict
     sample(recipe)
     report = run_correctness(recipe)
     pairs = open_pairs([SourceSpec(str(folder / "build" / PAIRS_FILE))], seed=seed)
+    wrong = [pair.origin for pair in (pairs[i] for i in range(len(pairs))) if not _is_right(pair)]
+    if wrong:
+        raise AssertionError(f"{len(wrong)} pairs whose chosen response is not the truth, e.g. {wrong[0]}")
     aside = min(SETTINGS["held_out_pairs"], len(pairs) // 4)
     return {"train": pairs.select(range(aside, len(pairs))), "held_out": pairs.select(range(aside))}, report.to_json()
+
+
+def _is_right(pair: PreferencePair) -> bool:
+    """Whether the chosen response says the truth and nothing else, by plain comparison."""
+    truth = str(pair.metadata["answer"]).lower()
+    return pair.chosen.strip().lower().rstrip(".") == truth and str(pair.rejected).strip().lower().rstrip(".") != truth
 
 
 def ask(folder: Path, questions: list[Question]) -> list[Any]:

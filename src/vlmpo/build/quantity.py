@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from vlmpo.build.parse import braced, tidy, word_set
 
-_MOST_DIGITS, _MOST_EXPONENT = 60, 300
+_MOST_CHARACTERS, _MOST_DIGITS, _MOST_EXPONENT = 200, 60, 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,10 @@ def read_quantity(text: str) -> Quantity | None:
     notation, number words, digits of any script, currency, magnitudes (``3.5M``, ``2 billion``), a unit or a few plain
     words after the number, "about", "There are ...", and what follows the last ``=``.
     """
-    text = _after_equals(_ascii(tidy(text)))
-    if text is None or not text or len(text) > 200:
+    side = _after_equals(_ascii(tidy(text))) if len(text) <= _MOST_CHARACTERS else None
+    if not side:
         return None
+    text = side
     found = _stated(_exact(text))
     lead = _LEAD.match(text)
     if found is None and lead and not _NO_LEAD & set(lead["lead"].lower().replace("’", "'").split()):
