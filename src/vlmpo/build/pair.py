@@ -199,7 +199,8 @@ def _pairs(
 ) -> list[Record]:
     report.verdicts.update(one.verdict.status for one in judged)
     right = [one for one in judged if one.verdict.status == "correct"]
-    report.dropped["unfinished"] += sum(one.is_cut for one in right)
+    if cut := sum(one.is_cut for one in right):
+        report.dropped["unfinished"] += cut
     truth = _spaced(question.answer)
     candidates: dict[tuple[str, str, str], tuple[_Judged, _Judged]] = {}
     for chosen in right:
