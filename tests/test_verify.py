@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.paths import SHARED
 from vlmpo.build.parse import parse_final_answer
 from vlmpo.build.verify import VERIFIERS, choose_verifier, verify
 from vlmpo.errors import RecipeError, RecordError
@@ -84,6 +86,7 @@ READ = [
     ("", None),
     ("   \n ", None),
     ("*", "*"),
+    ("Final answer: " + "x" * 1001, None),
 ]
 
 
@@ -282,7 +285,7 @@ CASES = [
     ("anls", "yes", F + "no", "w"),
     ("anls", "University of California", F + "the University of California", "c"),
     ("anls", "Straße", F + "STRASSE", "c"),
-    ("anls", "x", F + "x" * 5000, "w"),
+    ("anls", "x", F + "x" * 900, "w"),
     ("anls", "total", "The document lists several items. The total stands below.", "u"),
     # vqa
     ("vqa", "rectangle", "rectangle", "c"),
@@ -437,6 +440,34 @@ def test_mathematics_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert found == ["correct"]
+
+
+VISONLYQA = SHARED / "data" / "visonlyqa" / "annotations"
+
+
+@pytest.mark.skipif(not VISONLYQA.exists(), reason="no ../shared/data/visonlyqa")
+@pytest.mark.parametrize(("file", "least_read"), [("no_reasoning.jsonl", 0.95), ("reasoning.jsonl", 0.4)])
+def test_real_responses_are_judged_as_their_authors_did(file: str, least_read: float) -> None:
+    """Logged answers of real models to prompts that ask for no mark; chosen were right, rejected wrong to the authors.
+
+    Of what is read, 99 in 100 must agree.
+    """
+    questions = [json.loads(line) for line in (VISONLYQA / "questions.jsonl").read_text().splitlines()]
+    truths = {(q["image"], q["question"].strip()): q["answer"] for q in questions}
+    texts = {image: [text for i, text in truths if i == image] for image, _ in truths}
+    counts: Counter[str] = Counter()
+    for line in (VISONLYQA / file).read_text().splitlines():
+        pair = json.loads(line)
+        asked = max((t for t in texts.get(pair["image"], []) if pair["question"].startswith(t)), key=len, default=None)
+        if asked is None:
+            continue
+        for side, right in (("chosen", "correct"), ("rejected", "wrong")):
+            status = verify(pair[side], truths[pair["image"], asked]).status
+            counts["unparsed" if status == "unparsed" else "agrees" if status == right else "differs"] += 1
+    read = counts["agrees"] + counts["differs"]
+    assert counts.total() > 1000
+    assert read / counts.total() >= least_read
+    assert counts["agrees"] / read >= 0.99
 
 
 # --- properties -------------------------------------------------------------------------------------------------------

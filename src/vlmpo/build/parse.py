@@ -57,6 +57,7 @@ _SENTENCE_WORDS = word_set(
     "therefore thus sorry unable unsure maybe perhaps either or"
 )
 _BARE_WORDS, _BARE_CHARACTERS = 12, 120
+_LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to read
 
 
 def parse_final_answer(text: str) -> str | None:
@@ -74,11 +75,14 @@ def parse_final_answer(text: str) -> str | None:
     text = _without_thoughts(text.replace("\r\n", "\n"))
     strong = list(_STRONG.finditer(text))
     if strong:
-        return _marked(text, strong[-1])
-    stated = _last_statement(text)
-    if stated is not None:
-        return tidy(stated) or None
-    return _bare(text)
+        found = _marked(text, strong[-1])
+    elif (stated := _last_statement(text)) is not None:
+        found = stated
+    else:
+        found = _bare(text)
+    if found is None or not found.strip() or len(found) > _LONGEST:
+        return None
+    return tidy(found) or None
 
 
 def tidy(text: str) -> str:
@@ -135,7 +139,7 @@ def _marked(text: str, mark: re.Match[str]) -> str | None:
             return None  # "the final answer is not 3" tells none
         if _SUPPOSED.search(text[: mark.start()][-60:]):
             return None
-    return tidy(content) or None if content is not None and content.strip() else None
+    return content
 
 
 def _last_statement(text: str) -> str | None:
@@ -157,9 +161,9 @@ def _bare(text: str) -> str | None:
     if not line or "\n" in line or len(line) > _BARE_CHARACTERS:
         return None
     if _BARE_LABEL.match(line.strip(_EMPHASIS)):
-        return tidy(line)
+        return line
     words = line.lower().replace("’", "'").split()
     is_sentence = any(word.strip(".,;:!?") in _SENTENCE_WORDS for word in words)
     if is_sentence or len(words) > _BARE_WORDS or first_sentence(line) != line:
         return None
-    return tidy(line)
+    return line
