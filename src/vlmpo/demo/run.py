@@ -43,7 +43,7 @@ WORKERS = 1
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much is drawn, trained and asked. Chosen on validation questions of seeds other than 0, 1 and 2.
+    """How much is drawn, trained and asked. Chosen on validation questions, partly of seeds 0, 1 and 2, never on test ones.
 
     Attributes:
         caption_steps, worked_steps, habit_steps: warm-up: describing images, worked answers, then worked and direct
@@ -265,8 +265,9 @@ def show(results: dict[str, Any]) -> None:
         "reward accuracy on them.",
         f"All arms start from the warm-up and take {settings['steps']} steps on the same {results['pairs']['train']} "
         "pairs of its own right and wrong responses.",
-        "The warm-up leaves a model that has the skill (it counts aloud rightly) and a wrong habit (it often answers "
-        "at once); preference training mends the habit.",
-        "One seed of one tiny task: it says nothing of which loss is best elsewhere.",
+        "The warm-up teaches a skill (to count aloud) and then a wrong habit (to answer at once). MPO's accuracy less "
+        f"the warm-up's: {100 * (arms['mpo']['accuracy'] - arms['warm_up']['accuracy']):+.1f} points.",
+        "Rate and nll reduction (token, not the default) were chosen for MPO and not tuned for the other arms: this is "
+        "no comparison of losses.",
     ):
         console.print(line)
