@@ -43,7 +43,9 @@ WORKERS = 1
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much is drawn, trained and asked. Chosen on validation questions, partly of seeds 0, 1 and 2, never on test ones.
+    """How much is drawn, trained and asked.
+
+    Chosen on validation questions, partly of seeds 0, 1 and 2, never on test ones.
 
     Attributes:
         caption_steps, worked_steps, habit_steps: warm-up: describing images, worked answers, then worked and direct
