@@ -28,7 +28,8 @@ from vlmpo.build.prompts import prompt_text
 from vlmpo.build.sample import sample
 from vlmpo.data.questions import read_questions
 from vlmpo.data.records import Question
-from vlmpo.data.sources import SourceSpec, open_pairs
+from vlmpo.data.sources import open_pairs
+from vlmpo.data.specs import SourceSpec
 from vlmpo.demo.tiny import TinySize, build_model, build_processor, train_tokenizer
 from vlmpo.evaluate.answers import answer_questions, compare, summarise
 from vlmpo.recipe import load_recipe

@@ -29,7 +29,9 @@ from vlmpo.build.verify import verify
 from vlmpo.cli import app
 from vlmpo.data.questions import read_questions
 from vlmpo.data.records import Message, Question, Response
-from vlmpo.data.sources import SourceSpec, open_pairs, screen
+from vlmpo.data.screening import screen
+from vlmpo.data.sources import open_pairs
+from vlmpo.data.specs import SourceSpec
 from vlmpo.errors import RecordError
 from vlmpo.recipe import load_recipe
 

@@ -332,3 +332,16 @@ def test_reading_a_recipe_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_is_said_twice_is_said_alike():
+    """The recipe names loss terms and verifiers itself, since it must not import torch; they are those of the code."""
+    from typing import get_args
+
+    from vlmpo import recipe
+    from vlmpo.build.verify import VERIFIERS
+    from vlmpo.loss import mpo
+
+    assert recipe.LOSS_TERMS == mpo.TERM_NAMES
+    assert dict(mpo.MPO_WEIGHTS) == recipe.MPO_WEIGHTS
+    assert set(get_args(recipe.Verifier)) == set(VERIFIERS)

@@ -15,7 +15,9 @@ import pytest
 
 from vlmpo.data import sources
 from vlmpo.data.records import Message, PreferencePair
-from vlmpo.data.sources import Dropped, PairDataset, SourceCounts, SourceSpec, open_pairs, screen, split_hold_out
+from vlmpo.data.screening import Dropped, SourceCounts, screen, split_hold_out
+from vlmpo.data.sources import PairDataset, open_pairs
+from vlmpo.data.specs import SourceSpec
 from vlmpo.errors import DataError, RecipeError, RecordError
 
 VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
@@ -189,7 +191,8 @@ def test_a_large_file_stays_on_disk(tmp_path: Path) -> None:
     size = (tmp_path / "large.jsonl").stat().st_size
     assert size > 100e6
     script = f"""if True:
-        from vlmpo.data.sources import SourceSpec, open_pairs
+        from vlmpo.data.sources import open_pairs
+        from vlmpo.data.specs import SourceSpec
         def peak():
             return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
         before = peak()

@@ -19,8 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlmpo.errors import RecipeError
 
+# Said here and in vlmpo.loss and vlmpo.build, which need more than a recipe may import; a test holds them equal.
 LOSS_TERMS = ("sigmoid", "bco_pair", "nll")
 MPO_WEIGHTS = {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0}
+Verifier = Literal["auto", "exact", "option", "number", "anls", "vqa", "math"]
 # Ways to put a question; anything else is a template that holds QUESTION_FIELD. vlmpo.build.prompts has their texts.
 PROMPT_STYLES = ("direct", "cot", "boxed")
 QUESTION_FIELD = "{question}"
@@ -130,7 +132,7 @@ class BuildSection(_Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0)
-    verifier: Literal["auto", "exact", "option", "number", "anls", "vqa", "math"] = "auto"
+    verifier: Verifier = "auto"
     max_pairs: int = Field(default=15, ge=1)
     keep: float = Field(default=0.5, gt=0, lt=1)
     batch_size: int = Field(default=8, ge=1)
@@ -175,7 +177,7 @@ class EvaluateSection(_Section):
     split: str | None = None
     prompt: str = "direct"
     max_new_tokens: int = Field(default=256, ge=1)
-    verifier: Literal["auto", "exact", "option", "number", "anls", "vqa", "math"] = "auto"
+    verifier: Verifier = "auto"
     batch_size: int = Field(default=16, ge=1)
     output_dir: str | None = Field(default=None, min_length=1)
 

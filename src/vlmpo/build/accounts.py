@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vlmpo.build.responses import RESPONSES_FILE
 from vlmpo.data.records import Question
-from vlmpo.errors import RecordError
+from vlmpo.errors import DataError, RecordError
+from vlmpo.files import replace_json, replace_text
 
 _EXAMPLES = 3  # records named under each reason
 
@@ -72,9 +73,17 @@ class PairingReport:
             "examples": self.examples,
         }
 
-    def write(self, path: Path) -> None:
-        """Store the report as JSON."""
-        _replace(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
+    def finish(self, folder: Path, records: Sequence[dict[str, Any]], pairs_file: str, report_file: str) -> None:
+        """Write the pairs and this report into ``folder``, and print the counts.
+
+        Raises:
+            DataError: there is no pair; the report is written all the same.
+        """
+        write_lines(folder / pairs_file, records)
+        replace_json(folder / report_file, self.to_json())
+        self.show(Console(), folder / pairs_file)
+        if not records:
+            raise DataError(f"{folder / RESPONSES_FILE}: no pair could be made; {report_file} there says why")
 
     def show(self, console: Console, pairs_file: Path) -> None:
         """Print the counts as a table, and the first messages under each reason."""
@@ -116,11 +125,4 @@ def question_record(question: Question) -> dict[str, Any]:
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """One JSON object a line, in place of what was there: whole or not at all."""
-    _replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
-from vlmpo.build.accounts import PairingReport, write_lines
+from vlmpo.build.accounts import PairingReport
 from vlmpo.build.engines import Engine, Generated, GenerationRequest
-from vlmpo.build.pair import Record, by_question, image_paths, prompt_hash, prompt_of, seed_for
+from vlmpo.build.keys import prompt_hash, seed_for
+from vlmpo.build.pair import Record, by_question, image_paths, prompt_of
 from vlmpo.build.progress import Progress
-from vlmpo.build.responses import ResponseFile, read_responses
-from vlmpo.build.sample import RESPONSES_FILE, build_section, open_engine, sampling_settings
+from vlmpo.build.responses import RESPONSES_FILE, ResponseFile, read_responses
+from vlmpo.build.sample import build_section, open_engine, sampling_settings
 from vlmpo.data.questions import read_questions
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question, Response
-from vlmpo.errors import DataError, RecordError
+from vlmpo.errors import RecordError
 from vlmpo.recipe import Recipe
 
 PAIRS_FILE = "pairs_dropout_ntp.jsonl"
@@ -70,11 +70,7 @@ def run_dropout_ntp(recipe: Recipe) -> PairingReport:
             save=save,
         )
     report.note_dropped(found.dropped)
-    write_lines(folder / PAIRS_FILE, records)
-    report.write(folder / REPORT_FILE)
-    report.show(Console(), folder / PAIRS_FILE)
-    if not records:
-        raise DataError(f"{folder / RESPONSES_FILE}: no pair could be made; {REPORT_FILE} there says why")
+    report.finish(folder, records, PAIRS_FILE, REPORT_FILE)
     return report
 
 

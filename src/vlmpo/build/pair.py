@@ -6,7 +6,6 @@ sampled.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from vlmpo.build.accounts import PairingReport, question_record, write_lines
+from vlmpo.build.keys import prompt_hash, seed_for
 from vlmpo.build.prompts import prompt_text
-from vlmpo.build.responses import PROMPT_HASH, read_responses
+from vlmpo.build.responses import PROMPT_HASH, RESPONSES_FILE, read_responses
 from vlmpo.build.verify import choose_verifier, verify, words_of
 from vlmpo.data.questions import read_questions
 from vlmpo.data.records import Question, Response, Verdict
-from vlmpo.errors import DataError, RecipeError, RecordError
+from vlmpo.errors import RecipeError, RecordError
 from vlmpo.recipe import QUESTION_FIELD, Recipe
 
 PAIRS_FILE = "pairs_correctness.jsonl"
@@ -41,7 +40,7 @@ def run_correctness(recipe: Recipe) -> PairingReport:
         RecipeError: no ``build`` section.
         DataError: no questions, no responses, or no pair to be made of them.
     """
-    from vlmpo.build.sample import RESPONSES_FILE, build_section
+    from vlmpo.build.sample import build_section
 
     build = build_section(recipe)
     folder = Path(str(build.output_dir))
@@ -52,14 +51,10 @@ def run_correctness(recipe: Recipe) -> PairingReport:
     )
     report.note_dropped(found.dropped)
     by_id = {question.id: question for question in found.questions}
-    write_lines(folder / PAIRS_FILE, records)
     for outcome in ("easy", "hard"):
         aside = [question_record(by_id[id_]) for id_ in report.aside[outcome]]
         write_lines(folder / f"{outcome}.jsonl", aside)
-    report.write(folder / REPORT_FILE)
-    report.show(Console(), folder / PAIRS_FILE)
-    if not records:
-        raise DataError(f"{folder / RESPONSES_FILE}: no pair could be made; {REPORT_FILE} there says why")
+    report.finish(folder, records, PAIRS_FILE, REPORT_FILE)
     return report
 
 
@@ -150,11 +145,6 @@ def prompt_of(question: Question, response: Response) -> str:
     return prompt_text(question, _style(response))
 
 
-def prompt_hash(prompt: str) -> str:
-    """What ``settings["prompt_hash"]`` of a response holds of the prompt it answered."""
-    return hashlib.blake2b(prompt.encode("utf-8"), digest_size=8).hexdigest()
-
-
 def image_paths(question: Question) -> list[str]:
     """The question's images as the pair file names them. Raises RecordError for one that is no path."""
     for image in question.images:
@@ -162,11 +152,6 @@ def image_paths(question: Question) -> list[str]:
             detail = f"pairs name their images by path, this question holds a {type(image).__name__}; save it first"
             raise RecordError("image_not_a_path", question.origin, detail)
     return [str(Path(image).absolute()) for image in question.images]
-
-
-def seed_for(seed: int, name: str) -> int:
-    """A 64-bit seed that depends on ``seed`` and ``name`` alone."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big")
 
 
 # ---- one question ----

@@ -13,6 +13,7 @@ from typing import Any
 from vlmpo.data.records import Response
 from vlmpo.errors import DataError, RunError
 
+RESPONSES_FILE = "responses.jsonl"
 PROMPT_HASH = "prompt_hash"  # the one setting that differs from question to question
 # Where the recipe has what a response was sampled with; the other settings are keys of `build`.
 _RECIPE_KEYS = {"model": "model.path or build.model", "max_tiles": "data.max_tiles", "dtype": "model.dtype"}

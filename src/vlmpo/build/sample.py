@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,17 +15,18 @@ import torch
 from rich.console import Console
 
 from vlmpo.build.engines import Engine, Generated, GenerationRequest, LocalEngine, Sampling
+from vlmpo.build.keys import prompt_hash, seed_for
 from vlmpo.build.progress import Progress
 from vlmpo.build.prompts import prompt_text
-from vlmpo.build.responses import PROMPT_HASH, ResponseFile
+from vlmpo.build.responses import PROMPT_HASH, RESPONSES_FILE, ResponseFile
 from vlmpo.build.server import ServerEngine
 from vlmpo.data.questions import read_questions
 from vlmpo.data.records import Message, Question, Response
 from vlmpo.errors import DataError, RecipeError, RecordError, RunError
+from vlmpo.files import replace_json
 from vlmpo.recipe import BuildSection, Recipe
 from vlmpo.tree.loading import load_model, load_processor
 
-RESPONSES_FILE = "responses.jsonl"
 MANIFEST_FILE = "sample_manifest.json"
 _EXAMPLES = 3  # records named under each reason
 _HOPELESS = 20  # requests that fail before the first answer: it is not the records, then
@@ -96,11 +96,11 @@ def sample(recipe: Recipe) -> SampleReport:
         _check_prompts(responses, found.questions, build.prompt)
         report.before = sum(len(indices) for indices in responses.done.values())
         report.repaired = responses.repaired
-        _write_manifest(folder, {**manifest, "status": "running", **report.to_json()})
+        replace_json(folder / MANIFEST_FILE, {**manifest, "status": "running", **report.to_json()})
         if not _is_done(responses, found.questions, build.samples):
             _sample_missing(recipe, engine or open_engine(recipe), found.questions, responses, report)
         report.questions = report.read - len(report.dropped)
-    _write_manifest(folder, {**manifest, "status": "finished", **report.to_json()})
+    replace_json(folder / MANIFEST_FILE, {**manifest, "status": "finished", **report.to_json()})
     _show(Console(), report, build, responses)
     if not responses.done:
         first = f"; the first: {report.dropped[0]}" if report.dropped else ""
@@ -160,7 +160,7 @@ def generation_request(question: Question, build: BuildSection) -> GenerationReq
         messages=(Message("user", prompt_text(question, build.prompt)),),
         images=question.images,
         n=build.samples,
-        seed=int(_digest(f"{build.seed}:{question.id}"), 16),
+        seed=seed_for(build.seed, question.id),
         origin=question.origin,
     )
 
@@ -236,13 +236,8 @@ def _identical_text(report: SampleReport, build: BuildSection) -> str:
 # ---- what a response depends on ----
 
 
-def _digest(text: str) -> str:
-    """16 hex digits, the same in every process."""
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
-
-
 def _prompt_hash(question: Question, style: str) -> str:
-    return _digest(prompt_text(question, style))
+    return prompt_hash(prompt_text(question, style))
 
 
 def _check_prompts(responses: ResponseFile, questions: Sequence[Question], style: str) -> None:
@@ -279,12 +274,6 @@ def _check_weights(file: Path, manifest: dict[str, Any], responses: ResponseFile
 
 
 # ---- what the user is told ----
-
-
-def _write_manifest(folder: Path, value: dict[str, Any]) -> None:
-    partial = folder / f"{MANIFEST_FILE}.partial"
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, folder / MANIFEST_FILE)
 
 
 def _show(console: Console, report: SampleReport, build: BuildSection, responses: ResponseFile) -> None:

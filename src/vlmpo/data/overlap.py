@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,18 +48,30 @@ class Overlap:
 
 
 def find_overlap(training: Iterable[Item], evaluation: Sequence[Item]) -> Overlap:
-    """Compare by content: images by a hash of their bytes, words with case and spaces evened out.
+    """What of one evaluation set training saw too; see :func:`find_overlaps`."""
+    return find_overlaps(training, {"": evaluation})[""]
 
-    Only training images of the same size as an evaluation image are read. A file that cannot be read equals none.
+
+def find_overlaps(training: Iterable[Item], evaluations: Mapping[str, Sequence[Item]]) -> dict[str, Overlap]:
+    """For each evaluation set by name, what of it training saw too. The training items are read once for all sets.
+
+    They are compared by content: images by a hash of their bytes, words with case and spaces evened out. Only training
+    images of the same size as an evaluation image are read. A file that cannot be read equals none.
     """
     content = _ContentHash()
-    sizes = {_size(image) for item in evaluation for image in item.images}
+    sizes = {_size(image) for items in evaluations.values() for item in items for image in item.images}
     training_images: set[str] = set()
     training_prompts: set[str] = set()
     for item in training:
         hashes = [content(image) if _size(image) in sizes else f"other:{image!r:.200}" for image in item.images]
         training_images.update(hashes)
         training_prompts.add(_prompt_key(item, hashes))
+    return {name: _overlap(items, training_images, training_prompts, content) for name, items in evaluations.items()}
+
+
+def _overlap(
+    evaluation: Sequence[Item], training_images: set[str], training_prompts: set[str], content: _ContentHash
+) -> Overlap:
     with_image = whole = 0
     examples: list[str] = []
     for item in evaluation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmpo.build.engines import LocalEngine, Sampling
-from vlmpo.data.overlap import Item, Overlap, find_overlap
+from vlmpo.data.overlap import Item
 from vlmpo.data.questions import QuestionSet, read_questions
+from vlmpo.data.records import Question
 from vlmpo.errors import RecipeError
 from vlmpo.evaluate.answers import Answer, answer_questions, compare, short_name, summarise
+from vlmpo.files import replace_json
 from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import EvaluateSection, Recipe
 from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
 from vlmpo.train.run import show_evaluation, training_config
-from vlmpo.train.run_data import find_overlaps, open_evaluation_pairs, open_run_data
+from vlmpo.train.run_data import RunData, open_eval, open_run_data, overlaps_with_training
 from vlmpo.train.trainer import MPOTrainer
 from vlmpo.tree import loading
 
@@ -39,20 +42,27 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         VlmpoError: the recipe, the data or a model is at fault.
     """
     section = recipe.evaluate or EvaluateSection()
-    pairs = open_evaluation_pairs(recipe)
+    data = open_run_data(recipe) if recipe.data.train else None
+    pairs = data.evaluation if data is not None else {"eval": open_eval(recipe)[0]} if recipe.data.eval else {}
     if not pairs and section.questions is None:
         raise RecipeError("nothing to evaluate on: give data.eval, data.hold_out or evaluate.questions")
     folder = Path(section.output_dir or Path(str(recipe.training["output_dir"])) / "evaluation")
     path = section.model or str(recipe.training["output_dir"])
     model, processor = loading.load_model(path, recipe.model.dtype), loading.load_processor(path)
     results: dict[str, Any] = {"model": path, "pairs": {}, "questions": {}}
+    asked: Sequence[Question] = ()
     if pairs:
         results["pairs"] = _evaluate_pairs(recipe, section, model, processor, pairs, folder)
-        results["overlap"] = _pair_overlaps(recipe)
     if section.questions is not None:
-        results["questions"] = _evaluate_questions(recipe, section, path, model, processor, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        found = evaluation_questions(section)
+        asked = found.questions
+        results["questions"] = _evaluate_questions(recipe, section, path, model, processor, found, folder)
+    if data is not None:
+        overlaps = _overlaps(data, asked)
+        if asked:
+            results["questions"]["overlap"] = overlaps.pop("questions")
+        results["overlap"] = overlaps
+    replace_json(folder / RESULTS_FILE, results)
     console = Console()
     show_evaluation(console, results["pairs"])
     _show_questions(console, results["questions"])
@@ -123,24 +133,19 @@ def _evaluate_pairs(
     return results
 
 
-def _pair_overlaps(recipe: Recipe) -> dict[str, Any]:
-    if not recipe.data.train:
-        return {}
-    return {name: _told(name, found) for name, found in find_overlaps(open_run_data(recipe)).items()}
-
-
-def _told(name: str, overlap: Overlap) -> dict[str, Any]:
-    message = overlap.message(name)
-    if message:
+def _overlaps(data: RunData, asked: Sequence[Question]) -> dict[str, Any]:
+    """What training has seen of each set of pairs and of the questions; told to the user where there is any."""
+    items = [Item(question.question, question.images, question.origin) for question in asked]
+    found = overlaps_with_training(data, {"questions": items} if items else None)
+    for message in filter(None, (overlap.message(name) for name, overlap in found.items())):
         notice(f"note: {message}")
-    return asdict(overlap)
+    return {name: asdict(overlap) for name, overlap in found.items()}
 
 
 def _evaluate_questions(
-    recipe: Recipe, section: EvaluateSection, path: str, model: Any, processor: Any, folder: Path
+    recipe: Recipe, section: EvaluateSection, path: str, model: Any, processor: Any, found: QuestionSet, folder: Path
 ) -> dict[str, Any]:
-    """Figures of the model's answers, the second model's, their comparison, and what training has seen of them."""
-    found = evaluation_questions(section)
+    """Figures of the model's answers, the second model's, and their comparison."""
     folder.mkdir(parents=True, exist_ok=True)
     asked: dict[str, list[Answer]] = {}
     results: dict[str, Any] = {"dropped": found.counts(), "models": {}}
@@ -155,16 +160,7 @@ def _evaluate_questions(
         file.write_text("".join(json.dumps(answer.to_json()) + "\n" for answer in answers), encoding="utf-8")
     if section.against is not None:
         results["comparison"] = compare(asked[path], asked[section.against])
-    if recipe.data.train:
-        training = open_run_data(recipe).train
-        items = (Item(" ".join(m.text for m in p.prompt), p.images, p.origin) for p in _each(training))
-        asked_items = [Item(q.question, q.images, q.origin) for q in found.questions]
-        results["overlap"] = _told("questions", find_overlap(items, asked_items))
     return results
-
-
-def _each(pairs: Any) -> Any:
-    return (pairs[index] for index in range(len(pairs)))
 
 
 def _show_questions(console: Console, results: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlmpo.errors import ModelError, RunError
+from vlmpo.files import replace_json
 from vlmpo.train.reference import is_peft
 
 STATE_FILE = "vlmpo_state.json"  # written last: a checkpoint that has it is complete
@@ -61,10 +62,7 @@ def _load_adapter(model: Any, checkpoint: Path) -> None:
 
 def write_state(checkpoint: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write MPO's own state into a checkpoint: the last file of it, put there in one move."""
-    target = Path(checkpoint) / STATE_FILE
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(state, indent=1))
-    os.replace(partial, target)
+    replace_json(Path(checkpoint) / STATE_FILE, state)
 
 
 def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
@@ -75,7 +73,7 @@ def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
             f"{checkpoint} is no complete vlmpo checkpoint ({STATE_FILE} is missing); "
             "name another one in training.resume_from_checkpoint"
         )
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:

@@ -86,3 +86,13 @@ class MPOConfig(TrainingArguments):
         """The terms that are on."""
         assert self.loss_weights is not None  # set in __post_init__
         return self.loss_weights
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """What every call of :func:`vlmpo.loss.mpo.mpo_loss` in a run is told alike."""
+        return {
+            "weights": self.weights,
+            "beta": self.beta,
+            "nll_reduction": self.nll_reduction,
+            "label_smoothing": self.label_smoothing,
+        }

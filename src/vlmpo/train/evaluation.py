@@ -107,11 +107,8 @@ def _losses(trainer: MPOTrainer, pairs: list[ScoredPair]) -> dict[str, float]:
         _column([pair.reference_chosen for pair in pairs]),
         _column([pair.reference_rejected for pair in pairs]),
         torch.tensor([pair.chosen_length for pair in pairs], dtype=torch.float64),
-        weights=trainer.args.weights,
-        beta=trainer.args.beta,
         reward_shift=trainer.reward_shift.value,
-        nll_reduction=trainer.args.nll_reduction,
-        label_smoothing=trainer.args.label_smoothing,
+        **trainer.args.loss_settings,
     )
     return {"loss": output.loss.item(), **{f"loss/{name}": value.item() for name, value in output.terms.items()}}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import platform
 import time
@@ -17,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmpo.errors import RecipeError, RunError
+from vlmpo.files import replace_json
 from vlmpo.recipe import Recipe, check_lora_keys, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
-from vlmpo.train.run_data import RunData, find_overlaps, open_run_data, show_accounts
+from vlmpo.train.run_data import RunData, open_run_data, overlaps_with_training, show_accounts
 from vlmpo.train.trainer import MPOTrainer
 from vlmpo.tree import loading
 
@@ -52,7 +52,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     folder = Path(args.output_dir)
     _refuse_to_overwrite(folder, args)
     data = open_run_data(recipe)
-    overlaps = find_overlaps(data)
+    overlaps = overlaps_with_training(data)
     for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
         notice(f"note: {remark}")
     processor = load_processor(recipe)
@@ -76,7 +76,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
-        _write_json(folder / "manifest.json", {**manifest, "status": "running"})
+        replace_json(folder / "manifest.json", {**manifest, "status": "running"})
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
     trainer.save_model(args.output_dir)
     results = {name: trainer.evaluate(part, metric_key_prefix=name) for name, part in data.evaluation.items()}
@@ -86,7 +86,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
         notice(f"note: {remark}")
     if main:
         manifest["data"] |= _data_accounts(data, accounts)
-        _write_json(folder / "manifest.json", {**manifest, "status": "finished", "evaluation": results})
+        replace_json(folder / "manifest.json", {**manifest, "status": "finished", "evaluation": results})
         console = Console()
         show_accounts(console, data, accounts)
         show_evaluation(console, results)
@@ -207,13 +207,8 @@ def _data_accounts(data: RunData, trained: Accounts) -> dict[str, Any]:
     return {"sets": sets, "examples": dropped.examples, "eval_dropped": data.eval_screened.to_json()["dropped"]}
 
 
-def _write_json(file: Path, value: Any) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, file)
-
-
 def show_evaluation(console: Console, results: dict[str, dict[str, float]]) -> None:
+    """Print reward accuracy and margin of each evaluation set, as a whole and by data set."""
     for name, metrics in results.items():
         if f"{name}_rewards/accuracies" not in metrics:
             continue

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vlmpo.data.overlap import Item, Overlap, find_overlap
-from vlmpo.data.sources import PairDataset, SourceSpec, open_pairs, screen, split_hold_out
+from vlmpo.data.overlap import Item, Overlap, find_overlaps
+from vlmpo.data.screening import screen, split_hold_out
+from vlmpo.data.sources import PairDataset, open_pairs
+from vlmpo.data.specs import SourceSpec
 from vlmpo.errors import DataError, RecipeError, RecordError
 from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import Recipe, Source
@@ -53,12 +55,12 @@ def open_run_data(recipe: Recipe) -> RunData:
         raise RecipeError("data.train: names no data set to train on; give at least one")
     seed = _seed(recipe)
     whole = _open(recipe, recipe.data.train, seed)
-    kept, screened = _screen(recipe, whole)
+    kept, screened, read = _screen(recipe, whole)
     notices = list(whole.notices)
     evaluation: dict[str, PairDataset] = {}
     eval_screened = Accounts()
     if recipe.data.eval:
-        evaluation["eval"], eval_screened = _open_eval(recipe)
+        evaluation["eval"], eval_screened = open_eval(recipe)
         notices += evaluation["eval"].notices
     held_out: Counter[str] = Counter()
     if recipe.data.hold_out:
@@ -68,20 +70,13 @@ def open_run_data(recipe: Recipe) -> RunData:
     if len(kept) == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in screened.reasons().items())
         raise DataError(f"data.train: of {len(whole)} pairs none is left to train on ({reasons or 'all held out'})")
-    read = Counter(whole.source(index) for index in range(len(whole)))
     return RunData(whole.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
 
 
-def open_evaluation_pairs(recipe: Recipe) -> dict[str, PairDataset]:
-    """The pairs ``vlmpo train`` would evaluate on, the held-out part the same as there; empty without any."""
-    if recipe.data.train and recipe.data.hold_out:
-        return open_run_data(recipe).evaluation
-    return {"eval": _open_eval(recipe)[0]} if recipe.data.eval else {}
-
-
-def _open_eval(recipe: Recipe) -> tuple[PairDataset, Accounts]:
+def open_eval(recipe: Recipe) -> tuple[PairDataset, Accounts]:
+    """The pairs of ``data.eval`` that can be used, and what was dropped of them."""
     data = _open(recipe, recipe.data.eval, _seed(recipe))
-    kept, screened = _screen(recipe, data)
+    kept, screened, _ = _screen(recipe, data)
     return data.select(kept), screened
 
 
@@ -96,7 +91,8 @@ def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:
     return open_pairs(specs, seed=seed, need_rejected=needs_reference(recipe.loss.weights))
 
 
-def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, Accounts]:
+def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, Accounts, Counter[str]]:
+    """Indices of the pairs that can be used, what was dropped of the others, and pairs read by data set."""
     found = screen(data)
     accounts = Accounts()
     for drop in found.dropped:
@@ -104,12 +100,14 @@ def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, Accounts]:
         if recipe.data.on_bad_record == "fail":
             raise error
         accounts.drop(data.source(drop.index), error)
-    return found.kept, accounts
+    read = Counter({name: counts.read for name, counts in found.sources.items() if counts.read})
+    return found.kept, accounts, read
 
 
-def find_overlaps(data: RunData) -> dict[str, Overlap]:
-    """For each evaluation set, what of it the training pairs show too, by content."""
-    return {name: find_overlap(_items(data.train), list(_items(pairs))) for name, pairs in data.evaluation.items()}
+def overlaps_with_training(data: RunData, others: Mapping[str, Sequence[Item]] | None = None) -> dict[str, Overlap]:
+    """For each evaluation set, and each of ``others``, what of it the training pairs show too, by content."""
+    evaluations = {name: list(_items(pairs)) for name, pairs in data.evaluation.items()} | dict(others or {})
+    return find_overlaps(_items(data.train), evaluations) if evaluations else {}
 
 
 def _items(pairs: PairDataset) -> Iterator[Item]:

@@ -105,9 +105,7 @@ class MPOTrainer(Trainer):
         self.clock = StepClock()
         self.accounts = Accounts()
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
-        self.tokens_read = 0
         self._step_rewards = [0.0, 0.0]  # sum and count of the optimizer step under way, this rank
-        self._start: dict[str, float] | None = None
         super().__init__(
             model=model,
             args=args,
@@ -272,13 +270,10 @@ class MPOTrainer(Trainer):
             None if reference is None else reference[part.chosen],
             None if reference is None or rejected is None else reference[rejected],
             part.chosen_lengths,
-            weights=self.args.weights,
-            beta=self.args.beta,
             reward_shift=self.reward_shift.value,
-            nll_reduction=self.args.nll_reduction,
-            label_smoothing=self.args.label_smoothing,
             num_pairs=counts.get("pairs"),
             num_chosen_tokens=counts.get("chosen_tokens"),
+            **self.args.loss_settings,
         )
 
     def _observe_micro_batch(self, policy: Tensor, reference: Tensor | None) -> None:
