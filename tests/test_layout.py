@@ -30,6 +30,16 @@ def test_two_trees_by_hand() -> None:
     assert row.vision["pixel_values"].tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
 
 
+def test_token_types_are_those_of_the_trunks() -> None:
+    """The processor speaks of the prompt only: responses are text, 0, and so is a prompt it says nothing of."""
+    image = PromptTree(ids(10, 11, 12), (ids(20, 21), ids(30)), token_types={"mm_token_type_ids": ids(0, 1, 1)})
+    text = PromptTree(ids(40, 41), (ids(50),))
+    row = build_row([image, text])
+    assert row.token_types["mm_token_type_ids"].tolist() == [[0, 1, 1, 0, 0, 0, 0, 0, 0]]
+    assert build_row([text]).token_types == {}
+    assert [p.token_types for p in image.separate()] == [image.token_types] * 2
+
+
 def test_mask_is_aligned_to_the_lower_right() -> None:
     row = build_row([PromptTree(ids(1, 2), (ids(3), ids(4, 5)))])
     mask = row.layout.lower_right_mask(2, 4, torch.device("cpu"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from vlmpo.data.encode import EncodedPair, PairEncoder
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.tree.logprobs import accepted
 
 ensure_torchvision()  # before transformers' model classes, which import torchvision
 
@@ -135,11 +135,9 @@ class LocalEngine:
         self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False)
         # A LoRA wrapper generates through the model it wraps, whose layers hold the adapter.
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._processor = processor
         self._tokenizer = processor.tokenizer
         self._sampling = sampling
         self._encodes_once = self._model.config.model_type in ENCODE_ONCE_FAMILIES
-        self._arguments = inspect.signature(self._model.forward).parameters
         self.batch_size = batch_size if self._encodes_once else 1
 
     @property
@@ -223,8 +221,12 @@ class LocalEngine:
             ids[row, length - prompt.numel() :] = prompt
             mask[row, length - prompt.numel() :] = 1
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if "mm_token_type_ids" in self._arguments:  # 1: image; families with 2D positions count by it
-            inputs["mm_token_type_ids"] = (ids == self._processor.image_token_id).long()
+        for name in dict.fromkeys(name for e in encoded for name in accepted(self._model, e.token_types)):
+            inputs[name] = torch.zeros_like(ids)
+            for row, (prompt, e) in enumerate(zip(prompts, encoded, strict=True)):
+                if name in e.token_types:  # of the trunk; a begun turn behind it is text, 0
+                    start = length - prompt.numel()
+                    inputs[name][row, start : start + e.trunk_ids.numel()] = e.token_types[name]
         for key in dict.fromkeys(key for e in encoded for key in e.vision):
             tensor = torch.cat([e.vision[key] for e in encoded if key in e.vision])
             inputs[key] = tensor.to(self._model.dtype) if tensor.is_floating_point() else tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,9 @@ from vlmpo.errors import ModelError, RecipeError, RecordError
 
 _MEDIA = ("image", "video", "audio")
 # What a processor says of the prompt's tokens; the row that a pair is laid out in has its own.
-_TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
+_TEXT_KEYS = ("input_ids", "attention_mask", "position_ids")
+# Marks which tokens are an image's: some families count positions (Qwen-VL) or attend (Gemma 3) by it.
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,7 @@ class EncodedPair:
         chosen_ids: ``[chosen]`` int64, exactly the scored tokens: the response and its end-of-turn token.
         rejected_ids: ``[rejected]`` int64, likewise; None in supervised fine-tuning.
         vision: what else the processor gave (InternVL: ``pixel_values [tiles, 3, height, width]``).
+        token_types: what the processor says of each trunk token beside its id, ``[trunk]`` each; a branch's are 0.
         source: name of the data set.
         origin: ``file:line`` of the record.
         tiles: pictures the vision tower reads: tiles and thumbnails, or images where the model does not tile.
@@ -45,6 +48,7 @@ class EncodedPair:
     tiles: int
     image_tokens: int
     cut: bool
+    token_types: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def _branch_lengths(self) -> list[int]:
@@ -123,7 +127,7 @@ class PairEncoder:
         self._check_prompt(pair)
         chat = self._chat.render(pair.prompt, responses, pair.origin)
         branches = [self._branch(chat.prompt, reply, chat.end_of_turn, pair.origin) for reply in chat.replies]
-        trunk, vision = self._trunk(chat.prompt, pair)
+        trunk, vision, token_types = self._trunk(chat.prompt, pair)
         whole = [len(ids) for ids in branches]
         branches = self._fit(branches, trunk.numel(), pair.origin)
         if len(branches) == 2 and branches[0] == branches[1]:
@@ -141,6 +145,7 @@ class PairEncoder:
             tiles=_count_tiles(vision, len(pair.images)),
             image_tokens=int((trunk == self.processor.image_token_id).sum()),
             cut=[len(branch) for branch in branches] != whole,
+            token_types=token_types,
         )
 
     def _responses(self, pair: PreferencePair) -> list[str]:
@@ -195,8 +200,8 @@ class PairEncoder:
         bos = self._tokenizer.bos_token
         return bos is None or not prompt.startswith(bos)
 
-    def _trunk(self, prompt: str, pair: PreferencePair) -> tuple[Tensor, dict[str, Tensor]]:
-        """The prompt's ids ``[trunk]``, image tokens expanded, and the vision tensors."""
+    def _trunk(self, prompt: str, pair: PreferencePair) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The prompt's ids ``[trunk]``, image tokens expanded; the vision tensors; and the tokens' types."""
         images = [open_image(image, pair.origin) for image in pair.images]
         text_kwargs = {"add_special_tokens": self._adds_special_tokens(prompt), "truncation": False, "padding": False}
         try:
@@ -209,8 +214,9 @@ class PairEncoder:
             )
         except ValueError as error:
             raise RecordError("processor_refused", pair.origin, f"the model's processor refuses it: {error}") from error
-        vision = {key: torch.as_tensor(value) for key, value in encoded.items() if key not in _TEXT_KEYS}
-        return encoded["input_ids"][0], vision
+        tensors = {key: torch.as_tensor(value) for key, value in encoded.items() if key not in _TEXT_KEYS}
+        token_types = {key: tensors.pop(key)[0] for key in _TOKEN_TYPES if key in tensors}
+        return encoded["input_ids"][0], tensors, token_types
 
     def _tiling(self, pair: PreferencePair) -> dict[str, int]:
         image_processor = self.processor.image_processor

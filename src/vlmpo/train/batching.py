@@ -238,7 +238,7 @@ class Collator:
 
 def _tree(pair: EncodedPair) -> PromptTree:
     branches = (pair.chosen_ids,) if pair.rejected_ids is None else (pair.chosen_ids, pair.rejected_ids)
-    return PromptTree(pair.trunk_ids, branches, pair.vision)
+    return PromptTree(pair.trunk_ids, branches, pair.vision, pair.token_types)
 
 
 class PairLoader(DataLoader[MicroBatch]):

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -212,14 +213,16 @@ def show_evaluation(console: Console, results: dict[str, dict[str, float]]) -> N
     for name, metrics in results.items():
         if f"{name}_rewards/accuracies" not in metrics:
             continue
-        table = Table(title=f"{name}: reward accuracy and margin, 95 % intervals", title_justify="left")
-        for column in ("data set", "pairs", "accuracy", "margin"):
-            table.add_column(column, justify="left" if column == "data set" else "right")
+        title = f"{name}: reward accuracy and margin, 95 % intervals"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("data set", overflow="fold")  # a name is never cut
+        for column in ("pairs", "accuracy", "margin"):
+            table.add_column(column, justify="right", no_wrap=True)
         prefix = f"{name}_pairs/"
         sources = [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]
         for label, suffix in [("all", ""), *((source, f"/{source}") for source in sources)]:
             values = [metrics[f"{name}_rewards/{key}{suffix}"] for key in _SHOWN]
             accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*values[:3])
-            margin = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*values[3:])
+            margin = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values[3:])
             table.add_row(label, str(int(metrics[f"{name}_pairs{suffix}"])), accuracy, margin)
         console.print(table)

@@ -23,11 +23,13 @@ class PromptTree:
         trunk_ids: ``[trunk]``, token ids of the prompt, image tokens expanded; at least one.
         branches: ids of each response's scored tokens, ``[length]`` each; at least one token each.
         vision: the processor's vision tensors, stacked along dimension 0 (InternVL: ``pixel_values [tiles, 3, h, w]``).
+        token_types: what the processor says of each trunk token beside its id, ``[trunk]`` each; a branch's are 0.
     """
 
     trunk_ids: Tensor
     branches: tuple[Tensor, ...]
     vision: dict[str, Tensor] = field(default_factory=dict)
+    token_types: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.trunk_ids.numel() == 0:
@@ -91,6 +93,7 @@ class Row:
         branch_of: ``[scored]``, which branch of the row each scored token belongs to, counted through the row.
         num_branches: branches in the row.
         vision: the trees' vision tensors, concatenated along dimension 0 in order of the trees.
+        token_types: ``[1, tokens]`` each, by the processor's name.
     """
 
     input_ids: Tensor
@@ -101,6 +104,7 @@ class Row:
     branch_of: Tensor
     num_branches: int
     vision: dict[str, Tensor]
+    token_types: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Row:
         """The row with its tensors on ``device``."""
@@ -108,7 +112,11 @@ class Row:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("input_ids", "position_ids", "predictors", "targets", "branch_of")
         }
-        return replace(self, vision={k: v.to(device, non_blocking=True) for k, v in self.vision.items()}, **moved)
+        vision, token_types = (
+            {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
+            for named in (self.vision, self.token_types)
+        )
+        return replace(self, vision=vision, token_types=token_types, **moved)
 
 
 def build_row(trees: Sequence[PromptTree]) -> Row:
@@ -143,12 +151,25 @@ def build_row(trees: Sequence[PromptTree]) -> Row:
         branch_of=torch.cat(branch_of),
         num_branches=num_branches,
         vision=_concatenate([tree.vision for tree in trees]),
+        token_types=_token_types(trees),
     )
 
 
 def _concatenate(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     names = list(dict.fromkeys(name for part in parts for name in part))
     return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:
+    """Types of all tokens of a row: a trunk's as its tree has them, 0 where it has none and in every branch."""
+    types: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for tree in trees for name in tree.token_types):
+        parts = []
+        for tree in trees:
+            trunk = tree.token_types.get(name, torch.zeros_like(tree.trunk_ids))
+            parts += [trunk, *(torch.zeros_like(branch) for branch in tree.branches)]
+        types[name] = torch.cat(parts)[None]
+    return types
 
 
 def pack(trees: Sequence[PromptTree], max_tokens: int | None) -> list[list[int]]:

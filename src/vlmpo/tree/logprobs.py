@@ -8,6 +8,7 @@ so that wrappers which shard or convert weights around a forward (DDP, FSDP2, Ze
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -125,8 +126,15 @@ def _token_logps_through(hidden: Tensor, head: nn.Module, targets: Tensor, chunk
     return torch.cat(parts)
 
 
+def accepted(model: Any, token_types: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the processor's token types, those that ``model``'s forward names: others would reach layers as strangers."""
+    named = inspect.signature(type(model).forward).parameters
+    return {name: types for name, types in token_types.items() if name in named}
+
+
 def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
     arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **row.vision}
+    arguments |= accepted(model.base_model, row.token_types)
     if shared:
         # Positions are said only here: a separate row is an ordinary prompt, the model counts it as it always does.
         arguments |= {"position_ids": row.position_ids, LAYOUT_ARGUMENT: row.layout}
