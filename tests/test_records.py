@@ -8,7 +8,7 @@ import pytest
 from vlmpo.data.records import Message, PreferencePair
 
 PAIR = PreferencePair(
-    prompt=(Message("system", "Be brief."), Message("user", "<image>\n<image>\nWhich is larger?")),
+    prompt=(Message("system", "Be brief."), Message("user", "<image>\n<image>\n<video>\nWhich is larger?")),
     images=("/data/a.png", "/data/b.png"),
     chosen="The first.",
     rejected="Die zweite – ü 😀",
@@ -16,12 +16,13 @@ PAIR = PreferencePair(
     origin="/data/sizes.jsonl:7",
     max_tiles=6,
     metadata={"id": 3, "tags": ["x", None]},
+    videos=("/data/c.mp4",),
 )
 
 AS_JSON = {
     "prompt": [
         {"role": "system", "text": "Be brief."},
-        {"role": "user", "text": "<image>\n<image>\nWhich is larger?"},
+        {"role": "user", "text": "<image>\n<image>\n<video>\nWhich is larger?"},
     ],
     "images": ["/data/a.png", "/data/b.png"],
     "chosen": "The first.",
@@ -30,6 +31,7 @@ AS_JSON = {
     "origin": "/data/sizes.jsonl:7",
     "max_tiles": 6,
     "metadata": {"id": 3, "tags": ["x", None]},
+    "videos": ["/data/c.mp4"],
 }
 
 

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of the prompt. ``text`` holds one ``<image>`` placeholder wherever an image stands."""
+    """One turn of the prompt. ``text`` holds one ``<image>`` or ``<video>`` placeholder wherever one stands."""
 
     role: str
     text: str
@@ -29,6 +30,7 @@ class PreferencePair:
         origin: ``file:line`` it was read from, for messages.
         max_tiles: tiles per pair its data set allows; None leaves it to the recipe.
         metadata: whatever else the record held.
+        videos: one source a video, a path or encoded bytes, marked by ``<video>`` in order; read as frames.
     """
 
     prompt: tuple[Message, ...]
@@ -39,12 +41,13 @@ class PreferencePair:
     origin: str = ""
     max_tiles: int | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    videos: tuple[Any, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; refuses images that are not paths, since JSON has no place for them."""
-        for image in self.images:
-            if not isinstance(image, str):
-                raise TypeError(f"only image paths have a JSON form, this pair holds a {type(image).__name__}")
+        """Plain JSON values; refuses images and videos that are not paths, since JSON has no place for them."""
+        for medium in (*self.images, *self.videos):
+            if not isinstance(medium, str):
+                raise TypeError(f"only paths have a JSON form, this pair holds a {type(medium).__name__}")
         return {
             "prompt": [{"role": m.role, "text": m.text} for m in self.prompt],
             "images": list(self.images),
@@ -54,6 +57,7 @@ class PreferencePair:
             "origin": self.origin,
             "max_tiles": self.max_tiles,
             "metadata": self.metadata,
+            "videos": list(self.videos),
         }
 
     @classmethod
@@ -61,7 +65,7 @@ class PreferencePair:
         """Inverse of :meth:`to_json`."""
         fields = dict(record)
         fields["prompt"] = tuple(Message(m["role"], m["text"]) for m in record["prompt"])
-        fields["images"] = tuple(record["images"])
+        fields["images"], fields["videos"] = tuple(record["images"]), tuple(record.get("videos", ()))
         return cls(**fields)
 
 
