@@ -75,7 +75,8 @@ class Source(_Section):
 class DataSection(_Section):
     """The pairs. ``hold_out`` is the fraction of the training pairs kept for evaluation, split off by image.
 
-    ``max_length`` bounds the tokens of prompt + longer response (None: no bound); ``over_long`` says what becomes of a
+    ``max_length`` bounds the tokens of prompt + longer response (None: no bound), ``video_frames`` the images that a
+    video becomes; ``over_long`` says what becomes of a
     pair above it, ``on_bad_record`` of a record that cannot be used.
     """
 
@@ -84,6 +85,7 @@ class DataSection(_Section):
     hold_out: float = Field(default=0.0, ge=0, lt=1)
     max_length: int | None = Field(default=8192, ge=1)
     max_tiles: int = Field(default=12, ge=1)
+    video_frames: int = Field(default=8, ge=1)
     on_bad_record: Literal["skip", "fail"] = "skip"
     over_long: Literal["drop", "cut"] = "drop"
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmpo.data.chat import ChatTemplate
 from vlmpo.data.images import open_image
 from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair
+from vlmpo.data.videos import DEFAULT_FRAMES, with_frames
 from vlmpo.errors import ModelError, RecipeError, RecordError
 
 _MEDIA = ("image", "video", "audio")
@@ -75,6 +76,7 @@ class PairEncoder:
         max_tiles: tiles the images of a pair may take together, thumbnails not counted; a pair's own ``max_tiles`` may
             lower it. Each image may take its share, at least one. Without effect on models that do not tile.
         need_rejected: False for supervised fine-tuning: the rejected response is not looked at.
+        video_frames: images a video becomes at most.
 
     Attributes:
         media_ids: tokens that to the model are an image, video or sound, or frame one; no response may hold them.
@@ -92,6 +94,7 @@ class PairEncoder:
         over_long: Literal["drop", "cut"] = "drop",
         max_tiles: int = 12,
         need_rejected: bool = True,
+        video_frames: int = DEFAULT_FRAMES,
     ) -> None:
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise ModelError(
@@ -105,6 +108,7 @@ class PairEncoder:
         self.over_long = over_long
         self.max_tiles = max_tiles
         self.need_rejected = need_rejected
+        self.video_frames = video_frames
         self._tokenizer = processor.tokenizer
         self._chat = ChatTemplate(processor)
         self.media_ids = _media_ids(processor)
@@ -121,8 +125,11 @@ class PairEncoder:
         Raises:
             RecordError: ``placeholder_mismatch``, ``image_token_in_prompt``, ``image_token_in_response``,
                 ``end_of_turn_in_response``, ``empty_response``, ``identical``, ``over_long``, ``missing_image``,
-                ``undecodable_image``, ``template_refused``, ``template_lost_response``, ``processor_refused``.
+                ``undecodable_image``, ``missing_video``, ``undecodable_video``, ``template_refused``,
+                ``template_lost_response``, ``processor_refused``.
+            DataError: the pair holds a video, and the library that reads videos is not installed.
         """
+        pair = with_frames(pair, self.video_frames)
         responses = self._responses(pair)
         self._check_prompt(pair)
         chat = self._chat.render(pair.prompt, responses, pair.origin)

@@ -39,6 +39,7 @@ class MPOConfig(TrainingArguments):
         max_length: tokens of prompt and longer response together; None: no limit.
         over_long: ``drop`` such pairs (counted), or ``cut`` the responses' ends.
         max_tiles: tiles a pair's images may take together.
+        video_frames: images a video becomes at most.
         max_tokens_per_row: a micro-batch is read in rows of at most so many tokens, each with its own backward pass,
             so that the longest row decides the memory, not the micro-batch.
         on_bad_record: ``skip`` and count, or ``fail``.
@@ -55,6 +56,7 @@ class MPOConfig(TrainingArguments):
     max_length: int | None = None
     over_long: str = "drop"
     max_tiles: int = 12
+    video_frames: int = 8
     max_tokens_per_row: int | None = 16384
     on_bad_record: str = "skip"
     attention: str = "auto"

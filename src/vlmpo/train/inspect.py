@@ -137,6 +137,7 @@ def examine(recipe: Recipe, processor: Any, num_samples: int) -> Findings:
         over_long=recipe.data.over_long,
         max_tiles=recipe.data.max_tiles,
         need_rejected=needs_reference(recipe.loss.weights),
+        video_frames=recipe.data.video_frames,
     )
     indices = _sampled(len(data.train))
     screen = Console(stderr=True)

@@ -111,6 +111,7 @@ def training_config(recipe: Recipe) -> MPOConfig:
                 "max_length": recipe.data.max_length,
                 "over_long": recipe.data.over_long,
                 "max_tiles": recipe.data.max_tiles,
+                "video_frames": recipe.data.video_frames,
                 "on_bad_record": recipe.data.on_bad_record,
                 "attention": recipe.model.attention,
             }

@@ -99,6 +99,7 @@ class MPOTrainer(Trainer):
             over_long=args.over_long,  # type: ignore[arg-type]
             max_tiles=args.max_tiles,
             need_rejected=self.with_preferences,
+            video_frames=args.video_frames,
         )
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
