@@ -1,0 +1,160 @@
+"""Seconds a step and peak memory, side by side in one run: vlmpo against TRL, plain code, and the floor.
+
+    python -m benchmarks.bench [--shapes "7 tiles" ...] [--arms "TRL 1.16" ...] [--repeats 3] [--steps 2]
+
+Every arm trains the same weights on the same pairs in the same precision (float32 on a CPU), optimizer step and data
+feeding included, in a process of its own. The arms of a shape take turns, a few steps each, so that whatever else the
+machine does meets all of them alike. Reported: the median of all steps with minimum and maximum, pairs a second as a
+ratio to TRL's in the same run, peak memory of the process. TRL leaves the reward shift out, so vlmpo runs without it
+here, and the losses of the first steps must agree. Writes ``benchmarks/results/bench.json`` and ``bench.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.arms import ARMS, GROUPS
+from benchmarks.shapes import SHAPES, VISONLYQA, Shape
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PEER = "TRL 1.16"
+# The large vocabulary costs minutes in the padded arms, and grouping is about images: not every arm at every shape.
+ONLY = {"7 tiles, vocabulary 151k": (PEER, "vlmpo, online", "vlmpo, cached", "floor")}
+WARM_UP = 1
+
+
+class Arm:
+    """One arm's process."""
+
+    def __init__(self, name: str, shape: Shape, folder: str) -> None:
+        self.name = name
+        self.steps: list[dict[str, Any]] = []
+        self._log = open(Path(folder) / "log.txt", "ab")  # noqa: SIM115  closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.arms", name, shape.name, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def step(self, keep: bool = True) -> None:
+        """Take one step; its record is kept."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        found = self._read()
+        if keep:
+            self.steps.append(found)
+        else:
+            self.first = found
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"arm {self.name!r} ended early:\n{Path(self._log.name).read_text()[-3000:]}")
+        return json.loads(line)
+
+    def end(self) -> float:
+        """Let it end; its peak memory in MiB."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        peak = self._read()["peak_mib"]
+        self._process.wait()
+        self._log.close()
+        return float(peak)
+
+
+def arms_of(shape: Shape, asked: list[str] | None) -> list[str]:
+    """The arms that run at ``shape``."""
+    names = ONLY.get(shape.name, tuple(ARMS))
+    if not shape.tiles and not shape.real:
+        names = tuple(name for name in names if name not in GROUPS)
+    return [name for name in names if asked is None or name in asked]
+
+
+def measure(shape: Shape, names: list[str], repeats: int, steps: int) -> dict[str, Any]:
+    """All arms at one shape, taking turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        arms = [Arm(name, shape, folder) for name in names]
+        for arm in arms:  # alone, one after the other: start-up and warm-up
+            for _ in range(WARM_UP):
+                arm.step(keep=False)
+        for _ in range(repeats):
+            for arm in arms:
+                for _ in range(steps):
+                    arm.step()
+        peaks = {arm.name: arm.end() for arm in arms}
+    return {arm.name: summary(arm, peaks[arm.name]) for arm in arms}
+
+
+def summary(arm: Arm, peak: float) -> dict[str, Any]:
+    """What is reported of an arm."""
+    seconds = [step["seconds"] for step in arm.steps]
+    pairs = arm.steps[0]["pairs"]
+    return {
+        "seconds": statistics.median(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+        "pairs_per_second": pairs / statistics.median(seconds),
+        "peak_mib": peak,
+        "first_losses": [arm.first["loss"], *(step["loss"] for step in arm.steps[:2])],
+    }
+
+
+def table(shape: str, found: dict[str, Any]) -> list[str]:
+    """One shape as Markdown."""
+    peer = found.get(PEER)
+    lines = [f"### {shape}", "", "| arm | s a step (min - max) | pairs/s | to TRL | peak MiB | to TRL |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, arm in found.items():
+        speed = f"{arm['pairs_per_second'] / peer['pairs_per_second']:.2f}x" if peer else "-"
+        memory = f"{arm['peak_mib'] / peer['peak_mib']:.2f}x" if peer else "-"
+        spread = f"{arm['seconds']:.3f} ({arm['min']:.3f} - {arm['max']:.3f})"
+        lines.append(
+            f"| {name} | {spread} | {arm['pairs_per_second']:.2f} | {speed} | {arm['peak_mib']:.0f} | {memory} |"
+        )
+    return [*lines, ""]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=None)
+    parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=None)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    results = {}
+    for name in options.shapes or SHAPES:
+        if SHAPES[name].real and not VISONLYQA.is_dir():
+            print(f"{name}: skipped, {VISONLYQA.name} is not beside the checkout", flush=True)
+            continue
+        results[name] = measure(SHAPES[name], arms_of(SHAPES[name], options.arms), options.repeats, options.steps)
+        print("\n".join(table(name, results[name])), flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    command = "python -m benchmarks.bench " + " ".join(f'"{arg}"' if " " in arg else arg for arg in sys.argv[1:])
+    record = {"command": command.strip(), "machine": machine, "shapes": results}
+    (options.output / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [line for name, found in results.items() for line in table(name, found)]
+    head = ["# Benchmark", "", f"`{record['command']}` on {machine['cores']} cores, {machine['threads']} threads.", ""]
+    (options.output / "bench.md").write_text("\n".join([*head, *lines]))
+
+
+if __name__ == "__main__":
+    main()
