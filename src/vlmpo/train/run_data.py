@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vlmpo.data.overlap import Item, Overlap, find_overlaps
 from vlmpo.data.screening import screen, split_hold_out
-from vlmpo.data.sources import PairDataset, open_pairs
+from vlmpo.data.sources import PairDataset, SourceInfo, open_pairs
 from vlmpo.data.specs import SourceSpec
 from vlmpo.errors import DataError, RecipeError, RecordError
 from vlmpo.loss.mpo import needs_reference
@@ -41,6 +41,11 @@ class RunData:
     screened: Accounts
     eval_screened: Accounts
     notices: list[str] = field(default_factory=list)
+
+    def formats(self) -> dict[str, list[SourceInfo]]:
+        """What each source was found to be, those of ``train`` and those of ``eval``."""
+        named = {"train": self.train, "eval": self.evaluation.get("eval")}
+        return {name: pairs.infos for name, pairs in named.items() if pairs is not None}
 
 
 def open_run_data(recipe: Recipe) -> RunData:

@@ -72,7 +72,7 @@ def _split_texts(record: Mapping[str, Any], context: RecordContext) -> tuple[lis
         raise context.error("identical", "`chosen` and `rejected` are the same: no preference to learn")
     # TRL cuts where the texts first differ, be it within a word; here a response begins with a whole one.
     common = "".join(one for one, other in takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False)))
-    prompt = re.sub(r"\S+$", "", common).removesuffix(" ")
+    prompt = re.sub(r"\S+\Z", "", common).removesuffix(" ")
     if not prompt.strip():
         detail = "`chosen` and `rejected` begin with no common prompt; give one under `prompt`"
         raise context.error("prompts_differ", detail)

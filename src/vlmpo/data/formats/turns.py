@@ -104,7 +104,8 @@ def _of_items(role: str, items: Sequence[Any], key: str, context: RecordContext)
             media["image"] += plain.images
             media["video"] += plain.videos
         elif kind in media and role == "assistant":
-            raise context.error("bad_conversation", f"`{where}` is a {kind} in an assistant's turn; it must be text")
+            detail = f"`{where}` is of type {kind!r} in an assistant's turn, which must be text"
+            raise context.error("bad_conversation", detail)
         elif kind in media:
             # The encoder takes one newline after a placeholder out again: the next item's own text stays as it is.
             text.append(f"<{kind}>\n")
