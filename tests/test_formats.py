@@ -516,6 +516,23 @@ def test_rlhf_v_holds_the_pair_as_json_in_text(tmp_path: Path) -> None:
     assert [refused(data, index)[0] for index in (1, 2, 3)] == ["bad_json", "missing_field", "missing_field"]
 
 
+@pytest.mark.parametrize("name", ["mmpr", "trl", "trl_implicit"])
+def test_a_system_key_is_not_lost(tmp_path: Path, name: str) -> None:
+    pair = only(open_records(tmp_path, {"system": "Be brief.", **SAME[name]}))
+    assert pair.prompt == (Message("system", "Be brief."), Message("user", f"<image>\n{QUESTION}"))
+    assert refused(open_records(tmp_path, {"system": 3, **SAME[name]}))[0] == "missing_field"
+
+
+def test_messages_as_older_datasets_hold_them(tmp_path: Path) -> None:
+    record = {
+        "conversations": {"from": ["human", "gpt", "human"], "value": ["Hi", "Hello", "And?"]},
+        "chosen": {"from": "gpt", "value": "Well."},
+        "rejected": {"from": "gpt", "value": "No."},
+    }
+    pair = only(open_records(tmp_path, record))
+    assert pair.prompt == (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "And?"))
+
+
 # --- recognition
 
 

@@ -401,6 +401,19 @@ def test_subsets_of_a_folder(tmp_path: Path) -> None:
         opened(tmp_path / "repo")
 
 
+def test_a_folder_of_images_with_their_records(tmp_path: Path) -> None:
+    (tmp_path / "pics").mkdir()
+    for seed in range(2):
+        (tmp_path / "pics" / f"{seed}.png").write_bytes(png(seed))
+    lines = [{"file_name": f"{seed}.png", **record(chosen=f"good {seed}")} for seed in range(2)]
+    (tmp_path / "pics" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = opened(tmp_path / "pics")
+    assert {pair.chosen: pair.images for pair in (data[0], data[1])} == {
+        f"good {seed}": (f"{tmp_path}/pics/{seed}.png",) for seed in range(2)
+    }
+    assert screen(data).counts() == {}
+
+
 def test_json_values_of_a_table_are_read_as_values(tmp_path: Path) -> None:
     """`datasets` stores what has no one type as text of JSON."""
     (tmp_path / "repo").mkdir()

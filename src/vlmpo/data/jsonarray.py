@@ -15,8 +15,19 @@ Indices = NDArray[np.int64]
 _CHUNK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA, _NEWLINE = 34, 92, 44, 10
-_OPEN, _CLOSE = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
-_SPACE = np.frombuffer(b" \t\r\n", np.uint8)
+
+
+def _table(values: dict[bytes, int]) -> NDArray[np.int8]:
+    """int8 [256]: a value for every byte, 0 for those not named."""
+    table = np.zeros(256, np.int8)
+    for characters, value in values.items():
+        table[np.frombuffer(characters, np.uint8)] = value
+    return table
+
+
+_IS_MARK = _table({b"[{]},": 1}).astype(np.bool_)
+_IS_SPACE = _table({b" \t\r\n": 1}).astype(np.bool_)
+_STEP = _table({b"[{": 1, b"]}": -1})
 
 
 class _Scan(NamedTuple):
@@ -68,30 +79,37 @@ def _chunks(path: str) -> Iterator[tuple[int, bytes]]:
 def _scan_chunk(data: NDArray[np.uint8], scan: _Scan, path: str) -> tuple[Indices, Indices, Indices, _Scan]:
     """Starts, ends and lines of the records that begin or end in a chunk, by offset in it; and what is carried on."""
     quotes = _real_quotes(data)
-    marks = np.flatnonzero(np.isin(data, _OPEN) | np.isin(data, _CLOSE) | (data == _COMMA))
+    marks = np.flatnonzero(_IS_MARK[data])
     marks = marks[(np.searchsorted(quotes, marks) + scan.in_string) % 2 == 0]
-    steps = np.isin(data[marks], _OPEN).astype(np.int64) - np.isin(data[marks], _CLOSE)
-    depths = scan.depth + np.cumsum(steps)  # after each mark
-    solid = np.flatnonzero(~np.isin(data, _SPACE))
+    steps = _STEP[data[marks]]
+    depths = scan.depth + np.cumsum(steps, dtype=np.int64)  # after each mark
     newlines = np.flatnonzero(data == _NEWLINE)
 
     closed = np.concatenate([np.full(int(scan.done), -1), marks[(depths == 0) & (steps < 0)]])
-    behind = solid[solid > closed[0]] if len(closed) else solid[:0]
-    if len(behind):
+    behind = _next_solid(data, closed[:1] + 1)
+    if len(behind) and behind[0] < len(data):
         line = scan.line + int(np.searchsorted(newlines, behind[0]))
         raise DataError(f"{path}:{line}: the JSON array ends before this; a bracket or brace is missing or too many")
 
     separates = (depths == 1) & (steps == 0)
     before = marks[separates | ((depths == 1) & (steps > 0))] + 1
-    before = np.concatenate([np.zeros(int(scan.pending), np.int64), before])
-    at = np.searchsorted(solid, before)
-    pending = bool(len(at)) and at[-1] == len(solid)
-    begun = solid[at[:-1] if pending else at]
+    begun = _next_solid(data, np.concatenate([np.zeros(int(scan.pending), np.int64), before]))
+    pending = bool(len(begun)) and begun[-1] == len(data)
+    begun = begun[:-1] if pending else begun
     ended = marks[separates | ((depths == 0) & (steps < 0))]
     depth = int(depths[-1]) if len(depths) else scan.depth
     in_string = bool((len(quotes) + scan.in_string) % 2)
     numbers = scan.line + np.searchsorted(newlines, begun)
     return begun, ended, numbers, _Scan(depth, in_string, pending, scan.line + len(newlines), bool(len(closed)))
+
+
+def _next_solid(data: NDArray[np.uint8], at: Indices) -> Indices:
+    """The first offset from each of ``at`` on that is no space; the length of ``data`` where there is none."""
+    found = at.copy()
+    left = np.arange(len(at))
+    while len(left := left[found[left] < len(data)]) and len(left := left[_IS_SPACE[data[found[left]]]]):
+        found[left] += 1
+    return found
 
 
 def _real_quotes(data: NDArray[np.uint8]) -> Indices:

@@ -7,22 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmpo.data.fields import json_kind, text_field
-from vlmpo.data.formats.assemble import preference_pair
+from vlmpo.data.formats.assemble import preference_pair, with_system
 from vlmpo.data.formats.context import RecordContext
 from vlmpo.data.formats.turns import text_turn
 from vlmpo.data.records import PreferencePair
 
-_KEYS = frozenset({"question", "chosen", "rejected"})
+_KEYS = frozenset({"question", "chosen", "rejected", "system"})
 
 
 def parse_question(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """``{image or video, question, chosen, rejected}``, as in MMPR (paths) and RLAIF-V (embedded images)."""
+    """``{system?, image or video, question, chosen, rejected}``, as in MMPR (paths) and RLAIF-V (embedded images)."""
     question = text_field(record, "question", context.origin)
     if not question.strip() and not any(record.get(key) for key in ("image", "images", "video", "videos")):
         raise context.error("missing_field", "`question` is empty and there is no image: nothing to answer")
     chosen = text_field(record, "chosen", context.origin)
     rejected = text_field(record, "rejected", context.origin) if context.need_rejected else None
-    return preference_pair(record, [text_turn("user", question)], chosen, rejected, _KEYS, context)
+    turns = with_system([text_turn("user", question)], record.get("system"), context)
+    return preference_pair(record, turns, chosen, rejected, _KEYS, context)
 
 
 def parse_question_in_text(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:

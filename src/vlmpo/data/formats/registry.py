@@ -108,10 +108,10 @@ def _fit(sample: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...], str]:
         remark = "" if chosen is not None else _LAST_TURN
         return "sharegpt", ("conversations", "system", "chosen", "rejected"), remark
     if is_conversation(chosen) and not is_conversation(sample.get("prompt")) and _holds_prompt(chosen):
-        return "trl_implicit", ("chosen", "rejected"), ""
+        return "trl_implicit", ("system", "chosen", "rejected"), ""
     if "prompt" in sample and ("completion" in sample or chosen is not None):
         remark = "the prompt is put as the user's turn" if isinstance(sample["prompt"], str) else ""
-        return "trl", ("prompt", "chosen", "rejected", "completion"), remark
+        return "trl", ("system", "prompt", "chosen", "rejected", "completion"), remark
     if "messages" in sample and chosen is not None:
         return "sharegpt", ("messages", "system", "chosen", "rejected"), ""
     if "messages" in sample:
@@ -121,7 +121,7 @@ def _fit(sample: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...], str]:
         return "alpaca", ("instruction", "input", "output", "chosen", "rejected", "history", "system"), ""
     if "question" in sample and chosen is not None:
         embedded = any(_kind(sample[key]).startswith("embedded") for key in ("image", "images") if key in sample)
-        return ("rlaif_v" if embedded else "mmpr"), ("question", "chosen", "rejected"), ""
+        return ("rlaif_v" if embedded else "mmpr"), ("system", "question", "chosen", "rejected"), ""
     text = sample.get("text")
     if isinstance(text, Mapping) or (isinstance(text, str) and text.lstrip().startswith("{") and '"chosen"' in text):
         return "rlhf_v", ("text",), ""

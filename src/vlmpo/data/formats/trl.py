@@ -8,18 +8,19 @@ from itertools import takewhile
 from typing import Any
 
 from vlmpo.data.fields import text_field
-from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported
+from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
 from vlmpo.data.formats.context import RecordContext
 from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
 from vlmpo.data.records import PreferencePair
 
-_KEYS = frozenset({"prompt", "chosen", "rejected", "completion"})
+_KEYS = frozenset({"prompt", "chosen", "rejected", "completion", "system"})
 
 
 def parse_explicit(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
     """``{prompt, chosen, rejected}``, each a text or messages; for fine-tuning also ``{prompt, completion}``.
 
-    A prompt of plain text is the user's turn. Images without placeholders stand before the first user's text.
+    A prompt of plain text is the user's turn; a ``system`` key goes before it. Images without placeholders stand before
+    the first user's text.
     """
     refuse_unsupported(record, context)
     prompt = record.get("prompt")
@@ -30,6 +31,7 @@ def parse_explicit(record: Mapping[str, Any], context: RecordContext) -> Prefere
     key = "completion" if record.get("chosen") is None and record.get("completion") is not None else "chosen"
     chosen = response_of(record.get(key), key, context)
     rejected = response_of(record.get("rejected"), "rejected", context) if context.need_rejected else None
+    turns = with_system(turns, record.get("system"), context)
     return preference_pair(record, turns, chosen, rejected, _KEYS, context, lead="all")
 
 
@@ -44,6 +46,7 @@ def parse_implicit(record: Mapping[str, Any], context: RecordContext) -> Prefere
     else:
         turns, chosen = split_response(read_turns(record.get("chosen"), "chosen", context), "chosen", context)
         rejected = _rejected(record, turns, context) if context.need_rejected else None
+    turns = with_system(turns, record.get("system"), context)
     return preference_pair(record, turns, chosen, rejected, _KEYS, context, lead="all")
 
 
