@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from trl import extract_prompt
+from trl.data_utils import prepare_multimodal_messages
 
 from tests.tiny_models import noise_image, processor
 from vlmpo import recipe
@@ -646,6 +647,40 @@ def test_encoded_as_the_same_pair_in_mmpr(tmp_path: Path, name: str) -> None:
     data = open_records(tmp_path, SAME[name])
     assert format_of(data) == name.removesuffix(" strings")
     assert_encoded_alike(encoder.encode(only(data)), expected)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [said("system", "look again"), said("user", QUESTION)],
+        [said("user", QUESTION), said("assistant", "red"), said("user", "not blue?")],
+        [
+            said(
+                "user",
+                [
+                    {"type": "text", "text": "in "},
+                    {"type": "image"},
+                    {"type": "text", "text": "\nand "},
+                    {"type": "image"},
+                ],
+            )
+        ],
+    ],
+)
+def test_a_prompt_is_what_trl_makes_of_it(prompt: list[dict[str, Any]]) -> None:
+    images = [noise_image(60, 50, seed) for seed in range(2)]
+    record = {
+        "prompt": prompt,
+        "images": images,
+        "chosen": [said("assistant", GOOD)],
+        "rejected": [said("assistant", BAD)],
+    }
+    ours = PairEncoder(processor(), max_tiles=2).encode(as_pairs([record])[0])
+    messages = prepare_multimodal_messages(prompt, images=images)
+    text = processor().apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    theirs = processor()(text=text, images=images, images_kwargs={"max_patches": 1}, return_tensors="pt")
+    assert torch.equal(ours.trunk_ids, theirs["input_ids"][0])
+    assert torch.equal(ours.vision["pixel_values"], theirs["pixel_values"])
 
 
 # --- whatever a trainer is given
