@@ -117,6 +117,7 @@ def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> N
     console = console or Console()
     processor = load_processor(recipe)
     found = examine(recipe, processor, pairs)
+    show_sources(console, found.data)
     for remark in found.notices:
         _line(console, f"note: {remark}", style="yellow")
     for number, encoded in enumerate(found.samples, start=1):
@@ -230,6 +231,14 @@ def _indented(text: str) -> str:
 
 
 # ---- all pairs ----
+
+
+def show_sources(console: Console, data: RunData) -> None:
+    """Print what each data set was found to be: how many records of which format, in what, and why that format."""
+    for name, infos in data.formats().items():
+        _line(console, f"data.{name}", style="bold")
+        for info in infos:
+            _line(console, f"  {info.name}: {info.records} records, {info.container}, {info.title}: {info.why}")
 
 
 def show_counts(console: Console, found: Findings) -> None:

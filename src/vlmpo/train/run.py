@@ -175,6 +175,7 @@ def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData) -> dict[str, A
         "reference_hash": None if trainer.reference is None else trainer.reference.weights_hash(),
         "data": {
             "hashes": {path: _file_hash(path) for path in data.train.paths},
+            "formats": {name: [dataclasses.asdict(i) for i in infos] for name, infos in data.formats().items()},
             **_data_accounts(data, Accounts()),
         },
     }
