@@ -22,15 +22,15 @@ _DIRECTIONS = (
 )
 
 
-def greater_is_better(metric: str) -> bool:
-    """Whether a higher ``metric`` is better, by its name.
+def greater_is_better(metric: str) -> bool | None:
+    """Whether a higher ``metric`` is better, by its name; None where that does not tell.
 
-    Raises ValueError where the name does not tell; transformers would take any that does not end in "loss" for one.
+    transformers takes every name that does not end in "loss" for a metric of which more is better.
     """
     for pattern, higher in _DIRECTIONS:
         if re.search(pattern, metric):
             return higher
-    raise ValueError(f"metric_for_best_model: is a higher {metric!r} better, or a lower? Set greater_is_better")
+    return None
 
 
 def pair_metrics(terms: Sequence[str], with_rewards: bool, sources: Sequence[str] | None = ()) -> list[str]:

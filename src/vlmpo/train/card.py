@@ -152,9 +152,8 @@ def _objective(trainer: ChoosingTrainer, base: str | None) -> dict[str, Any]:
     lines = []
     if "sigmoid" in weights or "bco_pair" in weights:
         off = isinstance(getattr(trainer, "reference", None), AdapterReference)
-        lines.append(
-            f"rewards: beta {args.beta:g}, against {'the model with its adapter off' if off else 'a frozen model'}"
-        )
+        reference = "the model with its adapter off" if off else "a frozen model"
+        lines.append(f"rewards: beta {args.beta:g}, against {reference}")
     if "bco_pair" in weights:
         lines.append(f"reward shift (delta): {args.reward_shift}")
     if "nll" in weights:
@@ -212,10 +211,8 @@ def _settings(trainer: ChoosingTrainer) -> Iterator[tuple[str, Any]]:
     for part, rate in (args.learning_rates or {}).items():
         yield f"learning rate, {part}", f"{rate:g}"
     yield "schedule", f"{args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g} {_warmup_unit(args)}"
-    yield (
-        "optimizer",
-        f"{args.optim.value}, weight decay {args.weight_decay:g}, gradient clipping {args.max_grad_norm:g}",
-    )
+    yield "optimizer", f"{args.optim.value}, weight decay {args.weight_decay:g}"
+    yield "gradient clipping", f"norm {args.max_grad_norm:g}" if args.max_grad_norm > 0 else "none"
     kept = next((p.dtype for p in trainer.model.parameters() if p.requires_grad), None)
     yield "trained weights kept in", str(kept).removeprefix("torch.")
     yield "mixed precision", "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"
@@ -238,10 +235,9 @@ def _adapter(model: Any) -> str:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     names = config.target_modules
     targets = names if isinstance(names, str) else ", ".join(sorted(names or ()))
-    rank = getattr(config, "r", None)
-    return (
-        f"{kind}, rank {rank}, alpha {config.lora_alpha}, on {targets}" if rank is not None else f"{kind}, on {targets}"
-    )
+    if getattr(config, "lora_alpha", None) is None:  # an adapter that is not LoRA's
+        return f"{kind}, on {targets}"
+    return f"{kind}, rank {config.r}, alpha {config.lora_alpha:g}, on {targets}"
 
 
 # ---- results ----

@@ -17,7 +17,7 @@ from vlmpo.train import rates
 from vlmpo.train.averaging import WeightAverage
 from vlmpo.train.best import known_metrics, metrics_of_sets, resolve
 from vlmpo.train.card import CARD_FILE, CardFacts, model_card
-from vlmpo.train.checkpoint import read_state
+from vlmpo.train.checkpoint import read_state, write_state
 from vlmpo.train.progress import notice
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
@@ -60,6 +60,10 @@ class ChoosingTrainer(Trainer):
         by_set = metrics_of_sets(self.eval_dataset, list(self.args.weights), needs_reference(self.args.weights))
         extra = [name for one in self.extra_evaluations for name in getattr(one, "metrics", ("*",))]
         self.args.metric_for_best_model = resolve(asked, known_metrics(by_set, extra))
+        if self.args.greater_is_better is None:
+            raise RecipeError(
+                f"training.metric_for_best_model: is a higher {asked!r} better, or a lower? Set training.greater_is_better"
+            )
         by_steps = self.args.save_strategy == self.args.eval_strategy == "steps"
         if self.args.load_best_model_at_end and by_steps and self.args.save_steps != self.args.eval_steps:
             notice("note: the best checkpoint is sought among the evaluations at which one is saved")
@@ -202,6 +206,15 @@ class ChoosingTrainer(Trainer):
             raise RunError(
                 f"training.push_to_hub: {_reason(error)} (log in with `hf auth login`, or set HF_TOKEN)"
             ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint, once our own part of it is there too: without it nobody could resume from the Hub."""
+        if self.average is not None and self.args.should_save:
+            self.average.save(checkpoint_folder)
+        state = self._mpo_state()
+        if self.args.should_save:
+            write_state(checkpoint_folder, state)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
         """Upload the run folder, its model card in it. Raises RunError where that fails; the folder is whole."""
