@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from tests.test_ranks import two_processes
-from tests.test_run import call, checkpoint, records, write_data, write_recipe  # noqa: F811, F401  a fixture
+from tests.test_run import call, checkpoint, records, write_data, write_recipe  # noqa: F401  a fixture
 from tests.tiny_models import model as tiny_model
 from tests.training import flat_weights, logged, pairs, relative, trainer
 from vlmpo import MPOTrainer
@@ -93,9 +93,16 @@ def test_the_model_gets_its_weights_back_even_after_an_error() -> None:
     layer, average = one_weight(4.0), WeightAverage(0.5)
     average.start(layer)
     layer.weight.data.fill_(0.1)
-    with pytest.raises(KeyError), average.in_place_of(layer):
-        assert layer.weight.item() == 4.0
-        raise KeyError
+    during = []
+
+    def fail() -> None:
+        with average.in_place_of(layer):
+            during.append(layer.weight.item())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert during == [4.0]
     assert torch.equal(layer.weight.data, torch.full((1, 1), 0.1))
 
 

@@ -62,7 +62,8 @@ class ChoosingTrainer(Trainer):
         self.args.metric_for_best_model = resolve(asked, known_metrics(by_set, extra))
         if self.args.greater_is_better is None:
             raise RecipeError(
-                f"training.metric_for_best_model: is a higher {asked!r} better, or a lower? Set training.greater_is_better"
+                f"training.metric_for_best_model: is a higher {asked!r} better, or a lower? "
+                "Set training.greater_is_better"
             )
         by_steps = self.args.save_strategy == self.args.eval_strategy == "steps"
         if self.args.load_best_model_at_end and by_steps and self.args.save_steps != self.args.eval_steps:
