@@ -101,7 +101,7 @@ class Moves(Gradients):
 
 @pytest.mark.parametrize("rates", [RATES, {"projector": 1e-2}], ids=["all", "one"])
 def test_each_part_moves_by_its_rate(tmp_path: Path, rates: dict[str, float]) -> None:
-    """One step of SGD without decay: what a parameter moves is its rate times its gradient, to the bit."""
+    """One step of SGD without decay: what a parameter moves is its rate times its gradient."""
     moves = Moves()
     settings = {"optim": "sgd", "learning_rate": 5e-3, "per_device_train_batch_size": 4, "callbacks": [moves]}
     run = trainer(tmp_path, pairs(4), learning_rates=rates, dtype=torch.float64, **settings)
@@ -109,12 +109,9 @@ def test_each_part_moves_by_its_rate(tmp_path: Path, rates: dict[str, float]) ->
     assert run.state.global_step == 1
     for name, before in moves.before.items():
         expected = before - rates.get(part_of(name), 5e-3) * moves.gradients[name]
-        torch.testing.assert_close(moves.after[name], expected, rtol=0, atol=1e-17, msg=name)
-    moved = {
-        part: max(float((moves.after[n] - moves.before[n]).abs().max()) for n in by_part(run.model)[part])
-        for part in PARTS
-    }
-    assert all(moved.values())
+        torch.testing.assert_close(moves.after[name], expected, rtol=0, atol=1e-14, msg=name)
+    for names in by_part(run.model).values():
+        assert max(float((moves.after[name] - moves.before[name]).abs().max()) for name in names) > 1e-6
 
 
 def test_qwen_moves_by_its_rates(tmp_path: Path, qwen_processor: Any) -> None:  # noqa: F811
@@ -245,7 +242,7 @@ def test_what_cannot_take_rates_says_so(tmp_path: Path) -> None:
     strange = tiny_model()
     strange.model.eyes = strange.model.vision_tower
     del strange.model.vision_tower
-    with pytest.raises(RecipeError, match="is its vision tower is not known|are its vision tower is not known"):
+    with pytest.raises(RecipeError, match="which parameters of InternVLForConditionalGeneration are its vision tower"):
         check_parts(strange, {"text": 1e-3})
 
 
@@ -262,4 +259,4 @@ def test_from_a_recipe(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     unknown = call("train", recipe, "training.learning_rates={tower: 1}", f"training.output_dir={tmp_path / 'other'}")
     assert unknown.exit_code == 2
     assert "learning_rates.tower: no such part" in unknown.output
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "other" / "manifest.json").exists()

@@ -272,7 +272,7 @@ def _answers(trainer: ChoosingTrainer) -> dict[str, Any] | None:
     accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*(found[f"eval_answers/{key}"] for key in ("accuracy", "low", "high")))
     unparsed = f"{found['eval_answers/unparsed']:.1%}"
     return {
-        "items": int(found["eval_answers/items"]),
+        "questions": int(found["eval_answers/items"]),
         "step": found["step"],
         "accuracy": accuracy,
         "unparsed": unparsed,
