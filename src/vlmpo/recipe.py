@@ -30,7 +30,7 @@ Verifier = Literal["auto", "exact", "option", "number", "anls", "vqa", "math"]
 PROMPT_STYLES = ("direct", "cot", "boxed")
 QUESTION_FIELD = "{question}"
 # What `training` takes beside the fields of transformers.TrainingArguments.
-OWN_TRAINING_KEYS = ("max_tokens_per_row",)
+OWN_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay")
 
 
 class _Section(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from vlmpo.train.batching import (
     merge,
 )
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
+from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.metrics import StepSums, add_up, summarise
@@ -47,10 +48,10 @@ from vlmpo.tree.logprobs import install
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
-from transformers import PrinterCallback, ProgressCallback, Trainer  # noqa: E402
+from transformers import PrinterCallback, ProgressCallback  # noqa: E402
 
 
-class MPOTrainer(Trainer):
+class MPOTrainer(ChoosingTrainer):
     """Trains a vision-language model by MPO, or by any subset of its terms.
 
     Args:
@@ -105,7 +106,6 @@ class MPOTrainer(Trainer):
         self.sums = StepSums()
         self.clock = StepClock()
         self.accounts = Accounts()
-        self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self._step_rewards = [0.0, 0.0]  # sum and count of the optimizer step under way, this rank
         super().__init__(
             model=model,
@@ -393,6 +393,7 @@ class MPOTrainer(Trainer):
             "reward_shift": self.reward_shift.state_dict(),
             "reference_hash": None if self.reference is None else self.reference.weights_hash(),
             "accounts": self.all_accounts().to_json(),
+            "learning_rates": self.args.learning_rates or None,
         }
 
     def all_accounts(self) -> Accounts:
@@ -419,10 +420,13 @@ class MPOTrainer(Trainer):
             self.accounts = Accounts.from_json(state["accounts"])
 
     def _load_best_model(self) -> None:
+        self.accelerator.wait_for_everyone()  # the first rank may still be writing the last checkpoint
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
+        # Delta as it was then: the evaluation of these weights comes out as it did.
+        self.reward_shift.load_state_dict(read_state(self.state.best_model_checkpoint)["reward_shift"])
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' estimate knows neither images nor shared rows."""
