@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vlmpo.data.chat import ChatTemplate
 from vlmpo.data.images import open_image
+from vlmpo.data.processors import image_token_id, media_ids, reads_images, tile_notice, tile_settings, tokenizer_of
 from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair
-from vlmpo.errors import ModelError, RecipeError, RecordError
+from vlmpo.errors import RecipeError, RecordError
 
-_MEDIA = ("image", "video", "audio")
 # What a processor says of the prompt's tokens; the row that a pair is laid out in has its own.
 _TEXT_KEYS = ("input_ids", "attention_mask", "position_ids")
 # Marks which tokens are an image's: some families count positions (Qwen-VL) or attend (Gemma 3) by it.
@@ -69,18 +69,19 @@ class PairEncoder:
     """Encodes pairs for one model. Picklable, for a data loader's workers.
 
     Args:
-        processor: the model's own processor, with its chat template.
+        processor: the model's own processor, with its chat template; a text-only model's is its tokenizer.
         max_length: tokens of trunk and longer branch together; None: no limit.
         over_long: ``drop`` refuses a longer pair; ``cut`` takes the ends of its responses off, never of the prompt.
         max_tiles: tiles the images of a pair may take together, thumbnails not counted; a pair's own ``max_tiles`` may
-            lower it. Each image may take its share, at least one. Without effect on models that do not tile.
+            lower it. Each image may take its share, at least one. Where a model reads images whole, at their own shape
+            (Qwen-VL), a tile stands for 448 x 448 pixels. Without effect on others, which ``notices`` says.
         need_rejected: False for supervised fine-tuning: the rejected response is not looked at.
 
     Attributes:
         media_ids: tokens that to the model are an image, video or sound, or frame one; no response may hold them.
 
     Raises:
-        ModelError: not a processor of text and images, or one without a usable chat template.
+        ModelError: neither a processor nor a tokenizer, or one without a usable chat template.
         RecipeError: an unknown ``over_long``.
     """
 
@@ -93,11 +94,7 @@ class PairEncoder:
         max_tiles: int = 12,
         need_rejected: bool = True,
     ) -> None:
-        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise ModelError(
-                f"{type(processor).__name__} is no processor of text and images; pass the model's own, as "
-                "AutoProcessor.from_pretrained gives it"
-            )
+        self._tokenizer = tokenizer_of(processor)
         if over_long not in ("drop", "cut"):
             raise RecipeError(f"over_long must be drop or cut, not {over_long!r}")
         self.processor = processor
@@ -105,22 +102,23 @@ class PairEncoder:
         self.over_long = over_long
         self.max_tiles = max_tiles
         self.need_rejected = need_rejected
-        self._tokenizer = processor.tokenizer
         self._chat = ChatTemplate(processor)
-        self.media_ids = _media_ids(processor)
+        self._image_token_id = image_token_id(processor)
+        self.media_ids = media_ids(processor)
         self._media_tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.media_ids))
+        self._tile_notice = tile_notice(processor, max_tiles)
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know about the chat template, each said once."""
-        return self._chat.notices
+        """What the user should know about the chat template and the image processor, each said once."""
+        return [*self._chat.notices, *([self._tile_notice] if self._tile_notice else [])]
 
     def encode(self, pair: PreferencePair) -> EncodedPair:
         """Token ids and vision tensors of ``pair``.
 
         Raises:
-            RecordError: ``placeholder_mismatch``, ``image_token_in_prompt``, ``image_token_in_response``,
-                ``end_of_turn_in_response``, ``empty_response``, ``identical``, ``over_long``, ``missing_image``,
+            RecordError: ``images_unsupported``, ``placeholder_mismatch``, ``image_token_in_prompt``,
+                ``image_token_in_response``, ``end_of_turn_in_response``, ``empty_response``, ``identical``, ``over_long``, ``missing_image``,
                 ``undecodable_image``, ``template_refused``, ``template_lost_response``, ``processor_refused``.
         """
         responses = self._responses(pair)
@@ -143,7 +141,7 @@ class PairEncoder:
             source=pair.source,
             origin=pair.origin,
             tiles=_count_tiles(vision, len(pair.images)),
-            image_tokens=int((trunk == self.processor.image_token_id).sum()),
+            image_tokens=0 if self._image_token_id is None else int((trunk == self._image_token_id).sum()),
             cut=[len(branch) for branch in branches] != whole,
             token_types=token_types,
         )
@@ -158,6 +156,12 @@ class PairEncoder:
         return [text for text in named.values() if text is not None]
 
     def _check_prompt(self, pair: PreferencePair) -> None:
+        if pair.images and not reads_images(self.processor):
+            detail = (
+                f"the record has {len(pair.images)} images, and {type(self.processor).__name__} reads none; "
+                "take it out, or train a vision-language model with its own processor"
+            )
+            raise RecordError("images_unsupported", pair.origin, detail)
         placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in pair.prompt)
         if placeholders != len(pair.images):
             detail = (
@@ -196,34 +200,32 @@ class PairEncoder:
         return self._tokenizer(text, add_special_tokens=add_special_tokens, truncation=False)["input_ids"]
 
     def _adds_special_tokens(self, prompt: str) -> bool:
-        """As the processors have it: the tokenizer adds its start token unless the template wrote it already."""
+        """As transformers has it: around a processor the tokenizer adds its start token unless the template wrote it
+        already; alone it adds none, the template has written all."""
         bos = self._tokenizer.bos_token
-        return bos is None or not prompt.startswith(bos)
+        return reads_images(self.processor) and (bos is None or not prompt.startswith(bos))
 
     def _trunk(self, prompt: str, pair: PreferencePair) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The prompt's ids ``[trunk]``, image tokens expanded; the vision tensors; and the tokens' types."""
-        images = [open_image(image, pair.origin) for image in pair.images]
         text_kwargs = {"add_special_tokens": self._adds_special_tokens(prompt), "truncation": False, "padding": False}
+        if not reads_images(self.processor):
+            encoded = self._tokenizer([prompt], return_tensors="pt", **text_kwargs)
+            return encoded["input_ids"][0], {}, {key: encoded[key][0] for key in _TOKEN_TYPES if key in encoded}
+        images = [open_image(image, pair.origin) for image in pair.images]
+        tiles = self.max_tiles if pair.max_tiles is None else min(self.max_tiles, pair.max_tiles)
         try:
             encoded = self.processor(
                 text=[prompt],
                 images=[images] if images else None,
                 text_kwargs=text_kwargs,
-                images_kwargs=self._tiling(pair),
+                images_kwargs=tile_settings(self.processor, tiles, images),
                 return_tensors="pt",
             )
-        except ValueError as error:
+            tensors = _tensors(encoded)
+        except (ValueError, TypeError, IndexError, KeyError) as error:
             raise RecordError("processor_refused", pair.origin, f"the model's processor refuses it: {error}") from error
-        tensors = {key: torch.as_tensor(value) for key, value in encoded.items() if key not in _TEXT_KEYS}
         token_types = {key: tensors.pop(key)[0] for key in _TOKEN_TYPES if key in tensors}
         return encoded["input_ids"][0], tensors, token_types
-
-    def _tiling(self, pair: PreferencePair) -> dict[str, int]:
-        image_processor = self.processor.image_processor
-        if not pair.images or not hasattr(image_processor, "max_patches"):
-            return {}
-        tiles = self.max_tiles if pair.max_tiles is None else min(self.max_tiles, pair.max_tiles)
-        return {"max_patches": max(1, tiles // len(pair.images))}
 
     def _fit(self, branches: Sequence[list[int]], trunk: int, origin: str) -> list[list[int]]:
         """The branches, their ends cut off where they are too long and that is asked for."""
@@ -238,21 +240,25 @@ class PairEncoder:
         return [branch[:room] for branch in branches]
 
 
-def _media_ids(processor: Any) -> frozenset[int]:
-    """Ids of the tokens that stand for images, video and sound, and of those that frame them."""
-    tokenizer = processor.tokenizer
-    ids: set[int | None] = set()
-    for medium in _MEDIA:
-        token = getattr(processor, f"{medium}_token", None)
-        ids.add(None if token is None else tokenizer.convert_tokens_to_ids(str(token)))
-        ids.add(getattr(processor, f"{medium}_token_id", None))
-        ids.update(getattr(processor, f"{medium}_token_ids", None) or ())
-    # A token the tokenizer does not know comes as its unknown token, which is no image.
-    return frozenset(id_ for id_ in ids if id_ is not None and id_ != tokenizer.unk_token_id)
+def _tensors(encoded: Any) -> dict[str, Tensor]:
+    """What the processor gave beside the text's ids, as tensors. Names and metadata, which no model reads, are left
+    out; pixels that are no tensor raise ValueError."""
+    found = {}
+    for key, value in encoded.items():
+        if key in _TEXT_KEYS:
+            continue
+        try:
+            found[key] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if key.startswith("pixel"):
+                raise ValueError(f"its {key} make no tensor: {error}") from error
+    return found
 
 
 def _count_tiles(vision: dict[str, Tensor], images: int) -> int:
     pixels = vision.get("pixel_values")
     if pixels is None or pixels.dim() < 4:  # the Qwen-VL families: patches of all images in one list
         return images
+    if pixels.dim() == 5:  # pictures by image or prompt; where there are fewer, zeros fill up
+        return int(pixels.flatten(2).any(dim=-1).sum())
     return math.prod(pixels.shape[:-3])
