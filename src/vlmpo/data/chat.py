@@ -79,9 +79,9 @@ class ChatTemplate:
                 return
             except (RecordError, ValueError) as error:
                 failures.append(error)
-        error = failures[0]
-        cause = error.detail if isinstance(error, RecordError) else error
-        raise ModelError(f"the chat template cannot render a question and an answer: {cause}") from error
+        first = failures[0]
+        cause = first.detail if isinstance(first, RecordError) else first
+        raise ModelError(f"the chat template cannot render a question and an answer: {cause}") from first
 
     def _look_at_order(self) -> None:
         """Tell where the template does not leave images where they stand."""

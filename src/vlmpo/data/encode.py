@@ -118,8 +118,9 @@ class PairEncoder:
 
         Raises:
             RecordError: ``images_unsupported``, ``placeholder_mismatch``, ``image_token_in_prompt``,
-                ``image_token_in_response``, ``end_of_turn_in_response``, ``empty_response``, ``identical``, ``over_long``, ``missing_image``,
-                ``undecodable_image``, ``template_refused``, ``template_lost_response``, ``processor_refused``.
+                ``image_token_in_response``, ``end_of_turn_in_response``, ``empty_response``, ``identical``,
+                ``over_long``, ``missing_image``, ``undecodable_image``, ``template_refused``,
+                ``template_lost_response``, ``processor_refused``.
         """
         responses = self._responses(pair)
         self._check_prompt(pair)

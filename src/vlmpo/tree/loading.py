@@ -34,8 +34,8 @@ def load_processor(path: str) -> Any:
         raise ModelError(f"model.path: no processor can be loaded from {path}: {_first_line(error)}") from error
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):  # whatever part of one is there
         raise ModelError(
-            f"model.path: {path} has a {type(processor).__name__} but no whole processor; put the model's processor and "
-            "tokenizer files there"
+            f"model.path: {path} has a {type(processor).__name__} but no whole processor; put the model's processor "
+            "and tokenizer files there"
         )
     return processor
 
