@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: an image is split into tiles beside the whole, and all pictures of a prompt stand in one row."""
+"""Idefics3 and SmolVLM: an image is split into tiles, beside the whole; the pictures of a prompt are one list."""
 
 from __future__ import annotations
 
