@@ -159,8 +159,8 @@ class PairEncoder:
     def _check_prompt(self, pair: PreferencePair) -> None:
         if pair.images and not reads_images(self.processor):
             detail = (
-                f"the record has {len(pair.images)} images, and {type(self.processor).__name__} reads none; "
-                "take it out, or train a vision-language model with its own processor"
+                f"the record has images, and {type(self.processor).__name__} reads none; "
+                "take it out, or train a vision-language model, with its own processor"
             )
             raise RecordError("images_unsupported", pair.origin, detail)
         placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in pair.prompt)
