@@ -234,8 +234,8 @@ def test_attention_refuses_what_would_be_silently_wrong() -> None:
     layout = RowLayout((TreeSpan(0, 3, (1, 1)),))
     with pytest.raises(ModelError, match="dropout"):
         branch_attention(layer, states, states, states, None, dropout=0.1, vlmpo_layout=layout)
-    with pytest.raises(ModelError, match="only 3 tokens back"):
-        branch_attention(layer, states, states, states, None, sliding_window=3, vlmpo_layout=layout)
+    with pytest.raises(ModelError, match="asks for softcap"):
+        branch_attention(layer, states, states, states, None, softcap=3.0, vlmpo_layout=layout)
     with pytest.raises(ModelError, match="covers 5 tokens"):
         branch_attention(layer, states[:, :, :4], states, states, None, vlmpo_layout=layout)
     layer.is_causal = False
@@ -244,15 +244,16 @@ def test_attention_refuses_what_would_be_silently_wrong() -> None:
 
 
 def test_support_is_told_with_its_reason() -> None:
-    from transformers import InternVLConfig, LlavaConfig, Qwen2Config, Qwen3_5TextConfig
+    from transformers import Gemma2Config, InternVLConfig, Qwen2Config, Qwen3_5TextConfig
 
     assert support_for(model().config).shared
     assert support_for(Qwen2Config()).shared
-    assert not support_for(LlavaConfig()).shared
-    assert "llava" in support_for(LlavaConfig()).reason
-    sliding = Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=0, num_hidden_layers=2)
-    assert "sliding_attention" in support_for(sliding).reason
-    assert not support_for(InternVLConfig(text_config=Qwen3_5TextConfig().to_dict())).shared
+    assert not support_for(Gemma2Config()).shared  # it caps its attention scores, which SDPA cannot
+    assert "gemma2" in support_for(Gemma2Config()).reason
+    hybrid = InternVLConfig(text_config=Qwen3_5TextConfig().to_dict())
+    assert not support_for(hybrid).shared
+    assert "linear_attention" in support_for(hybrid).reason
+    assert not support_for(InternVLConfig(text_config=Gemma2Config().to_dict())).shared
     assert tokenizer().convert_ids_to_tokens(0) == "!"  # what the tests above take id 0 to be
 
 
