@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmpo.data.chat import PROBE
 from vlmpo.data.encode import EncodedPair, PairEncoder
-from vlmpo.data.processors import tokenizer_of
+from vlmpo.data.processors import reads_images, tokenizer_of
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.torchvision_shim import ensure_torchvision
@@ -24,7 +24,8 @@ ensure_torchvision()  # before transformers' model classes, which import torchvi
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 # Families whose generate() was tested, token for token, to encode a prompt's images once for all its samples and to
-# batch prompts of different tiles. Any other gets one prompt a call, its inputs repeated for every sample.
+# batch prompts of different tiles. Text-only models have no images to mix up. Any other gets one prompt a call, its
+# inputs repeated for every sample.
 ENCODE_ONCE_FAMILIES = frozenset({"internvl"})
 
 
@@ -138,7 +139,8 @@ class LocalEngine:
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._tokenizer = tokenizer_of(processor)
         self._sampling = sampling
-        self._encodes_once = self._model.config.model_type in ENCODE_ONCE_FAMILIES
+        once = self._model.config.model_type in ENCODE_ONCE_FAMILIES
+        self._encodes_once = once or not reads_images(processor)
         self.batch_size = batch_size if self._encodes_once else 1
 
     @property
