@@ -63,7 +63,7 @@ def test_the_start_token_is_the_templates_affair(template_writes_it: bool) -> No
 
 def test_a_pair_with_an_image_is_refused_by_name() -> None:
     shown = PreferencePair((Message("user", "<image>\nwhat?"),), (noise_image(8, 8, 0),), "red", "blue", origin="p:1")
-    with pytest.raises(RecordError, match="p:1: the record has images, and .* reads none; take it out") as caught:
+    with pytest.raises(RecordError, match=r"p:1: the record has images, and .* reads none; take it out") as caught:
         PairEncoder(FAMILY.processor()).encode(shown)
     assert caught.value.reason == "images_unsupported"
 
@@ -205,7 +205,7 @@ def test_half_a_processor_is_refused(tmp_path: Path) -> None:
         folder = tmp_path / part
         seeing.model(0).config.save_pretrained(folder)
         getattr(seeing.processor(), part).save_pretrained(folder)
-        with pytest.raises(ModelError, match="model.path: no processor can be loaded from"):
+        with pytest.raises(ModelError, match=r"model\.path: no processor can be loaded from"):
             load_processor(str(folder))
     seeing.processor().image_processor.save_pretrained(tmp_path / "alone")
     with pytest.raises(ModelError, match="has a CLIPImageProcessor but no whole processor"):
@@ -219,5 +219,5 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     FAMILIES["smolvlm"].processor().save_pretrained(tmp_path)
     load_processor(str(tmp_path))
     monkeypatch.setattr(processing_smolvlm, "num2words", None)
-    with pytest.raises(ModelError, match="model.path: no processor can be loaded from .*pip install num2words"):
+    with pytest.raises(ModelError, match=r"model\.path: no processor can be loaded from .*pip install num2words"):
         load_processor(str(tmp_path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -95,6 +95,22 @@ def _known(tokenizer: Any, token: Any) -> int | None:
 # ---- tiles ----
 
 
+def tile_kind(processor: Any) -> Literal["grid", "split", "pixels"] | None:
+    """How a family's images are bounded: by a grid of tiles (InternVL), by a size that is split into tiles (Idefics3),
+    by pixels where an image is read whole at its own shape (Qwen-VL); None where its processor leaves no choice."""
+    if not reads_images(processor):
+        return None
+    image_processor = processor.image_processor
+    if hasattr(image_processor, "crop_to_patches") and hasattr(image_processor, "max_patches"):
+        return "grid"
+    if getattr(image_processor, "do_image_splitting", False) and hasattr(image_processor, "max_image_size"):
+        return "split"
+    size = getattr(image_processor, "size", None) or {}
+    if "image_grid_thw" in image_processor.model_input_names and size.get("shortest_edge") and size.get("longest_edge"):
+        return "pixels"
+    return None
+
+
 def tile_settings(processor: Any, tiles: int, images: Sequence[Image.Image]) -> dict[str, Any]:
     """The image processor's keywords by which each of ``images`` takes its share of ``tiles``, at least one.
 
@@ -103,42 +119,31 @@ def tile_settings(processor: Any, tiles: int, images: Sequence[Image.Image]) -> 
     if not images:
         return {}
     share = max(1, tiles // len(images))
-    image_processor = processor.image_processor
-    if _crops(image_processor):
+    kind, size = tile_kind(processor), processor.image_processor.size
+    if kind == "grid":
         return {"max_patches": share}
-    if _splits(image_processor):
-        return _split_settings(image_processor, share, images)
-    own = _pixel_bound(image_processor)
-    if own is not None and share * TILE_PIXELS < own:
-        return {"size": {"shortest_edge": image_processor.size["shortest_edge"], "longest_edge": share * TILE_PIXELS}}
+    if kind == "split":
+        return _split_settings(processor.image_processor, share, images)
+    if kind == "pixels" and share * TILE_PIXELS < size["longest_edge"]:
+        return {"size": {"shortest_edge": size["shortest_edge"], "longest_edge": share * TILE_PIXELS}}
     return {}
 
 
 def tile_notice(processor: Any, tiles: int) -> str | None:
     """What ``max_tiles`` comes to where it is not tiles; None where it is."""
-    if not reads_images(processor) or _crops(processor.image_processor) or _splits(processor.image_processor):
+    kind = tile_kind(processor)
+    if not reads_images(processor) or kind in ("grid", "split"):
         return None
     name = type(processor.image_processor).__name__
-    own = _pixel_bound(processor.image_processor)
-    if own is None:
+    if kind is None:
         return f"max_tiles has no effect on this model: {name} sizes its images by settings of its own"
-    bound = tiles * TILE_PIXELS
+    own, bound = processor.image_processor.size["longest_edge"], tiles * TILE_PIXELS
     if bound >= own:
         return None
     return (
         f"this model reads images whole: max_tiles {tiles} bounds a prompt's images to {tiles} x 448 x 448 = {bound} "
         f"pixels, where {name} alone would take {own} each"
     )
-
-
-def _crops(image_processor: Any) -> bool:
-    """InternVL's way: up to ``max_patches`` tiles in the grid nearest to the image's shape."""
-    return hasattr(image_processor, "crop_to_patches") and hasattr(image_processor, "max_patches")
-
-
-def _splits(image_processor: Any) -> bool:
-    """Idefics3's way: the image is scaled to ``size`` and split into tiles of ``max_image_size``."""
-    return getattr(image_processor, "do_image_splitting", False) and hasattr(image_processor, "max_image_size")
 
 
 def _split_settings(image_processor: Any, share: int, images: Sequence[Image.Image]) -> dict[str, Any]:
@@ -156,11 +161,3 @@ def _most_tiles(image_processor: Any, longest: int, images: Sequence[Image.Image
     settings = {"size": {"longest_edge": longest}}
     counts = (image_processor.get_number_of_image_patches(image.height, image.width, settings) for image in images)
     return max(max(1, rows * columns) for _, rows, columns in counts)
-
-
-def _pixel_bound(image_processor: Any) -> int | None:
-    """Qwen-VL's way: an image keeps its shape and is scaled to so many pixels at most."""
-    if "image_grid_thw" not in image_processor.model_input_names:
-        return None
-    size = image_processor.size
-    return size["longest_edge"] if size.get("longest_edge") and size.get("shortest_edge") else None
