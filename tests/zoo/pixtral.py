@@ -80,5 +80,11 @@ def mistral_model(seed: int) -> Any:
 
 FAMILIES = [
     Family("pixtral", functools.partial(processor, 1), pixtral_model, shared=True),
-    Family("mistral3", functools.partial(processor, MERGE), mistral_model, shared=True),
+    Family(
+        "mistral3",
+        functools.partial(processor, MERGE),
+        mistral_model,
+        shared=True,
+        note="transformers fails on an image of one token (28 x 28 pixels) that is alone in its row",
+    ),
 ]

@@ -261,5 +261,5 @@ def _count_tiles(vision: dict[str, Tensor], images: int) -> int:
     if pixels is None or pixels.dim() < 4:  # the Qwen-VL families: patches of all images in one list
         return images
     if pixels.dim() == 5:  # pictures by image or prompt; where there are fewer, zeros fill up
-        return int(pixels.flatten(2).any(dim=-1).sum())
+        return int(pixels[:, :, 0].flatten(2).any(dim=-1).sum())
     return math.prod(pixels.shape[:-3])
