@@ -369,3 +369,36 @@ def test_what_is_no_tensor_is_not_given_to_the_model() -> None:
     error = refused(PairEncoder(ragged), pair("<image>", IMAGES[0]))
     assert error.reason == "processor_refused"
     assert "pixel_values make no tensor" in error.detail
+
+
+def test_an_image_of_one_token_is_refused_where_the_model_fails_on_it() -> None:
+    small, larger = noise_image(28, 28, 0), noise_image(29, 28, 0)
+    encoder = PairEncoder(FAMILIES["mistral3"].processor())
+    error = refused(encoder, pair("<image>", small))
+    assert error.reason == "image_too_small"
+    model = FAMILIES["mistral3"].model(0)
+    for images in ((larger,), (small, small)):
+        encoded = encoder.encode(pair("<image>" * len(images), *images))
+        assert encoded.image_tokens == 2
+        model(input_ids=encoded.trunk_ids[None], **encoded.vision)
+    # Pixtral reads such an image: its own processor, without merging.
+    encoded = PairEncoder(FAMILIES["pixtral"].processor()).encode(pair("<image>", noise_image(14, 14, 0)))
+    assert encoded.image_tokens == 1
+    FAMILIES["pixtral"].model(0)(input_ids=encoded.trunk_ids[None], **encoded.vision)
+
+
+def test_images_no_family_can_do_anything_with_are_records_not_crashes() -> None:
+    """A pixel, and lines: every family encodes them, or refuses them by name."""
+    shapes = ((1, 1), (1, 500), (500, 1), (3, 2000))
+    for family in SEEING:
+        encoder, model = PairEncoder(family.processor()), family.model(0)
+        for shape in shapes:
+            try:
+                encoded = encoder.encode(pair("<image>", noise_image(*shape, 0)))
+            except RecordError as error:
+                assert error.reason in ("processor_refused", "image_too_small")
+            else:
+                with torch.no_grad():
+                    found = model.base_model.get_image_features(**encoded.vision).pooler_output
+                parts = [found] if isinstance(found, torch.Tensor) else list(found)
+                assert sum(part.reshape(-1, part.shape[-1]).shape[0] for part in parts) == encoded.image_tokens

@@ -85,6 +85,6 @@ FAMILIES = [
         functools.partial(processor, MERGE),
         mistral_model,
         shared=True,
-        note="transformers fails on an image of one token (28 x 28 pixels) that is alone in its row",
+        note="an image of one token, alone in its prompt, is refused: transformers fails on it",
     ),
 ]

@@ -119,14 +119,15 @@ class PairEncoder:
         Raises:
             RecordError: ``images_unsupported``, ``placeholder_mismatch``, ``image_token_in_prompt``,
                 ``image_token_in_response``, ``end_of_turn_in_response``, ``empty_response``, ``identical``,
-                ``over_long``, ``missing_image``, ``undecodable_image``, ``template_refused``,
-                ``template_lost_response``, ``processor_refused``.
+                ``over_long``, ``missing_image``, ``undecodable_image``, ``image_too_small``,
+                ``template_refused``, ``template_lost_response``, ``processor_refused``.
         """
         responses = self._responses(pair)
         self._check_prompt(pair)
         chat = self._chat.render(pair.prompt, responses, pair.origin)
         branches = [self._branch(chat.prompt, reply, chat.end_of_turn, pair.origin) for reply in chat.replies]
         trunk, vision, token_types = self._trunk(chat.prompt, pair)
+        image_tokens = self._count_image_tokens(trunk, pair.origin)
         whole = [len(ids) for ids in branches]
         branches = self._fit(branches, trunk.numel(), pair.origin)
         if len(branches) == 2 and branches[0] == branches[1]:
@@ -142,7 +143,7 @@ class PairEncoder:
             source=pair.source,
             origin=pair.origin,
             tiles=_count_tiles(vision, len(pair.images)),
-            image_tokens=0 if self._image_token_id is None else int((trunk == self._image_token_id).sum()),
+            image_tokens=image_tokens,
             cut=[len(branch) for branch in branches] != whole,
             token_types=token_types,
         )
@@ -227,6 +228,14 @@ class PairEncoder:
             raise RecordError("processor_refused", pair.origin, f"the model's processor refuses it: {error}") from error
         token_types = {key: tensors.pop(key)[0] for key in _TOKEN_TYPES if key in tensors}
         return encoded["input_ids"][0], tensors, token_types
+
+    def _count_image_tokens(self, trunk: Tensor, origin: str) -> int:
+        count = 0 if self._image_token_id is None else int((trunk == self._image_token_id).sum())
+        if count == 1 and getattr(self.processor, "spatial_merge_size", 1) > 1:
+            # transformers 5.23 squeezes the dimension of tokens away where Mistral 3 has one, and then fails.
+            detail = "its image is so small that it becomes a single token, which this model cannot read; enlarge it"
+            raise RecordError("image_too_small", origin, detail)
+        return count
 
     def _fit(self, branches: Sequence[list[int]], trunk: int, origin: str) -> list[list[int]]:
         """The branches, their ends cut off where they are too long and that is asked for."""
