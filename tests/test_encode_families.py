@@ -389,16 +389,17 @@ def test_an_image_of_one_token_is_refused_where_the_model_fails_on_it() -> None:
 
 def test_images_no_family_can_do_anything_with_are_records_not_crashes() -> None:
     """A pixel, and lines: every family encodes them, or refuses them by name."""
-    shapes = ((1, 1), (1, 500), (500, 1), (3, 2000))
+    reasons = set()
     for family in SEEING:
         encoder, model = PairEncoder(family.processor()), family.model(0)
-        for shape in shapes:
+        for shape in ((1, 1), (1, 500), (500, 1), (3, 2000)):
             try:
                 encoded = encoder.encode(pair("<image>", noise_image(*shape, 0)))
             except RecordError as error:
-                assert error.reason in ("processor_refused", "image_too_small")
-            else:
-                with torch.no_grad():
-                    found = model.base_model.get_image_features(**encoded.vision).pooler_output
-                parts = [found] if isinstance(found, torch.Tensor) else list(found)
-                assert sum(part.reshape(-1, part.shape[-1]).shape[0] for part in parts) == encoded.image_tokens
+                reasons.add(error.reason)
+                continue
+            with torch.no_grad():
+                found = model.base_model.get_image_features(**encoded.vision).pooler_output
+            parts = [found] if isinstance(found, torch.Tensor) else list(found)
+            assert sum(part.reshape(-1, part.shape[-1]).shape[0] for part in parts) == encoded.image_tokens
+    assert reasons == {"processor_refused", "image_too_small"}
