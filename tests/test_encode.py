@@ -559,7 +559,10 @@ def test_the_notices_are_known_before_any_pair_is_read():
         (lambda: None, "no processor of text and images"),
         (lambda: with_template("{% for m in messages %}{{ m['role'] }}{% endfor %}"), "leaves responses out"),
         (lambda: with_template("{% for m in messages %}{{ 1 + m['content'] }}{% endfor %}"), "cannot render"),
-        (lambda: with_template("{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}"), "it does not write the question"),
+        (
+            lambda: with_template("{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}"),
+            "it does not write the question",
+        ),
         (lambda: with_template({"tool_use": CHAT_TEMPLATE}), "none of them are named"),
     ],
 )
