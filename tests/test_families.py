@@ -17,7 +17,7 @@ from tests.zoo import FAMILIES, Family, encoded_pairs, sample_pairs
 from vlmpo import MPOTrainer, PreferencePair
 from vlmpo.data.encode import PairEncoder
 from vlmpo.train.batching import PairRows, lay_out
-from vlmpo.tree.families import check_rows, support_for
+from vlmpo.tree.families import CAUSAL_TEXT, SHARED_FAMILIES, check_rows, support_for
 from vlmpo.tree.layout import PromptTree, build_row
 from vlmpo.tree.logprobs import install
 
@@ -58,6 +58,13 @@ def test_the_table_says_what_the_code_does(name: str) -> None:
     support = support_for(family.model(0).config)
     assert support.shared == family.shared
     assert support.reason
+
+
+def test_whatever_may_share_is_in_the_zoo() -> None:
+    """No family is put on the list, or forgotten here, without being held to parity."""
+    configs = [family.model(0).config for family in FAMILIES.values() if family.shared]
+    tested = {config.model_type for config in configs} | {config.get_text_config().model_type for config in configs}
+    assert tested == SHARED_FAMILIES | CAUSAL_TEXT
 
 
 @every_family
@@ -118,13 +125,29 @@ def test_many_branches_share_one_trunk(name: str) -> None:
 
 
 @every_family
-def test_the_start_up_check_passes(name: str) -> None:
+def test_gradients_are_the_same_in_training_with_activations_recomputed(name: str) -> None:
+    family = FAMILIES[name]
+    rows = rows_of(family, list(encoded_pairs(name))).rows
+    models = [family.model(0), family.model(0).train()]
+    models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for model in models:
+        install(model, family.shared)
+        model(branch_rows=rows).sum().backward()
+    assert models[1].is_gradient_checkpointing
+    assert relative(flat_gradient(models[1]), flat_gradient(models[0])) < 1e-6
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["float32", "autocast", "bfloat16"])
+def test_the_start_up_check_passes(name: str, kind: str) -> None:
     family = FAMILIES[name]
     model = family.model(0)
+    pairs = list(encoded_pairs(name).values())[:1]
+    if kind == "bfloat16":
+        model = model.to(torch.bfloat16)
     install(model, family.shared)
-    pair = list(encoded_pairs(name).values())[:1]
-    shared = lay_out(pair, True).rows if family.shared else None
-    assert check_rows(model, shared, lay_out(pair, False).rows, half=False) is None
+    shared = lay_out(pairs, True).rows if family.shared else None
+    assert check_rows(model, shared, lay_out(pairs, False).rows, half=kind == "autocast") is None
 
 
 @dataclass

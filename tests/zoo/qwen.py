@@ -81,29 +81,67 @@ def qwen2_5_vl(seed: int) -> Any:
     return finished(Qwen2_5_VLForConditionalGeneration(config), tokens())
 
 
+QWEN3_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+    "num_position_embeddings": 16,
+}
+
+
 def qwen3_vl(seed: int) -> Any:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "patch_size": 14,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-    }
+    vision = {**QWEN3_VISION, "deepstack_visual_indexes": [0]}
     torch.manual_seed(seed)
     config = Qwen3VLConfig(text_config=_text(), vision_config=vision, tie_word_embeddings=False, **_ids())
     return finished(Qwen3VLForConditionalGeneration(config), tokens())
 
 
-FAMILIES = [
-    Family(name, functools.partial(processor, kind), model, shared=True, note="positions in three dimensions")
-    for name, kind, model in (
-        ("qwen2-vl", "qwen2_vl", qwen2_vl),
-        ("qwen2.5-vl", "qwen2_5_vl", qwen2_5_vl),
-        ("qwen3-vl", "qwen3_vl", qwen3_vl),
+def qwen3_vl_moe(seed: int) -> Any:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    vision = {**QWEN3_VISION, "deepstack_visual_indexes": [0]}
+    text = _text(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    torch.manual_seed(seed)
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **_ids())
+    return finished(Qwen3VLMoeForConditionalGeneration(config), tokens())
+
+
+def qwen3_5(seed: int) -> Any:
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    text = _text(
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        layer_types=["linear_attention", "full_attention"],
+        partial_rotary_factor=1.0,
     )
+    torch.manual_seed(seed)
+    config = Qwen3_5Config(text_config=text, vision_config=QWEN3_VISION, tie_word_embeddings=False, **_ids())
+    return finished(Qwen3_5ForConditionalGeneration(config), tokens())
+
+
+FAMILIES = [
+    *(
+        Family(name, functools.partial(processor, kind), model, shared=True, note="positions in three dimensions")
+        for name, kind, model in (
+            ("qwen2-vl", "qwen2_vl", qwen2_vl),
+            ("qwen2.5-vl", "qwen2_5_vl", qwen2_5_vl),
+            ("qwen3-vl", "qwen3_vl", qwen3_vl),
+            ("qwen3-vl-moe", "qwen3_vl", qwen3_vl_moe),
+        )
+    ),
+    Family(
+        "qwen3.5",
+        functools.partial(processor, "qwen3_vl"),
+        qwen3_5,
+        shared=False,
+        note="linear-attention layers, whose state runs from token to token",
+    ),
 ]

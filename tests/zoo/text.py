@@ -44,6 +44,17 @@ _GEMMA = {
     "query_pre_attn_scalar": 16,
     "final_logit_softcapping": 2.0,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,  # shorter than any prompt of the tests: the scaling is at work
+    "llama_4_scaling_beta": 0.5,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 FAMILIES = [
@@ -51,6 +62,7 @@ FAMILIES = [
     family("qwen3"),
     family("llama"),
     family("mistral", note="text only; sliding window", sliding_window=WINDOW),
+    family("ministral3", note="text only; scores scaled by position", rope_parameters=_YARN),
     family("gemma3_text", note="text only; sliding windows", **_GEMMA),
     family("qwen3_moe", note="text only; experts", num_experts=4, **_EXPERTS),
     family("mixtral", note="text only; experts", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),

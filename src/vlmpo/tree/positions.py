@@ -16,7 +16,7 @@ from vlmpo.errors import ModelError
 from vlmpo.tree.layout import Row, RowLayout
 
 # Families that count in three dimensions (time, height, width) through ``get_rope_index``.
-THREE_DIMENSIONAL = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
+THREE_DIMENSIONAL = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
 # Families whose image tokens attend to their whole image.
 IMAGE_BLOCKS = frozenset({"gemma3"})
 TYPES = "mm_token_type_ids"
