@@ -14,6 +14,7 @@ from tests.test_families import plain_logps
 from tests.tiny_models import random_pair
 from tests.training import config
 from tests.zoo import FAMILIES, encoded_pairs
+from tests.zoo.text import build
 from vlmpo import MPOTrainer
 from vlmpo.errors import ModelError
 from vlmpo.train.batching import lay_out
@@ -139,6 +140,45 @@ def test_a_head_that_is_not_known_stops_the_run(name: str, monkeypatch: pytest.M
     with pytest.raises(ModelError, match=f"{name.removesuffix('-text')}.*differ from the model's own by") as told:
         run.train()
     assert "ForCausalLM" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("gemma3_text", {"final_logit_softcapping": 2.0}),
+        ("granite", {"logits_scaling": 3.0}),
+        ("granitemoe", {"logits_scaling": 3.0, "num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("granitemoeshared", {"logits_scaling": 3.0, "num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("cohere2", {"logit_scale": 0.3, "layer_types": ["full_attention", "full_attention"]}),
+    ],
+)
+def test_every_head_on_the_list(kind: str, changes: dict[str, Any]) -> None:
+    model = build(0, kind, **changes)
+    assert heads.logit_map(model.config) != heads.PLAIN
+    install(model, shared=False)
+    rows = lay_out([encoded_pairs("qwen2-text")["text only"]], shared=False).rows
+    assert check_rows(model, None, rows, half=False) is None
+
+
+def test_the_heads_on_the_list_are_all_tested() -> None:
+    listed = heads._SOFT_CAPPED | heads._DIVIDED | heads._MULTIPLIED
+    (marks,) = [mark for mark in test_every_head_on_the_list.pytestmark if mark.name == "parametrize"]
+    assert {kind for kind, _ in marks.args[1]} == listed
+
+
+def test_a_family_off_the_list_is_told_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = MPOTrainer(
+        model=FAMILIES["gemma2-text"].model(0),
+        args=config(tmp_path, max_steps=1),
+        train_dataset=[random_pair(1, images=0)],
+        processing_class=FAMILIES["gemma2-text"].processor(),
+    )
+    run.train()
+    told = [line for line in capsys.readouterr().err.splitlines() if "NOT sharing the prompt" in line]
+    assert len(told) == 1
+    assert "family 'gemma2' is not on the list" in told[0]
 
 
 @pytest.mark.parametrize("map_", [heads.LogitMap(0.3), heads.LogitMap(softcap=2.0), heads.LogitMap(1.7, 5.0)])
