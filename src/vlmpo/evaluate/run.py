@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vlmpo.build.engines import LocalEngine, Sampling
 from vlmpo.data.overlap import Item
+from vlmpo.data.processors import tokenizer_of
 from vlmpo.data.questions import QuestionSet, read_questions
 from vlmpo.data.records import Question
 from vlmpo.errors import RecipeError
@@ -110,7 +111,8 @@ def _engine(recipe: Recipe, section: EvaluateSection, model: Any, processor: Any
 
 
 def _counter(processor: Any) -> Any:
-    return lambda text: len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokenizer = tokenizer_of(processor)
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _evaluate_pairs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ from vlmpo.train.reference import (
     is_peft,
     switch_dropout_off,
 )
-from vlmpo.tree.families import shared_row_error, support_for
+from vlmpo.tree.families import check_rows, support_for
 from vlmpo.tree.layout import sum_by_branch
 from vlmpo.tree.logprobs import install
 
@@ -130,15 +131,19 @@ class MPOTrainer(ChoosingTrainer):
             notice(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
         return args.attention == "auto" and support.shared
 
-    def _check_shared_rows(self) -> None:
-        """Read one real pair both ways; where they differ by more than rounding, share no more and say so."""
+    def _check_rows(self) -> None:
+        """Read one real pair as the run does and as the model does; where shared rows differ, share no more.
+
+        Raises ModelError where even separate rows are not what the model itself says.
+        """
         data = EncodedPairs(self.train_dataset, self.encoder)
-        items = (data[index] for index in range(len(data)))
-        pair = next((item for item in items if isinstance(item, EncodedPair)), None)
+        usable = (item for item in map(data.__getitem__, range(len(data))) if isinstance(item, EncodedPair))
+        pair = max(itertools.islice(usable, 8), key=lambda item: bool(item.vision), default=None)  # an image, if any
         if pair is None:
             return
         rows, parts = (lay_out([pair], shared).to(self.args.device).rows for shared in (True, False))
-        difference = shared_row_error(base_of(self.model), rows, parts, self.args.bf16 or self.args.fp16)
+        half = self.args.bf16 or self.args.fp16
+        difference = check_rows(base_of(self.model), rows if self.shared else None, parts, half)
         if difference is None:
             return
         notice(
@@ -378,8 +383,7 @@ class MPOTrainer(ChoosingTrainer):
                     "leave training.resume_from_checkpoint out to start anew"
                 )
             resume_from_checkpoint = str(found)
-        if self.shared:
-            self._check_shared_rows()
+        self._check_rows()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -12,28 +12,48 @@ from vlmpo.torchvision_shim import ensure_torchvision
 
 ensure_torchvision()  # before transformers' model classes, which import torchvision
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 
 def load_processor(path: str) -> Any:
-    """The model's own processor, from a folder or the hub. Raises ModelError where it cannot be loaded."""
+    """The model's own processor, from a folder or the hub; a text-only model's is its tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks its tokenizer.
+    """
     try:
-        return AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path: no processor can be loaded from {path}: {_first_line(error)}") from error
+    if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):  # whatever part of one is there
+        raise ModelError(
+            f"model.path: {path} has a {type(processor).__name__} but no whole processor; put the model's processor "
+            "and tokenizer files there"
+        )
+    return processor
+
+
+def _model_class(config: Any) -> Any:
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if known else AutoModelForCausalLM
 
 
 def load_model(path: str, dtype: str = "float32") -> Any:
-    """The model at ``path``, a folder or a hub name, with weights of ``dtype``, on the CPU.
+    """The model at ``path``, a folder or a hub name, with weights of ``dtype``, on the CPU; it may be text-only.
 
     Raises:
         ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
     """
     try:
-        AutoConfig.from_pretrained(path)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True
-        )
+        model_class = _model_class(AutoConfig.from_pretrained(path))
+        model, info = model_class.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path: no model can be loaded from {path}: {_first_line(error)}") from error
     absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})

@@ -18,28 +18,38 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
+from vlmpo.tree.heads import PLAIN, LogitMap, logit_map
 from vlmpo.tree.layout import Row
+from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits alive at once: 64 MiB in float32
 ROWS_ARGUMENT = "branch_rows"  # keyword of the model's forward that asks for log-probs instead of logits
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """``log softmax(h W^T + b)[target]`` for ``[scored]`` rows, a chunk of them at a time, in float32 or better."""
+    """``log softmax(map(h W^T + b))[target]`` for ``[scored]`` rows, chunk by chunk, in float32 or better."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rows: int,
+        logit_map: LogitMap,
+    ) -> Tensor:
         parts = []
         for at in range(0, hidden.shape[0], rows):
-            logits = _logits(hidden[at : at + rows], weight, bias)  # [chunk, vocabulary]
+            logits = logit_map.of(_project(hidden[at : at + rows], weight, bias))  # [chunk, vocabulary]
             picked = logits.gather(1, targets[at : at + rows, None]).squeeze(1)
             parts.append(picked - torch.logsumexp(logits, dim=1))
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.rows = rows
+        ctx.rows, ctx.logit_map = rows, logit_map
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         hidden, weight, bias, targets = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -49,10 +59,12 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if wants_bias else None
         for at in range(0, hidden.shape[0], ctx.rows):
             part = slice(at, at + ctx.rows)
+            logits = ctx.logit_map.of(_project(hidden[part], weight, bias))
             # d log p[t] / d logits = onehot(t) - softmax(logits)
-            grad_logits = _logits(hidden[part], weight, bias).softmax(dim=1).neg_()
+            grad_logits = logits.softmax(dim=1).neg_()
             grad_logits.scatter_add_(1, targets[part, None], torch.ones_like(grad_logits[:, :1]))
             grad_logits *= grad[part, None]
+            grad_logits = ctx.logit_map.backward(grad_logits, logits)
             narrow = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = narrow @ weight.to(hidden.dtype)
@@ -66,6 +78,7 @@ class _TokenLogProbs(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -73,9 +86,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = (hidden @ weight.to(hidden.dtype).t()).to(_wide(hidden.dtype))
-    return logits if bias is None else logits + bias
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    projected = (hidden @ weight.to(hidden.dtype).t()).to(_wide(hidden.dtype))
+    return projected if bias is None else projected + bias
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -85,7 +98,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def token_logps(hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+def token_logps(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    logit_map: LogitMap = PLAIN,
+) -> Tensor:
     """Log-probability of each target under the vocabulary head.
 
     Args:
@@ -94,6 +113,7 @@ def token_logps(hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements
             other module (a head under LoRA, a quantised one) is called chunk by chunk under checkpointing.
         targets: ``[scored]`` token ids.
         chunk_elements: logits alive at once.
+        logit_map: what the family does to the head's output.
 
     Returns:
         ``[scored]``, float32, or float64 for float64 models.
@@ -101,7 +121,7 @@ def token_logps(hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements
     if hidden.shape[0] == 0:
         return hidden.sum(dim=1).to(_wide(hidden.dtype))
     if type(head) is not nn.Linear:
-        return _token_logps_through(hidden, head, targets, chunk_elements)
+        return _token_logps_through(hidden, head, targets, chunk_elements, logit_map)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
@@ -109,13 +129,15 @@ def token_logps(hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements
         hidden = hidden.to(head.weight.dtype)
     rows = max(1, chunk_elements // head.weight.shape[0])
     with torch.autocast(kind, enabled=False):
-        return _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, rows)
+        return _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, rows, logit_map)
 
 
-def _token_logps_through(hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements: int) -> Tensor:
+def _token_logps_through(
+    hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements: int, logit_map: LogitMap
+) -> Tensor:
     def score(states: Tensor, wanted: Tensor) -> Tensor:
-        logits = head(states)
-        logits = logits.to(_wide(logits.dtype))
+        projected = head(states)
+        logits = logit_map.of(projected.to(_wide(projected.dtype)))
         return logits.gather(1, wanted[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
 
     rows = max(1, chunk_elements // int(getattr(head, "out_features", 32768)))
@@ -133,16 +155,18 @@ def accepted(model: Any, token_types: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
+    refuse_missing_types(model, row)
     arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **row.vision}
     arguments |= accepted(model.base_model, row.token_types)
     if shared:
         # Positions are said only here: a separate row is an ordinary prompt, the model counts it as it always does.
-        arguments |= {"position_ids": row.position_ids, LAYOUT_ARGUMENT: row.layout}
+        arguments |= {"position_ids": positions_of(model, row), LAYOUT_ARGUMENT: layout_of(model, row)}
         with reading_a_row():
             hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     else:
         hidden = model.base_model(**arguments).last_hidden_state[0]
-    return token_logps(hidden[row.predictors], model.get_output_embeddings(), row.targets)
+    head = model.get_output_embeddings()
+    return token_logps(hidden[row.predictors], head, row.targets, logit_map=logit_map(model.config))
 
 
 def score_rows(model: Any, rows: Sequence[Row], shared: bool) -> Tensor:
