@@ -30,6 +30,7 @@ from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_
 from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import evaluate_pairs
+from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
 from vlmpo.train.metrics import StepSums, add_up, summarise
 from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock, notice
 from vlmpo.train.reference import (
@@ -49,24 +50,26 @@ from vlmpo.tree.logprobs import install
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
-from transformers import PrinterCallback, ProgressCallback  # noqa: E402
+from transformers import PrinterCallback, ProgressCallback, set_seed  # noqa: E402
 
 
 class MPOTrainer(ChoosingTrainer):
     """Trains a vision-language model by MPO, or by any subset of its terms.
 
     Args:
-        model: the policy, a transformers model (or one under a PEFT adapter).
+        model: the policy, a transformers model (or one under a PEFT adapter), or its name or path.
         ref_model: the frozen reference; None: a copy of ``model`` as given, or the model with its adapter off.
         args: the settings.
-        train_dataset: anything with ``len()`` and ``[i] -> PreferencePair``.
+        train_dataset: pairs, or records of any format vlmpo reads: a ``datasets.Dataset``, a list of dicts, anything
+            with ``len()`` and items by number.
         eval_dataset: the same, or a dict of them by name.
-        processing_class: the model's own processor, with its chat template.
+        processing_class: the model's own processor, with its chat template; None: loaded from where the model was.
         peft_config: put a fresh adapter on the policy; its ``lora_dropout`` is forced to 0.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model.
         ModelError: the processor has no chat template, or a checkpoint does not fit.
+        DataError: records of no known format, or a streaming data set, which has no length.
         RecordError: a bad record under ``on_bad_record="fail"``.
         RunError: a checkpoint is incomplete, or was trained against another reference.
     """
@@ -85,9 +88,14 @@ class MPOTrainer(ChoosingTrainer):
         peft_config: Any | None = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        data_collator: Any = None,
+        compute_metrics: Any = None,
     ) -> None:
+        refuse_unused(data_collator=data_collator, compute_metrics=compute_metrics)
         args = args if args is not None else MPOConfig(output_dir="runs/mpo")
+        model, ref_model, processing_class = load_named(model, ref_model, processing_class)
         if peft_config is not None:
+            set_seed(args.seed)  # an adapter starts from random numbers: the seed's, not whatever came before
             model = _with_adapter(model, peft_config)
         switched_off = switch_dropout_off(model)
         if switched_off:
@@ -112,8 +120,8 @@ class MPOTrainer(ChoosingTrainer):
             model=model,
             args=args,
             data_collator=Collator(args.max_tokens_per_row, self.shared),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
+            eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
             processing_class=processing_class,
             callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
             optimizers=optimizers,
@@ -358,7 +366,8 @@ class MPOTrainer(ChoosingTrainer):
 
         Touches neither delta nor any other state of training.
         """
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        given = pairs_of(eval_dataset, self.with_preferences, "eval_dataset")
+        data = self.eval_dataset if given is None else given
         sets = {f"_{name}": part for name, part in data.items()} if isinstance(data, dict) else {"": data}
         metrics: dict[str, float] = {}
         for name, part in sets.items():
