@@ -18,12 +18,14 @@ from rich.table import Table
 
 from vlmpo.errors import RecipeError, RunError
 from vlmpo.files import replace_json
-from vlmpo.recipe import Recipe, check_lora_keys, check_training_keys
+from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
+from vlmpo.train.adapters import lora_config
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
+from vlmpo.train.reference import is_peft
 from vlmpo.train.run_data import RunData, open_run_data, overlaps_with_training, show_accounts
 from vlmpo.train.trainer import MPOTrainer
 from vlmpo.tree import loading
@@ -67,7 +69,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
         train_dataset=data.train,
         eval_dataset=next(iter(evaluation.values())) if evaluation and len(evaluation) == 1 else evaluation,
         processing_class=processor,
-        peft_config=_lora(recipe),
+        peft_config=lora_config(recipe),
     )
     if prepare is not None:
         prepare(trainer)
@@ -140,24 +142,12 @@ def load_model(recipe: Recipe) -> Any:
         RecipeError: a frozen part that does not exist.
     """
     model = loading.load_model(recipe.model.path, recipe.model.dtype)
-    if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
+    if recipe.model.dtype == "bfloat16" and recipe.model.lora is None and not is_peft(model):
         notice(
             "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"
         )
     loading.freeze_parts(model, recipe.model.freeze)
     return model
-
-
-def _lora(recipe: Recipe) -> Any:
-    if recipe.model.lora is None:
-        return None
-    from peft import LoraConfig
-
-    check_lora_keys(recipe, [field.name for field in dataclasses.fields(LoraConfig)])
-    try:
-        return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **recipe.model.lora})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"model.lora: {error}") from error
 
 
 # ---- the run folder ----

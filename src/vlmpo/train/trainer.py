@@ -15,6 +15,7 @@ from vlmpo.loss.mpo import LossOutput, expected_start, mpo_loss, needs_reference
 from vlmpo.loss.reward_shift import RewardShift
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
+from vlmpo.train.adapters import add_frozen_adapter, check_policy_adapter, choose_kind, put_adapter_on
 from vlmpo.train.batching import (
     Collator,
     EncodedPairs,
@@ -35,10 +36,8 @@ from vlmpo.train.reference import (
     CopyReference,
     Reference,
     base_of,
-    choose_kind,
     freeze,
     frozen_copy,
-    is_peft,
     switch_dropout_off,
 )
 from vlmpo.tree.families import shared_row_error, support_for
@@ -86,7 +85,8 @@ class MPOTrainer(Trainer):
     ) -> None:
         args = args if args is not None else MPOConfig(output_dir="runs/mpo")
         if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+            model = put_adapter_on(model, peft_config)
+        check_policy_adapter(model)
         switched_off = switch_dropout_off(model)
         if switched_off:
             notice(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
@@ -152,8 +152,9 @@ class MPOTrainer(Trainer):
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
             return None
-        if choose_kind(self.args.reference_kind, self.model, given, fresh_adapter) == "adapter":
-            return AdapterReference(self.model)
+        kind = choose_kind(self.args.reference_kind, self.model, given, fresh_adapter)
+        if kind != "copy":
+            return AdapterReference(self.model, add_frozen_adapter(self.model) if kind == "frozen_adapter" else None)
         frozen = frozen_copy(self.model) if given is None else freeze(given, self.shared)
         return CopyReference(self.accelerator.prepare_model(frozen, evaluation_mode=True))
 
@@ -426,14 +427,3 @@ class MPOTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' estimate knows neither images nor shared rows."""
         return 0
-
-
-def _with_adapter(model: Any, peft_config: Any) -> Any:
-    from peft import get_peft_model
-
-    if is_peft(model):
-        raise RunError("the model already carries an adapter; pass either such a model or a peft_config, not both")
-    if getattr(peft_config, "lora_dropout", 0.0):
-        notice(f"lora_dropout {peft_config.lora_dropout} forced to 0: the rewards would be noise at the start")
-        peft_config.lora_dropout = 0.0
-    return get_peft_model(model, peft_config)

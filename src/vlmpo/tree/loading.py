@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from vlmpo.errors import ModelError, RecipeError
 from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.tree.adapter_loading import load_adapter, named_base
 
 ensure_torchvision()  # before transformers' model classes, which import torchvision
 
@@ -16,19 +18,28 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor 
 
 
 def load_processor(path: str) -> Any:
-    """The model's own processor, from a folder or the hub. Raises ModelError where it cannot be loaded."""
+    """The model's own processor, from a folder or the hub; an adapter's base model's where the adapter has none.
+
+    Raises ModelError where it cannot be loaded.
+    """
     try:
         return AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
+        if base := named_base(path):
+            return _base_of_adapter(path, base, load_processor)
         raise ModelError(f"model.path: no processor can be loaded from {path}: {_first_line(error)}") from error
 
 
 def load_model(path: str, dtype: str = "float32") -> Any:
     """The model at ``path``, a folder or a hub name, with weights of ``dtype``, on the CPU.
 
+    A PEFT adapter comes on its base model, trainable.
+
     Raises:
         ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
     """
+    if base := named_base(path):
+        return load_adapter(_base_of_adapter(path, base, functools.partial(load_model, dtype=dtype)), path)
     try:
         AutoConfig.from_pretrained(path)
         model, info = AutoModelForImageTextToText.from_pretrained(
@@ -43,6 +54,16 @@ def load_model(path: str, dtype: str = "float32") -> Any:
             "they would be random"
         )
     return model
+
+
+def _base_of_adapter(adapter: str, base: str, load: Callable[[str], Any]) -> Any:
+    try:
+        return load(base)
+    except ModelError as error:
+        raise ModelError(
+            f"{adapter} is an adapter on the model {base}, which cannot be used; put that model there, or write where "
+            f"it is into base_model_name_or_path of the adapter's adapter_config.json. {error}"
+        ) from error
 
 
 def freeze_parts(model: Any, parts: Sequence[str]) -> None:

@@ -152,7 +152,8 @@ def score_rows(model: Any, rows: Sequence[Row], shared: bool) -> Tensor:
     the backward pass of the others.
     """
     if not rows:
-        weight = model.get_output_embeddings().weight
+        head = model.get_output_embeddings().weight
+        weight = next((w for w in model.parameters() if w.requires_grad), head)  # under LoRA the head does not train
         return weight.flatten()[:0].to(_wide(weight.dtype))
     return torch.cat([_score_row(model, row, shared) for row in rows])
 
