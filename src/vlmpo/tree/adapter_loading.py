@@ -19,16 +19,20 @@ ensure_torchvision()  # before peft and transformers, which import torchvision
 from transformers.utils.peft_utils import find_adapter_config_file  # noqa: E402
 
 
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder or hub name holds a PEFT adapter."""
+    try:
+        return find_adapter_config_file(os.fspath(path)) is not None
+    except (OSError, ValueError):  # no such folder or repository: whoever loads the model says so
+        return False
+
+
 def named_base(path: str | os.PathLike[str]) -> str | None:
     """The base model that the adapter at ``path`` (a folder or a hub name) names; None: ``path`` is no adapter.
 
     Raises ModelError where the adapter names none.
     """
-    try:
-        found = find_adapter_config_file(os.fspath(path))
-    except (OSError, ValueError):  # no such folder or repository: whoever loads the model says so
-        found = None
-    if found is None:
+    if not is_adapter(path):
         return None
     from peft import PeftConfig
 
