@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,7 @@ def test_a_second_trainer_on_the_same_model_takes_a_reference_of_its_own(tmp_pat
         ({"init_lora_weights": "pissa"}, "reference"),
         ({"init_lora_weights": False}, "reference"),
         ({"init_lora_weights": "olora"}, "reference"),
+        ({"init_lora_weights": "orthogonal"}, "reference"),
     ],
     ids=str,
 )
@@ -292,6 +294,24 @@ def test_an_adapter_that_is_not_nothing_at_the_start_is_not_switched_off(tmp_pat
         trainer(tmp_path, pairs(2), peft_config=config, reference_kind="adapter")
 
 
+def test_an_init_that_cannot_be_read_back_is_refused(tmp_path: Path, base: Path) -> None:
+    """PiSSA by randomised SVD takes another part out of the base at every load: seen here 1 nat and more apart."""
+    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa_niter_4")
+    with pytest.raises(ModelError, match="pissa_niter_4 depends on chance"):
+        trainer(tmp_path, pairs(2), peft_config=config)
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(str(base)), config)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="pissa_niter_4 depends on chance"):
+        load_model(str(tmp_path / "adapter"))
+    torch.manual_seed(1)
+    again = PeftModel.from_pretrained(load_model(str(base)), tmp_path / "adapter")
+    one = trees()[1].trunk_ids[None]
+    with torch.no_grad():
+        difference = (again(input_ids=one).logits.log_softmax(-1) - model(input_ids=one).logits.log_softmax(-1)).abs()
+    assert difference.max() > 0.1
+
+
 def test_what_cannot_train_is_refused(tmp_path: Path) -> None:
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, token_dim=32, num_layers=2)
     with pytest.raises(ModelError, match=r"PROMPT_TUNING|cannot be put on"):
@@ -306,11 +326,15 @@ def test_what_cannot_train_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, pairs(2), model=merged)
 
 
-def test_gradient_checkpointing_gives_the_adapter_the_same_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_adapter_the_same_gradients(tmp_path: Path, reentrant: bool) -> None:
     steps = []
     for name, on in (("plain", False), ("checkpointed", True)):
         gradients = Gradients()
-        trainer(tmp_path / name, pairs(2), model=policy(), gradient_checkpointing=on, callbacks=[gradients]).train()
+        settings: dict[str, Any] = {"gradient_checkpointing": on, "callbacks": [gradients]}
+        if on:
+            settings["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+        trainer(tmp_path / name, pairs(2), model=policy(), **settings).train()
         steps.append(gradients.steps[0])
     assert steps[0].norm() > 1e-3
     assert relative(steps[1], steps[0]) < 1e-6
@@ -492,3 +516,80 @@ def test_freezing_parts_of_an_adapter_that_came_along(tmp_path: Path, base: Path
     before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "run"))
     for name, weight in before.items():
         assert torch.equal(after[name], weight) == ("vision_tower" in name), name
+
+
+# ---- QLoRA ----
+
+HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
+
+
+def quantised(size: str) -> dict[str, Any]:
+    return {"quantize": size, "lora": {"r": 4, "target_modules": TARGETS}}
+
+
+def test_quantised_weights_need_an_adapter(tmp_path: Path, base: Path) -> None:
+    write_data(tmp_path, records(2))
+    result = call("train", write_recipe(tmp_path, base, model={"quantize": "4bit"}))
+    assert result.exit_code == 2
+    assert "model.quantize: 4bit weights cannot train; add an adapter (model.lora)" in result.output
+
+
+@pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is installed")
+def test_without_bitsandbytes_it_is_named(tmp_path: Path, base: Path) -> None:
+    write_data(tmp_path, records(2))
+    result = call("train", write_recipe(tmp_path, base, model=quantised("8bit")))
+    assert result.exit_code == 2
+    assert "model.quantize: it needs bitsandbytes" in result.output
+
+
+def test_where_bitsandbytes_knows_no_device_its_own_words_are_passed_on(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers raises a bare RuntimeError where bitsandbytes supports none of the machine's devices."""
+    from transformers import AutoModelForImageTextToText
+
+    from vlmpo.train import adapters
+
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        assert keywords["quantization_config"].load_in_4bit
+        raise RuntimeError("None of the available devices are supported by the bitsandbytes version you have installed")
+
+    monkeypatch.setattr(adapters, "find_spec", lambda name: object())
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", refuse)
+    write_data(tmp_path, records(2))
+    result = call("train", write_recipe(tmp_path, base, model=quantised("4bit")))
+    assert result.exit_code == 2, result.output
+    assert "None of the available devices are supported by the bitsandbytes" in result.output
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("size", ["4bit", "8bit"])
+def test_qlora_from_a_recipe(tmp_path: Path, size: str) -> None:
+    """The base stays quantised and still, the adapter trains, a resume is bit-equal, the adapter goes on training."""
+    wide = replace(SIZE, text_hidden=64, vision_hidden=64)  # bitsandbytes quantises blocks of 64
+    tiny_model(size=wide).save_pretrained(tmp_path / "base")
+    processor().save_pretrained(tmp_path / "base")
+    write_data(tmp_path, records(6))
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    recipe = write_recipe(tmp_path, tmp_path / "base", model=quantised(size), training=settings)
+    result = call("train", recipe)
+    assert result.exit_code == 0, result.output
+    starts_at_zero(tmp_path / "run")
+    first, final = logged(tmp_path / "run"), load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert first[-1]["rewards/margins"] != 0.0
+    assert len(final) == 12
+    for later in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(tmp_path / "run" / later)
+    resumed = call("train", recipe, "training.resume_from_checkpoint=true")
+    assert resumed.exit_code == 0, resumed.output
+    again = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in final.items())
+    on = call(
+        "train",
+        recipe,
+        "model.lora=null",
+        f"model.path={tmp_path / 'run'}",
+        f"training.output_dir={tmp_path / 'second'}",
+    )
+    assert on.exit_code == 0, on.output
+    starts_at_zero(tmp_path / "second")

@@ -5,23 +5,72 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlmpo.errors import ModelError, RecipeError
 from vlmpo.recipe import Recipe, check_lora_keys
 from vlmpo.train.progress import notice
 from vlmpo.train.reference import base_of, is_peft, put_back
-from vlmpo.tree.adapter_loading import active_adapter, adapter_places, split_name
+from vlmpo.tree.adapter_loading import active_adapter, adapter_places, check_init, is_adapter, split_name
 
 # Inits under which a fresh LoRA adapter changes nothing: its second factor is 0, and the base stays as it is.
 _STARTS_AT_BASE = (True, "gaussian")
 
 
 # ---- the adapter a recipe asks for ----
+
+
+def check_adapter_settings(recipe: Recipe) -> None:
+    """Raise RecipeError where what ``model`` says of adapters cannot be, before anything large is read."""
+    model = recipe.model
+    lora_config(recipe)
+    if model.lora is not None and is_adapter(model.path):
+        raise RecipeError(
+            f"model.lora: {model.path} is an adapter already, and goes on training; leave model.lora out, or make it a "
+            "whole model first (vlmpo merge)"
+        )
+    if model.quantize is None:
+        return
+    if model.lora is None and not is_adapter(model.path):
+        raise RecipeError(
+            f"model.quantize: {model.quantize} weights cannot train; add an adapter (model.lora), or leave it out"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError("model.quantize: it needs bitsandbytes, which is not installed; pip install bitsandbytes")
+
+
+def quantization(recipe: Recipe) -> dict[str, Any] | None:
+    """What ``from_pretrained`` is told for ``model.quantize``: NF4 with double quantisation (QLoRA), or LLM.int8.
+
+    The multiplications run in bfloat16 where the run does, else in ``model.dtype``. All weights go to this rank's
+    device: quantised ones do not move later.
+    """
+    if recipe.model.quantize is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    compute = "bfloat16" if recipe.training.get("bf16") else recipe.model.dtype
+    if recipe.model.quantize == "4bit":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, compute),
+        )
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    on_gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu")
+    return {
+        "quantization_config": config,
+        "device_map": {"": f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"},
+    }
 
 
 def lora_config(recipe: Recipe) -> Any:
@@ -82,6 +131,7 @@ def put_adapter_on(model: Any, peft_config: Any) -> Any:
     if getattr(peft_config, "lora_dropout", 0.0):
         notice(f"lora_dropout {peft_config.lora_dropout} forced to 0: the rewards would be noise at the start")
         peft_config.lora_dropout = 0.0
+    check_init(peft_config)
     try:
         return get_peft_model(model, peft_config)
     except (ValueError, TypeError) as error:
@@ -90,8 +140,12 @@ def put_adapter_on(model: Any, peft_config: Any) -> Any:
         ) from error
 
 
-def check_policy_adapter(model: Any) -> None:
-    """Raise ModelError for an adapter that cannot be trained here."""
+def check_policy_adapter(model: Any, args: Any) -> None:
+    """See that the policy's adapter, where it has one, can be trained under ``args`` (TrainingArguments).
+
+    Raises:
+        ModelError: it cannot.
+    """
     if not is_peft(model):
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ModelError(
@@ -103,6 +157,13 @@ def check_policy_adapter(model: Any) -> None:
         raise ModelError(f"{config.peft_type.value} puts virtual tokens before the prompt; only LoRA and its kin train")
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise ModelError("the model's adapter is merged into its base; call unmerge_adapter() before training")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU bitsandbytes would repack its weights in evaluation into a form that gives no gradient.
+            module.support_avx512bf16_for_cpu = False
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        # Re-entrant checkpointing gives gradients only to what lies behind an input that has one.
+        base_of(model).enable_input_require_grads()
 
 
 # ---- the reference ----

@@ -21,7 +21,7 @@ from vlmpo.files import replace_json
 from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
-from vlmpo.train.adapters import lora_config
+from vlmpo.train.adapters import check_adapter_settings, lora_config, quantization
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
@@ -54,6 +54,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     args = training_config(recipe)
     folder = Path(args.output_dir)
     _refuse_to_overwrite(folder, args)
+    check_adapter_settings(recipe)
     data = open_run_data(recipe)
     overlaps = overlaps_with_training(data)
     for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
@@ -139,9 +140,9 @@ def load_model(recipe: Recipe) -> Any:
 
     Raises:
         ModelError: no model there, or weights missing in the checkpoint.
-        RecipeError: a frozen part that does not exist.
+        RecipeError: a frozen part that does not exist, or quantised weights without an adapter.
     """
-    model = loading.load_model(recipe.model.path, recipe.model.dtype)
+    model = loading.load_model(recipe.model.path, recipe.model.dtype, quantization(recipe))
     if recipe.model.dtype == "bfloat16" and recipe.model.lora is None and not is_peft(model):
         notice(
             "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"

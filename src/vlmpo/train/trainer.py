@@ -86,7 +86,7 @@ class MPOTrainer(Trainer):
         args = args if args is not None else MPOConfig(output_dir="runs/mpo")
         if peft_config is not None:
             model = put_adapter_on(model, peft_config)
-        check_policy_adapter(model)
+        check_policy_adapter(model, args)
         switched_off = switch_dropout_off(model)
         if switched_off:
             notice(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")

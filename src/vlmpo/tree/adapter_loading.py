@@ -18,6 +18,8 @@ ensure_torchvision()  # before peft and transformers, which import torchvision
 
 from transformers.utils.peft_utils import find_adapter_config_file  # noqa: E402
 
+REPEATABLE_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
+
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether a folder or hub name holds a PEFT adapter."""
@@ -52,12 +54,29 @@ def load_adapter(base: Any, path: str | os.PathLike[str]) -> Any:
     Raises:
         ModelError: the adapter was not made for this base: other modules or shapes, weights missing or left over.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    with _as_model_error(f"the adapter config in {path} cannot be read"):
+        check_init(PeftConfig.from_pretrained(os.fspath(path)))
     with _as_model_error(f"the adapter in {path} does not fit its base model"):
         model = PeftModel.from_pretrained(base, os.fspath(path), is_trainable=True)
     take_over(model, path)
     return model
+
+
+def check_init(config: Any) -> None:
+    """Raise ModelError for a ``LoraConfig.init_lora_weights`` under which an adapter cannot be read back.
+
+    Some change the base model too, by chance or by data; it is changed anew, and otherwise, whenever the adapter is
+    loaded, and the model that was trained is gone. EVA is left a random start where nobody feeds it data.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    if init not in REPEATABLE_INITS:
+        names = ", ".join(str(known).lower() for known in REPEATABLE_INITS)
+        raise ModelError(
+            f"init_lora_weights: {init} depends on chance or on data, so the adapter could not be read back; "
+            f"use one of {names}"
+        )
 
 
 def take_over(model: Any, path: str | os.PathLike[str]) -> None:

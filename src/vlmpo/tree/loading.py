@@ -30,22 +30,25 @@ def load_processor(path: str) -> Any:
         raise ModelError(f"model.path: no processor can be loaded from {path}: {_first_line(error)}") from error
 
 
-def load_model(path: str, dtype: str = "float32") -> Any:
+def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | None = None) -> Any:
     """The model at ``path``, a folder or a hub name, with weights of ``dtype``, on the CPU.
 
-    A PEFT adapter comes on its base model, trainable.
+    A PEFT adapter comes on its base model, trainable. ``quantized``: further arguments of ``from_pretrained`` that
+    quantise the weights.
 
     Raises:
         ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
     """
     if base := named_base(path):
-        return load_adapter(_base_of_adapter(path, base, functools.partial(load_model, dtype=dtype)), path)
+        return load_adapter(
+            _base_of_adapter(path, base, functools.partial(load_model, dtype=dtype, quantized=quantized)), path
+        )
     try:
         AutoConfig.from_pretrained(path)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True
+            path, dtype=getattr(torch, dtype), output_loading_info=True, **(quantized or {})
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"model.path: no model can be loaded from {path}: {_first_line(error)}") from error
     absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
     if absent:
@@ -53,6 +56,11 @@ def load_model(path: str, dtype: str = "float32") -> Any:
             f"model.path: {path} lacks {len(absent)} of the model's weights ({', '.join(absent[:3])}, ...); "
             "they would be random"
         )
+    if quantized:
+        from peft import prepare_model_for_kbit_training
+
+        # Frozen, and what is not quantised (norms, head, embedding) in float32; checkpointing is the trainer's affair.
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
 
 
