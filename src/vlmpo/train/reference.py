@@ -16,7 +16,15 @@ from vlmpo.tree.layout import Row
 from vlmpo.tree.logprobs import install, uses_shared_rows
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
-_DROPOUT_RATES = ("attention_dropout", "dropout", "dropout_p", "dropout_prob", "hidden_dropout", "activation_dropout")
+_DROPOUT_RATES = (
+    "attention_dropout",
+    "dropout",
+    "dropout_p",
+    "dropout_prob",
+    "hidden_dropout",
+    "activation_dropout",
+    "jitter_noise",  # of Mixtral's routers
+)
 
 
 class Reference(Protocol):

@@ -40,9 +40,11 @@ from vlmpo.train.reference import (
     frozen_copy,
     switch_dropout_off,
 )
+from vlmpo.train.router_loss import add_router_loss, read_policy
 from vlmpo.tree.families import shared_row_error, support_for
 from vlmpo.tree.layout import sum_by_branch
 from vlmpo.tree.logprobs import install
+from vlmpo.tree.router import router_coefficient
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
@@ -92,6 +94,7 @@ class MPOTrainer(Trainer):
             notice(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
         self.shared = self._choose_rows(args, base_of(model))
         install(base_of(model), self.shared)
+        self.router_coefficient = router_coefficient(base_of(model).config)
         self.with_preferences = needs_reference(args.weights)
         self.encoder = PairEncoder(
             processing_class,
@@ -244,10 +247,13 @@ class MPOTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """This part's share of the global batch's loss, times the number of ranks, whose gradients are averaged."""
-        policy, reference = self.branch_logps(model, inputs)
+        policy, reference, router = self._read(model, inputs, self.router_coefficient is not None and model.training)
         if self.reward_shift.mode == "running" and model.training:
             self._observe_micro_batch(policy, reference)
         output = self._loss(inputs, policy, reference, num_items_in_batch)
+        output = add_router_loss(
+            output, router, inputs, self.router_coefficient, (num_items_in_batch or {}).get("pairs")
+        )
         if model.training:
             self._record(inputs, policy, output)
         loss = output.loss * self.accelerator.num_processes
@@ -255,10 +261,14 @@ class MPOTrainer(Trainer):
 
     def branch_logps(self, model: nn.Module, part: PairRows) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each branch of ``part``, ``[branches]``: policy's, and reference's where needed."""
+        return self._read(model, part, False)[:2]
+
+    def _read(self, model: nn.Module, part: PairRows, router: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         reference = None
         if self.reference is not None:
             reference = sum_by_branch(self.reference.token_logps(part.rows), part.rows)
-        return sum_by_branch(model(branch_rows=part.rows), part.rows), reference
+        policy, router_losses = read_policy(model, part, router)
+        return policy, reference, router_losses
 
     def _loss(
         self, part: PairRows, policy: Tensor, reference: Tensor | None, counts: dict[str, float] | None
@@ -341,8 +351,10 @@ class MPOTrainer(Trainer):
             return
         offset = expected_start(self.args.weights, 0.0)
         nll = self.args.weights.get("nll", 0.0) * logs.get("loss/nll", 0.0)
-        logs["start/expected_loss"] = offset + nll
-        notice(f"first loss {logs['loss']:.4f}; expected {offset:.4f} + nll {nll:.4f} = {offset + nll:.4f}")
+        router = (self.router_coefficient or 0.0) * logs.get("loss/router_aux", 0.0)
+        logs["start/expected_loss"] = expected = offset + nll + router
+        parts = f"{offset:.4f} + nll {nll:.4f}" + (f" + router {router:.4f}" if router else "")
+        notice(f"first loss {logs['loss']:.4f}; expected {parts} = {expected:.4f}")
 
     # ---- evaluation ----
 

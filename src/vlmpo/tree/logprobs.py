@@ -19,9 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
 from vlmpo.tree.layout import Row
+from vlmpo.tree.router import with_router_losses
 
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits alive at once: 64 MiB in float32
 ROWS_ARGUMENT = "branch_rows"  # keyword of the model's forward that asks for log-probs instead of logits
+ROUTER_ARGUMENT = "router_losses"  # goes with it: answer with BranchScores
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -182,7 +184,8 @@ def _dispatching(plain: Any) -> Any:
         rows = kwargs.pop(ROWS_ARGUMENT, None)
         if rows is None:
             return self._vlmpo_plain_forward(*args, **kwargs)
-        return score_rows(self, rows, self._vlmpo_shared)
+        score = functools.partial(score_rows, self, shared=self._vlmpo_shared)
+        return with_router_losses(self, rows, score) if kwargs.pop(ROUTER_ARGUMENT, False) else score(rows)
 
     return forward
 
