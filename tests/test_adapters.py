@@ -16,11 +16,12 @@ import yaml
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from tests.case_worker import two_processes
 from tests.test_logprobs import separate_logps
 from tests.test_run import call, records, write_data, write_recipe
 from tests.tiny_models import SIZE, image_tree, noise_image, processor
 from tests.tiny_models import model as tiny_model
-from tests.training import Gradients, logged, pairs, relative, trainer
+from tests.training import Gradients, flat_weights, logged, pairs, relative, trainer
 from vlmpo.errors import ModelError, RecipeError, RunError
 from vlmpo.recipe import parse_recipe
 from vlmpo.train.adapters import lora_config, trained_beside_adapter
@@ -345,6 +346,25 @@ def test_a_step_without_pairs_is_survived_under_an_adapter(tmp_path: Path) -> No
     bad = [replace(pair, rejected=pair.chosen) for pair in pairs(2)]
     trainer(tmp_path, bad, model=policy(), per_device_train_batch_size=2).train()
     assert logged(tmp_path)[0]["loss"] == 0.0
+
+
+def on_ranks(folder: Path, **settings: Any) -> Any:
+    """An adapter that came along, in float64. Five pairs, four a step: in the last step one rank of two reads none."""
+    model = policy().double()
+    common = {"per_device_train_batch_size": 4, "learning_rate": 1e-1, "optim": "sgd", **settings}
+    return trainer(folder, pairs(5), model=model, **common)
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """Under DDP, whose hooks hang on the parameters that trained when it was put around the model."""
+    weights = two_processes("adapter", tmp_path / "two")
+    single = on_ranks(tmp_path / "one")
+    before = flat_weights(single.model)
+    single.train()
+    assert relative(flat_weights(single.model), before) > 1e-4
+    assert relative(weights, flat_weights(single.model)) < 1e-9
+    starts_at_zero(tmp_path / "two")
+    assert len(logged(tmp_path / "two")) == 2
 
 
 # ---- an adapter on the vocabulary ----

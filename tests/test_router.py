@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     InternVLConfig,
@@ -27,13 +24,13 @@ from transformers import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from tests.paths import REPO
+from tests.case_worker import two_processes
 from tests.test_logprobs import separate_logps
 from tests.tiny_models import image_tree, noise_image, random_pair, tokenizer
 from tests.tiny_models import model as tiny_model
 from tests.training import Gradients, flat_weights, logged, pairs, relative, trainer
 from vlmpo.errors import ModelError
-from vlmpo.train.reference import switch_dropout_off
+from vlmpo.train.reference import switch_dropout_off, weights_hash
 from vlmpo.tree import families
 from vlmpo.tree.layout import PromptTree, RowLayout, TreeSpan, build_row
 from vlmpo.tree.logprobs import install
@@ -323,22 +320,35 @@ def test_it_reaches_an_adapter(tmp_path: Path) -> None:
     assert logged(tmp_path / str(COEFFICIENT))[0]["rewards/chosen"] == 0.0
 
 
+def on_ranks(folder: Path, **settings: Any) -> Any:
+    """Five pairs, four a step: in the last step one rank of two reads one pair and the other none."""
+    return trainer(folder, text_pairs(5), model=in_float64(), **{**SETTINGS, **settings})
+
+
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """Five pairs, four a step: in the last step one rank reads one pair and the other none."""
-    single = trainer(tmp_path / "one", text_pairs(5), model=in_float64(), **SETTINGS)
+    weights = two_processes("router", tmp_path / "two")
+    single = on_ranks(tmp_path / "one")
     single.train()
-    (tmp_path / "two").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.router_worker", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}{os.pathsep}{REPO}"}
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    weights = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert torch.equal(weights[0], weights[1])
-    assert relative(weights[0], flat_weights(single.model)) < 1e-9
+    assert relative(weights, flat_weights(single.model)) < 1e-9
     for mine, other in zip(logged(tmp_path / "two"), logged(tmp_path / "one"), strict=True):
         for key in ("loss", "loss/router_aux"):
             assert mine[key] == pytest.approx(other[key], rel=1e-6), key
+
+
+def test_an_adapter_on_the_experts(tmp_path: Path) -> None:
+    """Experts are one weight, no linear layers: ``target_parameters`` reaches them, and so does a frozen copy."""
+    torch.manual_seed(0)
+    fields = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    model = get_peft_model(routed("qwen3_moe"), LoraConfig(**fields, init_lora_weights=False))
+    run = trainer(tmp_path, text_pairs(6), model=model, learning_rate=1e-2)
+    assert run.reference.frozen == "reference"
+    before = run.reference.weights_hash()
+    run.train()
+    assert logged(tmp_path)[0]["rewards/chosen"] == 0.0
+    assert abs(logged(tmp_path)[-1]["rewards/margins"]) > 1e-3
+    assert weights_hash(run.model, "reference") == before
+    experts = [g for n, g in run.model.named_parameters() if "experts.lora_B.default" in n]
+    assert len(experts) == 2
 
 
 # ---- what is refused, and what is switched off ----

@@ -154,8 +154,9 @@ def score_rows(model: Any, rows: Sequence[Row], shared: bool) -> Tensor:
     the backward pass of the others.
     """
     if not rows:
-        head = model.get_output_embeddings().weight
-        weight = next((w for w in model.parameters() if w.requires_grad), head)  # under LoRA the head does not train
+        weight = model.get_output_embeddings().weight
+        if not weight.requires_grad:  # under LoRA, for one
+            weight = next((other for other in model.parameters() if other.requires_grad), weight)
         return weight.flatten()[:0].to(_wide(weight.dtype))
     return torch.cat([_score_row(model, row, shared) for row in rows])
 
