@@ -10,6 +10,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +35,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Dotted overrides, e.g. loss.beta=0.2", show_default=False),
 ]
+
+
+class Dtype(StrEnum):
+    """What weights may be written as."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 def _show_version(asked: bool) -> None:
@@ -141,6 +149,25 @@ def pair_dropout_ntp(recipe: RecipePath, overrides: Overrides = None) -> None:
         from vlmpo.build.dropout import run_dropout_ntp as run
 
         run(parsed)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A run folder, checkpoint or adapter folder.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base model, in place of the one the adapter names.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights written.")] = Dtype.float32,
+) -> None:
+    """Merge a LoRA adapter into its base model.
+
+    The output folder holds a whole model and its processor, which load with transformers.
+    """
+    with _exit_codes():
+        from vlmpo.train.merge import merge as run
+
+        run(adapter, output, base, dtype.value)
 
 
 @app.command()

@@ -41,8 +41,8 @@ class ModelSection(_Section):
     """Which checkpoint, and which part of it trains.
 
     ``path`` is a local folder or a hub name; ``dtype`` that of the trained weights; ``freeze`` names submodules that
-    do not train; ``lora`` holds fields of ``peft.LoraConfig``; ``attention`` "separate" gives every response its own
-    row instead of sharing the prompt's.
+    do not train; ``lora`` holds fields of ``peft.LoraConfig``; ``quantize`` keeps the frozen base under an adapter in
+    4 or 8 bits (QLoRA); ``attention`` "separate" gives every response its own row instead of sharing the prompt's.
     """
 
     path: str = Field(min_length=1)
@@ -51,6 +51,7 @@ class ModelSection(_Section):
         default=(), strict=False
     )  # strict=False only lets YAML's list in; the items stay strict
     lora: dict[str, Any] | None = None
+    quantize: Literal["4bit", "8bit"] | None = None
     attention: Literal["auto", "separate"] = "auto"
 
 

@@ -151,8 +151,9 @@ def _objective(trainer: ChoosingTrainer, base: str | None) -> dict[str, Any]:
     args, weights = trainer.args, trainer.args.weights
     lines = []
     if "sigmoid" in weights or "bco_pair" in weights:
-        off = isinstance(getattr(trainer, "reference", None), AdapterReference)
-        reference = "the model with its adapter off" if off else "a frozen model"
+        reference = "a frozen model"
+        if isinstance(own := getattr(trainer, "reference", None), AdapterReference):
+            reference = "the model with its adapter off" if own.frozen is None else "the model under its first adapter"
         lines.append(f"rewards: beta {args.beta:g}, against {reference}")
     if "bco_pair" in weights:
         lines.append(f"reward shift (delta): {args.reward_shift}")

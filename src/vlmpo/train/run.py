@@ -16,15 +16,17 @@ from rich.table import Table
 
 from vlmpo.errors import RecipeError, RunError
 from vlmpo.files import replace_json
-from vlmpo.recipe import Recipe, check_lora_keys, check_training_keys
+from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
+from vlmpo.train.adapters import check_adapter_settings, lora_config, quantization
 from vlmpo.train.averaging import AVERAGE_FOLDER
 from vlmpo.train.best import of_only_set
 from vlmpo.train.card import CardFacts, package_versions
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
+from vlmpo.train.reference import is_peft
 from vlmpo.train.run_data import RunData, open_run_data, overlaps_with_training, show_accounts
 from vlmpo.train.trainer import MPOTrainer
 from vlmpo.tree import loading
@@ -56,6 +58,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     args = training_config(recipe)
     folder = Path(args.output_dir)
     _refuse_to_overwrite(folder, args)
+    check_adapter_settings(recipe)
     data = open_run_data(recipe)
     overlaps = overlaps_with_training(data)
     for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
@@ -72,7 +75,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
         train_dataset=data.train,
         eval_dataset=next(iter(evaluation.values())) if evaluation and len(evaluation) == 1 else evaluation,
         processing_class=processor,
-        peft_config=_lora(recipe),
+        peft_config=lora_config(recipe),
     )
     if prepare is not None:
         prepare(trainer)
@@ -180,27 +183,15 @@ def load_model(recipe: Recipe) -> Any:
 
     Raises:
         ModelError: no model there, or weights missing in the checkpoint.
-        RecipeError: a frozen part that does not exist.
+        RecipeError: a frozen part that does not exist, or quantised weights without an adapter.
     """
-    model = loading.load_model(recipe.model.path, recipe.model.dtype)
-    if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
+    model = loading.load_model(recipe.model.path, recipe.model.dtype, quantization(recipe))
+    if recipe.model.dtype == "bfloat16" and recipe.model.lora is None and not is_peft(model):
         notice(
             "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"
         )
     loading.freeze_parts(model, recipe.model.freeze)
     return model
-
-
-def _lora(recipe: Recipe) -> Any:
-    if recipe.model.lora is None:
-        return None
-    from peft import LoraConfig
-
-    check_lora_keys(recipe, [field.name for field in dataclasses.fields(LoraConfig)])
-    try:
-        return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **recipe.model.lora})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"model.lora: {error}") from error
 
 
 # ---- the run folder ----

@@ -16,6 +16,7 @@ from vlmpo.loss.mpo import LossOutput, expected_start, mpo_loss, needs_reference
 from vlmpo.loss.reward_shift import RewardShift
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
+from vlmpo.train.adapters import add_frozen_adapter, check_policy_adapter, choose_kind, put_adapter_on
 from vlmpo.train.batching import (
     Collator,
     EncodedPairs,
@@ -38,15 +39,15 @@ from vlmpo.train.reference import (
     CopyReference,
     Reference,
     base_of,
-    choose_kind,
     freeze,
     frozen_copy,
-    is_peft,
     switch_dropout_off,
 )
+from vlmpo.train.router_loss import add_router_loss, read_policy
 from vlmpo.tree.families import check_rows, support_for
 from vlmpo.tree.layout import sum_by_branch
 from vlmpo.tree.logprobs import install
+from vlmpo.tree.router import router_coefficient
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
@@ -96,12 +97,14 @@ class MPOTrainer(ChoosingTrainer):
         model, ref_model, processing_class = load_named(model, ref_model, processing_class)
         if peft_config is not None:
             set_seed(args.seed)  # an adapter starts from random numbers: the seed's, not whatever came before
-            model = _with_adapter(model, peft_config)
+            model = put_adapter_on(model, peft_config)
+        check_policy_adapter(model, args)
         switched_off = switch_dropout_off(model)
         if switched_off:
             notice(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
         self.shared = self._choose_rows(args, base_of(model))
         install(base_of(model), self.shared)
+        self.router_coefficient = router_coefficient(base_of(model).config)
         self.with_preferences = needs_reference(args.weights)
         self.encoder = PairEncoder(
             processing_class,
@@ -166,8 +169,9 @@ class MPOTrainer(ChoosingTrainer):
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
             return None
-        if choose_kind(self.args.reference_kind, self.model, given, fresh_adapter) == "adapter":
-            return AdapterReference(self.model)
+        kind = choose_kind(self.args.reference_kind, self.model, given, fresh_adapter)
+        if kind != "copy":
+            return AdapterReference(self.model, add_frozen_adapter(self.model) if kind == "frozen_adapter" else None)
         frozen = frozen_copy(self.model) if given is None else freeze(given, self.shared)
         return CopyReference(self.accelerator.prepare_model(frozen, evaluation_mode=True))
 
@@ -257,10 +261,13 @@ class MPOTrainer(ChoosingTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """This part's share of the global batch's loss, times the number of ranks, whose gradients are averaged."""
-        policy, reference = self.branch_logps(model, inputs)
+        policy, reference, router = self._read(model, inputs, self.router_coefficient is not None and model.training)
         if self.reward_shift.mode == "running" and model.training:
             self._observe_micro_batch(policy, reference)
         output = self._loss(inputs, policy, reference, num_items_in_batch)
+        output = add_router_loss(
+            output, router, inputs, self.router_coefficient, (num_items_in_batch or {}).get("pairs")
+        )
         if model.training:
             self._record(inputs, policy, output)
         loss = output.loss * self.accelerator.num_processes
@@ -268,10 +275,14 @@ class MPOTrainer(ChoosingTrainer):
 
     def branch_logps(self, model: nn.Module, part: PairRows) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each branch of ``part``, ``[branches]``: policy's, and reference's where needed."""
+        return self._read(model, part, False)[:2]
+
+    def _read(self, model: nn.Module, part: PairRows, router: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         reference = None
         if self.reference is not None:
             reference = sum_by_branch(self.reference.token_logps(part.rows), part.rows)
-        return sum_by_branch(model(branch_rows=part.rows), part.rows), reference
+        policy, router_losses = read_policy(model, part, router)
+        return policy, reference, router_losses
 
     def _loss(
         self, part: PairRows, policy: Tensor, reference: Tensor | None, counts: dict[str, float] | None
@@ -354,8 +365,10 @@ class MPOTrainer(ChoosingTrainer):
             return
         offset = expected_start(self.args.weights, 0.0)
         nll = self.args.weights.get("nll", 0.0) * logs.get("loss/nll", 0.0)
-        logs["start/expected_loss"] = offset + nll
-        notice(f"first loss {logs['loss']:.4f}; expected {offset:.4f} + nll {nll:.4f} = {offset + nll:.4f}")
+        router = (self.router_coefficient or 0.0) * logs.get("loss/router_aux", 0.0)
+        logs["start/expected_loss"] = expected = offset + nll + router
+        parts = f"{offset:.4f} + nll {nll:.4f}" + (f" + router {router:.4f}" if router else "")
+        notice(f"first loss {logs['loss']:.4f}; expected {parts} = {expected:.4f}")
 
     # ---- evaluation ----
 
@@ -444,14 +457,3 @@ class MPOTrainer(ChoosingTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' estimate knows neither images nor shared rows."""
         return 0
-
-
-def _with_adapter(model: Any, peft_config: Any) -> Any:
-    from peft import get_peft_model
-
-    if is_peft(model):
-        raise RunError("the model already carries an adapter; pass either such a model or a peft_config, not both")
-    if getattr(peft_config, "lora_dropout", 0.0):
-        notice(f"lora_dropout {peft_config.lora_dropout} forced to 0: the rewards would be noise at the start")
-        peft_config.lora_dropout = 0.0
-    return get_peft_model(model, peft_config)

@@ -21,9 +21,11 @@ from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row,
 from vlmpo.tree.heads import PLAIN, LogitMap, logit_map
 from vlmpo.tree.layout import Row
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
+from vlmpo.tree.router import with_router_losses
 
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits alive at once: 64 MiB in float32
 ROWS_ARGUMENT = "branch_rows"  # keyword of the model's forward that asks for log-probs instead of logits
+ROUTER_ARGUMENT = "router_losses"  # goes with it: answer with BranchScores
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -177,6 +179,8 @@ def score_rows(model: Any, rows: Sequence[Row], shared: bool) -> Tensor:
     """
     if not rows:
         weight = model.get_output_embeddings().weight
+        if not weight.requires_grad:  # under LoRA, for one
+            weight = next((other for other in model.parameters() if other.requires_grad), weight)
         return weight.flatten()[:0].to(_wide(weight.dtype))
     return torch.cat([_score_row(model, row, shared) for row in rows])
 
@@ -205,7 +209,8 @@ def _dispatching(plain: Any) -> Any:
         rows = kwargs.pop(ROWS_ARGUMENT, None)
         if rows is None:
             return self._vlmpo_plain_forward(*args, **kwargs)
-        return score_rows(self, rows, self._vlmpo_shared)
+        score = functools.partial(score_rows, self, shared=self._vlmpo_shared)
+        return with_router_losses(self, rows, score) if kwargs.pop(ROUTER_ARGUMENT, False) else score(rows)
 
     return forward
 
