@@ -94,7 +94,8 @@ class Moves(Gradients):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.before = {name: parameter.detach().clone() for name, parameter in named}
-        self.gradients = {name: parameter.grad.detach().clone() for name, parameter in named}
+        # LLaVA reads the vision layer before the last: what comes after it has no gradient.
+        self.gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in named}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.after = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
