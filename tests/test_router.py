@@ -31,7 +31,6 @@ from tests.tiny_models import model as tiny_model
 from tests.training import Gradients, flat_weights, logged, pairs, relative, trainer
 from vlmpo.errors import ModelError
 from vlmpo.train.reference import switch_dropout_off, weights_hash
-from vlmpo.tree import families
 from vlmpo.tree.layout import PromptTree, RowLayout, TreeSpan, build_row
 from vlmpo.tree.logprobs import install
 from vlmpo.tree.router import branch_router_losses, router_coefficient
@@ -200,14 +199,6 @@ def text_pairs(count: int) -> list:
     return [random_pair(seed, images=0) for seed in range(count)]
 
 
-@pytest.fixture
-def shared_moe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mixtures on the list of those that share rows, as far as they are not yet."""
-    name = "CAUSAL_TEXT" if hasattr(families, "CAUSAL_TEXT") else "PLAIN_CAUSAL_TEXT"
-    monkeypatch.setattr(families, name, getattr(families, name) | {"qwen3_moe"})
-
-
-@pytest.mark.usefixtures("shared_moe")
 def test_the_batch_layout_changes_nothing(tmp_path: Path) -> None:
     """The same 8 pairs a step however split and laid out: loss, router loss and gradient, two steps in float64."""
     layouts = {
@@ -234,7 +225,6 @@ def test_the_batch_layout_changes_nothing(tmp_path: Path) -> None:
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-6), (name, key)
 
 
-@pytest.mark.usefixtures("shared_moe")
 def test_the_mean_over_all_responses_is_added(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = text_pairs(3)
     run = trainer(tmp_path, data, model=routed("qwen3_moe"), per_device_train_batch_size=3)

@@ -30,6 +30,7 @@ CAUSAL_TEXT = frozenset(
         "mixtral",
         "qwen2",
         "qwen2_5_vl_text",
+        "qwen2_moe",
         "qwen2_vl_text",
         "qwen3",
         "qwen3_moe",
