@@ -56,6 +56,7 @@ _YARN = {
     "mscale_all_dim": 1.0,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SHARED_EXPERT = {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32}
 
 FAMILIES = [
     family("qwen2"),
@@ -65,7 +66,7 @@ FAMILIES = [
     family("ministral3", note="text only; scores scaled by position", rope_parameters=_YARN),
     family("gemma3_text", note="text only; sliding windows", **_GEMMA),
     family("qwen3_moe", note="text only; experts", num_experts=4, **_EXPERTS),
-    family("qwen2_moe", note="text only; experts, one of them shared", num_experts=4, **_EXPERTS),
+    family("qwen2_moe", note="text only; experts, one of them shared", **_SHARED_EXPERT),
     family("mixtral", note="text only; experts", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     family("granite", note="text only; logits divided", logits_scaling=3.0),
     family("cohere", note="text only; logits multiplied", logit_scale=0.3),
