@@ -8,7 +8,13 @@ from __future__ import annotations
 
 
 class VlmpoError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base of every error that is the user's to mend.
+
+    Attributes:
+        on_every_rank: all ranks of a distributed run raise it alike, so that one of them need say it.
+    """
+
+    on_every_rank = False
 
 
 class RecipeError(VlmpoError, ValueError):

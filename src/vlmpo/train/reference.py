@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vlmpo.errors import RecipeError
+from vlmpo.errors import ModelError, RecipeError
+from vlmpo.train.sharding import is_partitioned, release, whole
 from vlmpo.tree.layout import Row
 from vlmpo.tree.logprobs import install, uses_shared_rows
 
@@ -38,7 +39,9 @@ class CopyReference:
     def token_logps(self, rows: Sequence[Row]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
         with torch.no_grad():
-            return self.model(branch_rows=rows)
+            logps = self.model(branch_rows=rows)
+        release(self.model)
+        return logps
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -93,7 +96,16 @@ def choose_kind(kind: str, policy: Any, given: Any | None, fresh_adapter: bool) 
 
 
 def frozen_copy(policy: Any) -> nn.Module:
-    """A deep copy of the policy (its adapter included) that never learns."""
+    """A deep copy of the policy (its adapter included) that never learns.
+
+    Raises:
+        ModelError: ZeRO-3 has taken the policy's weights apart already.
+    """
+    if is_partitioned(policy):
+        raise ModelError(
+            "under DeepSpeed ZeRO-3 the policy cannot be copied for the reference; pass the initial model a second "
+            "time as ref_model, or train with model.lora"
+        )
     return freeze(copy.deepcopy(policy), uses_shared_rows(base_of(policy)))
 
 
@@ -125,12 +137,16 @@ def switch_dropout_off(model: nn.Module) -> list[str]:
 
 
 def weights_hash(model: Any, with_adapter: bool) -> str:
-    """BLAKE2 of a reference's weights by name, with the adapter's or without. Hex, 32 digits."""
+    """BLAKE2 of a reference's weights by name, with the adapter's or without. Hex, 32 digits.
+
+    The same for a model whose weights are sharded over ranks, each of which must then ask.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(base_of(model).state_dict().items()):
+    for name, weight in sorted(base_of(model).state_dict(keep_vars=True).items()):
         if not with_adapter and "lora_" in name:
             continue
         plain = name.replace(".base_layer.", ".")
+        tensor = whole(weight)
         digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

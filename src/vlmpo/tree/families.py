@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from vlmpo.tree.layout import Row
-from vlmpo.tree.logprobs import score_rows
 
 # Text towers with plain causal attention in every layer and one position a token.
 PLAIN_CAUSAL_TEXT = frozenset({"qwen2", "qwen3", "llama"})
@@ -47,13 +46,16 @@ def support_for(config: Any) -> Support:
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
-def shared_row_error(model: Any, shared: Sequence[Row], separate: Sequence[Row], half: bool) -> float | None:
+def shared_row_error(
+    model: Any, shared: Sequence[Row], separate: Sequence[Row], half: bool, wrapped: Any | None = None
+) -> float | None:
     """The start-up check: the same responses read on a shared trunk and each on its own.
 
     Args:
         model: set up to share trunks.
         shared, separate: the same pair laid out both ways.
         half: whether the run computes in a half-precision type by autocast.
+        wrapped: what to call in the model's place: the wrapper that holds its weights.
 
     Returns:
         None where they agree to rounding, else the mean absolute difference in nats a token.
@@ -62,8 +64,10 @@ def shared_row_error(model: Any, shared: Sequence[Row], separate: Sequence[Row],
     dtype = model.get_output_embeddings().weight.dtype
     was_training = model.training
     model.eval()
+    read = model if wrapped is None else wrapped
     with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16, enabled=half):
-        difference = (score_rows(model, shared, True) - score_rows(model, separate, False)).abs().mean().item()
+        both = [read(branch_rows=rows, branch_shared=share) for rows, share in ((shared, True), (separate, False))]
+        difference = (both[0] - both[1]).abs().mean().item()
     model.train(was_training)
     bound = max(ROUNDING[dtype], ROUNDING[torch.bfloat16] if half else 0.0)
     return None if difference <= bound else difference  # NaN is not within any bound
