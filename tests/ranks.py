@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
-from tests.tiny_models import random_pair
-from tests.training import trainer
+from tests.tiny_models import SIZE, random_pair
+from tests.tiny_models import model as tiny_model
+from tests.training import pairs, trainer
 from vlmpo.train.sharding import whole
 from vlmpo.train.trainer import MPOTrainer
 
@@ -18,11 +20,13 @@ SEQUENTIAL = {"train_sampling_strategy": "sequential", "optim": "sgd", "optim_ar
 
 
 def skewed_pairs(count: int) -> list:
-    """Of every four pairs the first two have images, the others none; pair 4 is far too long.
+    """Of every four pairs the first two have images, the others none; pairs 8 to 11 have none; pair 4 is far too long.
 
-    Read in order by two ranks, two pairs each, rank 1 never has an image, and rank 0 loses a pair in the second step.
+    Read in order by two ranks, two pairs each, rank 1 never has an image, rank 0 loses a pair in the second step, and
+    in the third nobody has an image.
     """
-    made = [random_pair(i, images=(1, 2, 0, 0)[i % 4], longest=4 + 6 * (i % 5)) for i in range(count)]
+    images = [(1, 2, 0, 0)[i % 4] if not 8 <= i < 12 else 0 for i in range(count)]
+    made = [random_pair(i, images=images[i], longest=4 + 6 * (i % 5)) for i in range(count)]
     return [replace(pair, chosen="red " * 400) if i == 4 else pair for i, pair in enumerate(made)]
 
 
@@ -63,7 +67,26 @@ def sharded_on_cpu() -> None:
     Trainer.create_accelerator_and_postprocess = with_fsdp
 
 
-def skewed_trainer(folder: Any, count: int, **settings: Any) -> MPOTrainer:
-    """A trainer in float64 on skewed pairs, in order, in short rows."""
-    defaults = {**SEQUENTIAL, "max_length": 400, "max_tokens_per_row": 160, "learning_rate": 1e-2}
-    return trainer(folder, skewed_pairs(count), **{"dtype": torch.float64, **defaults, **settings})
+def make_trainer(
+    folder: Any,
+    count: int,
+    *,
+    mixed: bool = False,
+    tied: bool = False,
+    bits: int = 64,
+    lora: bool = False,
+    evaluate: int = 0,
+    model_seed: int = 0,
+    **settings: Any,
+) -> MPOTrainer:
+    """A trainer on ``count`` pairs; skewed ones are read in order, in short rows, by SGD with momentum."""
+    if not mixed:
+        settings = {**SEQUENTIAL, "max_length": 400, "max_tokens_per_row": 160, "learning_rate": 1e-2, **settings}
+    if evaluate:
+        settings["eval_dataset"] = skewed_pairs(evaluate + 5)[5:]
+    if lora:
+        settings["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
+    dtype = {64: torch.float64, 32: torch.float32}[bits]
+    model = tiny_model(model_seed, size=replace(SIZE, tie_word_embeddings=tied), dtype=dtype)
+    torch.manual_seed(3)  # the adapter's random half
+    return trainer(folder, pairs(count) if mixed else skewed_pairs(count), model=model, **settings)

@@ -49,9 +49,9 @@ def score_pairs(trainer: MPOTrainer, loader: PairLoader) -> tuple[list[ScoredPai
             fatal = batch.dropped[0].error if trainer.args.on_bad_record == "fail" and batch.dropped else None
             dropped += batch.dropped
             work = trainer.lockstep.agree([batch], fatal)
-            (level,) = trainer.lockstep.level([batch], work, training=False)
+            (level,) = trainer.lockstep.level([batch], work, model)
             for part in level.parts:
-                scored += _score(trainer, model, part.to(trainer.args.device))
+                scored += _score(trainer, model, trainer._prepare_inputs(part))
     model.train(was_training)
     gathered = trainer._gathered((scored, dropped))
     return [pair for pairs, _ in gathered for pair in pairs], [item for _, items in gathered for item in items]

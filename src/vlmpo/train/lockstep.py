@@ -4,7 +4,8 @@ Ranks rarely have equal work: one has fewer pairs, one needs more rows, one has 
 gradients (FSDP2, DeepSpeed) talk to the other ranks in every layer of every pass, so there each rank must make the same
 passes through the same layers: a rank with less to read reads idle rows, which belong to no pair, and a row without an
 image is given one behind its end. Neither is scored; what they add to loss and gradients is exactly zero. Under DDP
-only the last backward pass of a micro-batch is shared: it alone is so completed.
+only the last backward pass of a micro-batch is shared: it alone is so completed, where DDP does not look for weights
+that were left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vlmpo.data.encode import EncodedPair, PairEncoder
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
@@ -94,6 +98,7 @@ class Lockstep:
         self.encoder = encoder
         self.collation = collation
         self._idle_trees: dict[bool, PromptTree] = {}
+        self._only_idle_images = False  # in the step under way
 
     def agree(self, batches: Sequence[MicroBatch], error: RecordError | None = None) -> Work:
         """The work of all ranks in the step of ``batches``, known to each of them before any forward.
@@ -115,28 +120,46 @@ class Lockstep:
         return work
 
     def everywhere(self, error: VlmpoError) -> VlmpoError:
-        """Mark an error that all ranks raise alike: one message is enough."""
-        error.on_every_rank = self.accelerator.num_processes > 1
+        """Mark an error that all ranks raise: one message is enough."""
+        error.met_by = "all"
         return error
 
-    def level(self, batches: Sequence[MicroBatch], work: Work, training: bool = True) -> list[MicroBatch]:
-        """``batches`` with whatever idle reading the wrapper of the model needs of this rank."""
-        shared_passes = passes_are_shared(self.accelerator)
-        if self.accelerator.num_processes == 1 or not (training or shared_passes):
+    def level(self, batches: Sequence[MicroBatch], work: Work, model: nn.Module) -> list[MicroBatch]:
+        """``batches`` with whatever idle reading ``model``, as it is wrapped, needs of this rank."""
+        if passes_are_shared(self.accelerator) and self.accelerator.num_processes > 1:
+            counts, images, last_only = work.parts, work.images, False
+        elif torch.is_grad_enabled():
+            # Every weight must come into every shared backward pass, whoever has images, unless DDP looks for those
+            # that did not; and there must be a backward pass.
+            strict = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
+            images = strict and getattr(self.encoder.processor, "image_processor", None) is not None
+            self._only_idle_images = images and not work.images
+            counts, last_only = (1,) * len(batches), True
+        else:
             return list(batches)
         return [
-            replace(batch, parts=self._level(batch.parts, count, work.images, shared_passes))
-            for batch, count in zip(batches, work.parts, strict=True)
+            replace(batch, parts=self._level(batch.parts, count, images, last_only))
+            for batch, count in zip(batches, counts, strict=True)
         ]
 
-    def _level(self, parts: Sequence[PairRows], count: int, images: bool, every_pass: bool) -> list[PairRows]:
-        wanted = max(1, count if every_pass else 1)
+    def _level(self, parts: Sequence[PairRows], count: int, images: bool, last_only: bool) -> list[PairRows]:
         own = [part for part in parts if part.rows]
-        level = own + [self._idle_part(images)] * (wanted - len(own))
+        level = own + [self._idle_part(images)] * (max(1, count) - len(own))
         if images:
-            for at in range(len(level)) if every_pass else (-1,):
+            for at in (-1,) if last_only else range(len(level)):
                 level[at] = replace(level[at], rows=[self._with_image(row) for row in level[at].rows])
         return level
+
+    def forget_idle_gradients(self, model: nn.Module) -> None:
+        """Once gradients are summed: where no rank had an image, the tower's are none, not 0.
+
+        To an optimizer with momentum or weight decay the two are not the same.
+        """
+        if not self._only_idle_images:
+            return
+        for parameter in model.parameters():
+            if parameter.grad is not None and not parameter.grad.any():
+                parameter.grad = None
 
     def _idle_part(self, images: bool) -> PairRows:
         """A part of no pair, with as many rows as any other part has."""

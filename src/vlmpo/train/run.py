@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vlmpo.errors import RecipeError, RunError
+from vlmpo.errors import RecipeError, RunError, alike_on_a_node
 from vlmpo.files import replace_json
 from vlmpo.recipe import Recipe, check_lora_keys, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
@@ -52,7 +52,8 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     args = training_config(recipe)
     folder = Path(args.output_dir)
     _refuse_to_overwrite(folder, args)
-    data = open_run_data(recipe)
+    with alike_on_a_node():
+        data = open_run_data(recipe)
     overlaps = overlaps_with_training(data)
     for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
         notice(f"note: {remark}")

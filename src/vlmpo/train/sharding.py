@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from vlmpo.errors import RecipeError, RunError
+from vlmpo.train.batching import PairRows
+from vlmpo.tree.layout import Row
 
 
 def passes_are_shared(accelerator: Any) -> bool:
@@ -72,6 +75,28 @@ def more_to_come(accelerator: Any, model: nn.Module) -> Iterator[None]:
         state._set_sync_gradients(due)
 
 
+def to_compute_dtype(accelerator: Any, part: PairRows) -> PairRows:
+    """Pixels in the type that a sharded model computes in: there is no autocast around it that would convert them."""
+    dtype = _compute_dtype(accelerator)
+    if dtype is None:
+        return part
+
+    def cast(row: Row) -> Row:
+        vision = {name: value.to(dtype) if value.is_floating_point() else value for name, value in row.vision.items()}
+        return replace(row, vision=vision)
+
+    return replace(part, rows=[cast(row) for row in part.rows])
+
+
+def _compute_dtype(accelerator: Any) -> torch.dtype | None:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+        return None if policy is None else policy.param_dtype
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return None
+
+
 def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
     """A model that only answers, placed, converted and sharded as accelerate does it with the policy."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -115,6 +140,19 @@ def whole_state_dict(accelerator: Any) -> Iterator[None]:
         yield
     finally:
         plugin.state_dict_type = kind
+
+
+def refuse_if_scored(accelerator: Any, model: nn.Module) -> None:
+    """Refuse to train what was sharded to be scored: accelerate finds the optimizer's weights only before sharding.
+
+    Raises:
+        RunError: FSDP, and evaluated before training.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP and getattr(model, "_vlmpo_ready", False):
+        raise RunError(
+            "under FSDP a model that was evaluated cannot be trained any more; "
+            "to evaluate at the start set training.eval_on_start: true"
+        )
 
 
 def _deepspeed_engine(accelerator: Any, model: nn.Module) -> nn.Module:

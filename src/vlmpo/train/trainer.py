@@ -42,7 +42,7 @@ from vlmpo.train.reference import (
     is_peft,
     switch_dropout_off,
 )
-from vlmpo.train.sharding import more_to_come, passes_are_shared, prepare_frozen
+from vlmpo.train.sharding import more_to_come, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
 from vlmpo.tree.families import shared_row_error, support_for
 from vlmpo.tree.layout import sum_by_branch
 from vlmpo.tree.logprobs import install
@@ -199,7 +199,7 @@ class MPOTrainer(RanksTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         work = self.lockstep.agree(batches, self._account(batches))
         counts = {"pairs": float(work.pairs), "chosen_tokens": float(work.chosen_tokens)}
-        return self.lockstep.level(batches, work), counts
+        return self.lockstep.level(batches, work, self.model_wrapped), counts
 
     def _account(self, batches: list[MicroBatch]) -> RecordError | None:
         """Count what became of the pairs; the error of a bad record where that is to end the run."""
@@ -226,11 +226,12 @@ class MPOTrainer(RanksTrainer):
                 total = total + super().training_step(model, part, num_items_in_batch)
         total = total + super().training_step(model, parts[-1], num_items_in_batch)
         if self.accelerator.sync_gradients:
+            self.lockstep.forget_idle_gradients(model)
             self._end_step()
         return total
 
     def _prepare_inputs(self, inputs: PairRows) -> PairRows:
-        return inputs.to(self.args.device)
+        return to_compute_dtype(self.accelerator, inputs.to(self.args.device))
 
     def compute_loss(
         self,
@@ -285,7 +286,7 @@ class MPOTrainer(RanksTrainer):
     def _record(self, part: PairRows, policy: Tensor, output: LossOutput) -> None:
         logps = policy.detach()
         self.sums.add_losses(output.loss.detach(), output.terms)
-        rejected = None if part.rejected is None else logps[part.rejected]
+        rejected = logps[part.rejected] if part.rejected is not None and self.with_preferences else None
         self.sums.add_pairs(logps[part.chosen], rejected, output.chosen_rewards, output.rejected_rewards, part.sources)
         self.sums.values["tokens"] += part.num_tokens
         if output.chosen_rewards is not None and output.rejected_rewards is not None:
@@ -367,6 +368,7 @@ class MPOTrainer(RanksTrainer):
                     "leave training.resume_from_checkpoint out to start anew"
                 )
             resume_from_checkpoint = str(found)
+        refuse_if_scored(self.accelerator, self.model_wrapped)
         if self.shared and passes_are_shared(self.accelerator):  # the weights can be read only once they are wrapped
             self.add_callback(AtTrainBegin(self._check_shared_rows))
         elif self.shared:
