@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 the recipe, the data or the arguments are at fault (one me
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vlmpo.errors import RecordError, VlmpoError
+from vlmpo.errors import VlmpoError
 from vlmpo.recipe import load_recipe
 
 app = typer.Typer(
@@ -203,9 +204,11 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _complain(error: VlmpoError) -> None:
-    """Print the error on stderr: once a job, not once a rank, unless it is about a record, which one rank alone met."""
+    """Print the error on stderr: once a job, or by the first rank of a node, or by the one rank that met it."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and not isinstance(error, RecordError):
+    first_of_node = os.environ.get("LOCAL_RANK") == "0"
+    if not (rank == "0" or error.met_by == "rank" or (error.met_by == "node" and first_of_node)):
+        time.sleep(1.0)  # the launcher ends the job when the first rank leaves: let the one that speaks finish
         return
     heading = "error: " if rank == "0" else f"error on rank {rank}: "
     Console(stderr=True).print(Text.assemble((heading, "bold red"), str(error)), soft_wrap=True)

@@ -12,20 +12,16 @@ from torch import nn
 
 from vlmpo.errors import RecipeError, RunError
 from vlmpo.loss.mpo import needs_reference
-from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train import rates
 from vlmpo.train.averaging import WeightAverage
 from vlmpo.train.best import known_metrics, metrics_of_sets, resolve
 from vlmpo.train.card import CARD_FILE, CardFacts, model_card
 from vlmpo.train.checkpoint import read_state, write_state
 from vlmpo.train.progress import notice
-
-ensure_torchvision()  # before transformers' Trainer, which imports torchvision
-
-from transformers import Trainer  # noqa: E402
+from vlmpo.train.ranks import RanksTrainer
 
 
-class ChoosingTrainer(Trainer):
+class ChoosingTrainer(RanksTrainer):
     """transformers' Trainer with these choices; :class:`vlmpo.train.trainer.MPOTrainer` adds the objective.
 
     Attributes:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vlmpo.errors import ModelError
+from vlmpo.train.sharding import is_partitioned, release, whole
 from vlmpo.tree.adapter_loading import active_adapter, adapter_places, split_name
 from vlmpo.tree.layout import Row
 from vlmpo.tree.logprobs import install, uses_shared_rows
@@ -47,7 +49,9 @@ class CopyReference:
     def token_logps(self, rows: Sequence[Row]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
         with torch.no_grad():
-            return self.model(branch_rows=rows)
+            logps = self.model(branch_rows=rows)
+        release(self.model)
+        return logps
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -123,7 +127,16 @@ def base_of(model: Any) -> Any:
 
 
 def frozen_copy(policy: Any) -> nn.Module:
-    """A deep copy of the policy (its adapter included) that never learns."""
+    """A deep copy of the policy (its adapter included) that never learns.
+
+    Raises:
+        ModelError: ZeRO-3 has taken the policy's weights apart already.
+    """
+    if is_partitioned(policy):
+        raise ModelError(
+            "under DeepSpeed ZeRO-3 the policy cannot be copied for the reference; pass the initial model a second "
+            "time as ref_model, or train with model.lora"
+        )
     return freeze(copy.deepcopy(policy), uses_shared_rows(base_of(policy)))
 
 
@@ -155,18 +168,22 @@ def switch_dropout_off(model: nn.Module) -> list[str]:
 
 
 def weights_hash(model: Any, adapter: str | None) -> str:
-    """BLAKE2 of a reference's weights by name: the base model's, and those of one adapter on it. Hex, 32 digits."""
+    """BLAKE2 of a reference's weights by name: the base model's, and those of one adapter on it. Hex, 32 digits.
+
+    The same for a model whose weights are sharded over ranks, each of which must then ask.
+    """
     base = base_of(model)
     places = adapter_places(base) if is_peft(model) else set()
     weights = {}
-    for name, tensor in base.state_dict().items():
+    for name, weight in base.state_dict(keep_vars=True).items():
         own = split_name(name, places)
         if own is None:
-            weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+            weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = weight
         elif own.adapter == adapter:
-            weights[f"{own.place}.{own.rest}"] = tensor  # under any name it is the same adapter
+            weights[f"{own.place}.{own.rest}"] = weight  # under any name it is the same adapter
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(weights.items()):
+    for name, weight in sorted(weights.items(), key=lambda item: item[0]):
+        tensor = whole(weight)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

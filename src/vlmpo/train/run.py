@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vlmpo.errors import RecipeError, RunError
+from vlmpo.errors import RecipeError, RunError, alike_on_a_node
 from vlmpo.files import replace_json
 from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
@@ -59,7 +59,8 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     folder = Path(args.output_dir)
     _refuse_to_overwrite(folder, args)
     check_adapter_settings(recipe)
-    data = open_run_data(recipe)
+    with alike_on_a_node():
+        data = open_run_data(recipe)
     overlaps = overlaps_with_training(data)
     for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
         notice(f"note: {remark}")

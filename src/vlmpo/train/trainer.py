@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmpo.data.encode import EncodedPair, PairEncoder
-from vlmpo.errors import RunError
+from vlmpo.errors import RecordError, RunError
 from vlmpo.loss.mpo import LossOutput, expected_start, mpo_loss, needs_reference
 from vlmpo.loss.reward_shift import RewardShift
 from vlmpo.torchvision_shim import ensure_torchvision
@@ -32,6 +31,7 @@ from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
+from vlmpo.train.lockstep import AtTrainBegin, Lockstep
 from vlmpo.train.metrics import StepSums, add_up, summarise
 from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock, notice
 from vlmpo.train.reference import (
@@ -44,6 +44,7 @@ from vlmpo.train.reference import (
     switch_dropout_off,
 )
 from vlmpo.train.router_loss import add_router_loss, read_policy
+from vlmpo.train.sharding import more_to_come, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
 from vlmpo.tree.families import check_rows, support_for
 from vlmpo.tree.layout import sum_by_branch
 from vlmpo.tree.logprobs import install
@@ -131,6 +132,7 @@ class MPOTrainer(ChoosingTrainer):
         )
         self.pop_callback(PrinterCallback)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
+        self.lockstep = Lockstep(self.accelerator, self.encoder, self.data_collator)
         self.reference = self._build_reference(ref_model, peft_config is not None)
 
     # ---- set-up ----
@@ -154,7 +156,8 @@ class MPOTrainer(ChoosingTrainer):
             return
         rows, parts = (lay_out([pair], shared).to(self.args.device).rows for shared in (True, False))
         half = self.args.bf16 or self.args.fp16
-        difference = check_rows(base_of(self.model), rows if self.shared else None, parts, half)
+        wrapped = self.model_wrapped if passes_are_shared(self.accelerator) else None
+        difference = check_rows(base_of(self.model), rows if self.shared else None, parts, half, wrapped)
         if difference is None:
             return
         notice(
@@ -173,7 +176,7 @@ class MPOTrainer(ChoosingTrainer):
         if kind != "copy":
             return AdapterReference(self.model, add_frozen_adapter(self.model) if kind == "frozen_adapter" else None)
         frozen = frozen_copy(self.model) if given is None else freeze(given, self.shared)
-        return CopyReference(self.accelerator.prepare_model(frozen, evaluation_mode=True))
+        return CopyReference(prepare_frozen(self.accelerator, frozen))
 
     # ---- data ----
 
@@ -210,28 +213,20 @@ class MPOTrainer(ChoosingTrainer):
         """The micro-batches of one optimizer step and its denominators, summed over ranks before any forward."""
         self.clock.start()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        self._account(batches)
-        pairs = sum(len(batch) for batch in batches)
-        tokens = sum(batch.num_chosen_tokens for batch in batches)
-        counts = self._over_ranks([pairs, tokens], device)
-        return batches, {"pairs": counts[0], "chosen_tokens": counts[1]}
+        work = self.lockstep.agree(batches, self._account(batches))
+        counts = {"pairs": float(work.pairs), "chosen_tokens": float(work.chosen_tokens)}
+        return self.lockstep.level(batches, work, self.model_wrapped), counts
 
-    def _account(self, batches: list[MicroBatch]) -> None:
+    def _account(self, batches: list[MicroBatch]) -> RecordError | None:
+        """Count what became of the pairs; the error of a bad record where that is to end the run."""
         for unusable in (unusable for batch in batches for unusable in batch.dropped):
             if self.args.on_bad_record == "fail":
-                raise unusable.error
+                return unusable.error
             if self.accounts.is_news(unusable.error):
                 notice(f"dropped: {unusable.error}")
         if (self.state.epoch or 0.0) < 1.0:  # every pair comes once an epoch: the first one counts them
             self.accounts.add(batches)
-
-    def _over_ranks(self, values: list[float], device: torch.device) -> list[float]:
-        """Each value summed over ranks, in float64 where the device has it."""
-        if self.accelerator.num_processes == 1:
-            return [float(value) for value in values]
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        summed = self.accelerator.reduce(torch.tensor(values, dtype=kind, device=device), reduction="sum")
-        return [float(value) for value in summed]
+        return None
 
     # ---- one step ----
 
@@ -242,16 +237,17 @@ class MPOTrainer(ChoosingTrainer):
         """
         parts = [merge(inputs.parts)] if self.reward_shift.mode == "running" else inputs.parts
         total = torch.zeros((), device=self.args.device)
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for part in parts[:-1]:
+            with more_to_come(self.accelerator, model):
                 total = total + super().training_step(model, part, num_items_in_batch)
+        total = total + super().training_step(model, parts[-1], num_items_in_batch)
         if self.accelerator.sync_gradients:
+            self.lockstep.forget_idle_gradients(model)
             self._end_step()
         return total
 
     def _prepare_inputs(self, inputs: PairRows) -> PairRows:
-        return inputs.to(self.args.device)
+        return to_compute_dtype(self.accelerator, inputs.to(self.args.device))
 
     def compute_loss(
         self,
@@ -263,7 +259,7 @@ class MPOTrainer(ChoosingTrainer):
         """This part's share of the global batch's loss, times the number of ranks, whose gradients are averaged."""
         policy, reference, router = self._read(model, inputs, self.router_coefficient is not None and model.training)
         if self.reward_shift.mode == "running" and model.training:
-            self._observe_micro_batch(policy, reference)
+            self._observe_micro_batch(inputs, policy, reference)
         output = self._loss(inputs, policy, reference, num_items_in_batch)
         output = add_router_loss(
             output, router, inputs, self.router_coefficient, (num_items_in_batch or {}).get("pairs")
@@ -301,11 +297,11 @@ class MPOTrainer(ChoosingTrainer):
             **self.args.loss_settings,
         )
 
-    def _observe_micro_batch(self, policy: Tensor, reference: Tensor | None) -> None:
+    def _observe_micro_batch(self, part: PairRows, policy: Tensor, reference: Tensor | None) -> None:
         """``running``: this micro-batch's mean reward, averaged over the ranks that have one, enters delta at once."""
-        if reference is None:
+        if reference is None or part.rejected is None:
             return
-        rewards = self.args.beta * (policy.detach() - reference)
+        rewards = self.args.beta * (policy.detach() - reference)[torch.cat([part.chosen, part.rejected])]
         mine = [float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0]
         total, ranks = self._over_ranks(mine, self.args.device)
         self.reward_shift.observe(total, ranks)
@@ -313,7 +309,7 @@ class MPOTrainer(ChoosingTrainer):
     def _record(self, part: PairRows, policy: Tensor, output: LossOutput) -> None:
         logps = policy.detach()
         self.sums.add_losses(output.loss.detach(), output.terms)
-        rejected = None if part.rejected is None else logps[part.rejected]
+        rejected = logps[part.rejected] if part.rejected is not None and self.with_preferences else None
         self.sums.add_pairs(logps[part.chosen], rejected, output.chosen_rewards, output.rejected_rewards, part.sources)
         self.sums.values["tokens"] += part.num_tokens
         if output.chosen_rewards is not None and output.rejected_rewards is not None:
@@ -351,13 +347,6 @@ class MPOTrainer(ChoosingTrainer):
         if self.reference is not None:
             logs["reward_shift"] = self.reward_shift.value
         return logs
-
-    def _gathered(self, mine: Any) -> list[Any]:
-        if self.accelerator.num_processes == 1:
-            return [mine]
-        from accelerate.utils import gather_object
-
-        return gather_object([mine])
 
     def _show_start(self, logs: dict[str, float]) -> None:
         """Beside the first measured loss, the one expected while policy and reference are the same."""
@@ -405,7 +394,11 @@ class MPOTrainer(ChoosingTrainer):
                     "leave training.resume_from_checkpoint out to start anew"
                 )
             resume_from_checkpoint = str(found)
-        self._check_rows()
+        refuse_if_scored(self.accelerator, self.model_wrapped)
+        if passes_are_shared(self.accelerator):  # the weights can be read only once they are wrapped
+            self.add_callback(AtTrainBegin(self._check_rows))
+        else:
+            self._check_rows()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -429,7 +422,7 @@ class MPOTrainer(ChoosingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
         state = read_state(resume_from_checkpoint)
         mine = None if self.reference is None else self.reference.weights_hash()
-        if state["reference_hash"] != mine:
+        if state["reference_hash"] != self._gathered(mine)[0]:
             raise RunError(
                 f"{resume_from_checkpoint} was trained against another reference than this run has; start from the "
                 "same initial model (a resumed policy must not become its own reference)"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmpo.errors import ModelError
 from vlmpo.tree.layout import Row
-from vlmpo.tree.logprobs import accepted, score_rows
+from vlmpo.tree.logprobs import accepted
 
 # Text towers whose layers attend causally, over everything or a window, with nothing else done to the scores.
 CAUSAL_TEXT = frozenset(
@@ -88,7 +88,9 @@ def support_for(config: Any) -> Support:
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
-def check_rows(model: Any, shared: Sequence[Row] | None, separate: Sequence[Row], half: bool) -> float | None:
+def check_rows(
+    model: Any, shared: Sequence[Row] | None, separate: Sequence[Row], half: bool, wrapped: Any | None = None
+) -> float | None:
     """The start-up check: are our log-probabilities those of the model itself, on one real pair?
 
     Args:
@@ -96,6 +98,7 @@ def check_rows(model: Any, shared: Sequence[Row] | None, separate: Sequence[Row]
         shared: the pair on one trunk; None where the run does not share.
         separate: the same responses, each on its own.
         half: whether the run computes in a half-precision type by autocast.
+        wrapped: what to call in the model's place: the wrapper that holds its weights.
 
     Returns:
         None where shared and separate rows agree to rounding, else the mean absolute difference in nats a token.
@@ -109,12 +112,13 @@ def check_rows(model: Any, shared: Sequence[Row] | None, separate: Sequence[Row]
     shortest = min(separate, key=lambda row: row.targets.numel())  # the one whose logits exist whole
     was_training = model.training
     model.eval()
+    read = model if wrapped is None else wrapped
     try:
         with torch.no_grad(), torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=half):
-            ours = {id(row): score_rows(model, [row], False) for row in separate}
-            own, rounding = own_logps(model, shortest)
+            ours = {id(row): read(branch_rows=[row], branch_shared=False) for row in separate}
+            own, rounding = own_logps(model, shortest, read)
             plain = torch.cat([ours[id(row)] for row in separate])
-            together = plain if shared is None else score_rows(model, shared, True)
+            together = plain if shared is None else read(branch_rows=shared, branch_shared=True)
     finally:
         model.train(was_training)
     wrong = _mean_difference(ours[id(shortest)], own)
@@ -128,10 +132,11 @@ def check_rows(model: Any, shared: Sequence[Row] | None, separate: Sequence[Row]
     return None if difference <= bound else difference
 
 
-def own_logps(model: Any, row: Row) -> tuple[Tensor, float]:
+def own_logps(model: Any, row: Row, read: Any) -> tuple[Tensor, float]:
     """Log-probabilities of the scored tokens of ``row``, one tree of one branch, by the model's own forward.
 
-    Logits and all: no attention, head or positions of ours.
+    Logits and all: no attention, head or positions of ours. ``read`` is the model, or the wrapper that holds its
+    weights.
 
     Returns:
         The log-probs ``[scored]``, and what rounding the logits to the model's type may move them by, in nats: in
@@ -143,7 +148,7 @@ def own_logps(model: Any, row: Row) -> tuple[Tensor, float]:
     arguments |= accepted(model, row.token_types)
     if "logits_to_keep" in named:
         arguments["logits_to_keep"] = scored + 1
-    logits = model._vlmpo_plain_forward(**arguments).logits[0, -scored - 1 : -1]  # [scored, vocabulary]
+    logits = read(**arguments).logits[0, -scored - 1 : -1]  # [scored, vocabulary]
     rounding = float(logits.abs().amax(dim=1).float().mean()) * torch.finfo(logits.dtype).eps
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(1, row.targets[:, None]).squeeze(1) - logits.logsumexp(dim=1), rounding

@@ -134,6 +134,7 @@ class Row:
         num_branches: branches in the row.
         vision: the trees' vision tensors, put together in order of the trees.
         token_types: ``[1, tokens]`` each, by the processor's name.
+        unscored: tokens at the row's end that no scored token sees, see :func:`append_unscored`.
     """
 
     input_ids: Tensor
@@ -145,6 +146,7 @@ class Row:
     num_branches: int
     vision: dict[str, Tensor]
     token_types: dict[str, Tensor] = field(default_factory=dict)
+    unscored: int = 0
 
     def to(self, device: torch.device) -> Row:
         """The row with its tensors on ``device``."""

@@ -26,6 +26,8 @@ from vlmpo.tree.router import with_router_losses
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits alive at once: 64 MiB in float32
 ROWS_ARGUMENT = "branch_rows"  # keyword of the model's forward that asks for log-probs instead of logits
 ROUTER_ARGUMENT = "router_losses"  # goes with it: answer with BranchScores
+SHARED_ARGUMENT = "branch_shared"  # goes with it: read the rows with shared trunks, or not, whatever install() said
+TARGETS_ARGUMENT = "branch_targets"  # the same of the vocabulary head's forward
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -111,8 +113,10 @@ def token_logps(
 
     Args:
         hidden: ``[scored, hidden]``, the states that predict the targets.
-        head: the model's output embedding. A plain ``nn.Linear`` takes the chunked path with its own backward; any
-            other module (a head under LoRA, a quantised one) is called chunk by chunk under checkpointing.
+        head: the model's output embedding. A plain ``nn.Linear`` takes the chunked path with its own backward, and is
+            called for it where :func:`install` taught it to answer: FSDP2 and ZeRO-3 hang the gathering of its weight
+            on that call. Any other module (a head under LoRA, a quantised one) is called chunk by chunk under
+            checkpointing.
         targets: ``[scored]`` token ids.
         chunk_elements: logits alive at once.
         logit_map: what the family does to the head's output.
@@ -122,8 +126,16 @@ def token_logps(
     """
     if hidden.shape[0] == 0:
         return hidden.sum(dim=1).to(_wide(hidden.dtype))
-    if type(head) is not nn.Linear:
-        return _token_logps_through(hidden, head, targets, chunk_elements, logit_map)
+    if getattr(head, "_vlmpo_scores", False):
+        return head(hidden, **{TARGETS_ARGUMENT: targets}, chunk_elements=chunk_elements, logit_map=logit_map)
+    if type(head) is nn.Linear:
+        return _linear_token_logps(head, hidden, targets, chunk_elements, logit_map)
+    return _token_logps_through(hidden, head, targets, chunk_elements, logit_map)
+
+
+def _linear_token_logps(
+    head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_elements: int, logit_map: LogitMap
+) -> Tensor:
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
@@ -197,10 +209,31 @@ def install(model: Any, shared: bool) -> None:
         text_only = model.config.get_text_config() is model.config
         model.set_attn_implementation(ATTENTION_NAME if text_only else {"text_config": ATTENTION_NAME})
     model._vlmpo_shared = shared
+    _install_on_head(model.get_output_embeddings())
     if "_vlmpo_plain_forward" not in model.__dict__:
         model._vlmpo_plain_forward = model.forward
         # A bound method, so that a deep copy of the model (a frozen reference) answers from its own weights.
         model.forward = types.MethodType(_dispatching(type(model).forward), model)
+
+
+def _install_on_head(head: Any) -> None:
+    """Teach a plain linear head to answer with log-probs from within its own call."""
+    plain: Any = type(head) is nn.Linear
+    if plain and not hasattr(head, "_vlmpo_scores"):
+        head._vlmpo_scores = True
+        head.forward = types.MethodType(_head_forward, head)
+
+
+def _head_forward(
+    self: nn.Linear,
+    input: Tensor,
+    branch_targets: Tensor | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    logit_map: LogitMap = PLAIN,
+) -> Tensor:
+    if branch_targets is None:
+        return nn.functional.linear(input, self.weight, self.bias)
+    return _linear_token_logps(self, input, branch_targets, chunk_elements, logit_map)
 
 
 def _dispatching(plain: Any) -> Any:
@@ -209,7 +242,7 @@ def _dispatching(plain: Any) -> Any:
         rows = kwargs.pop(ROWS_ARGUMENT, None)
         if rows is None:
             return self._vlmpo_plain_forward(*args, **kwargs)
-        score = functools.partial(score_rows, self, shared=self._vlmpo_shared)
+        score = functools.partial(score_rows, self, shared=kwargs.pop(SHARED_ARGUMENT, self._vlmpo_shared))
         return with_router_losses(self, rows, score) if kwargs.pop(ROUTER_ARGUMENT, False) else score(rows)
 
     return forward
