@@ -42,6 +42,9 @@ def main() -> None:
     run.train()
     assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
     torch.save(flat_weights(run.model), folder / f"rank{run.accelerator.process_index}.pt")
+    run.accelerator.wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort a process that is torn down in order
 
 
 if __name__ == "__main__":

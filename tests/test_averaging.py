@@ -186,7 +186,7 @@ def test_a_decay_out_of_range_is_refused(tmp_path: Path, decay: Any) -> None:
 
 def test_two_ranks_keep_the_average_of_one(tmp_path: Path) -> None:
     common = {"learning_rate": 1e-2, "optim": "sgd", "ema_decay": 0.5, "save_strategy": "epoch"}
-    two_processes(tmp_path / "two", pairs=8, per_device_train_batch_size=2, **common)
+    two_processes(tmp_path, {"two": {"count": 8, "mixed": True, "per_device_train_batch_size": 2, **common}})
     single = trainer(tmp_path / "one", pairs(8), dtype=torch.float64, per_device_train_batch_size=4, **common)
     single.train()
     saved = load_file(tmp_path / "two" / "checkpoint-2" / AVERAGE_FILE)
