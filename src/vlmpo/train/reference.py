@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmpo.errors import ModelError, RecipeError
-from vlmpo.train.sharding import is_partitioned, release, whole
+from vlmpo.train.sharding import is_partitioned, release, unwrapped, whole
 from vlmpo.tree.layout import Row
 from vlmpo.tree.logprobs import install, uses_shared_rows
 
@@ -45,7 +45,7 @@ class CopyReference:
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
-        self._hash = self._hash or weights_hash(self.model, with_adapter=True)
+        self._hash = self._hash or weights_hash(unwrapped(self.model), with_adapter=True)
         return self._hash
 
 
