@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import DistributedType
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -126,13 +127,16 @@ class Lockstep:
 
     def level(self, batches: Sequence[MicroBatch], work: Work, model: nn.Module) -> list[MicroBatch]:
         """``batches`` with whatever idle reading ``model``, as it is wrapped, needs of this rank."""
+        reads_images = getattr(self.encoder.processor, "image_processor", None) is not None
         if passes_are_shared(self.accelerator) and self.accelerator.num_processes > 1:
-            counts, images, last_only = work.parts, work.images, False
+            # ZeRO-3 would step with an earlier gradient of weights that have none.
+            images = work.images or (reads_images and self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+            counts, last_only = work.parts, False
         elif torch.is_grad_enabled():
             # Every weight must come into every shared backward pass, whoever has images, unless DDP looks for those
             # that did not; and there must be a backward pass.
             strict = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
-            images = strict and getattr(self.encoder.processor, "image_processor", None) is not None
+            images = strict and reads_images
             self._only_idle_images = images and not work.images
             counts, last_only = (1,) * len(batches), True
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from vlmpo.train.sharding import gathered, settle, whole_state_dict
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
 from transformers import Trainer  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
 
 class RanksTrainer(Trainer):
@@ -23,12 +26,11 @@ class RanksTrainer(Trainer):
         settle(self.accelerator)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model, whole, whatever form its checkpoints have: transformers would write none of sharded ones."""
-        if _internal_call:
+        """Write the model whole, also where checkpoints hold shards: of those transformers would write nothing."""
+        folder = Path(output_dir or self.args.output_dir)
+        checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        with contextlib.nullcontext() if checkpoint else whole_state_dict(self.accelerator):
             super().save_model(output_dir, _internal_call)
-            return
-        with whole_state_dict(self.accelerator):
-            super().save_model(output_dir)
 
     def _gathered(self, mine: Any) -> list[Any]:
         """``mine`` of every rank, in order of the ranks."""

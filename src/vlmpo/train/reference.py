@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmpo.errors import ModelError
-from vlmpo.train.sharding import is_partitioned, release, whole
+from vlmpo.train.sharding import is_partitioned, release, unwrapped, whole
 from vlmpo.tree.adapter_loading import active_adapter, adapter_places, split_name
 from vlmpo.tree.layout import Row
 from vlmpo.tree.logprobs import install, uses_shared_rows
@@ -55,7 +55,9 @@ class CopyReference:
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
-        self._hash = self._hash or weights_hash(self.model, active_adapter(self.model) if is_peft(self.model) else None)
+        if self._hash is None:
+            model: Any = unwrapped(self.model)
+            self._hash = weights_hash(model, active_adapter(model) if is_peft(model) else None)
         return self._hash
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from vlmpo.errors import RecipeError, RunError, alike_on_a_node
 from vlmpo.files import replace_json
+from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
@@ -28,6 +29,7 @@ from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
 from vlmpo.train.reference import is_peft
 from vlmpo.train.run_data import RunData, open_run_data, overlaps_with_training, show_accounts
+from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 from vlmpo.tree import loading
 
@@ -72,6 +74,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     _check_evaluation(args, evaluation)
     trainer = MPOTrainer(
         model=model,
+        ref_model=_second_model(recipe, model),
         args=args,
         train_dataset=data.train,
         eval_dataset=next(iter(evaluation.values())) if evaluation and len(evaluation) == 1 else evaluation,
@@ -193,6 +196,14 @@ def load_model(recipe: Recipe) -> Any:
         )
     loading.freeze_parts(model, recipe.model.freeze)
     return model
+
+
+def _second_model(recipe: Recipe, model: Any) -> Any:
+    """The initial model once more, for the reference, where ZeRO-3 took the first apart and it cannot be copied."""
+    adapter = recipe.reference.kind != "copy" and (recipe.model.lora is not None or is_peft(model))
+    if adapter or not is_partitioned(model) or not needs_reference(dict(recipe.loss.weights)):
+        return None
+    return loading.load_model(recipe.model.path, recipe.model.dtype)
 
 
 # ---- the run folder ----

@@ -167,7 +167,8 @@ def _deepspeed_engine(accelerator: Any, model: nn.Module) -> nn.Module:
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     config |= {name: policy[name] for name in ("bf16", "fp16") if name in policy}
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def release(model: nn.Module) -> None:
@@ -177,6 +178,13 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model under DeepSpeed's engine or DDP; what FSDP2 shards is the model itself."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return extract_model_from_parallel(model)
 
 
 def is_partitioned(model: nn.Module) -> bool:
