@@ -1,31 +1,96 @@
-"""One rank of a data-parallel run, started by test_ranks.py through torchrun: ``rank_worker.py FOLDER SETTINGS``."""
+"""One rank of a data-parallel run, started by test_ranks.py through torchrun: ``rank_worker.py FOLDER RUNS``.
+
+RUNS is JSON: a list of runs, one after another in the same process group. Each leaves what its rank knows at the end in
+``NAME/rankR.pt``. Beside MPOConfig's fields a run may have:
+
+- ``count``: pairs, of ``skewed`` kind unless ``mixed`` is set;
+- ``tied``, ``bits``: of the model: tied embeddings; 64 (default) or 32 bits;
+- ``lora``: put a fresh adapter on it;
+- ``evaluate``: pairs to evaluate on;
+- ``score_only``: evaluate, and be refused training afterwards;
+- ``resume``: go on from this step of the run of this name: ``[NAME, STEP]``;
+- ``save``: write the final model;
+- ``garbage``: every rank but the first begins with weights of its own, as where only the first loads them;
+- ``out_of_step``: break what is tested: rows without an image are left so.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from torch import distributed
 
 import tests.conftest  # noqa: F401  torchvision and threads, before anything else
-from tests.training import flat_weights, pairs, trainer
+from tests.ranks import full_weights, make_trainer, sharded_on_cpu
+from vlmpo.errors import RunError
+from vlmpo.train.lockstep import Lockstep
+from vlmpo.train.trainer import MPOTrainer
 
 
 def main() -> None:
-    """Train, and leave the weights and delta of every rank in the folder."""
-    folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-    run = trainer(folder, pairs(settings.pop("pairs")), dtype=torch.float64, **settings)
-    run.train()
-    rank = run.accelerator.process_index
-    state = {
-        "weights": flat_weights(run.model),
-        "shift": run.reward_shift.state_dict(),
-        "wrapped": isinstance(run.model_wrapped, DistributedDataParallel),
-        "accounts": run.all_accounts().to_json(),
+    """Do the runs."""
+    folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    sharded_on_cpu()
+    for run in runs:
+        name = run.pop("name")
+        state = one(folder, name, run)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        torch.save(state, folder / name / f"rank{state['rank']}.pt")
+    distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort a process that is torn down in order
+
+
+def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
+    """Train, and say what this rank knows afterwards."""
+    resume, save, score_only = run.pop("resume", None), run.pop("save", False), run.pop("score_only", False)
+    if run.pop("out_of_step", False):
+        Lockstep._with_image = lambda self, row: row  # type: ignore[method-assign]
+    if run.pop("garbage", False) and os.environ["RANK"] != "0":
+        run["model_seed"] = 99
+    made = make_trainer(folder / name, ddp_backend="gloo", **run)
+    if resume is not None and made.accelerator.is_main_process:
+        _cut_back(folder / resume[0], folder / name, resume[1])
+    made.accelerator.wait_for_everyone()
+    if score_only:
+        return _scores(made)
+    made.train(resume_from_checkpoint=True if resume else None)
+    if save:
+        made.save_model(str(folder / name / "final"))
+    return {
+        "rank": made.accelerator.process_index,
+        "steps": made.state.global_step - made._initial_global_step,
+        "weights": full_weights(made.model),
+        "shift": made.reward_shift.state_dict(),
+        "wrapper": [kind.__name__ for kind in type(made.model_wrapped).__mro__],
+        "reference": None if made.reference is None else made.reference.weights_hash(),
+        "reference_wrapper": [kind.__name__ for kind in type(getattr(made.reference, "model", None)).__mro__],
+        "accounts": made.all_accounts().to_json(),
     }
-    torch.save(state, folder / f"rank{rank}.pt")
+
+
+def _scores(made: MPOTrainer) -> dict[str, Any]:
+    metrics = made.evaluate()
+    try:
+        made.train()
+        refused = ""
+    except RunError as error:
+        refused = str(error)
+    return {"rank": made.accelerator.process_index, "metrics": metrics, "refused": refused}
+
+
+def _cut_back(source: Path, target: Path, step: int) -> None:
+    """A copy of a finished run, as if it had been stopped after ``step``."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    for folder in target.glob("checkpoint-*"):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -522,7 +522,8 @@ def test_a_llava_processor():
     assert llava.tokenizer.decode(encoded.chosen_ids) == f" two red circles{END}"
     assert (encoded.tiles, encoded.image_tokens) == (2, 8)
     assert encoded.vision["pixel_values"].shape == (2, 3, 28, 28)
-    assert len(encoder.notices) == 1  # its template writes no end of turn
+    # Its template writes no end of turn and all images first; its images are one size each.
+    assert [notice.split()[0] for notice in encoder.notices] == ["the", "the", "max_tiles"]
     assert reason_of(encoder, pair(chosen="an <image>")) == "image_token_in_response"
 
 
@@ -554,10 +555,14 @@ def test_the_notices_are_known_before_any_pair_is_read():
     ("unfit", "message"),
     [
         (lambda: with_template(None), "no chat template"),
-        (lambda: tokenizer(), "no processor of text and images"),
+        (lambda: tokenizer(), "no chat template"),
         (lambda: None, "no processor of text and images"),
         (lambda: with_template("{% for m in messages %}{{ m['role'] }}{% endfor %}"), "leaves responses out"),
-        (lambda: with_template("{% for m in messages %}{{ 'a' + m['content'] }}{% endfor %}"), "cannot render"),
+        (lambda: with_template("{% for m in messages %}{{ 1 + m['content'] }}{% endfor %}"), "cannot render"),
+        (
+            lambda: with_template("{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}"),
+            "it does not write the question",
+        ),
         (lambda: with_template({"tool_use": CHAT_TEMPLATE}), "none of them are named"),
     ],
 )

@@ -42,9 +42,9 @@ def test_token_types_are_those_of_the_trunks() -> None:
 
 def test_mask_is_aligned_to_the_lower_right() -> None:
     row = build_row([PromptTree(ids(1, 2), (ids(3), ids(4, 5)))])
-    mask = row.layout.lower_right_mask(2, 4, torch.device("cpu"))
+    mask = row.layout.branch_mask(2, 4, None, torch.device("cpu"))
     assert mask.tolist() == [[True, True, True, False], [True, True, True, True]]
-    assert row.layout.lower_right_mask(2, 4, torch.device("cpu")) is mask
+    assert row.layout.branch_mask(2, 4, None, torch.device("cpu")) is mask
 
 
 def test_sums_run_through_rows() -> None:

@@ -1,48 +1,252 @@
-"""Two processes are one: the same losses, delta and weights as a single one on the same pairs."""
+"""Two processes are one: the same losses, delta and weights as a single one on the same pairs, under DDP and FSDP2.
+
+Everything is in float64 and every bound far below 1e-5: what remains is the order of sums. Weights are compared by what
+training changed in them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from tests.paths import REPO
-from tests.training import flat_weights, logged, pairs, relative, trainer
+from tests.ranks import make_trainer
+from tests.test_run import checkpoint, records, write_data, write_recipe  # noqa: F401
+from tests.tiny_models import model as tiny_model
+from tests.training import flat_weights, logged
+from vlmpo.train.trainer import MPOTrainer
+
+# The wrapped model must be of these classes: on the CPU accelerate silently makes DDP of FSDP.
+CLASS = {"ddp": "DistributedDataParallel", "fsdp": "FSDPModule"}
+TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second")
+
+CLIPPED = {"count": 18, "max_grad_norm": 0.5}  # five steps, all clipped; in the last one rank 1 has no pair
+EVALUATED = {"evaluate": 7, "eval_strategy": "steps", "eval_steps": 1}
+ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "num_train_epochs": 2}
+EXACT: dict[str, dict[str, Any]] = {
+    "ddp": CLIPPED,
+    "fsdp": {**CLIPPED, "fsdp": True},
+    "ddp_static": {**CLIPPED, "ddp_find_unused_parameters": False},
+    "fsdp_tied": {**CLIPPED, "fsdp": True, "tied": True},
+    "ddp_checkpointing": {"count": 18, "activation_checkpointing": True},
+    "fsdp_checkpointing": {"count": 18, "fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+    "fsdp_no_wrap": {"count": 18, "fsdp": True, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
+    "ddp_accumulated": {"count": 21, "mixed": True, **ACCUMULATED},
+    "fsdp_accumulated": {"count": 21, "fsdp": True, **ACCUMULATED, **EVALUATED},
+    "ddp_evaluated": {**CLIPPED, **EVALUATED},
+    "ddp_lora": {"count": 21, "lora": True, **EVALUATED},
+    "fsdp_lora_separate": {"count": 21, "lora": True, "fsdp": True, "attention": "separate"},
+    "ddp_separate": {"count": 21, "attention": "separate"},
+    # Running delta weighs ranks alike, not pairs: one process says the same where all ranks have equally many.
+    "ddp_running": {"count": 20, "max_length": None, "reward_shift": "running"},
+    "fsdp_running": {"count": 20, "max_length": None, "reward_shift": "running", "fsdp": True},
+    "fsdp_sft": {"count": 18, "loss_weights": {"nll": 1.0}, "fsdp": True},
+    "fsdp_one_loads": {"count": 18, "fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}, "garbage": True},
+    "fsdp_scored_at_start": {"count": 18, "fsdp": True, **EVALUATED, "eval_on_start": True},
+}
+SCORED = {"count": 2, "fsdp": True, "evaluate": 7, "score_only": True}
+WORKER_ONLY = ("fsdp", "fsdp_config", "ddp_find_unused_parameters", "garbage")
+
+Ranks = dict[str, list[dict[str, Any]]]
 
 
-def two_processes(folder: Path, **settings: object) -> list[dict]:
-    folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.rank_worker", str(folder), json.dumps({**settings, "ddp_backend": "gloo"})]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+def torchrun(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}{os.pathsep}{REPO}"}
+    return subprocess.run(
+        [*command, *arguments], cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def two_processes(folder: Path, runs: dict[str, dict[str, Any]]) -> Ranks:
+    """Do the runs with two processes; for each, what either rank knew at its end."""
+    named = [{"name": name, **run} for name, run in runs.items()]
+    done = torchrun("tests.rank_worker", str(folder), json.dumps(named))
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return {name: [torch.load(folder / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)] for name in runs}
 
 
-@pytest.mark.parametrize("reward_shift", ["previous", "running"])
-def test_two_ranks_equal_one(tmp_path: Path, reward_shift: str) -> None:
-    """Nine pairs, four a step: in the last step one rank has nothing to read; a third of the pairs have no image."""
-    common = {"reward_shift": reward_shift, "learning_rate": 1e-2, "optim": "sgd", "num_train_epochs": 2}
-    ranks = two_processes(tmp_path / "two", pairs=9, per_device_train_batch_size=2, **common)
-    # In running mode a micro-batch over two ranks is one entry of delta: the single process reads all four at once.
-    single = trainer(tmp_path / "one", pairs(9), dtype=torch.float64, per_device_train_batch_size=4, **common)
+def events(folder: Path) -> list[dict[str, Any]]:
+    """All that was logged, evaluations too, without timing."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines if "train_loss" not in line]
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ranks]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, two_processes(folder, {**EXACT, "scored": SCORED})
+
+
+def in_one_process(folder: Path, run: dict[str, Any]) -> tuple[MPOTrainer, float]:
+    """The same run in this process, which reads both ranks' pairs; and how far its weights went, as a norm."""
+    alone = {name: value for name, value in run.items() if name not in WORKER_ONLY}
+    alone["per_device_train_batch_size"] = 2 * alone.get("per_device_train_batch_size", 2)
+    single = make_trainer(folder, **alone)
+    before = flat_weights(single.model).clone()
     single.train()
-    assert ranks[0]["wrapped"]
-    assert ranks[1]["wrapped"]
+    return single, float((flat_weights(single.model) - before).norm())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_ranks_equal_one(tmp_path: Path, exact: tuple[Path, Ranks], name: str) -> None:
+    folder, found = exact
+    ranks = found[name]
+    single, moved = in_one_process(tmp_path, EXACT[name])
+    for rank in ranks:
+        assert CLASS[name.partition("_")[0]] in rank["wrapper"]
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    assert float((ranks[0]["weights"] - flat_weights(single.model)).norm()) < 1e-10 * moved
     assert ranks[0]["shift"] == ranks[1]["shift"]
-    assert relative(ranks[0]["weights"], flat_weights(single.model)) < 1e-9
     expected = single.reward_shift.state_dict()
     assert ranks[0]["shift"]["count"] == expected["count"]
-    assert ranks[0]["shift"]["sum"] == pytest.approx(expected["sum"], rel=1e-6)
+    assert ranks[0]["shift"]["sum"] == pytest.approx(expected["sum"], rel=1e-10, abs=1e-12)
     assert ranks[0]["accounts"] == single.all_accounts().to_json()
-    timing = ("step_seconds", "pairs_per_second", "tokens_per_second")
-    for mine, other in zip(logged(tmp_path / "two"), logged(tmp_path / "one"), strict=True):
-        for key in other.keys() - set(timing):
-            assert mine[key] == pytest.approx(other[key], rel=1e-6, abs=1e-9), key
+    mine, others = events(folder / name), events(tmp_path)
+    assert len(mine) == len(others)
+    for line, other in zip(mine, others, strict=True):
+        assert line == pytest.approx(other, rel=1e-6, abs=1e-10)  # `loss` is added up by transformers in float32
+
+
+def test_the_last_part_of_a_step_trains_what_only_the_first_rank_saw(exact: tuple[Path, Ranks]) -> None:
+    """Five steps, every gradient clipped: the test above compares a run in which that happens."""
+    folder, _ = exact
+    steps = logged(folder / "fsdp")
+    assert len(steps) == 5
+    assert all(step["grad_norm"] > 0.5 for step in steps)
+
+
+def test_the_reference_is_sharded_and_known_by_the_same_hash(exact: tuple[Path, Ranks], tmp_path: Path) -> None:
+    _, found = exact
+    single = make_trainer(tmp_path, 2)
+    assert single.reference is not None
+    for name in ("ddp", "fsdp", "fsdp_no_wrap", "fsdp_one_loads"):
+        for rank in found[name]:
+            assert rank["reference"] == single.reference.weights_hash()
+            assert ("FSDPModule" in rank["reference_wrapper"]) == name.startswith("fsdp")
+    assert "NoneType" in found["fsdp_lora_separate"][0]["reference_wrapper"]  # the policy itself, its adapter off
+
+
+def test_an_evaluation_changes_nothing(exact: tuple[Path, Ranks]) -> None:
+    _, found = exact
+    for plain, evaluated in zip(found["ddp"], found["ddp_evaluated"], strict=True):
+        assert torch.equal(plain["weights"], evaluated["weights"])
+        assert plain["shift"] == evaluated["shift"]
+
+
+def test_scored_without_training(tmp_path: Path, exact: tuple[Path, Ranks]) -> None:
+    """Sharded only to be scored, the policy gives the figures of one process. Trained it cannot be: that is said."""
+    _, found = exact
+    expected = make_trainer(tmp_path, 2, evaluate=7).evaluate()
+    for rank in found["scored"]:
+        assert rank["metrics"] == pytest.approx(expected, rel=1e-12)
+        assert rank["metrics"]["eval_rewards/margins"] == 0.0
+        assert "set training.eval_on_start: true" in rank["refused"]
+
+
+def test_out_of_step_ranks_are_found_out(tmp_path: Path) -> None:
+    """Negative control: without the idle images the ranks' collectives no longer meet."""
+    run = {"name": "broken", **CLIPPED, "fsdp": True, "out_of_step": True}
+    with contextlib.suppress(subprocess.TimeoutExpired):  # or they wait for each other for ever
+        assert torchrun("tests.rank_worker", str(tmp_path), json.dumps([run]), timeout=60).returncode != 0
+
+
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+SHARDS = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+WHOLE: dict[str, dict[str, Any]] = {
+    "ddp": {"count": 21, "mixed": True, **ACCUMULATED, **SAVED},
+    "fsdp": {"count": 21, "fsdp": True, "lr_scheduler_type": "cosine", **ACCUMULATED, **SAVED},
+    "fsdp_shards": {"count": 21, **SHARDS, **SAVED, "optim": "adamw_torch", "optim_args": ""},
+    "fsdp_lora": {"count": 21, "lora": True, "fsdp": True, **SAVED},
+    "fsdp_lora_shards": {"count": 21, "lora": True, **SHARDS, **SAVED},
+}
+BEST = {"save_strategy": "steps", "save_steps": 1, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ranks]:
+    folder = tmp_path_factory.mktemp("saved")
+    runs: dict[str, dict[str, Any]] = {}
+    for name, run in WHOLE.items():
+        runs[name] = {**run, "save": True}
+        runs[f"{name}_resumed"] = {**run, "resume": [name, 4]}
+    for name, wrapper in (("ddp", {}), ("fsdp", {"fsdp": True}), ("shards", SHARDS)):
+        runs[f"best_{name}"] = {"count": 18, **wrapper, **EVALUATED, **BEST, "load_best_model_at_end": True}
+    runs["first_step"] = {"count": 18, "max_steps": 1}
+    runs["bf16"] = {"count": 18, "bits": 32, "bf16": True, "fsdp": True}
+    return folder, two_processes(folder, runs)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_resumed_under_two_ranks(saved: tuple[Path, Ranks], name: str) -> None:
+    """To the bit, and it did go on from the checkpoint: the fewer steps say so."""
+    folder, found = saved
+    for whole, resumed in zip(found[name], found[f"{name}_resumed"], strict=True):
+        assert resumed["steps"] == whole["steps"] - 4 > 0
+        assert torch.equal(whole["weights"], resumed["weights"])
+        assert whole["shift"] == resumed["shift"]
+        assert whole["accounts"] == resumed["accounts"]
+        assert CLASS[name.partition("_")[0]] in resumed["wrapper"]
+    assert events(folder / name) == events(folder / f"{name}_resumed")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_final_folder_holds_the_whole_model(saved: tuple[Path, Ranks], name: str) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    folder, found = saved
+    final = folder / name / "final"
+    if WHOLE[name].get("lora"):
+        loaded: Any = PeftModel.from_pretrained(tiny_model(dtype=torch.float64), final, autocast_adapter_dtype=False)
+    else:
+        loaded = AutoModelForImageTextToText.from_pretrained(final, dtype=torch.float64)
+    assert torch.equal(flat_weights(loaded), found[name][0]["weights"])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "shards"])
+def test_the_best_checkpoint_is_taken_back(saved: tuple[Path, Ranks], name: str) -> None:
+    """The highest loss is called best here: that of the first step."""
+    _, found = saved
+    difference = found[f"best_{name}"][0]["weights"] - found["first_step"][0]["weights"]
+    assert float(difference.norm()) < 1e-14 * float(found["first_step"][0]["weights"].norm())
+    assert float((difference - found["first_step"][0]["weights"]).norm()) > 1.0
+    assert found[f"best_{name}"][0]["steps"] == 5
+
+
+def test_bf16_under_fsdp_starts_from_the_reference(saved: tuple[Path, Ranks], tmp_path: Path) -> None:
+    """Rewards are 0 to the bit before the first update; five later the weights are float32's but for rounding."""
+    folder, found = saved
+    first = logged(folder / "bf16")[0]
+    assert (first["rewards/chosen"], first["rewards/rejected"], first["rewards/margins"]) == (0.0, 0.0, 0.0)
+    assert first["loss/sigmoid"] == pytest.approx(math.log(2), rel=1e-6)
+    single, moved = in_one_process(tmp_path, {"count": 18, "bits": 32})
+    assert float((found["bf16"][0]["weights"] - flat_weights(single.model)).norm()) < 0.05 * moved
+
+
+def test_a_bad_record_on_one_rank_ends_the_job(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+    """The job ends with code 2 and one message, though rank 1 alone met the record; no rank waits for it."""
+    lines = records(8)
+    lines[3]["chosen"] = "red " * 500
+    write_data(tmp_path, lines)
+    training = {"train_sampling_strategy": "sequential", "ddp_backend": "gloo"}
+    recipe = write_recipe(
+        tmp_path, checkpoint, training=training, data={"on_bad_record": "fail", "max_length": 300, "over_long": "drop"}
+    )
+    done = torchrun("vlmpo", "train", recipe, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "pairs.jsonl:4: prompt and response take" in done.stderr
+    assert "error on rank" not in done.stderr
+    assert "vlmpo/cli.py" not in done.stderr  # no traceback of ours; torchrun's own comes after
+    root_cause = done.stderr.partition("Root Cause")[2]
+    assert "exitcode  : 2 " in root_cause  # torchrun's own code is always 1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmpo.data import sources
+from vlmpo.data import jsonfiles
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.data.screening import Dropped, SourceCounts, screen, split_hold_out
 from vlmpo.data.sources import PairDataset, open_pairs
@@ -88,6 +88,23 @@ def test_images_and_their_places(tmp_path: Path, image: Any, question: str, text
     assert pair.images == tuple(f"{tmp_path}/{name}" for name in names)
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"video": "a.mp4"}, "<video>\nQ?"),
+        ({"video": ["a.mp4"], "question": "Q <video> here?"}, "Q <video> here?"),
+        ({"video": "a.mp4", "image": "a.png"}, "<image>\n<video>\nQ?"),
+    ],
+)
+def test_videos_and_their_places(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    pair = open_lines(tmp_path, [record(**changes)])[0]
+    assert pair.prompt == (Message("user", text),)
+    assert pair.videos == (f"{tmp_path}/a.mp4",)
+    assert screen(open_lines(tmp_path, [record(video="a.mp4")])).counts() == {"missing_video": 1}
+    (tmp_path / "a.mp4").write_bytes(b"looked at, not opened")
+    assert screen(open_lines(tmp_path, [record(video="a.mp4")])).counts() == {}
+
+
 def test_an_absolute_image_path_stays(tmp_path: Path) -> None:
     assert open_lines(tmp_path, [record(image="/elsewhere/a.png")])[0].images == ("/elsewhere/a.png",)
 
@@ -108,9 +125,13 @@ BAD_LINES = [
     pytest.param(record(chosen=["a"]), "missing_field", "`chosen` must be a string, not a list", id="list"),
     pytest.param(record(question=3), "missing_field", "`question` must be a string, not a number", id="number"),
     pytest.param(record(question=" "), "missing_field", "`question` is empty and there is no image", id="no prompt"),
-    pytest.param(record(image={"path": "a"}), "missing_field", "`image` must be a path", id="image object"),
+    pytest.param(record(image={"at": "a"}), "missing_field", "`image` must be a path", id="image object"),
     pytest.param(record(image=["a.png", None]), "missing_field", "`image` must be a path", id="null among images"),
-    pytest.param(record(video="a.mp4"), "video_unsupported", "`video`", id="video"),
+    pytest.param(record(image="https://a.net/b.png"), "missing_image", "a web address (https://a.net", id="address"),
+    pytest.param(record(image="a", images=["a"]), "ambiguous_field", "holds `image` and `images`", id="two keys"),
+    pytest.param(record(video=3), "missing_field", "`video` must be a path", id="video"),
+    pytest.param(record(video="a", question="<video><video>"), "placeholder_mismatch", "2 <video> for 1", id="v 1, 2"),
+    pytest.param(record(question="<video> Q"), "placeholder_mismatch", "1 <video> for 0", id="v 0, 1"),
     pytest.param(
         record(image="a.png", question="<image><image>"), "placeholder_mismatch", "2 <image> for 1", id="1, 2"
     ),
@@ -167,7 +188,7 @@ def test_fine_tuning_does_not_look_at_rejected(tmp_path: Path, rejected: Any) ->
 def test_blank_lines_line_ends_and_byte_order_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, end: str, bom: bytes, last_newline: bool
 ) -> None:
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    monkeypatch.setattr(jsonfiles, "_CHUNK", chunk)
     lines = ["", json.dumps(record(chosen="two")), "  \t ", "", " " + json.dumps(record(chosen="five ü")), "{"]
     content = bom + end.join(lines).encode() + (end.encode() if last_newline else b"")
     (tmp_path / "a.jsonl").write_bytes(content)
@@ -391,7 +412,7 @@ def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
     ("content", "message"),
     [
         pytest.param("{", "cannot be read", id="no JSON"),
-        pytest.param("[]", "a list; it must be one JSON object", id="list"),
+        pytest.param('{"a": {}}\n{"a": {}}', "is JSON Lines: name it .jsonl", id="lines"),
         pytest.param("{}", "empty; it must be one JSON object", id="empty"),
         pytest.param("3", "a number; it must be one JSON object", id="number"),
         pytest.param(
@@ -424,10 +445,15 @@ def test_malformed_meta(tmp_path: Path, content: str, message: str) -> None:
     ("spec", "message"),
     [
         pytest.param({"path": "no.jsonl"}, "no.jsonl: no such file; looked for {0}/no.jsonl", id="no file"),
-        pytest.param({"path": "p.parquet"}, "p.parquet: neither a .jsonl file of pairs nor", id="format"),
-        pytest.param({"path": "."}, ".: neither a .jsonl file of pairs nor", id="folder"),
+        pytest.param({"path": "p.csv"}, "p.csv: no .jsonl, .json, .parquet file and no folder", id="extension"),
+        pytest.param({"path": "p.parquet"}, "p.parquet: no such file; looked for {0}/p.parquet", id="no table"),
+        pytest.param({"path": "p-*.parquet"}, "p-*.parquet: no file matches {0}/p-*.parquet", id="no match"),
+        pytest.param({"path": "p.*"}, "matches {0}/p.jsonl; several files in one source must all be", id="match"),
+        pytest.param({"path": "p.jsonl", "split": "train"}, "p.jsonl: split: has no effect on a file", id="split"),
+        pytest.param({"path": "p.jsonl", "subset": "a"}, "p.jsonl: subset: has no effect here", id="subset"),
+        pytest.param({"path": "p.jsonl", "format": "x"}, "format: 'x' is not known; known are auto, mmpr", id="format"),
         pytest.param({"path": "p.jsonl", "image_root": "no"}, "image_root {0}/no is not a folder", id="image root"),
-        pytest.param({"path": "m.json", "image_root": "."}, "image_root is for .jsonl files", id="image root of meta"),
+        pytest.param({"path": "m.json", "image_root": "."}, "image_root is for other sources", id="image root of meta"),
         pytest.param({"path": "p.jsonl", "repeat": -1}, "p.jsonl: repeat: must be a number from 0 up, not -1", id="-1"),
         pytest.param({"path": "p.jsonl", "repeat": float("nan")}, "must be a number from 0 up, not nan", id="nan"),
         pytest.param({"path": "p.jsonl", "max_tiles": 0}, "max_tiles: must be a whole number from 1 up", id="tiles"),

@@ -174,7 +174,8 @@ def test_adapter_that_came_with_the_policy_stays_in_the_reference(tmp_path: Path
 
     policy = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     run = trainer(tmp_path, pairs(2), model=policy)
-    assert isinstance(run.reference, CopyReference)
+    assert isinstance(run.reference, AdapterReference)
+    assert run.reference.frozen == "reference"  # test_adapters.py has the rest
     run.train()
     assert logged(tmp_path)[0]["rewards/chosen"] == 0.0
 

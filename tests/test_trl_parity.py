@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import SIZE, noise_image, tokenizer
+from tests.tiny_models import SIZE, noise_image, pairs_like_trl, tokenizer
 from tests.tiny_models import model as tiny_model
 from tests.training import Gradients, config, flat_weights, logged, relative
 from vlmpo import Message, MPOTrainer, PreferencePair
@@ -79,7 +79,7 @@ def test_three_steps_agree(tmp_path: Path) -> None:
             seed=7,
             **settings,
         ),
-        train_dataset=_trl_dataset(images),
+        train_dataset=pairs_like_trl(images, RESPONSES),
         processing_class=template_processor(),
         callbacks=[theirs_gradients],
     )
@@ -92,27 +92,3 @@ def test_three_steps_agree(tmp_path: Path) -> None:
     for mine, other in zip(ours_gradients.steps, theirs_gradients.steps, strict=True):
         assert relative(mine, other) < 1e-5
     assert relative(flat_weights(ours_model), flat_weights(tiny_model())) > 1e-3  # they did move
-
-
-def _trl_dataset(images: list):
-    import datasets
-
-    return datasets.Dataset.from_list(
-        [
-            {
-                "images": [image],
-                "prompt": [{"role": "user", "content": "how many?"}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-            }
-            for image, (chosen, rejected) in zip(images, RESPONSES, strict=True)
-        ],
-        features=datasets.Features(
-            {
-                "images": datasets.List(datasets.Image()),
-                "prompt": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-                "chosen": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-                "rejected": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-            }
-        ),
-    )

@@ -75,3 +75,22 @@ def random_pair(seed: int, images: int = 1, source: str = "data", longest: int =
         source=source,
         origin=f"memory:{seed}",
     )
+
+
+def pairs_like_trl(images: list[Image.Image], responses: list[tuple[str, str]]):
+    """A ``datasets.Dataset`` in TRL's format: an image, a question and two responses a record."""
+    import datasets
+
+    text = datasets.Value("string")
+    turns = [{"role": text, "content": text}]
+    features = {"images": datasets.List(datasets.Image()), "prompt": turns, "chosen": turns, "rejected": turns}
+    records = [
+        {
+            "images": [image],
+            "prompt": [{"role": "user", "content": "how many?"}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for image, (chosen, rejected) in zip(images, responses, strict=True)
+    ]
+    return datasets.Dataset.from_list(records, features=datasets.Features(features))

@@ -7,9 +7,11 @@ Exit codes: 0 done; 2 the recipe, the data or the arguments are at fault (one me
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vlmpo.errors import RecordError, VlmpoError
+from vlmpo.errors import VlmpoError
 from vlmpo.recipe import load_recipe
 
 app = typer.Typer(
@@ -34,6 +36,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Dotted overrides, e.g. loss.beta=0.2", show_default=False),
 ]
+
+
+class Dtype(StrEnum):
+    """What weights may be written as."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 def _show_version(asked: bool) -> None:
@@ -144,6 +153,25 @@ def pair_dropout_ntp(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def merge(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A run folder, checkpoint or adapter folder.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base model, in place of the one the adapter names.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights written.")] = Dtype.float32,
+) -> None:
+    """Merge a LoRA adapter into its base model.
+
+    The output folder holds a whole model and its processor, which load with transformers.
+    """
+    with _exit_codes():
+        from vlmpo.train.merge import merge as run
+
+        run(adapter, output, base, dtype.value)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the data, the models and the logs go.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the images, the model and the training.")] = 0,
@@ -176,9 +204,11 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _complain(error: VlmpoError) -> None:
-    """Print the error on stderr: once a job, not once a rank, unless it is about a record, which one rank alone met."""
+    """Print the error on stderr: once a job, or by the first rank of a node, or by the one rank that met it."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and not isinstance(error, RecordError):
+    first_of_node = os.environ.get("LOCAL_RANK") == "0"
+    if not (rank == "0" or error.met_by == "rank" or (error.met_by == "node" and first_of_node)):
+        time.sleep(1.0)  # the launcher ends the job when the first rank leaves: let the one that speaks finish
         return
     heading = "error: " if rank == "0" else f"error on rank {rank}: "
     Console(stderr=True).print(Text.assemble((heading, "bold red"), str(error)), soft_wrap=True)

@@ -6,9 +6,19 @@ prints it without a traceback and exits with 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class VlmpoError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base of every error that is the user's to mend.
+
+    Attributes:
+        met_by: who raises it in a distributed run, so that it is said once: the ranks of a ``node`` alike (a file, an
+            argument), one ``rank`` alone (a record), or ``all`` of them (what one met and told the others).
+    """
+
+    met_by = "node"
 
 
 class RecipeError(VlmpoError, ValueError):
@@ -28,6 +38,8 @@ class RecordError(VlmpoError, ValueError):
         detail: what was wrong and what to do, in one sentence.
     """
 
+    met_by = "rank"
+
     def __init__(self, reason: str, origin: str, detail: str) -> None:
         self.reason = reason
         self.origin = origin
@@ -45,3 +57,13 @@ class ModelError(VlmpoError, ValueError):
 
 class RunError(VlmpoError, RuntimeError):
     """A run folder or checkpoint cannot be used as asked: nothing to resume from, another reference than before."""
+
+
+@contextmanager
+def alike_on_a_node() -> Iterator[None]:
+    """Around work that every rank does alike, on the files of its node: all of them meet a bad record there."""
+    try:
+        yield
+    except RecordError as error:
+        error.met_by = "node"
+        raise

@@ -7,6 +7,7 @@ libraries are loaded.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -19,15 +20,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlmpo.errors import RecipeError
 
-# Said here and in vlmpo.loss and vlmpo.build, which need more than a recipe may import; a test holds them equal.
+# Said here and in vlmpo.loss, vlmpo.build and vlmpo.data, which need more than a recipe may import; a test holds them
+# equal.
 LOSS_TERMS = ("sigmoid", "bco_pair", "nll")
 MPO_WEIGHTS = {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0}
+DataFormat = Literal["auto", "mmpr", "rlaif_v", "rlhf_v", "trl", "trl_implicit", "sharegpt", "alpaca", "swift"]
 Verifier = Literal["auto", "exact", "option", "number", "anls", "vqa", "math"]
 # Ways to put a question; anything else is a template that holds QUESTION_FIELD. vlmpo.build.prompts has their texts.
 PROMPT_STYLES = ("direct", "cot", "boxed")
 QUESTION_FIELD = "{question}"
 # What `training` takes beside the fields of transformers.TrainingArguments.
-OWN_TRAINING_KEYS = ("max_tokens_per_row",)
+OWN_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay")
 
 
 class _Section(BaseModel):
@@ -38,8 +41,8 @@ class ModelSection(_Section):
     """Which checkpoint, and which part of it trains.
 
     ``path`` is a local folder or a hub name; ``dtype`` that of the trained weights; ``freeze`` names submodules that
-    do not train; ``lora`` holds fields of ``peft.LoraConfig``; ``attention`` "separate" gives every response its own
-    row instead of sharing the prompt's.
+    do not train; ``lora`` holds fields of ``peft.LoraConfig``; ``quantize`` keeps the frozen base under an adapter in
+    4 or 8 bits (QLoRA); ``attention`` "separate" gives every response its own row instead of sharing the prompt's.
     """
 
     path: str = Field(min_length=1)
@@ -48,6 +51,7 @@ class ModelSection(_Section):
         default=(), strict=False
     )  # strict=False only lets YAML's list in; the items stay strict
     lora: dict[str, Any] | None = None
+    quantize: Literal["4bit", "8bit"] | None = None
     attention: Literal["auto", "separate"] = "auto"
 
 
@@ -58,13 +62,20 @@ class ReferenceSection(_Section):
 
 
 class Source(_Section):
-    """One data set. ``repeat`` below 1 takes a seeded part of it; ``max_tiles`` bounds the tiles of each pair."""
+    """One data set: a file, a glob of Parquet files, a folder, or a Hub name.
+
+    ``repeat`` below 1 takes a seeded part of it; ``max_tiles`` bounds the tiles of each pair; ``format`` is told by the
+    records unless it is given; ``split`` and ``subset`` choose a part of a folder's or Hub data set.
+    """
 
     path: str = Field(min_length=1)
     image_root: str | None = None
     repeat: float = Field(default=1.0, gt=0)
     max_tiles: int | None = Field(default=None, ge=1)
     name: str | None = None
+    format: DataFormat = "auto"
+    split: str | None = Field(default=None, min_length=1)
+    subset: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -363,7 +374,7 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not isinstance(value, str) or not value:
             return value
         beside = folder / os.path.expanduser(value)
-        return os.path.abspath(beside) if beside.exists() else os.path.expanduser(value)
+        return os.path.abspath(beside) if beside.exists() or _matches(beside) else os.path.expanduser(value)
 
     def source(value: Any) -> Any:
         if isinstance(value, dict):
@@ -382,6 +393,11 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         lists = {k: [source(v) for v in data[k]] for k in ("train", "eval") if isinstance(data.get(k), list)}
         raw["data"] = {**data, **lists}
     return raw
+
+
+def _matches(pattern: Path) -> bool:
+    """Whether it is a glob that a file matches."""
+    return glob.has_magic(str(pattern)) and any(True for _ in glob.iglob(str(pattern), recursive=True))
 
 
 # --- messages -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmpo.data.chat import PROBE
 from vlmpo.data.encode import EncodedPair, PairEncoder
+from vlmpo.data.processors import reads_images, tokenizer_of
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.torchvision_shim import ensure_torchvision
@@ -23,7 +24,8 @@ ensure_torchvision()  # before transformers' model classes, which import torchvi
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 # Families whose generate() was tested, token for token, to encode a prompt's images once for all its samples and to
-# batch prompts of different tiles. Any other gets one prompt a call, its inputs repeated for every sample.
+# batch prompts of different tiles. Text-only models have no images to mix up. Any other gets one prompt a call, its
+# inputs repeated for every sample.
 ENCODE_ONCE_FAMILIES = frozenset({"internvl"})
 
 
@@ -111,7 +113,7 @@ class LocalEngine:
 
     Args:
         model: the model, on the device it shall run on; may have vlmpo's attention installed.
-        processor: its processor.
+        processor: its processor, or tokenizer.
         sampling: how tokens are drawn.
         batch_size: requests, each with all its samples, that are read together.
         max_tiles: tiles the images of a prompt may take together.
@@ -135,9 +137,10 @@ class LocalEngine:
         self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False)
         # A LoRA wrapper generates through the model it wraps, whose layers hold the adapter.
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._tokenizer = processor.tokenizer
+        self._tokenizer = tokenizer_of(processor)
         self._sampling = sampling
-        self._encodes_once = self._model.config.model_type in ENCODE_ONCE_FAMILIES
+        once = self._model.config.model_type in ENCODE_ONCE_FAMILIES
+        self._encodes_once = once or not reads_images(processor)
         self.batch_size = batch_size if self._encodes_once else 1
 
     @property

@@ -9,11 +9,13 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from vlmpo.data.processors import image_token, reads_images, tokenizer_of
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message
 from vlmpo.errors import ModelError, RecordError
 
 # A response no template has a reason to change: it shows what the template writes before and after any response.
 PROBE = "vlmpo-probe-response"
+_QUESTION = "Question?"
 _SHOWN = 200  # characters of template text a notice quotes
 
 
@@ -35,8 +37,11 @@ class Rendering:
 class ChatTemplate:
     """Renders prompts and responses, and refuses what the template loses.
 
+    Templates of text-only models, and a few others, want a message's content as one string, most others as a list of
+    texts and images. The probe tells: the usual form of the kind of model goes first, and the one that renders is kept.
+
     Args:
-        processor: the model's own processor.
+        processor: the model's own processor; a text-only model's tokenizer.
 
     Attributes:
         notices: what the user should know about the template, each said once. Nearly all of it shows on a probe that
@@ -53,15 +58,41 @@ class ChatTemplate:
                 "chat_template.jinja into its folder, or set processor.chat_template"
             )
         self._processor = processor
-        self._end_token = _any_special_token(processor.tokenizer)
-        self._said: set[str] = set()
-        self.notices: list[str] = []
+        self._tokenizer = tokenizer_of(processor)
+        self._image_token = image_token(processor)
+        self._end_token = _any_special_token(self._tokenizer)
+        self._choose_form()
+        self._look_at_order()
+
+    def _choose_form(self) -> None:
+        """Find out whether the template takes a message's content as a list of items or as a string."""
+        failures: list[Exception] = []
+        for as_items in (True, False) if reads_images(self._processor) else (False, True):
+            self._as_items = as_items
+            self._said: set[str] = set()
+            self.notices: list[str] = []
+            try:
+                # White space around the probe shows whether the template trims responses.
+                prompt = self.render([Message("user", _QUESTION)], [f" {PROBE} "], "").prompt
+                if _QUESTION not in prompt or "'type'" in prompt:  # left out, or the list written as Python writes it
+                    raise RecordError("template_refused", "", "it does not write the question")
+                return
+            except (RecordError, ValueError) as error:
+                failures.append(error)
+        first = failures[0]
+        cause = first.detail if isinstance(first, RecordError) else first
+        raise ModelError(f"the chat template cannot render a question and an answer: {cause}") from first
+
+    def _look_at_order(self) -> None:
+        """Tell where the template does not leave images where they stand."""
+        if self._image_token is None or not self._as_items:
+            return
         try:
-            # White space around the probe shows whether the template trims responses.
-            self.render([Message("user", "Question?")], [f" {PROBE} "], "")
-        except (RecordError, TypeError, ValueError) as error:
-            cause = error.detail if isinstance(error, RecordError) else error
-            raise ModelError(f"the chat template cannot render a question and an answer: {cause}") from error
+            prompt = self._apply([self._turn("user", f"{_QUESTION}{IMAGE_PLACEHOLDER}")], None, "")
+        except RecordError:  # it takes no text before an image: told of the record that has some
+            return
+        if -1 < prompt.find(self._image_token) < prompt.find(_QUESTION):
+            self._notice("order", "the chat template writes a message's images before its text, wherever they stand")
 
     def render(self, prompt: Sequence[Message], responses: Sequence[str], origin: str) -> Rendering:
         """The prompt as the model is given it, and each response as the model has to write it.
@@ -73,7 +104,7 @@ class ChatTemplate:
             RecordError: ``template_refused``, or ``template_lost_response`` when a response is not in the rendered
                 text as it is (white space at its ends aside).
         """
-        messages = [{"role": message.role, "content": content_of(message.text)} for message in prompt]
+        messages = [self._turn(message.role, message.text) for message in prompt]
         given = self._apply(messages, None, origin)
         _, probe, tail = self._apply(messages, PROBE, origin).rpartition(PROBE)
         if not probe:
@@ -93,13 +124,21 @@ class ChatTemplate:
         """The conversation as text: up to where the model answers, or with ``response`` as its answer."""
         turns = list(messages)
         if response is not None:
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+            content = [{"type": "text", "text": response}] if self._as_items else response
+            turns.append({"role": "assistant", "content": content})
         try:
             return self._processor.apply_chat_template(turns, add_generation_prompt=response is None, tokenize=False)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise RecordError(
                 "template_refused", origin, f"the chat template refuses the conversation: {error}"
             ) from error
+
+    def _turn(self, role: str, text: str) -> dict[str, Any]:
+        """A message as the template takes it."""
+        if self._as_items:
+            return {"role": role, "content": content_of(text)}
+        # As a string it writes nothing of its own around an image: what the user wrote there stays.
+        return {"role": role, "content": text.replace(IMAGE_PLACEHOLDER, self._image_token or IMAGE_PLACEHOLDER)}
 
     def _locate(self, full: str, response: str, tail: str, origin: str) -> tuple[str, str]:
         """``full`` without ``tail``, split where ``response`` begins, which is checked to be there."""
@@ -135,7 +174,7 @@ class ChatTemplate:
         found = self._end_token.search(tail)
         if found:
             return tail[: found.end()]
-        eos = self._processor.tokenizer.eos_token
+        eos = self._tokenizer.eos_token
         if eos is None:
             raise ModelError(
                 "no token ends a response: the chat template writes none after it and the tokenizer has no eos_token; "

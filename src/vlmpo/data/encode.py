@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vlmpo.data.chat import ChatTemplate
 from vlmpo.data.images import open_image
+from vlmpo.data.processors import image_token_id, media_ids, reads_images, tile_notice, tile_settings, tokenizer_of
 from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair
 from vlmpo.data.videos import DEFAULT_FRAMES, with_frames
-from vlmpo.errors import ModelError, RecipeError, RecordError
+from vlmpo.errors import RecipeError, RecordError
 
-_MEDIA = ("image", "video", "audio")
 # What a processor says of the prompt's tokens; the row that a pair is laid out in has its own.
 _TEXT_KEYS = ("input_ids", "attention_mask", "position_ids")
 # Marks which tokens are an image's: some families count positions (Qwen-VL) or attend (Gemma 3) by it.
@@ -70,11 +70,12 @@ class PairEncoder:
     """Encodes pairs for one model. Picklable, for a data loader's workers.
 
     Args:
-        processor: the model's own processor, with its chat template.
+        processor: the model's own processor, with its chat template; a text-only model's is its tokenizer.
         max_length: tokens of trunk and longer branch together; None: no limit.
         over_long: ``drop`` refuses a longer pair; ``cut`` takes the ends of its responses off, never of the prompt.
         max_tiles: tiles the images of a pair may take together, thumbnails not counted; a pair's own ``max_tiles`` may
-            lower it. Each image may take its share, at least one. Without effect on models that do not tile.
+            lower it. Each image may take its share, at least one. Where a model reads images whole, at their own shape
+            (Qwen-VL), a tile stands for 448 x 448 pixels. Without effect on others, which ``notices`` says.
         need_rejected: False for supervised fine-tuning: the rejected response is not looked at.
         video_frames: images a video becomes at most.
 
@@ -82,7 +83,7 @@ class PairEncoder:
         media_ids: tokens that to the model are an image, video or sound, or frame one; no response may hold them.
 
     Raises:
-        ModelError: not a processor of text and images, or one without a usable chat template.
+        ModelError: neither a processor nor a tokenizer, or one without a usable chat template.
         RecipeError: an unknown ``over_long``.
     """
 
@@ -96,11 +97,7 @@ class PairEncoder:
         need_rejected: bool = True,
         video_frames: int = DEFAULT_FRAMES,
     ) -> None:
-        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise ModelError(
-                f"{type(processor).__name__} is no processor of text and images; pass the model's own, as "
-                "AutoProcessor.from_pretrained gives it"
-            )
+        self._tokenizer = tokenizer_of(processor)
         if over_long not in ("drop", "cut"):
             raise RecipeError(f"over_long must be drop or cut, not {over_long!r}")
         self.processor = processor
@@ -109,24 +106,25 @@ class PairEncoder:
         self.max_tiles = max_tiles
         self.need_rejected = need_rejected
         self.video_frames = video_frames
-        self._tokenizer = processor.tokenizer
         self._chat = ChatTemplate(processor)
-        self.media_ids = _media_ids(processor)
+        self._image_token_id = image_token_id(processor)
+        self.media_ids = media_ids(processor)
         self._media_tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.media_ids))
+        self._tile_notice = tile_notice(processor, max_tiles)
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know about the chat template, each said once."""
-        return self._chat.notices
+        """What the user should know about the chat template and the image processor, each said once."""
+        return [*self._chat.notices, *([self._tile_notice] if self._tile_notice else [])]
 
     def encode(self, pair: PreferencePair) -> EncodedPair:
         """Token ids and vision tensors of ``pair``.
 
         Raises:
-            RecordError: ``placeholder_mismatch``, ``image_token_in_prompt``, ``image_token_in_response``,
-                ``end_of_turn_in_response``, ``empty_response``, ``identical``, ``over_long``, ``missing_image``,
-                ``undecodable_image``, ``missing_video``, ``undecodable_video``, ``template_refused``,
-                ``template_lost_response``, ``processor_refused``.
+            RecordError: ``images_unsupported``, ``placeholder_mismatch``, ``image_token_in_prompt``,
+                ``image_token_in_response``, ``end_of_turn_in_response``, ``empty_response``, ``identical``,
+                ``over_long``, ``missing_image``, ``undecodable_image``, ``image_too_small``, ``missing_video``,
+                ``undecodable_video``, ``template_refused``, ``template_lost_response``, ``processor_refused``.
             DataError: the pair holds a video, and the library that reads videos is not installed.
         """
         pair = with_frames(pair, self.video_frames)
@@ -135,6 +133,7 @@ class PairEncoder:
         chat = self._chat.render(pair.prompt, responses, pair.origin)
         branches = [self._branch(chat.prompt, reply, chat.end_of_turn, pair.origin) for reply in chat.replies]
         trunk, vision, token_types = self._trunk(chat.prompt, pair)
+        image_tokens = self._count_image_tokens(trunk, pair.origin)
         whole = [len(ids) for ids in branches]
         branches = self._fit(branches, trunk.numel(), pair.origin)
         if len(branches) == 2 and branches[0] == branches[1]:
@@ -150,7 +149,7 @@ class PairEncoder:
             source=pair.source,
             origin=pair.origin,
             tiles=_count_tiles(vision, len(pair.images)),
-            image_tokens=int((trunk == self.processor.image_token_id).sum()),
+            image_tokens=image_tokens,
             cut=[len(branch) for branch in branches] != whole,
             token_types=token_types,
         )
@@ -165,6 +164,12 @@ class PairEncoder:
         return [text for text in named.values() if text is not None]
 
     def _check_prompt(self, pair: PreferencePair) -> None:
+        if pair.images and not reads_images(self.processor):
+            detail = (
+                f"the record has images, and {type(self.processor).__name__} reads none; "
+                "take it out, or train a vision-language model, with its own processor"
+            )
+            raise RecordError("images_unsupported", pair.origin, detail)
         placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in pair.prompt)
         if placeholders != len(pair.images):
             detail = (
@@ -203,34 +208,40 @@ class PairEncoder:
         return self._tokenizer(text, add_special_tokens=add_special_tokens, truncation=False)["input_ids"]
 
     def _adds_special_tokens(self, prompt: str) -> bool:
-        """As the processors have it: the tokenizer adds its start token unless the template wrote it already."""
+        """As transformers has it: around a processor the tokenizer adds its start token unless the template wrote it
+        already; alone it adds none, the template has written all."""
         bos = self._tokenizer.bos_token
-        return bos is None or not prompt.startswith(bos)
+        return reads_images(self.processor) and (bos is None or not prompt.startswith(bos))
 
     def _trunk(self, prompt: str, pair: PreferencePair) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The prompt's ids ``[trunk]``, image tokens expanded; the vision tensors; and the tokens' types."""
-        images = [open_image(image, pair.origin) for image in pair.images]
         text_kwargs = {"add_special_tokens": self._adds_special_tokens(prompt), "truncation": False, "padding": False}
+        if not reads_images(self.processor):
+            encoded = self._tokenizer([prompt], return_tensors="pt", **text_kwargs)
+            return encoded["input_ids"][0], {}, {key: encoded[key][0] for key in _TOKEN_TYPES if key in encoded}
+        images = [open_image(image, pair.origin) for image in pair.images]
+        tiles = self.max_tiles if pair.max_tiles is None else min(self.max_tiles, pair.max_tiles)
         try:
             encoded = self.processor(
                 text=[prompt],
                 images=[images] if images else None,
                 text_kwargs=text_kwargs,
-                images_kwargs=self._tiling(pair),
+                images_kwargs=tile_settings(self.processor, tiles, images),
                 return_tensors="pt",
             )
-        except ValueError as error:
+            tensors = _tensors(encoded)
+        except (ValueError, TypeError, IndexError, KeyError) as error:
             raise RecordError("processor_refused", pair.origin, f"the model's processor refuses it: {error}") from error
-        tensors = {key: torch.as_tensor(value) for key, value in encoded.items() if key not in _TEXT_KEYS}
         token_types = {key: tensors.pop(key)[0] for key in _TOKEN_TYPES if key in tensors}
         return encoded["input_ids"][0], tensors, token_types
 
-    def _tiling(self, pair: PreferencePair) -> dict[str, int]:
-        image_processor = self.processor.image_processor
-        if not pair.images or not hasattr(image_processor, "max_patches"):
-            return {}
-        tiles = self.max_tiles if pair.max_tiles is None else min(self.max_tiles, pair.max_tiles)
-        return {"max_patches": max(1, tiles // len(pair.images))}
+    def _count_image_tokens(self, trunk: Tensor, origin: str) -> int:
+        count = 0 if self._image_token_id is None else int((trunk == self._image_token_id).sum())
+        if count == 1 and getattr(self.processor, "spatial_merge_size", 1) > 1:
+            # transformers 5.23 squeezes the dimension of tokens away where Mistral 3 has one, and then fails.
+            detail = "its image is so small that it becomes a single token, which this model cannot read; enlarge it"
+            raise RecordError("image_too_small", origin, detail)
+        return count
 
     def _fit(self, branches: Sequence[list[int]], trunk: int, origin: str) -> list[list[int]]:
         """The branches, their ends cut off where they are too long and that is asked for."""
@@ -245,21 +256,25 @@ class PairEncoder:
         return [branch[:room] for branch in branches]
 
 
-def _media_ids(processor: Any) -> frozenset[int]:
-    """Ids of the tokens that stand for images, video and sound, and of those that frame them."""
-    tokenizer = processor.tokenizer
-    ids: set[int | None] = set()
-    for medium in _MEDIA:
-        token = getattr(processor, f"{medium}_token", None)
-        ids.add(None if token is None else tokenizer.convert_tokens_to_ids(str(token)))
-        ids.add(getattr(processor, f"{medium}_token_id", None))
-        ids.update(getattr(processor, f"{medium}_token_ids", None) or ())
-    # A token the tokenizer does not know comes as its unknown token, which is no image.
-    return frozenset(id_ for id_ in ids if id_ is not None and id_ != tokenizer.unk_token_id)
+def _tensors(encoded: Any) -> dict[str, Tensor]:
+    """What the processor gave beside the text's ids, as tensors. Names and metadata, which no model reads, are left
+    out; pixels that are no tensor raise ValueError."""
+    found = {}
+    for key, value in encoded.items():
+        if key in _TEXT_KEYS:
+            continue
+        try:
+            found[key] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if key.startswith("pixel"):
+                raise ValueError(f"its {key} make no tensor: {error}") from error
+    return found
 
 
 def _count_tiles(vision: dict[str, Tensor], images: int) -> int:
     pixels = vision.get("pixel_values")
     if pixels is None or pixels.dim() < 4:  # the Qwen-VL families: patches of all images in one list
         return images
+    if pixels.dim() == 5:  # pictures by image or prompt; where there are fewer, zeros fill up
+        return int(pixels[:, :, 0].flatten(2).any(dim=-1).sum())
     return math.prod(pixels.shape[:-3])

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from vlmpo.data.records import IMAGE_PLACEHOLDER
 from vlmpo.errors import RecordError
 
 
-def json_object(raw: bytes, origin: str) -> dict[str, Any]:
-    """The object on one line. Raises RecordError ``bad_json``."""
+def json_object(raw: bytes, origin: str, unit: str = "line") -> dict[str, Any]:
+    """The object on one line, or in another ``unit``. Raises RecordError ``bad_json``."""
+    remedy = "write one JSON object a line" if unit == "line" else "write a JSON object"
     try:
         record = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        detail = f"the line is not valid JSON in UTF-8 ({error}); write one JSON object a line"
+        detail = f"the {unit} is not valid JSON in UTF-8 ({error}); {remedy}"
         raise RecordError("bad_json", origin, detail) from error
     if not isinstance(record, dict):
-        raise RecordError("bad_json", origin, f"the line holds {json_kind(record)}; write one JSON object a line")
+        raise RecordError("bad_json", origin, f"the {unit} holds {json_kind(record)}; {remedy}")
     return record
 
 
-def text_field(record: dict[str, Any], key: str, origin: str) -> str:
+def text_field(record: Mapping[str, Any], key: str, origin: str) -> str:
     """The string under ``key``. Raises RecordError ``missing_field``, or ``bad_json`` for half a character."""
     value = record.get(key)
     if not isinstance(value, str):
         what = f"must be a string, not {json_kind(value)}" if key in record else "is missing"
         raise RecordError("missing_field", origin, f"`{key}` {what}")
+    return checked_text(value, key, origin)
+
+
+def checked_text(value: str, key: str, origin: str) -> str:
+    """``value``, which is under ``key``. Raises RecordError ``bad_json`` for half a character."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud83d" alone is JSON, but no tokenizer takes it

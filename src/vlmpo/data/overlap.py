@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,13 +47,14 @@ class Overlap:
         )
 
 
-def find_overlap(training: Iterable[Item], evaluation: Sequence[Item]) -> Overlap:
+def find_overlap(training: Iterable[Item], evaluation: Collection[Item]) -> Overlap:
     """What of one evaluation set training saw too; see :func:`find_overlaps`."""
     return find_overlaps(training, {"": evaluation})[""]
 
 
-def find_overlaps(training: Iterable[Item], evaluations: Mapping[str, Sequence[Item]]) -> dict[str, Overlap]:
-    """For each evaluation set by name, what of it training saw too. The training items are read once for all sets.
+def find_overlaps(training: Iterable[Item], evaluations: Mapping[str, Collection[Item]]) -> dict[str, Overlap]:
+    """For each evaluation set by name, what of it training saw too. The training items are read once for all sets,
+    the others twice.
 
     They are compared by content: images by a hash of their bytes, words with case and spaces evened out. Only training
     images of the same size as an evaluation image are read. A file that cannot be read equals none.
@@ -70,7 +71,7 @@ def find_overlaps(training: Iterable[Item], evaluations: Mapping[str, Sequence[I
 
 
 def _overlap(
-    evaluation: Sequence[Item], training_images: set[str], training_prompts: set[str], content: _ContentHash
+    evaluation: Collection[Item], training_images: set[str], training_prompts: set[str], content: _ContentHash
 ) -> Overlap:
     with_image = whole = 0
     examples: list[str] = []

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Screening:
 def screen(
     dataset: PairDataset, *, need_rejected: bool | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Screening:
-    """Reads every record once and looks whether its images are there; opens no image.
+    """Reads every record once and looks whether its images and videos are there; opens none.
 
     Args:
         dataset: what to read.
@@ -76,9 +77,12 @@ def screen(
         counts.read += 1
         try:
             pair = dataset[index]
-            for path in pair.images:
-                if not is_file(path):
-                    raise missing_image(path, pair.origin)
+            for image in pair.images:
+                if isinstance(image, str) and not is_file(image):
+                    raise missing_image(image, pair.origin)
+            for video in pair.videos:
+                if isinstance(video, str) and not is_file(video):
+                    raise _missing_video(video, pair.origin)
             is_kept[index] = True
             counts.kept += 1
         except RecordError as error:
@@ -89,14 +93,20 @@ def screen(
     return Screening(np.flatnonzero(is_kept), dropped, sources)
 
 
+def _missing_video(path: str, origin: str) -> RecordError:
+    kind = "is not a file" if os.path.exists(path) else "does not exist"
+    return RecordError("missing_video", origin, f"video {path} {kind}; check the image root and the record's `video`")
+
+
 def split_hold_out(
     dataset: PairDataset, indices: NDArray[Any] | Sequence[int], fraction: float, seed: int
 ) -> tuple[Indices, Indices]:
-    """Splits pairs so that no image, and no text-only prompt, stands on both sides.
+    """Splits pairs so that no image or video, and no text-only prompt, stands on both sides.
 
     Whole groups (pairs that share an image, directly or through other pairs; text-only pairs of one prompt) are held
     out, in an order drawn by ``seed``, until they hold at least ``fraction`` of the pairs. The draw hashes image paths
-    below the sources' common folder, so it depends neither on the order of records nor on where the data lie.
+    below the sources' common folder, and the content of embedded images, so it depends neither on the order of records
+    nor on where the data lie. An image that one source embeds and another names is two images to it.
 
     Args:
         dataset: where the pairs are.
@@ -136,8 +146,9 @@ def _groups(dataset: PairDataset, indices: Indices) -> NDArray[np.uint64]:
     parents: dict[int, int] = {}  # only what pairs of several images link; the smallest key stands for its group
     for position, index in enumerate(indices):
         pair = dataset[int(index)]
-        names = [f"image:{os.path.normpath(path).removeprefix(root)}" for path in pair.images]
-        first, *others = [stable_hash(name) for name in names or [f"text:{pair.prompt[0].text}"]]
+        names = [_media_name(medium, root) for medium in (*pair.images, *pair.videos)]
+        text = "\n".join(message.text for message in pair.prompt)
+        first, *others = [stable_hash(name) for name in names or [f"text:{text}"]]
         keys[position] = first
         for other in others:
             low, high = sorted((_root(parents, first), _root(parents, other)))
@@ -146,6 +157,13 @@ def _groups(dataset: PairDataset, indices: Indices) -> NDArray[np.uint64]:
     if parents:
         keys = np.array([_root(parents, int(key)) for key in keys], np.uint64)
     return keys
+
+
+def _media_name(medium: Any, root: str) -> str:
+    """What stands for an image or video: its path, or its content where it is embedded."""
+    if isinstance(medium, bytes):
+        return f"bytes:{blake2b(medium, digest_size=16).hexdigest()}"
+    return f"image:{os.path.normpath(medium).removeprefix(root)}"
 
 
 def _root(parents: dict[int, int], key: int) -> int:

@@ -1,116 +1,76 @@
-"""Files of preference pairs, read where they lie: MMPR meta.json and JSON Lines into a memory-mapped data set.
+"""Sets of preference pairs, read where they lie and in whatever format they are, as one data set by index.
 
-Of a file only the byte offset and the number of each line are held, as two int64 arrays; a record is parsed when it is
-asked for. So three million pairs cost some 70 MB, and nothing in DataLoader workers beyond that.
+A record is read and parsed when it is asked for; ``jsonfiles`` and ``tables`` hold no more of a file than where its
+records are.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-import mmap
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmpo.data.fields import image_names, json_object, place_images, text_field
-from vlmpo.data.records import Message, PreferencePair
+from vlmpo.data.containers import head, open_records
+from vlmpo.data.formats import RecordContext, recognise
+from vlmpo.data.records import PreferencePair
 from vlmpo.data.specs import FileSpec, SourceSpec, file_specs
-from vlmpo.errors import DataError, RecordError
+from vlmpo.errors import DataError
 
 Indices = NDArray[np.int64]
 
-_RECORD_KEYS = frozenset({"image", "video", "question", "chosen", "rejected"})
-_CHUNK = 8 << 20
-_BOM = b"\xef\xbb\xbf"
-_NEWLINE = 10
-_WHITESPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """What a source was found to be.
+
+    Attributes:
+        name: what metrics call it.
+        container: what its records lie in, e.g. ``JSON Lines``.
+        format: name of the format of its records.
+        title: what people call that format.
+        why: what it was told by.
+        records: how many it holds, good or bad, before any repeat.
+    """
+
+    name: str
+    container: str
+    format: str
+    title: str
+    why: str
+    records: int
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One file
-
-
-class _PairFile:
-    """One JSONL file: where its records begin, and their bytes through a memory map opened on first use."""
+class _Source:
+    """One source: its records, and the format they are in."""
 
     def __init__(self, spec: FileSpec, name: str) -> None:
         self.name = name
         self.path = spec.path
         self.image_root = spec.image_root
         self.max_tiles = spec.max_tiles
-        try:
-            self.starts, self.lines = _index_lines(spec.path)  # int64 [records]: byte offset; line number, from 1
-            self._size = os.path.getsize(spec.path)
-        except OSError as error:
-            raise DataError(f"{spec.path}: cannot be read ({error})") from error
-        self._map: mmap.mmap | None = None
+        self.records = open_records(spec)
+        # Of a copy, whose memory map goes with it: a file that changes before it is read in earnest is then refused.
+        self.recognised = recognise(head(copy.copy(self.records)), spec.format, spec.path)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.records)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}  # a map cannot be pickled: the other process opens its own
+    @property
+    def info(self) -> SourceInfo:
+        found = self.recognised.format
+        return SourceInfo(self.name, self.records.kind, found.name, found.title, self.recognised.why, len(self))
 
-    def origin(self, record: int) -> str:
-        return f"{self.path}:{self.lines[record]}"
-
-    def read(self, record: int) -> bytes:
-        """The bytes of one line, without its newline."""
-        content = self._map or self._open()
-        start = int(self.starts[record])
-        end = content.find(b"\n", start)
-        return content[start : end if end >= 0 else len(content)]
-
-    def _open(self) -> mmap.mmap:
-        try:
-            with open(self.path, "rb") as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.path}: could be read before, not any more ({error})") from error
-        if len(content) != self._size:
-            raise DataError(f"{self.path}: {self._size} bytes when opened, {len(content)} now; start again")
-        self._map = content
-        return content
-
-
-def _index_lines(path: str) -> tuple[Indices, Indices]:
-    """Byte offset and 1-based number of every line that is not blank; a UTF-8 byte order mark is stepped over."""
-    starts: list[Indices] = [np.empty(0, np.int64)]
-    numbers: list[Indices] = [np.empty(0, np.int64)]
-    with open(path, "rb") as file:
-        offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
-        file.seek(offset)
-        line = 1
-        while chunk := file.read(_CHUNK):
-            chunk += file.readline()  # so that every chunk holds whole lines
-            begins, is_record = _chunk_lines(chunk)
-            starts.append(begins[is_record] + offset)
-            numbers.append(np.flatnonzero(is_record) + line)
-            offset += len(chunk)
-            line += len(begins)
-    return np.concatenate(starts), np.concatenate(numbers)
-
-
-def _chunk_lines(chunk: bytes) -> tuple[Indices, NDArray[np.bool_]]:
-    """Offset of each line in ``chunk`` [lines], and whether it holds more than whitespace [lines]."""
-    data = np.frombuffer(chunk, np.uint8)
-    newlines = np.flatnonzero(data == _NEWLINE)
-    begins = np.concatenate([np.zeros(1, np.int64), newlines + 1])
-    if begins[-1] == len(chunk):
-        begins = begins[:-1]
-    is_record = np.ones(len(begins), np.bool_)
-    for index in np.flatnonzero(np.isin(data[begins], _WHITESPACE)):
-        end = newlines[index] if index < len(newlines) else len(chunk)
-        is_record[index] = bool(chunk[begins[index] : end].strip())
-    return begins, is_record
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set
+    def pair(self, index: int, need_rejected: bool) -> PreferencePair:
+        record, origin = self.records.record(index), self.records.origin(index)
+        context = RecordContext(origin, self.name, self.image_root, self.max_tiles, need_rejected)
+        return self.recognised.format.parse(record, context)
 
 
 class PairDataset:
@@ -124,7 +84,7 @@ class PairDataset:
         source_names: names of the sources, in the order they were named.
     """
 
-    def __init__(self, files: Sequence[_PairFile], rows: Indices, need_rejected: bool, notices: list[str]) -> None:
+    def __init__(self, files: Sequence[_Source], rows: Indices, need_rejected: bool, notices: list[str]) -> None:
         self._files = list(files)
         self._bounds = np.cumsum([0, *(len(file) for file in files)])  # [files + 1]: records before each file
         self._rows = rows  # [pairs]: record numbers, counted through all files
@@ -134,26 +94,32 @@ class PairDataset:
 
     @property
     def paths(self) -> list[str]:
-        """The annotation files behind the pairs, each once."""
-        return list(dict.fromkeys(file.path for file in self._files))
+        """The files behind the pairs, each once."""
+        return list(dict.fromkeys(path for file in self._files for path in file.records.paths))
+
+    @property
+    def infos(self) -> list[SourceInfo]:
+        """What each source was found to be, in the order they were named."""
+        return [file.info for file in self._files]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> PreferencePair:
-        """Pair ``index``; its ``images`` are absolute paths, whose existence is not looked at here.
+        """Pair ``index``; its images are absolute paths, whose existence is not looked at here, or encoded bytes.
 
         Raises:
-            RecordError: ``bad_json``, ``missing_field``, ``video_unsupported``, ``placeholder_mismatch``,
-                ``empty_response`` or ``identical``.
+            RecordError: ``bad_json``, ``missing_field``, ``ambiguous_field``, ``unsupported_field``,
+                ``bad_conversation``, ``prompts_differ``, ``unpaired_feedback``, ``placeholder_mismatch``,
+                ``missing_image`` or ``missing_video`` (a web address), ``empty_response`` or ``identical``.
         """
         file, record = self._locate(index)
-        return _parse(file.read(record), file, file.origin(record), self.need_rejected)
+        return file.pair(record, self.need_rejected)
 
     def origin(self, index: int) -> str:
         """``file:line`` of pair ``index``, without reading it."""
         file, record = self._locate(index)
-        return file.origin(record)
+        return file.records.origin(record)
 
     def source(self, index: int) -> str:
         """Name of the source of pair ``index``, without reading it."""
@@ -170,7 +136,7 @@ class PairDataset:
     def _view(self, rows: Indices, need_rejected: bool) -> PairDataset:
         return PairDataset(self._files, rows, need_rejected, self.notices)
 
-    def _locate(self, index: int) -> tuple[_PairFile, int]:
+    def _locate(self, index: int) -> tuple[_Source, int]:
         row = int(self._rows[index])  # IndexError past the end, as sequences have it
         position = int(np.searchsorted(self._bounds, row, side="right")) - 1
         return self._files[position], row - int(self._bounds[position])
@@ -194,11 +160,11 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
             setting, or no pair at all.
     """
     notices: list[str] = []
-    files: list[_PairFile] = []
+    files: list[_Source] = []
     rows: list[Indices] = [np.empty(0, np.int64)]
     records_before = 0
     for spec in itertools.chain.from_iterable(file_specs(named, notices) for named in specs):
-        file = _PairFile(spec, _free_name(spec.name, {file.name for file in files}))
+        file = _Source(spec, _free_name(spec.name, {file.name for file in files}))
         if spec.declared_length is not None and spec.declared_length != len(file):
             notices.append(f"{file.name}: meta.json says length {spec.declared_length}, {file.path} has {len(file)}")
         drawn = _repeated(len(file), spec.repeat, f"{seed}:{file.name}")
@@ -229,45 +195,6 @@ def _repeated(records: int, repeat: float, seed: str) -> Indices:
     generator = np.random.default_rng(stable_hash(seed))
     subset = np.sort(generator.choice(records, rest, replace=False)) if rest else np.empty(0, np.int64)
     return np.concatenate([np.tile(np.arange(records, dtype=np.int64), whole), subset])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One record
-
-
-def _parse(raw: bytes, file: _PairFile, origin: str, need_rejected: bool) -> PreferencePair:
-    record = json_object(raw, origin)
-    if record.get("video"):
-        raise RecordError("video_unsupported", origin, "`video` is not supported yet; take the record out")
-    names = image_names(record, origin)
-    question = text_field(record, "question", origin)
-    if not names and not question.strip():
-        raise RecordError("missing_field", origin, "`question` is empty and there is no image: nothing to answer")
-    chosen = text_field(record, "chosen", origin)
-    rejected = text_field(record, "rejected", origin) if need_rejected else None
-    pair = PreferencePair(
-        prompt=(Message("user", place_images(question, len(names), origin)),),
-        images=tuple(os.path.join(file.image_root, name) for name in names),
-        chosen=chosen,
-        rejected=rejected,
-        source=file.name,
-        origin=origin,
-        max_tiles=file.max_tiles,
-        metadata={key: value for key, value in record.items() if key not in _RECORD_KEYS},
-    )
-    _check_responses(pair, need_rejected)
-    return pair
-
-
-def _check_responses(pair: PreferencePair, need_rejected: bool) -> None:
-    if not pair.chosen.strip():
-        raise RecordError("empty_response", pair.origin, "`chosen` is empty: there is nothing to score")
-    if not need_rejected:
-        return
-    if not (pair.rejected or "").strip():
-        raise RecordError("empty_response", pair.origin, "`rejected` is empty: there is nothing to score")
-    if pair.chosen == pair.rejected:
-        raise RecordError("identical", pair.origin, "`chosen` and `rejected` are the same: no preference to learn")
 
 
 def stable_hash(text: str) -> int:

@@ -1,19 +1,27 @@
-"""What the user names as data, settled: a ``.jsonl`` file of pairs, or an MMPR ``meta.json`` with the files in it."""
+"""What the user names as data, settled: files, folders and Hub names, and the files of an MMPR ``meta.json``."""
 
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vlmpo.data.fields import json_kind
 from vlmpo.errors import DataError
 
+# A file of JSON Lines, an array of records, an MMPR meta.json, Parquet files, a folder save_to_disk wrote, any other
+# folder, a data set of the Hub.
+Kind = Literal["lines", "array", "meta", "parquet", "saved", "folder", "hub"]
+
+_EXTENSIONS = (".jsonl", ".json", ".parquet")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 
 
@@ -22,12 +30,16 @@ class SourceSpec:
     """One entry of a recipe's ``data.train`` or ``data.eval``.
 
     Attributes:
-        path: an MMPR ``meta.json`` (any ``.json``), or a ``.jsonl`` file of pairs.
-        image_root: folder the image names of a ``.jsonl`` file are relative to; default: the file's own.
+        path: a ``.jsonl`` file, a ``.json`` file (an array of records, or an MMPR ``meta.json``), a ``.parquet`` file
+            or a glob of them, a folder (saved by ``datasets``, or laid out as on the Hub), or a Hub name ``org/name``.
+        image_root: folder the image names are relative to; default: the file's own. Not for a ``meta.json``.
         repeat: how often its pairs are seen; below 1 a seeded subset. Multiplies a meta.json's ``repeat_time``.
         max_tiles: tiles per pair, in place of a meta.json's ``max_dynamic_patch``. None leaves it to that, or to the
             recipe.
         name: what metrics call it; default: the file's stem. Of a meta.json: put before the name of each set in it.
+        format: the format of its records; ``auto`` tells it by the first few.
+        split: which part of a folder's or Hub data set; may be left out where there is one.
+        subset: which configuration of a Hub data set, or of a folder laid out as one.
     """
 
     path: str
@@ -35,11 +47,17 @@ class SourceSpec:
     repeat: float = 1.0
     max_tiles: int | None = None
     name: str | None = None
+    format: str = "auto"
+    split: str | None = None
+    subset: str | None = None
 
 
 @dataclass(frozen=True)
 class FileSpec:
-    """One JSONL file with everything settled: what a SourceSpec or an entry of a meta.json comes down to."""
+    """One container of records with everything settled: what a SourceSpec or an entry of a meta.json comes down to.
+
+    ``path`` names it in messages; ``files`` are the Parquet files, of which there may be several.
+    """
 
     name: str
     path: str
@@ -47,37 +65,98 @@ class FileSpec:
     repeat: float
     max_tiles: int | None
     declared_length: Any = None
+    kind: Kind = "lines"
+    files: tuple[str, ...] = ()
+    format: str = "auto"
+    split: str | None = None
+    subset: str | None = None
 
 
 def file_specs(spec: SourceSpec, notices: list[str]) -> list[FileSpec]:
-    """The files a SourceSpec comes down to; remarks on them are added to ``notices``.
+    """The containers a SourceSpec comes down to; remarks on them are added to ``notices``.
 
     Raises:
-        DataError: a file or folder that does not exist (every path tried is named), a malformed meta.json, or a bad
-            setting.
+        DataError: a file or folder that does not exist (every path tried is named), a malformed meta.json, a bad
+            setting, or one without effect.
     """
     path = os.path.abspath(os.path.expanduser(spec.path))
     repeat = _repeat(spec.repeat, f"{spec.path}: repeat")
     max_tiles = _max_tiles(spec.max_tiles, f"{spec.path}: max_tiles")
-    extension = os.path.splitext(path)[1].lower()
-    if extension not in (".json", ".jsonl"):
-        raise DataError(f"{spec.path}: neither a .jsonl file of pairs nor an MMPR meta.json; name one of these")
-    if not os.path.isfile(path):
-        raise DataError(f"{spec.path}: no such file; looked for {path}")
-    if extension == ".json":
+    kind, files = _kind_of(spec.path, path)
+    _refuse_without_effect(spec, kind)
+    if kind == "meta":
         return _meta_specs(spec, path, repeat, max_tiles, notices)
-    root = os.path.abspath(os.path.expanduser(spec.image_root or os.path.dirname(path)))
+    beside = path if kind in ("saved", "folder") else os.path.dirname(files[0]) if files else os.path.dirname(path)
+    if kind == "hub":
+        path, beside = spec.path, os.getcwd()
+    root = os.path.abspath(os.path.expanduser(spec.image_root or beside))
     if not os.path.isdir(root):
         raise DataError(f"{spec.path}: image_root {root} is not a folder")
-    name = spec.name or os.path.splitext(os.path.basename(path))[0]
-    return [FileSpec(name, path, root, repeat, max_tiles)]
+    name = spec.name or _default_name(path, kind, spec.split)
+    return [
+        FileSpec(
+            name, path, root, repeat, max_tiles, None, kind, files, spec.format, split=spec.split, subset=spec.subset
+        )
+    ]
+
+
+def _kind_of(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
+    """What lies at ``path``, and the files where it is Parquet."""
+    if os.path.isdir(path):
+        marks = ("dataset_dict.json", "state.json")
+        return ("saved" if any(os.path.isfile(os.path.join(path, mark)) for mark in marks) else "folder"), ()
+    extension = os.path.splitext(path)[1].lower()
+    if not os.path.exists(path) and glob.has_magic(written):
+        files = tuple(sorted(glob.glob(path, recursive=True)))
+        if not files:
+            raise DataError(f"{written}: no file matches {path}")
+        odd = next((file for file in files if not file.lower().endswith(".parquet")), None)
+        if odd is not None:
+            raise DataError(f"{written}: matches {odd}; several files in one source must all be .parquet")
+        return "parquet", files
+    if not os.path.exists(path) and _HUB_NAME.fullmatch(written) and extension not in _EXTENSIONS:
+        return "hub", ()
+    if extension not in _EXTENSIONS:
+        raise DataError(
+            f"{written}: no {', '.join(_EXTENSIONS)} file and no folder; name one of these, or a Hub data set org/name"
+        )
+    if not os.path.isfile(path):
+        raise DataError(f"{written}: no such file; looked for {path}")
+    if extension == ".json":
+        return ("array" if _first_byte(path) == b"[" else "meta"), ()
+    return ("parquet", (path,)) if extension == ".parquet" else ("lines", ())
+
+
+def _first_byte(path: str) -> bytes:
+    """The first byte of a file that is neither white space nor its byte order mark."""
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+    return start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _refuse_without_effect(spec: SourceSpec, kind: Kind) -> None:
+    """A key that nobody reads is an error."""
+    if kind == "meta" and spec.image_root is not None:
+        raise DataError(f"{spec.path}: a meta.json names each set's `root` itself; image_root is for other sources")
+    if kind not in ("saved", "folder", "hub") and spec.split is not None:
+        raise DataError(f"{spec.path}: split: has no effect on a file; it is for datasets folders and Hub names")
+    if kind not in ("folder", "hub") and spec.subset is not None:
+        raise DataError(f"{spec.path}: subset: has no effect here; it is for Hub names and folders laid out as there")
+
+
+def _default_name(path: str, kind: Kind, split: str | None) -> str:
+    base = os.path.basename(path)
+    if kind in ("saved", "folder", "hub"):
+        return f"{base}/{split}" if split else base
+    stem = os.path.splitext(base)[0]
+    if glob.has_magic(stem):
+        stem = re.split(r"[*?\[]", stem)[0].rstrip("-_.") or os.path.basename(os.path.dirname(path))
+    return stem
 
 
 def _meta_specs(
     spec: SourceSpec, path: str, repeat: float, max_tiles: int | None, notices: list[str]
 ) -> list[FileSpec]:
-    if spec.image_root is not None:
-        raise DataError(f"{spec.path}: a meta.json names each set's `root` itself; image_root is for .jsonl files")
     specs = []
     for name, entry in _read_meta(path).items():
         where = f"{path}: set {name!r}"
@@ -99,6 +178,7 @@ def _meta_specs(
                 repeat=repeat * _repeat(entry.get("repeat_time", 1), f"{where}: repeat_time"),
                 max_tiles=own_tiles if max_tiles is None else max_tiles,
                 declared_length=entry.get("length"),
+                format=spec.format,
             )
         )
     return specs
@@ -119,9 +199,8 @@ def _read_meta(path: str) -> dict[str, Any]:
     except DataError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); it {shape}") from error
-    if isinstance(meta, list):
-        raise DataError(f"{path}: a list; it {shape}. Pairs go into a .jsonl file, one JSON object a line")
+        lines = ". One JSON object a line is JSON Lines: name it .jsonl" if "Extra data" in str(error) else ""
+        raise DataError(f"{path}: cannot be read ({error}); it {shape}{lines}") from error
     if not isinstance(meta, dict) or not meta:
         raise DataError(f"{path}: {json_kind(meta) if meta else 'empty'}; it {shape}")
     return meta

@@ -16,6 +16,12 @@ from vlmpo.data.records import Message, Question, Verdict
 from vlmpo.errors import RecordError
 from vlmpo.intervals import paired_bootstrap, wilson
 
+# What `summarise` can give; * stands for a verifier.
+FIGURES = (
+    *("items", "accuracy", "low", "high", "wrong", "unparsed", "cut", "mean_tokens"),
+    *("accuracy/*", "items/*"),
+)
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -14,16 +14,17 @@ from rich.table import Table
 
 from vlmpo.build.engines import LocalEngine, Sampling
 from vlmpo.data.overlap import Item
+from vlmpo.data.processors import tokenizer_of
 from vlmpo.data.questions import QuestionSet, read_questions
 from vlmpo.data.records import Question
 from vlmpo.errors import RecipeError
-from vlmpo.evaluate.answers import Answer, answer_questions, compare, short_name, summarise
+from vlmpo.evaluate.answers import FIGURES, Answer, answer_questions, compare, short_name, summarise
 from vlmpo.files import replace_json
 from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import EvaluateSection, Recipe
 from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
-from vlmpo.train.run import show_evaluation, training_config
+from vlmpo.train.run import evaluation_config, show_evaluation
 from vlmpo.train.run_data import RunData, open_eval, open_run_data, overlaps_with_training
 from vlmpo.train.trainer import MPOTrainer
 from vlmpo.tree import loading
@@ -98,6 +99,7 @@ def ask_while_training(recipe: Recipe) -> Any:
             figures = summarise(answers, _counter(trainer.processing_class))
             return {f"answers/{name}": value for name, value in figures.items()}
 
+        ask.metrics = [f"answers/{name}" for name in FIGURES]  # type: ignore[attr-defined]  # known before the first
         trainer.extra_evaluations.append(ask)
 
     return prepare
@@ -109,7 +111,8 @@ def _engine(recipe: Recipe, section: EvaluateSection, model: Any, processor: Any
 
 
 def _counter(processor: Any) -> Any:
-    return lambda text: len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokenizer = tokenizer_of(processor)
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _evaluate_pairs(
@@ -120,7 +123,7 @@ def _evaluate_pairs(
     reference = (
         loading.load_model(section.reference or recipe.model.path, recipe.model.dtype) if with_preferences else None
     )
-    args = training_config(recipe)
+    args = evaluation_config(recipe)
     args.output_dir = str(folder)
     trainer = MPOTrainer(model=model, ref_model=reference, args=args, processing_class=processor)
     results = {}

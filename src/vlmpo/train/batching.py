@@ -137,8 +137,8 @@ class PairRows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read, each trunk counted once."""
-        return sum(row.layout.num_tokens for row in self.rows)
+        """Tokens read for the pairs, each trunk counted once."""
+        return sum(row.layout.num_tokens - row.unscored for row in self.rows)
 
     @property
     def num_branches(self) -> int:
@@ -148,7 +148,7 @@ class PairRows:
     @property
     def branch_lengths(self) -> list[int]:
         """Scored tokens of each branch, counted through the rows."""
-        return [length for row in self.rows for span in row.layout.spans for length in span.branches]
+        return [int(n) for row in self.rows for n in torch.bincount(row.branch_of, minlength=row.num_branches)]
 
     def to(self, device: torch.device) -> PairRows:
         """The same with its tensors on ``device``."""
@@ -231,7 +231,7 @@ class Collator:
             groups = pack([_tree(pair) for pair in pairs], self.max_tokens_per_row)
         else:
             groups = [[index] for index in range(len(pairs))]
-        # A rank without pairs still reads one empty part: it must join the others' collectives.
+        # Without pairs there is still one part, of no rows: a step is a forward and a backward pass.
         parts = [lay_out([pairs[i] for i in group], self.shared) for group in groups] or [lay_out([])]
         return MicroBatch(parts, [item for item in items if isinstance(item, Unusable)])
 

@@ -12,12 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from vlmpo.errors import ModelError, RunError
 from vlmpo.files import replace_json
 from vlmpo.train.reference import is_peft
+from vlmpo.tree.adapter_loading import active_adapter, take_over
 
 STATE_FILE = "vlmpo_state.json"  # written last: a checkpoint that has it is complete
 
@@ -29,7 +27,7 @@ def load_weights(model: Any, checkpoint: str | os.PathLike[str]) -> None:
         ModelError: a weight of the model is missing in the checkpoint, has another shape, or one is left over.
     """
     if is_peft(model):
-        _load_adapter(model, Path(checkpoint))
+        take_over(model, adapter_folder(model, checkpoint))
         return
     fresh, info = type(model).from_pretrained(
         checkpoint, dtype=next(model.parameters()).dtype, output_loading_info=True
@@ -41,23 +39,10 @@ def load_weights(model: Any, checkpoint: str | os.PathLike[str]) -> None:
     model.load_state_dict(fresh.state_dict(), strict=True)
 
 
-def _load_adapter(model: Any, checkpoint: Path) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    file = checkpoint / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ModelError(f"checkpoint {checkpoint} holds no adapter ({file.name} is missing)")
-    saved, expected = load_file(file), get_peft_model_state_dict(model)
-    if saved.keys() != expected.keys():
-        odd = sorted(saved.keys() ^ expected.keys())[:5]
-        raise ModelError(
-            f"the adapter in {checkpoint} does not fit the model; weights on one side only: {', '.join(odd)}"
-        )
-    set_peft_model_state_dict(model, saved)
-    restored = get_peft_model_state_dict(model)
-    for name, tensor in saved.items():
-        if not torch.equal(restored[name].cpu().to(tensor.dtype), tensor):
-            raise ModelError(f"weight {name} of the adapter in {checkpoint} was not taken over")
+def adapter_folder(model: Any, checkpoint: str | os.PathLike[str]) -> Path:
+    """Where PEFT writes the policy's adapter in a checkpoint: one not named ``default`` gets a folder of its own."""
+    name = active_adapter(model)
+    return Path(checkpoint) if name == "default" else Path(checkpoint) / name
 
 
 def write_state(checkpoint: str | os.PathLike[str], state: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from vlmpo.loss.mpo import MPO_WEIGHTS, check_weights
 from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.train.best import greater_is_better
+from vlmpo.train.rates import check_values
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
@@ -44,6 +46,8 @@ class MPOConfig(TrainingArguments):
             so that the longest row decides the memory, not the micro-batch.
         on_bad_record: ``skip`` and count, or ``fail``.
         num_train_epochs, learning_rate: default to 1 and 1e-6 here.
+        learning_rates: rates by part, of ``vision``, ``projector`` and ``text``; other parts take ``learning_rate``.
+        ema_decay: of an exponential moving average of the weights (see vlmpo.train.averaging); 0 or None: none.
         attention: ``auto`` shares trunks where the model family allows; ``separate`` reads one response a row.
     """
 
@@ -60,6 +64,8 @@ class MPOConfig(TrainingArguments):
     max_tokens_per_row: int | None = 16384
     on_bad_record: str = "skip"
     attention: str = "auto"
+    learning_rates: dict[str, float] | None = field(default=None)
+    ema_decay: float | None = None
     # The published recipes: one epoch, small steps (transformers' 3 epochs at 5e-5 would ruin an SFT checkpoint).
     num_train_epochs: float = 1.0
     learning_rate: float = 1e-6
@@ -68,10 +74,14 @@ class MPOConfig(TrainingArguments):
     logging_first_step: bool = True
     report_to: Any = "none"
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_weights"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_weights", "learning_rates"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
+        direction = (
+            self.greater_is_better
+        )  # before transformers guesses: only names that end in "loss" are losses to it
         super().__post_init__()
+        self._check_choices(direction)
         self.loss_weights = check_weights(MPO_WEIGHTS if self.loss_weights is None else self.loss_weights)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -82,6 +92,16 @@ class MPOConfig(TrainingArguments):
             raise ValueError("label_smoothing_factor is not MPO's; set label_smoothing (loss.label_smoothing)")
         if not 0.0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
+
+    def _check_choices(self, direction: bool | None) -> None:
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")
+        if self.metric_for_best_model is not None and direction is None:
+            self.greater_is_better = greater_is_better(self.metric_for_best_model)
+        check_values(self.learning_rates or {})
+        decay = self.ema_decay
+        if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1):
+            raise ValueError(f"ema_decay must be in [0, 1), e.g. 0.999 (0: no average), not {decay!r}")
 
     @property
     def weights(self) -> dict[str, float]:

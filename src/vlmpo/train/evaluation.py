@@ -9,6 +9,7 @@ import torch
 
 from vlmpo.intervals import mean_interval, wilson
 from vlmpo.loss.mpo import mpo_loss
+from vlmpo.train.sharding import prepare_to_score
 
 if TYPE_CHECKING:
     from vlmpo.train.batching import PairLoader, PairRows, Unusable
@@ -32,24 +33,39 @@ class ScoredPair(NamedTuple):
 
 
 def score_pairs(trainer: MPOTrainer, loader: PairLoader) -> tuple[list[ScoredPair], list[Unusable]]:
-    """Policy and reference log-probs of every pair, from all ranks; and the records that could not be used."""
-    model = trainer.model_wrapped
-    if not trainer.accelerator._models and model is trainer.model:  # asked before training: autocast is not on yet
-        model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    """Policy and reference log-probs of every pair, from all ranks; and the records that could not be used.
+
+    Raises:
+        RecordError: some rank met a bad record under ``on_bad_record="fail"``; all of them raise it.
+        RunError: the wrapper of the run cannot score before training.
+    """
+    model = _ready(trainer)
     was_training = model.training
     model.eval()
     scored: list[ScoredPair] = []
     dropped: list[Unusable] = []
     with torch.no_grad():
         for batch in loader:
-            if trainer.args.on_bad_record == "fail" and batch.dropped:
-                raise batch.dropped[0].error
+            fatal = batch.dropped[0].error if trainer.args.on_bad_record == "fail" and batch.dropped else None
             dropped += batch.dropped
-            for part in batch.parts:
-                scored += _score(trainer, model, part.to(trainer.args.device))
+            work = trainer.lockstep.agree([batch], fatal)
+            (level,) = trainer.lockstep.level([batch], work, model)
+            for part in level.parts:
+                scored += _score(trainer, model, trainer._prepare_inputs(part))
     model.train(was_training)
     gathered = trainer._gathered((scored, dropped))
     return [pair for pairs, _ in gathered for pair in pairs], [item for _, items in gathered for item in items]
+
+
+def _ready(trainer: MPOTrainer) -> torch.nn.Module:
+    """The policy as training calls it. Asked before training, it is under no wrapper, autocast or sharding yet."""
+    model = trainer.model_wrapped
+    if getattr(model, "_is_accelerate_prepared", False):
+        return model
+    if not getattr(model, "_vlmpo_ready", False):
+        model = prepare_to_score(trainer.accelerator, model)
+        model._vlmpo_ready = True  # type: ignore[assignment]
+    return model
 
 
 def _score(trainer: MPOTrainer, model: torch.nn.Module, part: PairRows) -> list[ScoredPair]:

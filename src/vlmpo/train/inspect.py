@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.text import Text
 
 from vlmpo.data.encode import EncodedPair, PairEncoder
+from vlmpo.data.processors import image_token_id, tokenizer_of
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import Recipe, check_training_keys
@@ -117,6 +118,7 @@ def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> N
     console = console or Console()
     processor = load_processor(recipe)
     found = examine(recipe, processor, pairs)
+    show_sources(console, found.data)
     for remark in found.notices:
         _line(console, f"note: {remark}", style="yellow")
     for number, encoded in enumerate(found.samples, start=1):
@@ -200,7 +202,8 @@ def collapse_images(ids: Sequence[int], processor: Any) -> str:
     The tiles are told where the processor says how many tokens one takes, and the run holds more than one.
     """
     parts: list[str] = []
-    for is_image, start, end in _runs([token == processor.image_token_id for token in ids]):
+    image = image_token_id(processor)
+    for is_image, start, end in _runs([token == image for token in ids]):
         if not is_image:
             parts.append(_decode(ids[start:end], processor))
             continue
@@ -222,7 +225,7 @@ def _runs(flags: Sequence[bool]) -> Iterator[tuple[bool, int, int]]:
 
 
 def _decode(ids: Sequence[int], processor: Any) -> str:
-    return processor.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tokenizer_of(processor).decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _indented(text: str) -> str:
@@ -230,6 +233,14 @@ def _indented(text: str) -> str:
 
 
 # ---- all pairs ----
+
+
+def show_sources(console: Console, data: RunData) -> None:
+    """Print what each data set was found to be: how many records of which format, in what, and why that format."""
+    for name, infos in data.formats().items():
+        _line(console, f"data.{name}", style="bold")
+        for info in infos:
+            _line(console, f"  {info.name}: {info.records} records, {info.container}, {info.title}: {info.why}")
 
 
 def show_counts(console: Console, found: Findings) -> None:

@@ -1,21 +1,32 @@
-"""The frozen reference: a copy of the initial policy, or the policy with its adapter switched off."""
+"""The frozen reference: a copy of the initial policy, or the policy's own base model under other adapter weights."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vlmpo.errors import RecipeError
+from vlmpo.errors import ModelError
+from vlmpo.train.sharding import is_partitioned, release, unwrapped, whole
+from vlmpo.tree.adapter_loading import active_adapter, adapter_places, split_name
 from vlmpo.tree.layout import Row
 from vlmpo.tree.logprobs import install, uses_shared_rows
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
-_DROPOUT_RATES = ("attention_dropout", "dropout", "dropout_p", "dropout_prob", "hidden_dropout", "activation_dropout")
+_DROPOUT_RATES = (
+    "attention_dropout",
+    "dropout",
+    "dropout_p",
+    "dropout_prob",
+    "hidden_dropout",
+    "activation_dropout",
+    "jitter_noise",  # of Mixtral's routers
+)
 
 
 class Reference(Protocol):
@@ -38,30 +49,73 @@ class CopyReference:
     def token_logps(self, rows: Sequence[Row]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
         with torch.no_grad():
-            return self.model(branch_rows=rows)
+            logps = self.model(branch_rows=rows)
+        release(self.model)
+        return logps
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
-        self._hash = self._hash or weights_hash(self.model, with_adapter=True)
+        if self._hash is None:
+            model: Any = unwrapped(self.model)
+            self._hash = weights_hash(model, active_adapter(model) if is_peft(model) else None)
         return self._hash
 
 
 class AdapterReference:
-    """The policy itself, read with its LoRA adapter switched off: no second copy of the weights."""
+    """The policy itself, read with its adapter switched off or a frozen one in its place: no second copy of the base.
 
-    def __init__(self, policy: Any) -> None:
+    Args:
+        policy: a PEFT model.
+        frozen: the name of the adapter that is read instead of the policy's; None: none, the base model alone.
+    """
+
+    def __init__(self, policy: Any, frozen: str | None = None) -> None:
         self.policy = policy
+        self.frozen = frozen
         self._hash: str | None = None
 
     def token_logps(self, rows: Sequence[Row]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
-        with torch.no_grad(), self.policy.disable_adapter():
+        with torch.no_grad(), reading_as(self.policy, self.frozen):
             return self.policy(branch_rows=rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
-        self._hash = self._hash or weights_hash(self.policy, with_adapter=False)
+        self._hash = self._hash or weights_hash(self.policy, self.frozen)
         return self._hash
+
+
+@contextmanager
+def reading_as(policy: Any, adapter: str | None) -> Iterator[None]:
+    """Read ``policy`` under another of its adapters, or under none; afterwards it is as it was.
+
+    PEFT's switches also set ``requires_grad``: that would thaw what was frozen, and FSDP2, which takes note of it in a
+    model's first forward, would never give the adapter a gradient. So every parameter keeps its own, inside too.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    try:
+        with policy.disable_adapter() if adapter is None else _switched(policy, adapter):
+            put_back(flags)
+            yield
+    finally:
+        put_back(flags)
+
+
+@contextmanager
+def _switched(policy: Any, adapter: str) -> Iterator[None]:
+    own = active_adapter(policy)
+    policy.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        policy.set_adapter(own)
+
+
+def put_back(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    """Give each parameter the ``requires_grad`` beside it."""
+    for parameter, wanted in flags:
+        if parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)
 
 
 def is_peft(model: Any) -> bool:
@@ -74,26 +128,17 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if is_peft(model) else model
 
 
-def choose_kind(kind: str, policy: Any, given: Any | None, fresh_adapter: bool) -> str:
-    """``copy`` or ``adapter``, as asked or as fits.
-
-    ``auto`` switches the adapter off only where it is ``fresh_adapter``, put on for this run: one that came with the
-    policy is part of what was trained before, so the reference keeps a frozen copy of it.
+def frozen_copy(policy: Any) -> nn.Module:
+    """A deep copy of the policy (its adapter included) that never learns.
 
     Raises:
-        RecipeError: ``adapter`` without an adapter, or beside a reference model.
+        ModelError: ZeRO-3 has taken the policy's weights apart already.
     """
-    if kind == "adapter" and not is_peft(policy):
-        raise RecipeError("reference.kind is 'adapter', but the policy carries none; set model.lora or kind: copy")
-    if kind == "adapter" and given is not None:
-        raise RecipeError("reference.kind is 'adapter', but a reference model was given too; leave one of them out")
-    if kind != "auto":
-        return kind
-    return "adapter" if fresh_adapter and given is None else "copy"
-
-
-def frozen_copy(policy: Any) -> nn.Module:
-    """A deep copy of the policy (its adapter included) that never learns."""
+    if is_partitioned(policy):
+        raise ModelError(
+            "under DeepSpeed ZeRO-3 the policy cannot be copied for the reference; pass the initial model a second "
+            "time as ref_model, or train with model.lora"
+        )
     return freeze(copy.deepcopy(policy), uses_shared_rows(base_of(policy)))
 
 
@@ -124,13 +169,23 @@ def switch_dropout_off(model: nn.Module) -> list[str]:
     return found
 
 
-def weights_hash(model: Any, with_adapter: bool) -> str:
-    """BLAKE2 of a reference's weights by name, with the adapter's or without. Hex, 32 digits."""
+def weights_hash(model: Any, adapter: str | None) -> str:
+    """BLAKE2 of a reference's weights by name: the base model's, and those of one adapter on it. Hex, 32 digits.
+
+    The same for a model whose weights are sharded over ranks, each of which must then ask.
+    """
+    base = base_of(model)
+    places = adapter_places(base) if is_peft(model) else set()
+    weights = {}
+    for name, weight in base.state_dict(keep_vars=True).items():
+        own = split_name(name, places)
+        if own is None:
+            weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = weight
+        elif own.adapter == adapter:
+            weights[f"{own.place}.{own.rest}"] = weight  # under any name it is the same adapter
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(base_of(model).state_dict().items()):
-        if not with_adapter and "lora_" in name:
-            continue
-        plain = name.replace(".base_layer.", ".")
-        digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    for name, weight in sorted(weights.items(), key=lambda item: item[0]):
+        tensor = whole(weight)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

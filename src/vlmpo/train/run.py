@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vlmpo.errors import RecipeError, RunError
+from vlmpo.errors import RecipeError, RunError, alike_on_a_node
 from vlmpo.files import replace_json
-from vlmpo.recipe import Recipe, check_lora_keys, check_training_keys
+from vlmpo.loss.mpo import needs_reference
+from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
+from vlmpo.train.adapters import check_adapter_settings, lora_config, quantization
+from vlmpo.train.averaging import AVERAGE_FOLDER
+from vlmpo.train.best import of_only_set
+from vlmpo.train.card import CardFacts, package_versions
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
+from vlmpo.train.reference import is_peft
 from vlmpo.train.run_data import RunData, open_run_data, overlaps_with_training, show_accounts
+from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 from vlmpo.tree import loading
 
@@ -33,8 +38,11 @@ ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 from transformers import TrainingArguments  # noqa: E402
 
 _SHOWN = ("accuracies", "accuracies_low", "accuracies_high", "margins", "margins_low", "margins_high")
-_PACKAGES = ("vlmpo", "torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "tokenizers", "pillow")
-
+# Of `training`, what has no part in an evaluation by itself.
+_TRAINING_ONLY = (
+    *("eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("push_to_hub", "learning_rates", "ema_decay", "resume_from_checkpoint"),
+)
 
 Prepare = Callable[[MPOTrainer], None]
 
@@ -52,7 +60,9 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     args = training_config(recipe)
     folder = Path(args.output_dir)
     _refuse_to_overwrite(folder, args)
-    data = open_run_data(recipe)
+    check_adapter_settings(recipe)
+    with alike_on_a_node():
+        data = open_run_data(recipe)
     overlaps = overlaps_with_training(data)
     for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
         notice(f"note: {remark}")
@@ -61,16 +71,19 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     if args.dataloader_num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
     evaluation: Any = data.evaluation or ({} if recipe.evaluate and recipe.evaluate.questions else None)
+    _check_evaluation(args, evaluation)
     trainer = MPOTrainer(
         model=model,
+        ref_model=_second_model(recipe, model),
         args=args,
         train_dataset=data.train,
         eval_dataset=next(iter(evaluation.values())) if evaluation and len(evaluation) == 1 else evaluation,
         processing_class=processor,
-        peft_config=_lora(recipe),
+        peft_config=lora_config(recipe),
     )
     if prepare is not None:
         prepare(trainer)
+    trainer.settle_best_metric()
     main = trainer.accelerator.is_main_process
     manifest = _manifest(recipe, trainer, data)
     manifest["overlap"] = {name: dataclasses.asdict(found) for name, found in overlaps.items()}
@@ -79,25 +92,55 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
         replace_json(folder / "manifest.json", {**manifest, "status": "running"})
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
-    trainer.save_model(args.output_dir)
+    _finish(recipe, trainer, data, manifest)
+    return trainer
+
+
+def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[str, Any]) -> None:
+    """Save and evaluate the final model; leave manifest, averaged weights and model card; push, where asked to."""
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model(trainer.args.output_dir, _internal_call=True)  # pushed below, when the card has its results
+    if trainer.average is not None:
+        trainer.save_average(folder / AVERAGE_FOLDER)
     results = {name: trainer.evaluate(part, metric_key_prefix=name) for name, part in data.evaluation.items()}
     accounts = trainer.all_accounts()
     warnings = [length_warning(metrics, name) for name, metrics in results.items()]
     for remark in [*trainer.encoder.notices, *filter(None, warnings)]:
         notice(f"note: {remark}")
-    if main:
-        manifest["data"] |= _data_accounts(data, accounts)
-        replace_json(folder / "manifest.json", {**manifest, "status": "finished", "evaluation": results})
+    manifest["data"] |= _data_accounts(data, accounts)
+    named = [source.path for source in recipe.data.train]
+    trainer.facts = CardFacts(recipe.model.path, manifest["data"]["sets"], named, results, accounts)
+    if trainer.accelerator.is_main_process:
+        final = {"final_model": trainer.final_model(), "evaluation": results}
+        replace_json(folder / "manifest.json", {**manifest, "status": "finished", **final})
+        trainer.create_model_card()
         console = Console()
         show_accounts(console, data, accounts)
         show_evaluation(console, results)
         console.print(f"model and processor: {folder}", markup=False, highlight=False, soft_wrap=True)
-    return trainer
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _check_evaluation(args: MPOConfig, evaluation: Any) -> None:
+    """Something is there to evaluate on, and the metric of the best checkpoint goes by the trainer's names."""
+    if args.eval_strategy != "no" and evaluation is None:
+        raise RecipeError(
+            f"training.eval_strategy is {args.eval_strategy.value!r}, but there is nothing to evaluate on; "
+            "give data.eval, data.hold_out or evaluate.questions"
+        )
+    if evaluation and len(evaluation) == 1:
+        args.metric_for_best_model = of_only_set(args.metric_for_best_model, next(iter(evaluation)))
 
 
 def training_config(recipe: Recipe) -> MPOConfig:
     """MPOConfig of a recipe. Raises RecipeError for an unknown key or a value TrainingArguments refuse."""
     check_training_keys(recipe, [field.name for field in dataclasses.fields(TrainingArguments)])
+    if recipe.training.get("hub_token") is not None:
+        raise RecipeError(
+            "training.hub_token: a recipe is kept in the run folder and pushed with it; "
+            "log in with `hf auth login`, or set HF_TOKEN"
+        )
     try:
         return MPOConfig(
             **{
@@ -120,6 +163,12 @@ def training_config(recipe: Recipe) -> MPOConfig:
         raise RecipeError(f"training: {error}") from error
 
 
+def evaluation_config(recipe: Recipe) -> MPOConfig:
+    """MPOConfig to evaluate with, outside of training. Raises RecipeError like :func:`training_config`."""
+    training = {key: value for key, value in recipe.training.items() if key not in _TRAINING_ONLY}
+    return training_config(recipe.model_copy(update={"training": training}))
+
+
 def _refuse_to_overwrite(folder: Path, args: MPOConfig) -> None:
     if not args.resume_from_checkpoint and (folder / "manifest.json").exists():
         raise RunError(
@@ -138,10 +187,10 @@ def load_model(recipe: Recipe) -> Any:
 
     Raises:
         ModelError: no model there, or weights missing in the checkpoint.
-        RecipeError: a frozen part that does not exist.
+        RecipeError: a frozen part that does not exist, or quantised weights without an adapter.
     """
-    model = loading.load_model(recipe.model.path, recipe.model.dtype)
-    if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
+    model = loading.load_model(recipe.model.path, recipe.model.dtype, quantization(recipe))
+    if recipe.model.dtype == "bfloat16" and recipe.model.lora is None and not is_peft(model):
         notice(
             "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"
         )
@@ -149,16 +198,12 @@ def load_model(recipe: Recipe) -> Any:
     return model
 
 
-def _lora(recipe: Recipe) -> Any:
-    if recipe.model.lora is None:
+def _second_model(recipe: Recipe, model: Any) -> Any:
+    """The initial model once more, for the reference, where ZeRO-3 took the first apart and it cannot be copied."""
+    adapter = recipe.reference.kind != "copy" and (recipe.model.lora is not None or is_peft(model))
+    if adapter or not is_partitioned(model) or not needs_reference(dict(recipe.loss.weights)):
         return None
-    from peft import LoraConfig
-
-    check_lora_keys(recipe, [field.name for field in dataclasses.fields(LoraConfig)])
-    try:
-        return LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **recipe.model.lora})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"model.lora: {error}") from error
+    return loading.load_model(recipe.model.path, recipe.model.dtype)
 
 
 # ---- the run folder ----
@@ -167,7 +212,7 @@ def _lora(recipe: Recipe) -> Any:
 def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": package_versions(),
         "seed": trainer.args.seed,
         "data_seed": trainer.args.data_seed,
         "world_size": trainer.args.world_size,
@@ -175,16 +220,10 @@ def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData) -> dict[str, A
         "reference_hash": None if trainer.reference is None else trainer.reference.weights_hash(),
         "data": {
             "hashes": {path: _file_hash(path) for path in data.train.paths},
+            "formats": {name: [dataclasses.asdict(i) for i in infos] for name, infos in data.formats().items()},
             **_data_accounts(data, Accounts()),
         },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _file_hash(path: str) -> str:

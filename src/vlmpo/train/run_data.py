@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vlmpo.data.overlap import Item, Overlap, find_overlaps
 from vlmpo.data.screening import screen, split_hold_out
-from vlmpo.data.sources import PairDataset, open_pairs
+from vlmpo.data.sources import PairDataset, SourceInfo, open_pairs
 from vlmpo.data.specs import SourceSpec
 from vlmpo.errors import DataError, RecipeError, RecordError
 from vlmpo.loss.mpo import needs_reference
@@ -41,6 +41,11 @@ class RunData:
     screened: Accounts
     eval_screened: Accounts
     notices: list[str] = field(default_factory=list)
+
+    def formats(self) -> dict[str, list[SourceInfo]]:
+        """What each source was found to be, those of ``train`` and those of ``eval``."""
+        named = {"train": self.train, "eval": self.evaluation.get("eval")}
+        return {name: pairs.infos for name, pairs in named.items() if pairs is not None}
 
 
 def open_run_data(recipe: Recipe) -> RunData:
@@ -87,7 +92,7 @@ def _seed(recipe: Recipe) -> int:
 
 
 def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:
-    specs = [SourceSpec(s.path, s.image_root, s.repeat, s.max_tiles, s.name) for s in sources]
+    specs = [SourceSpec(**source.model_dump()) for source in sources]
     return open_pairs(specs, seed=seed, need_rejected=needs_reference(recipe.loss.weights))
 
 
@@ -106,14 +111,28 @@ def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, Accounts, Co
 
 def overlaps_with_training(data: RunData, others: Mapping[str, Sequence[Item]] | None = None) -> dict[str, Overlap]:
     """For each evaluation set, and each of ``others``, what of it the training pairs show too, by content."""
-    evaluations = {name: list(_items(pairs)) for name, pairs in data.evaluation.items()} | dict(others or {})
-    return find_overlaps(_items(data.train), evaluations) if evaluations else {}
+    evaluations: dict[str, Collection[Item]] = {name: _Items(pairs) for name, pairs in data.evaluation.items()}
+    evaluations |= others or {}
+    return find_overlaps(_Items(data.train), evaluations) if evaluations else {}
 
 
-def _items(pairs: PairDataset) -> Iterator[Item]:
-    for index in range(len(pairs)):
-        pair = pairs[index]
-        yield Item(" ".join(message.text for message in pair.prompt), pair.images, pair.origin)
+class _Items(Collection[Item]):
+    """Pairs as overlap sees them, read anew each time: their images may be embedded, and are not to be held."""
+
+    def __init__(self, pairs: PairDataset) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __contains__(self, item: object) -> bool:
+        return any(item == other for other in self)
+
+    def __iter__(self) -> Iterator[Item]:
+        for index in range(len(self._pairs)):
+            pair = self._pairs[index]
+            text = " ".join(message.text for message in pair.prompt)
+            yield Item(text, (*pair.images, *pair.videos), pair.origin)
 
 
 def show_accounts(console: Console, data: RunData, trained: Accounts) -> None:

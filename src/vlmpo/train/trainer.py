@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmpo.data.encode import EncodedPair, PairEncoder
-from vlmpo.errors import RunError
+from vlmpo.errors import RecordError, RunError
 from vlmpo.loss.mpo import LossOutput, expected_start, mpo_loss, needs_reference
 from vlmpo.loss.reward_shift import RewardShift
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
+from vlmpo.train.adapters import add_frozen_adapter, check_policy_adapter, choose_kind, put_adapter_on
 from vlmpo.train.batching import (
     Collator,
     EncodedPairs,
@@ -26,8 +27,11 @@ from vlmpo.train.batching import (
     merge,
 )
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
+from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import evaluate_pairs
+from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
+from vlmpo.train.lockstep import AtTrainBegin, Lockstep
 from vlmpo.train.metrics import StepSums, add_up, summarise
 from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock, notice
 from vlmpo.train.reference import (
@@ -35,36 +39,39 @@ from vlmpo.train.reference import (
     CopyReference,
     Reference,
     base_of,
-    choose_kind,
     freeze,
     frozen_copy,
-    is_peft,
     switch_dropout_off,
 )
-from vlmpo.tree.families import shared_row_error, support_for
+from vlmpo.train.router_loss import add_router_loss, read_policy
+from vlmpo.train.sharding import more_to_come, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
+from vlmpo.tree.families import check_rows, support_for
 from vlmpo.tree.layout import sum_by_branch
 from vlmpo.tree.logprobs import install
+from vlmpo.tree.router import router_coefficient
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
-from transformers import PrinterCallback, ProgressCallback, Trainer  # noqa: E402
+from transformers import PrinterCallback, ProgressCallback, set_seed  # noqa: E402
 
 
-class MPOTrainer(Trainer):
+class MPOTrainer(ChoosingTrainer):
     """Trains a vision-language model by MPO, or by any subset of its terms.
 
     Args:
-        model: the policy, a transformers model (or one under a PEFT adapter).
+        model: the policy, a transformers model (or one under a PEFT adapter), or its name or path.
         ref_model: the frozen reference; None: a copy of ``model`` as given, or the model with its adapter off.
         args: the settings.
-        train_dataset: anything with ``len()`` and ``[i] -> PreferencePair``.
+        train_dataset: pairs, or records of any format vlmpo reads: a ``datasets.Dataset``, a list of dicts, anything
+            with ``len()`` and items by number.
         eval_dataset: the same, or a dict of them by name.
-        processing_class: the model's own processor, with its chat template.
+        processing_class: the model's own processor, with its chat template; None: loaded from where the model was.
         peft_config: put a fresh adapter on the policy; its ``lora_dropout`` is forced to 0.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model.
         ModelError: the processor has no chat template, or a checkpoint does not fit.
+        DataError: records of no known format, or a streaming data set, which has no length.
         RecordError: a bad record under ``on_bad_record="fail"``.
         RunError: a checkpoint is incomplete, or was trained against another reference.
     """
@@ -83,15 +90,22 @@ class MPOTrainer(Trainer):
         peft_config: Any | None = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        data_collator: Any = None,
+        compute_metrics: Any = None,
     ) -> None:
+        refuse_unused(data_collator=data_collator, compute_metrics=compute_metrics)
         args = args if args is not None else MPOConfig(output_dir="runs/mpo")
+        model, ref_model, processing_class = load_named(model, ref_model, processing_class)
         if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+            set_seed(args.seed)  # an adapter starts from random numbers: the seed's, not whatever came before
+            model = put_adapter_on(model, peft_config)
+        check_policy_adapter(model, args)
         switched_off = switch_dropout_off(model)
         if switched_off:
             notice(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
         self.shared = self._choose_rows(args, base_of(model))
         install(base_of(model), self.shared)
+        self.router_coefficient = router_coefficient(base_of(model).config)
         self.with_preferences = needs_reference(args.weights)
         self.encoder = PairEncoder(
             processing_class,
@@ -105,20 +119,20 @@ class MPOTrainer(Trainer):
         self.sums = StepSums()
         self.clock = StepClock()
         self.accounts = Accounts()
-        self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self._step_rewards = [0.0, 0.0]  # sum and count of the optimizer step under way, this rank
         super().__init__(
             model=model,
             args=args,
             data_collator=Collator(args.max_tokens_per_row, self.shared),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
+            eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
             processing_class=processing_class,
             callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
             optimizers=optimizers,
         )
         self.pop_callback(PrinterCallback)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
+        self.lockstep = Lockstep(self.accelerator, self.encoder, self.data_collator)
         self.reference = self._build_reference(ref_model, peft_config is not None)
 
     # ---- set-up ----
@@ -130,15 +144,20 @@ class MPOTrainer(Trainer):
             notice(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
         return args.attention == "auto" and support.shared
 
-    def _check_shared_rows(self) -> None:
-        """Read one real pair both ways; where they differ by more than rounding, share no more and say so."""
+    def _check_rows(self) -> None:
+        """Read one real pair as the run does and as the model does; where shared rows differ, share no more.
+
+        Raises ModelError where even separate rows are not what the model itself says.
+        """
         data = EncodedPairs(self.train_dataset, self.encoder)
-        items = (data[index] for index in range(len(data)))
-        pair = next((item for item in items if isinstance(item, EncodedPair)), None)
+        usable = (item for item in map(data.__getitem__, range(len(data))) if isinstance(item, EncodedPair))
+        pair = max(itertools.islice(usable, 8), key=lambda item: bool(item.vision), default=None)  # an image, if any
         if pair is None:
             return
         rows, parts = (lay_out([pair], shared).to(self.args.device).rows for shared in (True, False))
-        difference = shared_row_error(base_of(self.model), rows, parts, self.args.bf16 or self.args.fp16)
+        half = self.args.bf16 or self.args.fp16
+        wrapped = self.model_wrapped if passes_are_shared(self.accelerator) else None
+        difference = check_rows(base_of(self.model), rows if self.shared else None, parts, half, wrapped)
         if difference is None:
             return
         notice(
@@ -153,10 +172,11 @@ class MPOTrainer(Trainer):
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
             return None
-        if choose_kind(self.args.reference_kind, self.model, given, fresh_adapter) == "adapter":
-            return AdapterReference(self.model)
+        kind = choose_kind(self.args.reference_kind, self.model, given, fresh_adapter)
+        if kind != "copy":
+            return AdapterReference(self.model, add_frozen_adapter(self.model) if kind == "frozen_adapter" else None)
         frozen = frozen_copy(self.model) if given is None else freeze(given, self.shared)
-        return CopyReference(self.accelerator.prepare_model(frozen, evaluation_mode=True))
+        return CopyReference(prepare_frozen(self.accelerator, frozen))
 
     # ---- data ----
 
@@ -193,28 +213,20 @@ class MPOTrainer(Trainer):
         """The micro-batches of one optimizer step and its denominators, summed over ranks before any forward."""
         self.clock.start()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        self._account(batches)
-        pairs = sum(len(batch) for batch in batches)
-        tokens = sum(batch.num_chosen_tokens for batch in batches)
-        counts = self._over_ranks([pairs, tokens], device)
-        return batches, {"pairs": counts[0], "chosen_tokens": counts[1]}
+        work = self.lockstep.agree(batches, self._account(batches))
+        counts = {"pairs": float(work.pairs), "chosen_tokens": float(work.chosen_tokens)}
+        return self.lockstep.level(batches, work, self.model_wrapped), counts
 
-    def _account(self, batches: list[MicroBatch]) -> None:
+    def _account(self, batches: list[MicroBatch]) -> RecordError | None:
+        """Count what became of the pairs; the error of a bad record where that is to end the run."""
         for unusable in (unusable for batch in batches for unusable in batch.dropped):
             if self.args.on_bad_record == "fail":
-                raise unusable.error
+                return unusable.error
             if self.accounts.is_news(unusable.error):
                 notice(f"dropped: {unusable.error}")
         if (self.state.epoch or 0.0) < 1.0:  # every pair comes once an epoch: the first one counts them
             self.accounts.add(batches)
-
-    def _over_ranks(self, values: list[float], device: torch.device) -> list[float]:
-        """Each value summed over ranks, in float64 where the device has it."""
-        if self.accelerator.num_processes == 1:
-            return [float(value) for value in values]
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        summed = self.accelerator.reduce(torch.tensor(values, dtype=kind, device=device), reduction="sum")
-        return [float(value) for value in summed]
+        return None
 
     # ---- one step ----
 
@@ -225,16 +237,17 @@ class MPOTrainer(Trainer):
         """
         parts = [merge(inputs.parts)] if self.reward_shift.mode == "running" else inputs.parts
         total = torch.zeros((), device=self.args.device)
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for part in parts[:-1]:
+            with more_to_come(self.accelerator, model):
                 total = total + super().training_step(model, part, num_items_in_batch)
+        total = total + super().training_step(model, parts[-1], num_items_in_batch)
         if self.accelerator.sync_gradients:
+            self.lockstep.forget_idle_gradients(model)
             self._end_step()
         return total
 
     def _prepare_inputs(self, inputs: PairRows) -> PairRows:
-        return inputs.to(self.args.device)
+        return to_compute_dtype(self.accelerator, inputs.to(self.args.device))
 
     def compute_loss(
         self,
@@ -244,10 +257,13 @@ class MPOTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """This part's share of the global batch's loss, times the number of ranks, whose gradients are averaged."""
-        policy, reference = self.branch_logps(model, inputs)
+        policy, reference, router = self._read(model, inputs, self.router_coefficient is not None and model.training)
         if self.reward_shift.mode == "running" and model.training:
-            self._observe_micro_batch(policy, reference)
+            self._observe_micro_batch(inputs, policy, reference)
         output = self._loss(inputs, policy, reference, num_items_in_batch)
+        output = add_router_loss(
+            output, router, inputs, self.router_coefficient, (num_items_in_batch or {}).get("pairs")
+        )
         if model.training:
             self._record(inputs, policy, output)
         loss = output.loss * self.accelerator.num_processes
@@ -255,10 +271,14 @@ class MPOTrainer(Trainer):
 
     def branch_logps(self, model: nn.Module, part: PairRows) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each branch of ``part``, ``[branches]``: policy's, and reference's where needed."""
+        return self._read(model, part, False)[:2]
+
+    def _read(self, model: nn.Module, part: PairRows, router: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         reference = None
         if self.reference is not None:
             reference = sum_by_branch(self.reference.token_logps(part.rows), part.rows)
-        return sum_by_branch(model(branch_rows=part.rows), part.rows), reference
+        policy, router_losses = read_policy(model, part, router)
+        return policy, reference, router_losses
 
     def _loss(
         self, part: PairRows, policy: Tensor, reference: Tensor | None, counts: dict[str, float] | None
@@ -277,11 +297,11 @@ class MPOTrainer(Trainer):
             **self.args.loss_settings,
         )
 
-    def _observe_micro_batch(self, policy: Tensor, reference: Tensor | None) -> None:
+    def _observe_micro_batch(self, part: PairRows, policy: Tensor, reference: Tensor | None) -> None:
         """``running``: this micro-batch's mean reward, averaged over the ranks that have one, enters delta at once."""
-        if reference is None:
+        if reference is None or part.rejected is None:
             return
-        rewards = self.args.beta * (policy.detach() - reference)
+        rewards = self.args.beta * (policy.detach() - reference)[torch.cat([part.chosen, part.rejected])]
         mine = [float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0]
         total, ranks = self._over_ranks(mine, self.args.device)
         self.reward_shift.observe(total, ranks)
@@ -289,7 +309,7 @@ class MPOTrainer(Trainer):
     def _record(self, part: PairRows, policy: Tensor, output: LossOutput) -> None:
         logps = policy.detach()
         self.sums.add_losses(output.loss.detach(), output.terms)
-        rejected = None if part.rejected is None else logps[part.rejected]
+        rejected = logps[part.rejected] if part.rejected is not None and self.with_preferences else None
         self.sums.add_pairs(logps[part.chosen], rejected, output.chosen_rewards, output.rejected_rewards, part.sources)
         self.sums.values["tokens"] += part.num_tokens
         if output.chosen_rewards is not None and output.rejected_rewards is not None:
@@ -328,21 +348,16 @@ class MPOTrainer(Trainer):
             logs["reward_shift"] = self.reward_shift.value
         return logs
 
-    def _gathered(self, mine: Any) -> list[Any]:
-        if self.accelerator.num_processes == 1:
-            return [mine]
-        from accelerate.utils import gather_object
-
-        return gather_object([mine])
-
     def _show_start(self, logs: dict[str, float]) -> None:
         """Beside the first measured loss, the one expected while policy and reference are the same."""
         if self.reference is None:
             return
         offset = expected_start(self.args.weights, 0.0)
         nll = self.args.weights.get("nll", 0.0) * logs.get("loss/nll", 0.0)
-        logs["start/expected_loss"] = offset + nll
-        notice(f"first loss {logs['loss']:.4f}; expected {offset:.4f} + nll {nll:.4f} = {offset + nll:.4f}")
+        router = (self.router_coefficient or 0.0) * logs.get("loss/router_aux", 0.0)
+        logs["start/expected_loss"] = expected = offset + nll + router
+        parts = f"{offset:.4f} + nll {nll:.4f}" + (f" + router {router:.4f}" if router else "")
+        notice(f"first loss {logs['loss']:.4f}; expected {parts} = {expected:.4f}")
 
     # ---- evaluation ----
 
@@ -353,7 +368,8 @@ class MPOTrainer(Trainer):
 
         Touches neither delta nor any other state of training.
         """
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        given = pairs_of(eval_dataset, self.with_preferences, "eval_dataset")
+        data = self.eval_dataset if given is None else given
         sets = {f"_{name}": part for name, part in data.items()} if isinstance(data, dict) else {"": data}
         metrics: dict[str, float] = {}
         for name, part in sets.items():
@@ -378,8 +394,11 @@ class MPOTrainer(Trainer):
                     "leave training.resume_from_checkpoint out to start anew"
                 )
             resume_from_checkpoint = str(found)
-        if self.shared:
-            self._check_shared_rows()
+        refuse_if_scored(self.accelerator, self.model_wrapped)
+        if passes_are_shared(self.accelerator):  # the weights can be read only once they are wrapped
+            self.add_callback(AtTrainBegin(self._check_rows))
+        else:
+            self._check_rows()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -393,6 +412,7 @@ class MPOTrainer(Trainer):
             "reward_shift": self.reward_shift.state_dict(),
             "reference_hash": None if self.reference is None else self.reference.weights_hash(),
             "accounts": self.all_accounts().to_json(),
+            "learning_rates": self.args.learning_rates or None,
         }
 
     def all_accounts(self) -> Accounts:
@@ -402,7 +422,7 @@ class MPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
         state = read_state(resume_from_checkpoint)
         mine = None if self.reference is None else self.reference.weights_hash()
-        if state["reference_hash"] != mine:
+        if state["reference_hash"] != self._gathered(mine)[0]:
             raise RunError(
                 f"{resume_from_checkpoint} was trained against another reference than this run has; start from the "
                 "same initial model (a resumed policy must not become its own reference)"
@@ -419,22 +439,14 @@ class MPOTrainer(Trainer):
             self.accounts = Accounts.from_json(state["accounts"])
 
     def _load_best_model(self) -> None:
+        self.accelerator.wait_for_everyone()  # the first rank may still be writing the last checkpoint
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
+        # Delta as it was then: the evaluation of these weights comes out as it did.
+        self.reward_shift.load_state_dict(read_state(self.state.best_model_checkpoint)["reward_shift"])
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' estimate knows neither images nor shared rows."""
         return 0
-
-
-def _with_adapter(model: Any, peft_config: Any) -> Any:
-    from peft import get_peft_model
-
-    if is_peft(model):
-        raise RunError("the model already carries an adapter; pass either such a model or a peft_config, not both")
-    if getattr(peft_config, "lora_dropout", 0.0):
-        notice(f"lora_dropout {peft_config.lora_dropout} forced to 0: the rewards would be noise at the start")
-        peft_config.lora_dropout = 0.0
-    return get_peft_model(model, peft_config)

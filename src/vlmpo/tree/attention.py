@@ -2,6 +2,9 @@
 
 Trunk and first branch together are plain causal attention. Every further branch attends to ``[trunk, itself]`` with
 lower-right causal alignment. So a tree costs one attention call a branch, no padding, and no dense mask over the row.
+
+Where a layer sees only a window of tokens back, it is a window over logical positions: a branch's first token stands
+right behind the trunk, wherever in the row the branch lies.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 ATTENTION_NAME = "vlmpo_branches"
 LAYOUT_ARGUMENT = "vlmpo_layout"  # keyword of the model's forward that reaches every attention layer
+
+# Keywords with which layers of some families change the attention scores.
+_CHANGES_SCORES = ("softcap", "s_aux", "position_bias")
 
 _reading_a_row: ContextVar[bool] = ContextVar("vlmpo_reading_a_row", default=False)
 
@@ -69,8 +75,8 @@ def branch_attention(
         ``[1, tokens, heads, head]`` and None for the weights.
 
     Raises:
-        ModelError: called from a vision layer, with dropout on, or over a sliding window that would cut a tree:
-            each would be silently wrong.
+        ModelError: called from a vision layer, with dropout on, or with scores changed in a way unknown here (soft
+            caps, sinks): each would be silently wrong.
     """
     layout: RowLayout | None = arguments.pop(LAYOUT_ARGUMENT, None)
     if layout is None:
@@ -81,35 +87,52 @@ def branch_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    pieces = [piece for span in layout.spans for piece in _attend(span, query, key, value, layout, scaling)]
+    window = arguments.get("sliding_window")
+    pieces = [piece for span in layout.spans for piece in _attend(span, query, key, value, layout, scaling, window)]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _attend(
-    span: TreeSpan, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float | None
+    span: TreeSpan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: RowLayout,
+    scaling: float | None,
+    window: int | None,
 ) -> list[Tensor]:
     """Outputs of one tree, ``[1, heads, tokens, head]`` a piece: trunk with first branch, then each other branch."""
     trunk_end = span.start + span.trunk
     at = trunk_end + span.branches[0]
     first = slice(span.start, at)
+    mask: Any = layout.trunk_mask(span, window, query.device)
     pieces = [
         scaled_dot_product_attention(
-            query[:, :, first], key[:, :, first], value[:, :, first], is_causal=True, scale=scaling
+            query[:, :, first],
+            key[:, :, first],
+            value[:, :, first],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
         )
     ]
-    trunk_key, trunk_value = key[:, :, span.start : trunk_end], value[:, :, span.start : trunk_end]
+    # A branch's first token sees the last ``window - 1`` tokens of the trunk, those after it fewer.
+    seen = span.trunk if window is None else min(span.trunk, window - 1)
+    trunk = slice(trunk_end - seen, trunk_end)
     for length in span.branches[1:]:
         own = slice(at, at + length)
-        mask: Any = (
-            causal_lower_right(length, span.trunk + length)
-            if query.is_cuda  # dispatches to flash attention, which knows this alignment
-            else layout.lower_right_mask(length, span.trunk + length, query.device)
-        )
+        keys = seen + length
+        if window is not None and keys > window:
+            mask = layout.branch_mask(length, keys, window, query.device)
+        elif query.is_cuda:
+            mask = causal_lower_right(length, keys)  # dispatches to flash attention, which knows this alignment
+        else:
+            mask = layout.branch_mask(length, keys, None, query.device)
         pieces.append(
             scaled_dot_product_attention(
                 query[:, :, own],
-                torch.cat([trunk_key, key[:, :, own]], dim=2),
-                torch.cat([trunk_value, value[:, :, own]], dim=2),
+                torch.cat([key[:, :, trunk], key[:, :, own]], dim=2),
+                torch.cat([value[:, :, trunk], value[:, :, own]], dim=2),
                 attn_mask=mask,
                 scale=scaling,
             )
@@ -128,10 +151,11 @@ def _refuse_what_would_be_wrong(
         )
     if dropout:
         raise ModelError("attention dropout is on; policy and reference must be read without dropout")
-    window = arguments.get("sliding_window")
-    if window is not None and any(span.trunk + max(span.branches) > window for span in layout.spans):
+    unknown = sorted(name for name in _CHANGES_SCORES if arguments.get(name) is not None)
+    if unknown:
         raise ModelError(
-            f"this model sees only {window} tokens back, a tree of this row is longer; set model.attention: separate"
+            f"{type(module).__name__} asks for {', '.join(unknown)}, which the attention for branches does not know; "
+            "set model.attention: separate in the recipe"
         )
     if query.shape[0] != 1 or query.shape[2] != layout.num_tokens:
         raise ModelError(f"the layout covers {layout.num_tokens} tokens, the layer was given {tuple(query.shape)}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from vlmpo.tree.vision import merge_vision
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class PromptTree:
     Attributes:
         trunk_ids: ``[trunk]``, token ids of the prompt, image tokens expanded; at least one.
         branches: ids of each response's scored tokens, ``[length]`` each; at least one token each.
-        vision: the processor's vision tensors, stacked along dimension 0 (InternVL: ``pixel_values [tiles, 3, h, w]``).
+        vision: the processor's vision tensors for this prompt alone (InternVL: ``pixel_values [tiles, 3, h, w]``).
         token_types: what the processor says of each trunk token beside its id, ``[trunk]`` each; a branch's are 0.
     """
 
@@ -60,24 +62,62 @@ class RowLayout:
 
     A class of its own, so that wrappers which walk through nested inputs leave it alone, and so that masks made for
     one layer serve all.
+
+    Attributes:
+        spans: the trees, in order.
+        blocks: ``[tokens]``, for a family whose images attend to themselves in both directions: which block of image
+            tokens each token belongs to, -1 for text; None everywhere else. A response holds no image.
+        positions: ``[3, 1, tokens]``, for a family that counts in three dimensions, once its model has counted.
     """
 
     def __init__(self, spans: tuple[TreeSpan, ...]) -> None:
         self.spans = spans
-        self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.blocks: Tensor | None = None
+        self.positions: Tensor | None = None
+        self._masks: dict[tuple[Any, ...], Tensor | None] = {}
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the row."""
         return sum(span.trunk + sum(span.branches) for span in self.spans)
 
-    def lower_right_mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """``[queries, keys]`` bool: the last query sees all keys, each one before it one key less."""
-        key = (queries, keys, device)
+    def trunk_mask(self, span: TreeSpan, window: int | None, device: torch.device) -> Tensor | None:
+        """Who sees whom among the trunk of ``span`` and its first branch, ``[tokens, tokens]`` bool.
+
+        None where plain causal attention says it all: no block of image tokens, and no more tokens than ``window``.
+        """
+        tokens = span.trunk + span.branches[0]
+        window = None if window is None or tokens <= window else window
+        key = ("trunk", span.start, window, device)
+        if key not in self._masks:
+            self._masks[key] = self._trunk_mask(span.start, tokens, window, device)
+        return self._masks[key]
+
+    def _trunk_mask(self, start: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+        blocks = None if self.blocks is None else self.blocks[start : start + tokens].to(device)
+        if blocks is not None and not bool((blocks >= 0).any()):
+            blocks = None
+        if blocks is None and window is None:
+            return None
+        ones = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+        seen = ones.tril()
+        if blocks is not None:
+            seen = seen | ((blocks[:, None] == blocks) & (blocks >= 0))
+        return seen if window is None else seen & ones.triu(diagonal=1 - window)
+
+    def branch_mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+        """``[queries, keys]`` bool: the last query sees all keys, each one before it one key less.
+
+        With ``window`` it sees the last ``window`` of those only, itself among them.
+        """
+        key = ("branch", queries, keys, window, device)
         if key not in self._masks:
             ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
-            self._masks[key] = ones.tril(diagonal=keys - queries)
-        return self._masks[key]
+            mask = ones.tril(diagonal=keys - queries)
+            self._masks[key] = mask if window is None else mask & ones.triu(diagonal=1 + keys - queries - window)
+        found = self._masks[key]
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True)
@@ -92,8 +132,9 @@ class Row:
         targets: ``[scored]``, the scored tokens' ids.
         branch_of: ``[scored]``, which branch of the row each scored token belongs to, counted through the row.
         num_branches: branches in the row.
-        vision: the trees' vision tensors, concatenated along dimension 0 in order of the trees.
+        vision: the trees' vision tensors, put together in order of the trees.
         token_types: ``[1, tokens]`` each, by the processor's name.
+        unscored: tokens at the row's end that no scored token sees, see :func:`append_unscored`.
     """
 
     input_ids: Tensor
@@ -105,6 +146,7 @@ class Row:
     num_branches: int
     vision: dict[str, Tensor]
     token_types: dict[str, Tensor] = field(default_factory=dict)
+    unscored: int = 0
 
     def to(self, device: torch.device) -> Row:
         """The row with its tensors on ``device``."""
@@ -150,14 +192,9 @@ def build_row(trees: Sequence[PromptTree]) -> Row:
         targets=torch.cat([branch for tree in trees for branch in tree.branches]),
         branch_of=torch.cat(branch_of),
         num_branches=num_branches,
-        vision=_concatenate([tree.vision for tree in trees]),
+        vision=merge_vision([tree.vision for tree in trees]),
         token_types=_token_types(trees),
     )
-
-
-def _concatenate(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    names = list(dict.fromkeys(name for part in parts for name in part))
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
 
 
 def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:

@@ -18,28 +18,42 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
+from vlmpo.tree.heads import PLAIN, LogitMap, logit_map
 from vlmpo.tree.layout import Row
+from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
+from vlmpo.tree.router import with_router_losses
 
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits alive at once: 64 MiB in float32
 ROWS_ARGUMENT = "branch_rows"  # keyword of the model's forward that asks for log-probs instead of logits
+ROUTER_ARGUMENT = "router_losses"  # goes with it: answer with BranchScores
+SHARED_ARGUMENT = "branch_shared"  # goes with it: read the rows with shared trunks, or not, whatever install() said
+TARGETS_ARGUMENT = "branch_targets"  # the same of the vocabulary head's forward
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """``log softmax(h W^T + b)[target]`` for ``[scored]`` rows, a chunk of them at a time, in float32 or better."""
+    """``log softmax(map(h W^T + b))[target]`` for ``[scored]`` rows, chunk by chunk, in float32 or better."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rows: int,
+        logit_map: LogitMap,
+    ) -> Tensor:
         parts = []
         for at in range(0, hidden.shape[0], rows):
-            logits = _logits(hidden[at : at + rows], weight, bias)  # [chunk, vocabulary]
+            logits = logit_map.of(_project(hidden[at : at + rows], weight, bias))  # [chunk, vocabulary]
             picked = logits.gather(1, targets[at : at + rows, None]).squeeze(1)
             parts.append(picked - torch.logsumexp(logits, dim=1))
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.rows = rows
+        ctx.rows, ctx.logit_map = rows, logit_map
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         hidden, weight, bias, targets = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -49,10 +63,12 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if wants_bias else None
         for at in range(0, hidden.shape[0], ctx.rows):
             part = slice(at, at + ctx.rows)
+            logits = ctx.logit_map.of(_project(hidden[part], weight, bias))
             # d log p[t] / d logits = onehot(t) - softmax(logits)
-            grad_logits = _logits(hidden[part], weight, bias).softmax(dim=1).neg_()
+            grad_logits = logits.softmax(dim=1).neg_()
             grad_logits.scatter_add_(1, targets[part, None], torch.ones_like(grad_logits[:, :1]))
             grad_logits *= grad[part, None]
+            grad_logits = ctx.logit_map.backward(grad_logits, logits)
             narrow = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = narrow @ weight.to(hidden.dtype)
@@ -66,6 +82,7 @@ class _TokenLogProbs(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -73,9 +90,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = (hidden @ weight.to(hidden.dtype).t()).to(_wide(hidden.dtype))
-    return logits if bias is None else logits + bias
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    projected = (hidden @ weight.to(hidden.dtype).t()).to(_wide(hidden.dtype))
+    return projected if bias is None else projected + bias
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -85,23 +102,40 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def token_logps(hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+def token_logps(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    logit_map: LogitMap = PLAIN,
+) -> Tensor:
     """Log-probability of each target under the vocabulary head.
 
     Args:
         hidden: ``[scored, hidden]``, the states that predict the targets.
-        head: the model's output embedding. A plain ``nn.Linear`` takes the chunked path with its own backward; any
-            other module (a head under LoRA, a quantised one) is called chunk by chunk under checkpointing.
+        head: the model's output embedding. A plain ``nn.Linear`` takes the chunked path with its own backward, and is
+            called for it where :func:`install` taught it to answer: FSDP2 and ZeRO-3 hang the gathering of its weight
+            on that call. Any other module (a head under LoRA, a quantised one) is called chunk by chunk under
+            checkpointing.
         targets: ``[scored]`` token ids.
         chunk_elements: logits alive at once.
+        logit_map: what the family does to the head's output.
 
     Returns:
         ``[scored]``, float32, or float64 for float64 models.
     """
     if hidden.shape[0] == 0:
         return hidden.sum(dim=1).to(_wide(hidden.dtype))
-    if type(head) is not nn.Linear:
-        return _token_logps_through(hidden, head, targets, chunk_elements)
+    if getattr(head, "_vlmpo_scores", False):
+        return head(hidden, **{TARGETS_ARGUMENT: targets}, chunk_elements=chunk_elements, logit_map=logit_map)
+    if type(head) is nn.Linear:
+        return _linear_token_logps(head, hidden, targets, chunk_elements, logit_map)
+    return _token_logps_through(hidden, head, targets, chunk_elements, logit_map)
+
+
+def _linear_token_logps(
+    head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_elements: int, logit_map: LogitMap
+) -> Tensor:
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
@@ -109,13 +143,15 @@ def token_logps(hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements
         hidden = hidden.to(head.weight.dtype)
     rows = max(1, chunk_elements // head.weight.shape[0])
     with torch.autocast(kind, enabled=False):
-        return _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, rows)
+        return _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, rows, logit_map)
 
 
-def _token_logps_through(hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements: int) -> Tensor:
+def _token_logps_through(
+    hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements: int, logit_map: LogitMap
+) -> Tensor:
     def score(states: Tensor, wanted: Tensor) -> Tensor:
-        logits = head(states)
-        logits = logits.to(_wide(logits.dtype))
+        projected = head(states)
+        logits = logit_map.of(projected.to(_wide(projected.dtype)))
         return logits.gather(1, wanted[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
 
     rows = max(1, chunk_elements // int(getattr(head, "out_features", 32768)))
@@ -133,16 +169,18 @@ def accepted(model: Any, token_types: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
+    refuse_missing_types(model, row)
     arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **row.vision}
     arguments |= accepted(model.base_model, row.token_types)
     if shared:
         # Positions are said only here: a separate row is an ordinary prompt, the model counts it as it always does.
-        arguments |= {"position_ids": row.position_ids, LAYOUT_ARGUMENT: row.layout}
+        arguments |= {"position_ids": positions_of(model, row), LAYOUT_ARGUMENT: layout_of(model, row)}
         with reading_a_row():
             hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     else:
         hidden = model.base_model(**arguments).last_hidden_state[0]
-    return token_logps(hidden[row.predictors], model.get_output_embeddings(), row.targets)
+    head = model.get_output_embeddings()
+    return token_logps(hidden[row.predictors], head, row.targets, logit_map=logit_map(model.config))
 
 
 def score_rows(model: Any, rows: Sequence[Row], shared: bool) -> Tensor:
@@ -153,6 +191,8 @@ def score_rows(model: Any, rows: Sequence[Row], shared: bool) -> Tensor:
     """
     if not rows:
         weight = model.get_output_embeddings().weight
+        if not weight.requires_grad:  # under LoRA, for one
+            weight = next((other for other in model.parameters() if other.requires_grad), weight)
         return weight.flatten()[:0].to(_wide(weight.dtype))
     return torch.cat([_score_row(model, row, shared) for row in rows])
 
@@ -169,10 +209,31 @@ def install(model: Any, shared: bool) -> None:
         text_only = model.config.get_text_config() is model.config
         model.set_attn_implementation(ATTENTION_NAME if text_only else {"text_config": ATTENTION_NAME})
     model._vlmpo_shared = shared
+    _install_on_head(model.get_output_embeddings())
     if "_vlmpo_plain_forward" not in model.__dict__:
         model._vlmpo_plain_forward = model.forward
         # A bound method, so that a deep copy of the model (a frozen reference) answers from its own weights.
         model.forward = types.MethodType(_dispatching(type(model).forward), model)
+
+
+def _install_on_head(head: Any) -> None:
+    """Teach a plain linear head to answer with log-probs from within its own call."""
+    plain: Any = type(head) is nn.Linear
+    if plain and not hasattr(head, "_vlmpo_scores"):
+        head._vlmpo_scores = True
+        head.forward = types.MethodType(_head_forward, head)
+
+
+def _head_forward(
+    self: nn.Linear,
+    input: Tensor,
+    branch_targets: Tensor | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    logit_map: LogitMap = PLAIN,
+) -> Tensor:
+    if branch_targets is None:
+        return nn.functional.linear(input, self.weight, self.bias)
+    return _linear_token_logps(self, input, branch_targets, chunk_elements, logit_map)
 
 
 def _dispatching(plain: Any) -> Any:
@@ -181,7 +242,8 @@ def _dispatching(plain: Any) -> Any:
         rows = kwargs.pop(ROWS_ARGUMENT, None)
         if rows is None:
             return self._vlmpo_plain_forward(*args, **kwargs)
-        return score_rows(self, rows, self._vlmpo_shared)
+        score = functools.partial(score_rows, self, shared=kwargs.pop(SHARED_ARGUMENT, self._vlmpo_shared))
+        return with_router_losses(self, rows, score) if kwargs.pop(ROUTER_ARGUMENT, False) else score(rows)
 
     return forward
 

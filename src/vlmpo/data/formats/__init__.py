@@ -1,0 +1,11 @@
+"""Records as data sets write them, into PreferencePairs: which format it is, and one parser a format.
+
+A parser is a pure function of one record and where it stands. ``registry`` lists the formats and tells them apart;
+``as_pairs`` reads any sequence of records through them.
+"""
+
+from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.pairs import RecordPairs, as_pairs
+from vlmpo.data.formats.registry import AUTO, FORMATS, Format, Recognised, recognise
+
+__all__ = ["AUTO", "FORMATS", "Format", "RecordContext", "RecordPairs", "Recognised", "as_pairs", "recognise"]

@@ -1,0 +1,58 @@
+"""LLaMA-Factory's two kinds of records: ShareGPT conversations and Alpaca instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmpo.data.fields import text_field
+from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
+from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
+from vlmpo.data.records import PreferencePair
+
+_CONVERSATION_KEYS = frozenset({"conversations", "messages", "chosen", "rejected", "system"})
+_ALPACA_KEYS = frozenset({"instruction", "input", "output", "chosen", "rejected", "history", "system"})
+
+
+def parse_sharegpt(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
+    """``{conversations, chosen, rejected}``; for fine-tuning ``conversations`` alone, whose last turn is scored.
+
+    ``messages`` may stand for ``conversations``. The conversation's own system turn goes before the ``system`` key.
+    """
+    refuse_unsupported(record, context)
+    key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
+    turns = with_system(read_turns(record.get(key), key, context), record.get("system"), context)
+    if record.get("chosen") is None and not context.need_rejected:
+        turns, chosen = split_response(turns, key, context)
+    else:
+        chosen = response_of(record.get("chosen"), "chosen", context)
+    rejected = response_of(record.get("rejected"), "rejected", context) if context.need_rejected else None
+    return preference_pair(record, turns, chosen, rejected, _CONVERSATION_KEYS, context)
+
+
+def parse_alpaca(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
+    """``{instruction, input?, chosen, rejected, history?, system?}``; for fine-tuning ``output`` in place of chosen.
+
+    The user says the instruction, and on the next line the input.
+    """
+    refuse_unsupported(record, context)
+    parts = [text_field(record, "instruction", context.origin)]
+    if record.get("input") is not None:
+        parts.append(text_field(record, "input", context.origin))
+    turns = [*_history(record, context), text_turn("user", "\n".join(filter(None, parts)))]
+    turns = with_system(turns, record.get("system"), context)
+    key = "output" if record.get("chosen") is None and record.get("output") is not None else "chosen"
+    chosen = response_of(record.get(key), key, context)
+    rejected = response_of(record.get("rejected"), "rejected", context) if context.need_rejected else None
+    return preference_pair(record, turns, chosen, rejected, _ALPACA_KEYS, context)
+
+
+def _history(record: Mapping[str, Any], context: RecordContext) -> list[Turn]:
+    turns = []
+    for at, exchange in enumerate(record.get("history") or ()):
+        if not isinstance(exchange, list | tuple) or len(exchange) != 2:
+            raise context.error("bad_conversation", f"`history[{at}]` must be an instruction and its response")
+        for role, text in zip(("user", "assistant"), exchange, strict=True):
+            turns.append(text_turn(role, text_field({f"history[{at}]": text}, f"history[{at}]", context.origin)))
+    return turns

@@ -1,0 +1,41 @@
+"""Records of one question with two answers: MMPR, RLAIF-V, RLHF-V."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from vlmpo.data.fields import json_kind, text_field
+from vlmpo.data.formats.assemble import preference_pair, with_system
+from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.turns import text_turn
+from vlmpo.data.records import PreferencePair
+
+_KEYS = frozenset({"question", "chosen", "rejected", "system"})
+
+
+def parse_question(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
+    """``{system?, image or video, question, chosen, rejected}``, as in MMPR (paths) and RLAIF-V (embedded images)."""
+    question = text_field(record, "question", context.origin)
+    if not question.strip() and not any(record.get(key) for key in ("image", "images", "video", "videos")):
+        raise context.error("missing_field", "`question` is empty and there is no image: nothing to answer")
+    chosen = text_field(record, "chosen", context.origin)
+    rejected = text_field(record, "rejected", context.origin) if context.need_rejected else None
+    turns = with_system([text_turn("user", question)], record.get("system"), context)
+    return preference_pair(record, turns, chosen, rejected, _KEYS, context)
+
+
+def parse_question_in_text(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
+    """RLHF-V: ``text`` holds ``{question, chosen, rejected}`` as a string of JSON, or as a mapping."""
+    inner = record.get("text")
+    if isinstance(inner, str):
+        try:
+            inner = json.loads(inner)
+        except (ValueError, RecursionError) as error:
+            raise context.error("bad_json", f"`text` is not valid JSON ({error})") from error
+    if not isinstance(inner, Mapping):
+        what = "is missing" if record.get("text") is None else f"must hold an object, not {json_kind(inner)}"
+        raise context.error("missing_field", f"`text` {what}")
+    outer = {key: value for key, value in record.items() if key != "text"}
+    return parse_question({**outer, **inner}, context)

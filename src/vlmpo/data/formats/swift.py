@@ -1,0 +1,48 @@
+"""ms-swift's records, and OpenAI-style messages: a conversation that ends in the chosen response."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
+from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.media import media_of
+from vlmpo.data.formats.trl import require_same_prompt
+from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response
+from vlmpo.data.records import PreferencePair
+
+_REJECTED = ("rejected_response", "rejected_messages", "rejected_images", "rejected_videos")
+_KEYS = frozenset({"messages", "system", *_REJECTED})
+
+
+def parse_swift(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
+    """``{messages, rejected_response or rejected_messages}``; for fine-tuning ``messages`` alone.
+
+    Images without placeholders stand before the first user's text.
+    """
+    refuse_unsupported(record, context)
+    turns = with_system(read_turns(record.get("messages"), "messages", context), record.get("system"), context)
+    last = record["messages"][-1] if isinstance(record["messages"], list | tuple) else {}
+    if last.get("loss") is False:
+        raise context.error(
+            "unsupported_field", "the last message has `loss` false, and it alone is scored; take it out"
+        )
+    prompt, chosen = split_response(turns, "messages", context)
+    rejected = _rejected(record, prompt, context) if context.need_rejected else None
+    return preference_pair(record, prompt, chosen, rejected, _KEYS, context, lead="all")
+
+
+def _rejected(record: Mapping[str, Any], prompt: list[Turn], context: RecordContext) -> str:
+    for kind in ("image", "video"):
+        other = media_of({kind: record.get(f"rejected_{kind}s")}, kind, context)
+        if other and other != media_of(record, kind, context):
+            raise context.error("prompts_differ", f"`rejected_{kind}s` are not `{kind}s`; only the response may differ")
+    if record.get("rejected_messages") is None:
+        return response_of(record.get("rejected_response"), "rejected_response", context)
+    turns = read_turns(record["rejected_messages"], "rejected_messages", context)
+    other_prompt, rejected = split_response(
+        with_system(turns, record.get("system"), context), "rejected_messages", context
+    )
+    require_same_prompt(prompt, other_prompt, "messages", "rejected_messages", context)
+    return rejected

@@ -1,0 +1,83 @@
+"""Preference records as TRL reads them: an explicit prompt, or one that chosen and rejected begin with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any
+
+from vlmpo.data.fields import text_field
+from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
+from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
+from vlmpo.data.records import PreferencePair
+
+_KEYS = frozenset({"prompt", "chosen", "rejected", "completion", "system"})
+
+
+def parse_explicit(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
+    """``{prompt, chosen, rejected}``, each a text or messages; for fine-tuning also ``{prompt, completion}``.
+
+    A prompt of plain text is the user's turn; a ``system`` key goes before it. Images without placeholders stand before
+    the first user's text.
+    """
+    refuse_unsupported(record, context)
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        turns = [text_turn("user", text_field(record, "prompt", context.origin))]
+    else:
+        turns = read_turns(prompt, "prompt", context)
+    key = "completion" if record.get("chosen") is None and record.get("completion") is not None else "chosen"
+    chosen = response_of(record.get(key), key, context)
+    rejected = response_of(record.get("rejected"), "rejected", context) if context.need_rejected else None
+    turns = with_system(turns, record.get("system"), context)
+    return preference_pair(record, turns, chosen, rejected, _KEYS, context, lead="all")
+
+
+def parse_implicit(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
+    """``{chosen, rejected}``, each the whole conversation; all but the last turn is the prompt, the same in both.
+
+    Raises RecordError ``prompts_differ`` where it is not, and what other formats raise.
+    """
+    refuse_unsupported(record, context)
+    if isinstance(record.get("chosen"), str):
+        turns, chosen, rejected = _split_texts(record, context)
+    else:
+        turns, chosen = split_response(read_turns(record.get("chosen"), "chosen", context), "chosen", context)
+        rejected = _rejected(record, turns, context) if context.need_rejected else None
+    turns = with_system(turns, record.get("system"), context)
+    return preference_pair(record, turns, chosen, rejected, _KEYS, context, lead="all")
+
+
+def _rejected(record: Mapping[str, Any], prompt: list[Turn], context: RecordContext) -> str:
+    turns = read_turns(record.get("rejected"), "rejected", context)
+    other, rejected = split_response(turns, "rejected", context)
+    require_same_prompt(prompt, other, "chosen", "rejected", context)
+    return rejected
+
+
+def require_same_prompt(
+    prompt: list[Turn], other: list[Turn], key: str, other_key: str, context: RecordContext
+) -> None:
+    """Raises RecordError ``prompts_differ`` where the turns before two responses are not the same."""
+    if prompt == other:
+        return
+    same = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(prompt, other, strict=False)))
+    detail = f"the prompts of `{key}` and `{other_key}` differ from turn {same + 1} on; only the last turn may"
+    raise context.error("prompts_differ", detail)
+
+
+def _split_texts(record: Mapping[str, Any], context: RecordContext) -> tuple[list[Turn], str, str | None]:
+    """Plain texts: what they have in common, up to its last space, is the prompt."""
+    texts = [text_field(record, key, context.origin) for key in ("chosen", "rejected")]
+    if texts[0] == texts[1]:
+        raise context.error("identical", "`chosen` and `rejected` are the same: no preference to learn")
+    # TRL cuts where the texts first differ, be it within a word; here a response begins with a whole one.
+    common = "".join(one for one, other in takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False)))
+    prompt = re.sub(r"\S+\Z", "", common).removesuffix(" ")
+    if not prompt.strip():
+        detail = "`chosen` and `rejected` begin with no common prompt; give one under `prompt`"
+        raise context.error("prompts_differ", detail)
+    rejected = texts[1][len(prompt) :] if context.need_rejected else None
+    return [text_turn("user", prompt)], texts[0][len(prompt) :], rejected

@@ -1,0 +1,149 @@
+"""Conversations as data sets write them, into turns of text with placeholders: who speaks, what, where images stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from vlmpo.data.fields import checked_text, json_kind
+from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.media import is_null, medium
+from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+# Parts of a message that change what a model reads or writes, and that a plain turn has no place for.
+_UNSUPPORTED = ("tool_calls", "tool_call_id", "reasoning_content", "thinking")
+
+
+class Turn(NamedTuple):
+    """One turn.
+
+    Attributes:
+        role: ``system``, ``user`` or ``assistant``.
+        text: with a placeholder wherever an image or video stands.
+        images, videos: one entry a placeholder, in order: the source where the message holds it itself, else None.
+    """
+
+    role: str
+    text: str
+    images: tuple[Any, ...] = ()
+    videos: tuple[Any, ...] = ()
+
+
+def text_turn(role: str, text: str) -> Turn:
+    """A turn of plain text, whose placeholders are still to be filled."""
+    return Turn(role, text, (None,) * text.count(IMAGE_PLACEHOLDER), (None,) * text.count(VIDEO_PLACEHOLDER))
+
+
+def message_list(value: Any) -> list[Any] | None:
+    """``value`` as a list of messages; None where it is none.
+
+    Older ``datasets`` hold a list of messages as one mapping of lists.
+    """
+    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    return list(value) if isinstance(value, list | tuple) else None
+
+
+def is_message(value: Any) -> bool:
+    """Whether ``value`` is a mapping that says who speaks."""
+    return isinstance(value, Mapping) and any(isinstance(value.get(key), str) for key in ("role", "from"))
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether ``value`` is a list of messages, not empty."""
+    messages = message_list(value)
+    return bool(messages) and all(is_message(message) for message in messages or ())
+
+
+def read_turns(value: Any, key: str, context: RecordContext) -> list[Turn]:
+    """The turns of a list of messages, ``{role, content}`` or ``{from, value}``, content as text or as items.
+
+    Raises:
+        RecordError: ``missing_field`` where there is no such list; ``bad_conversation`` for a message that is no turn
+            of system, user or assistant.
+    """
+    messages = message_list(value)
+    if not messages:
+        what = "is missing" if value is None else "must be a list of messages, not empty"
+        raise context.error("missing_field", f"`{key}` {what}")
+    return [read_turn(message, f"{key}[{at}]", context) for at, message in enumerate(messages)]
+
+
+def read_turn(message: Any, key: str, context: RecordContext) -> Turn:
+    """One message as a turn; see :func:`read_turns`."""
+    if not isinstance(message, Mapping):
+        raise context.error("bad_conversation", f"`{key}` must be a message {{role, content}}, not {message!r:.60}")
+    name = message.get("role") or message.get("from")
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        remedy = "take the record out, or write what matters of it into the user's turn"
+        raise context.error("bad_conversation", f"`{key}` is a turn of {name!r}, which is not supported; {remedy}")
+    for part in _UNSUPPORTED:
+        if message.get(part):
+            remedy = "take the record out, or write it into the message's text"
+            raise context.error("bad_conversation", f"`{key}` holds `{part}`, which is not supported; {remedy}")
+    content = message.get("content")
+    content = message.get("value") if content is None else content
+    if isinstance(content, list | tuple):
+        return _of_items(role, content, key, context)
+    if not isinstance(content, str):
+        raise context.error("bad_conversation", f"`{key}` has no text: its content is {json_kind(content)}")
+    return text_turn(role, checked_text(content, key, context.origin))
+
+
+def _of_items(role: str, items: Sequence[Any], key: str, context: RecordContext) -> Turn:
+    text: list[str] = []
+    media: dict[str, list[Any]] = {"image": [], "video": []}
+    for at, item in enumerate(items):
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        where = f"{key}.content[{at}]"
+        if kind == "text" and isinstance(item.get("text"), str):
+            text.append(checked_text(item["text"], where, context.origin))
+            plain = text_turn(role, item["text"])
+            media["image"] += plain.images
+            media["video"] += plain.videos
+        elif kind in media and role == "assistant":
+            detail = f"`{where}` is of type {kind!r} in an assistant's turn, which must be text"
+            raise context.error("bad_conversation", detail)
+        elif kind in media:
+            # The encoder takes one newline after a placeholder out again: the next item's own text stays as it is.
+            text.append(f"<{kind}>\n")
+            held = next((item[name] for name in (kind, "path", "url") if not is_null(item.get(name))), None)
+            media[kind].append(None if held is None else medium(held, kind, where, context))
+        else:
+            what = f"is of type {kind!r}" if kind != "text" else "has no text"
+            raise context.error("bad_conversation", f"`{where}` {what}; known are text, image and video")
+    return Turn(role, "".join(text), tuple(media["image"]), tuple(media["video"]))
+
+
+def response_of(value: Any, key: str, context: RecordContext) -> str:
+    """The response under ``key``: a text, an assistant's message, or a list of that one message.
+
+    Raises:
+        RecordError: ``missing_field`` where it is none of these; ``bad_conversation`` for another number of messages,
+            another speaker, or a response with an image.
+    """
+    if isinstance(value, str):
+        return checked_text(value, key, context.origin)
+    if is_message(value):
+        return _said(read_turn(value, key, context), key, context)
+    if value is None or message_list(value) is None:
+        what = "is missing" if value is None else f"must be a text or a message, not {json_kind(value)}"
+        raise context.error("missing_field", f"`{key}` {what}")
+    turns = read_turns(value, key, context)
+    if len(turns) != 1:
+        remedy = "move the turns before the last into the prompt"
+        raise context.error("bad_conversation", f"`{key}` holds {len(turns)} messages, one is scored; {remedy}")
+    return _said(turns[0], key, context)
+
+
+def split_response(turns: Sequence[Turn], key: str, context: RecordContext) -> tuple[list[Turn], str]:
+    """A conversation as what comes before its last turn, and that turn, which has to be the assistant's."""
+    return list(turns[:-1]), _said(turns[-1], key, context)
+
+
+def _said(turn: Turn, key: str, context: RecordContext) -> str:
+    if turn.role != "assistant":
+        raise context.error("bad_conversation", f"the last turn of `{key}` is the {turn.role}'s, not the assistant's")
+    return turn.text

@@ -1,0 +1,126 @@
+"""Records in JSON files: JSON Lines, and arrays of objects. Parsed one at a time, through a memory map.
+
+Of a file only where each record begins (and, of an array, ends) and the number of its line are held, as int64 arrays.
+So three million lines cost some 50 MB, and nothing in DataLoader workers beyond that.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmpo.data.fields import json_object
+from vlmpo.data.jsonarray import index_array
+from vlmpo.errors import DataError
+
+Indices = NDArray[np.int64]
+
+_CHUNK = 8 << 20
+_BOM = b"\xef\xbb\xbf"
+_NEWLINE = 10
+_WHITESPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
+
+
+class JsonRecords:
+    """The records of one JSON file: where they begin, and their bytes through a memory map opened on first use.
+
+    Args:
+        path: the file.
+        is_array: whether it is one array of objects; else JSON Lines.
+
+    Raises:
+        DataError: it cannot be read, or is no whole array.
+    """
+
+    def __init__(self, path: str, is_array: bool = False) -> None:
+        self.path = path
+        self.kind = "JSON array" if is_array else "JSON Lines"
+        self._ends: Indices | None = None
+        try:
+            # int64 [records]: byte offset; line number, from 1
+            if is_array:
+                self.starts, self._ends, self.lines = index_array(path)
+            else:
+                self.starts, self.lines = _index_lines(path)
+            self._size = os.path.getsize(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error})") from error
+        self._map: mmap.mmap | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None}  # a map cannot be pickled: the other process opens its own
+
+    @property
+    def paths(self) -> list[str]:
+        """The files behind the records."""
+        return [self.path]
+
+    def origin(self, index: int) -> str:
+        """``file:line`` of record ``index``."""
+        return f"{self.path}:{self.lines[index]}"
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Record ``index``. Raises RecordError ``bad_json``."""
+        return json_object(self._read(index), self.origin(index), "line" if self._ends is None else "record")
+
+    def _read(self, index: int) -> bytes:
+        content = self._map or self._open()
+        start = int(self.starts[index])
+        if self._ends is not None:
+            return content[start : int(self._ends[index])]
+        end = content.find(b"\n", start)
+        return content[start : end if end >= 0 else len(content)]
+
+    def _open(self) -> mmap.mmap:
+        try:
+            with open(self.path, "rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path}: could be read before, not any more ({error})") from error
+        if len(content) != self._size:
+            raise DataError(f"{self.path}: {self._size} bytes when opened, {len(content)} now; start again")
+        self._map = content
+        return content
+
+
+def _index_lines(path: str) -> tuple[Indices, Indices]:
+    """Byte offset and 1-based number of every line that is not blank; a UTF-8 byte order mark is stepped over."""
+    starts: list[Indices] = [np.empty(0, np.int64)]
+    numbers: list[Indices] = [np.empty(0, np.int64)]
+    with open(path, "rb") as file:
+        offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+        file.seek(offset)
+        line = 1
+        while chunk := file.read(_CHUNK):
+            chunk += file.readline()  # so that every chunk holds whole lines
+            begins, is_record = _chunk_lines(chunk)
+            starts.append(begins[is_record] + offset)
+            numbers.append(np.flatnonzero(is_record) + line)
+            offset += len(chunk)
+            line += len(begins)
+    return np.concatenate(starts), np.concatenate(numbers)
+
+
+def _chunk_lines(chunk: bytes) -> tuple[Indices, NDArray[np.bool_]]:
+    """Offset of each line in ``chunk`` [lines], and whether it holds more than whitespace [lines]."""
+    data = np.frombuffer(chunk, np.uint8)
+    newlines = np.flatnonzero(data == _NEWLINE)
+    begins = np.concatenate([np.zeros(1, np.int64), newlines + 1])
+    if begins[-1] == len(chunk):
+        begins = begins[:-1]
+    is_record = np.ones(len(begins), np.bool_)
+    for index in np.flatnonzero(np.isin(data[begins], _WHITESPACE)):
+        end = newlines[index] if index < len(newlines) else len(chunk)
+        is_record[index] = bool(chunk[begins[index] : end].strip())
+    return begins, is_record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set

@@ -1,0 +1,59 @@
+"""What a script hands to MPOTrainer, settled: names are loaded, records become pairs, what has no use is refused.
+
+TRL's DPOTrainer takes the same things by the same names; see docs/from_trl.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmpo.data.formats import as_pairs
+from vlmpo.errors import RecipeError
+from vlmpo.tree import loading
+
+_UNUSED = {
+    "data_collator": "vlmpo lays pairs out in rows itself",
+    "compute_metrics": "evaluation reports rewards, margins and losses; append to trainer.extra_evaluations for more",
+}
+
+
+def refuse_unused(**given: Any) -> None:
+    """Raise RecipeError for an argument that would have no effect."""
+    for name, value in given.items():
+        if value is not None:
+            raise RecipeError(f"MPOTrainer: {name} is not used ({_UNUSED[name]}); leave it out")
+
+
+def load_named(model: Any, ref_model: Any, processing_class: Any) -> tuple[Any, Any, Any]:
+    """Policy, reference and processor; a model given by its name or path is loaded, in float32, with its processor.
+
+    Raises:
+        ModelError: there is no such model, or no processor for it.
+        RecipeError: no processor is given, nor a name under which one could be found.
+    """
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if isinstance(model, str):
+        model = loading.load_model(model)
+    if isinstance(ref_model, str):
+        ref_model = loading.load_model(ref_model)
+    if processing_class is None:
+        if not name:
+            raise RecipeError("MPOTrainer: processing_class is missing; pass the model's own processor")
+        processing_class = loading.load_processor(name)
+    return model, ref_model, processing_class
+
+
+def pairs_of(data: Any, need_rejected: bool, name: str) -> Any:
+    """A data set, or a mapping of them by name, with PreferencePairs as items; None stays None.
+
+    Raises DataError where records fit no format, or cannot be counted and picked.
+    """
+    if data is None:
+        return None
+    if isinstance(data, Mapping) and name == "eval_dataset":
+        return {
+            key: as_pairs(part, need_rejected=need_rejected, name=f"{name}[{key!r}]", source=str(key))
+            for key, part in data.items()
+        }
+    return as_pairs(data, need_rejected=need_rejected, name=name)

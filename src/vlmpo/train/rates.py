@@ -1,0 +1,105 @@
+"""A learning rate of its own for the vision tower, the projector and the text model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmpo.errors import RecipeError
+
+PARTS = ("vision", "projector", "text")
+# Names of submodules, over all families that transformers loads as image-text-to-text models.
+_VISION = {
+    *("vision_tower", "vision_model", "vision_encoder", "vision_backbone", "vision", "visual", "vit"),
+    *("image_tower", "image_encoder", "video_tower", "high_res_vision_model", "vision_embed_tokens"),
+}
+_PROJECTOR = {
+    *("multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "mlp1", "modality_projection"),
+    *("merger", "merger_list", "deepstack_merger_list", "resampler", "resampler_model", "perceiver_resampler"),
+    *("qformer", "query_tokens", "language_projection", "visual_projection", "vision_projection", "vision_adapter"),
+    *("image_to_text_projection", "embed_vision", "visual_embeddings_table", "image_newline", "view_separator"),
+    *("high_res_vision_neck", "high_res_vision_proj", "high_res_vision_alpha"),
+}
+
+
+def part_of(name: str) -> str:
+    """The part a parameter belongs to, by its dotted name.
+
+    ``projector`` goes first, for a merger that sits inside the vision tower; what is neither is ``text``. LoRA's
+    parameters belong where they sit.
+    """
+    modules = set(name.split("."))
+    if modules & _PROJECTOR:
+        return "projector"
+    return "vision" if modules & _VISION else "text"
+
+
+def count_by_part(model: nn.Module, trained_only: bool = False) -> dict[str, int]:
+    """Numbers of ``model``'s parameters by part, of parts that have any."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not trained_only:
+            # DeepSpeed's stage 3 leaves an empty tensor in place and keeps its size beside it.
+            counts[part_of(name)] += getattr(parameter, "ds_numel", parameter.numel())
+    return {part: count for part, count in counts.items() if count}
+
+
+def check_values(rates: Mapping[str, Any]) -> None:
+    """Raise ValueError unless ``rates`` maps names of PARTS to rates above 0."""
+    for part, rate in rates.items():
+        if part not in PARTS:
+            raise ValueError(f"learning_rates.{part}: no such part; there are {', '.join(PARTS)}")
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+            raise ValueError(
+                f"learning_rates.{part}: expected a rate above 0, got {rate!r} (model.freeze stops a part)"
+            )
+
+
+def check_parts(model: nn.Module, rates: Mapping[str, float]) -> dict[str, int]:
+    """Numbers of parameters that train, by part.
+
+    Raises:
+        RecipeError: a part in ``rates`` that ``model`` lacks or that does not train; or a model whose vision tower
+            has an unknown name, so that its parameters would pass for text.
+    """
+    there, trained = count_by_part(model), count_by_part(model, trained_only=True)
+    if getattr(getattr(model, "config", None), "vision_config", None) is not None and "vision" not in there:
+        raise RecipeError(
+            f"training.learning_rates: which parameters of {type(model).__name__} are its vision tower is not known; "
+            "leave learning_rates out"
+        )
+    for part in rates:
+        if part not in trained:
+            why = "is frozen as a whole" if part in there else "is not in this model"
+            parts = ", ".join(f"{name} ({count:,})" for name, count in trained.items())
+            raise RecipeError(f"training.learning_rates.{part}: that part {why}; what trains: {parts}")
+    return trained
+
+
+def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> list[str]:
+    """Split each parameter group of a fresh ``optimizer`` by part, giving each part in ``rates`` its own rate.
+
+    Groups keep everything else, so weight decay stays where transformers put it.
+
+    Returns:
+        The part of each group, in the optimizer's order.
+
+    Raises:
+        RecipeError: the optimizer does not keep the model's parameters in groups of its own.
+    """
+    parts = {id(parameter): part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    if sorted(held) != sorted(parts):
+        raise RecipeError(f"training.learning_rates: {type(optimizer).__name__} takes no rates by part; set optim")
+    groups, order = [], []
+    for group in optimizer.param_groups:
+        for part in PARTS:
+            own = [parameter for parameter in group["params"] if parts[id(parameter)] == part]
+            if own:
+                groups.append({**group, "params": own, "lr": rates.get(part, group["lr"])})
+                order.append(part)
+    optimizer.param_groups[:] = groups
+    return order

@@ -1,0 +1,162 @@
+"""The load-balancing loss of mixture-of-experts routers, per response, whatever row it was read in.
+
+transformers takes this loss over all tokens of a forward: the same pairs give other numbers as other batches. Here it
+is taken over one response's sequence, its trunk and itself, as a forward of that response alone would. So shared rows,
+separate rows and every split of the batch agree, and a mean over responses has one global denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlmpo.errors import ModelError
+from vlmpo.tree.layout import Row, RowLayout
+
+# Text towers whose routers were tested here: softmax over all experts, then the top k of them.
+ROUTED_TEXT = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text"})
+
+
+class BranchScores(NamedTuple):
+    """What a model answers when it is asked for its router losses too.
+
+    Attributes:
+        token_logps: ``[scored of all rows]``, as without them.
+        router_losses: ``[branches of all rows]``, float32 or better.
+    """
+
+    token_logps: Tensor
+    router_losses: Tensor
+
+
+def router_coefficient(config: Any) -> float | None:
+    """The weight of the router loss, where a model's config switches it on (``output_router_logits``); else None.
+
+    Raises:
+        ModelError: it is on for a text tower whose routers are not known here.
+    """
+    text = config.get_text_config()
+    coefficient = float(getattr(text, "router_aux_loss_coef", None) or 0.0)
+    if not getattr(text, "output_router_logits", False) or not coefficient:
+        return None
+    if text.model_type not in ROUTED_TEXT:
+        raise ModelError(
+            f"the model's config asks for the router loss of a {text.model_type!r} text tower, which is not known "
+            "here; set output_router_logits to false in its config.json to train without it"
+        )
+    return coefficient
+
+
+def with_router_losses(model: Any, rows: Sequence[Row], score: Callable[[Sequence[Row]], Tensor]) -> BranchScores:
+    """``score`` (rows to token log-probs) run row by row, and the router loss of every branch beside it."""
+    logps, losses = [], []
+    top_k = int(model.config.get_text_config().num_experts_per_tok)
+    for row in rows:
+        with _recording(model) as layers:
+            logps.append(score([row]))
+        _refuse_dead_gradients(model, layers)
+        losses.append(branch_router_losses(layers, row.layout, top_k)[: row.num_branches])
+    if not rows:
+        empty = score([])
+        return BranchScores(empty, empty)
+    return BranchScores(torch.cat(logps), torch.cat(losses))
+
+
+def branch_router_losses(layers: Sequence[Tensor], layout: RowLayout, top_k: int) -> Tensor:
+    """Load-balancing loss of each branch's sequence (trunk and branch), Switch Transformer eqs. 4-6 (arXiv 2101.03961).
+
+    With N experts, ``f_i`` the share of a sequence's tokens sent to expert i and ``P_i`` its mean routing probability,
+    ``N sum_i f_i P_i``; as in transformers' ``load_balancing_loss_func`` a token counts once for each of its k experts
+    and once for each layer.
+
+    Args:
+        layers: the routers' logits, ``[tokens, experts]`` a layer.
+        layout: the row's spans.
+        top_k: experts a token is sent to.
+
+    Returns:
+        ``[branches of the layout]``, float32 or better; the gradient goes through the probabilities alone.
+    """
+    device, experts = layers[0].device, layers[0].shape[1]
+    segments, trunk_of, branch_of = _segments(layout)
+    sizes = torch.tensor(segments, device=device)
+    wide = torch.promote_types(layers[0].dtype, torch.float32)
+    sent = torch.zeros(layout.num_tokens, experts, dtype=wide, device=device)
+    probabilities = torch.zeros_like(sent)
+    for logits in layers:
+        routed = logits.softmax(dim=-1)
+        probabilities = probabilities + routed.to(wide)
+        sent = sent + torch.zeros_like(sent).scatter_(1, routed.topk(top_k, dim=-1).indices, 1.0)
+    owner = torch.repeat_interleave(torch.arange(len(segments), device=device), sizes, output_size=layout.num_tokens)
+
+    def by_branch(values: Tensor) -> Tensor:  # [tokens, experts] -> sums over trunk and branch, [branches, experts]
+        sums = values.new_zeros(len(segments), experts).index_add(0, owner, values)
+        return sums[trunk_of] + sums[branch_of]
+
+    rows = len(layers) * (sizes[trunk_of] + sizes[branch_of])[:, None]
+    return experts * ((by_branch(sent) / rows) * (by_branch(probabilities) / rows)).sum(dim=1)
+
+
+def _segments(layout: RowLayout) -> tuple[list[int], list[int], list[int]]:
+    """Lengths of trunks and branches in order of the row; for each branch the index of its trunk, and its own."""
+    lengths: list[int] = []
+    trunk_of: list[int] = []
+    branch_of: list[int] = []
+    for span in layout.spans:
+        trunk = len(lengths)
+        lengths += [span.trunk, *span.branches]
+        trunk_of += [trunk] * len(span.branches)
+        branch_of += range(trunk + 1, len(lengths))
+    return lengths, trunk_of, branch_of
+
+
+# ---- the routers of a model ----
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The routers' logits of the forwards inside, ``[tokens, experts]`` a layer. Recomputation later is not heard."""
+    logits: list[Tensor] = []
+
+    def listen(module: nn.Module, arguments: Any, output: Any) -> None:
+        logits.append(output[0])  # transformers' routers return logits, weights and indices
+
+    hooks = [router.register_forward_hook(listen) for router in routers_of(model)]
+    try:
+        yield logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def routers_of(model: nn.Module) -> list[nn.Module]:
+    """The routers of a model: the modules that transformers records as ``router_logits``.
+
+    Raises:
+        ModelError: it has none.
+    """
+    kinds = []
+    for module in model.modules():
+        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        if recorder is not None:
+            kinds.append(recorder.target_class)
+    routers = [module for module in model.modules() if isinstance(module, tuple(kinds))]
+    if not routers:
+        raise ModelError("the model's config asks for a router loss (output_router_logits), but it has no router")
+    return routers
+
+
+def _refuse_dead_gradients(model: nn.Module, layers: Sequence[Tensor]) -> None:
+    """Re-entrant checkpointing runs a layer without gradient first: what is heard of it then would train nothing."""
+    if not torch.is_grad_enabled():
+        return
+    trained = any(parameter.requires_grad for router in routers_of(model) for parameter in router.parameters())
+    if trained and not all(logits.requires_grad for logits in layers):
+        raise ModelError(
+            "the router loss gets no gradient under re-entrant checkpointing; set "
+            "training.gradient_checkpointing_kwargs: {use_reentrant: false}"
+        )

@@ -1,0 +1,68 @@
+"""The processor's vision tensors of several prompts, merged into those of one row that holds all their images in order.
+
+Nearly every family lists what it reads along dimension 0: tiles, images, patches, grids. What differs:
+
+- LLaVA-NeXT and LLaVA-OneVision: ``pixel_values [images, patches, 3, height, width]``, zeros behind an image's own
+  patches; the model counts those by ``image_sizes``.
+- Pixtral and Mistral 3: ``pixel_values [images, 3, height, width]``, zeros right of and below an image, which the
+  model cuts to its entry of ``image_sizes``.
+- Idefics3 and SmolVLM: ``pixel_values [prompts, pictures, 3, height, width]`` and ``pixel_attention_mask [prompts,
+  pictures, height, width]``: the pictures of one row stand in one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_PIXELS = "pixel_values"
+_SIZES = "image_sizes"  # [images, 2]: who gives it reads no pixel beyond it, so zeros may be added there
+_MASK = "pixel_attention_mask"  # who gives it lists pictures by prompt
+# Dimensions that may differ between prompts where ``image_sizes`` tells each image's own, by rank of ``pixel_values``.
+_PADDED = {4: (2, 3), 5: (1,)}
+
+
+def merge_vision(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Vision tensors of one row, from those of its prompts.
+
+    Args:
+        parts: what the processor gave for each prompt, encoded alone; a prompt without images has none.
+
+    Returns:
+        The tensors by name. What a picture becomes in the vision tower is what it becomes in its prompt alone: zeros
+        are added only where the model cuts them off again.
+
+    Raises:
+        ValueError: tensors of one name whose shapes do not go together, naming them.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _merge(name, [part for part in parts if name in part]) for name in names}
+
+
+def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
+    tensors = [part[name] for part in parts]
+    by_prompt = name in (_PIXELS, _MASK) and all(_MASK in part for part in parts)
+    item = 1 if by_prompt else 0
+    may_pad = _PADDED.get(tensors[0].dim(), ()) if name == _PIXELS and all(_SIZES in part for part in parts) else ()
+    if len({tensor.dim() for tensor in tensors}) == 1:
+        tensors = [_padded(tensor, tensors, may_pad) for tensor in tensors]
+    fixed = {tuple(size for at, size in enumerate(tensor.shape) if at != item) for tensor in tensors}
+    if len(fixed) > 1 or (by_prompt and tensors[0].shape[0] != 1):
+        shapes = ", ".join(str(tuple(part[name].shape)) for part in parts)
+        raise ValueError(
+            f"the processor's {name} of several prompts, of shapes {shapes}, cannot stand in one row; "
+            "set model.attention: separate, which reads one prompt a row"
+        )
+    return torch.cat(tensors, dim=item)
+
+
+def _padded(tensor: Tensor, others: Sequence[Tensor], dimensions: Sequence[int]) -> Tensor:
+    """``tensor`` with zeros behind it in ``dimensions``, up to the largest of ``others``."""
+    widths = [0] * (2 * tensor.dim())
+    for at in dimensions:
+        # torch's pad counts from the last dimension: (before, after) of each.
+        widths[2 * (tensor.dim() - 1 - at) + 1] = max(other.shape[at] for other in others) - tensor.shape[at]
+    return pad(tensor, widths) if any(widths) else tensor

@@ -1,0 +1,72 @@
+"""Writes docs/families.md from the families the tests build: ``python -m tests.families_table``."""
+
+from __future__ import annotations
+
+from tests.paths import REPO
+from tests.zoo import FAMILIES, Family
+from vlmpo.data.processors import tile_kind
+from vlmpo.tree.families import support_for
+
+FILE = REPO / "docs" / "families.md"
+
+HEAD = """# Model families
+
+<!-- Written by `python -m tests.families_table`; a test holds it to the code. -->
+
+A prompt is read once for all its responses ("shared") where that is exact, else once for each response ("separate").
+The run says which, `vlmpo inspect` too. Either way the numbers are the model's own: at the start of a run one pair of
+the data is read both ways and by the model's own forward. Where shared and separate rows differ by more than rounding
+the run falls back to separate rows, with one loud line; where separate rows differ from the model's own logits it
+stops.
+A family that is not in the table is read in separate rows, under the same check.
+
+Each line is held to the following, with a tiny model of its own class and its real processor, on the CPU in float32
+(`tests/test_families.py`, `test_encode_families.py`, `test_vision_merge.py`, `test_generate_families.py`):
+
+- token ids, vision tensors and token types are those of its processor; counts of tiles and image tokens by hand;
+- log-probabilities of every response within 1e-5 of a plain forward, gradients within 1e-5 relative, for prompts of
+  each number of images in the table, several such prompts in one row;
+- three optimizer steps start at rewards of exactly 0 and end, shared, at the weights separate rows end at;
+- saved, reloaded through transformers' own classes, it gives the same log-probabilities and answers; greedy answers in
+  this process are those of `generate`.
+
+"""
+
+FOOT = """
+`data.max_tiles`: *tiles* where images are cut into them; *pixels* where an image is read whole at its own shape and a
+tile stands for 448 x 448 of them; *none* where the family's processor leaves no choice, which the run says. Several
+images and text may be interleaved as long as the model's chat template takes them; one that refuses is counted as
+`template_refused`. Some templates (LLaVA-1.5, LLaVA-OneVision) write a message's images before its text, which the run
+says too. A text-only model counts pairs with images as `images_unsupported`.
+
+Not covered by these tests: published weights, GPUs, and checkpoints whose code does not ship with transformers.
+"""
+
+_TILES = {"grid": "tiles", "split": "tiles", "pixels": "pixels", None: "none"}
+
+
+def text() -> str:
+    """The whole file."""
+    head = ["family", "model class", "text tower", "prompt", "images tested", "`max_tiles`", "remarks"]
+    rows = [head, ["---"] * len(head), *(_row(family) for family in FAMILIES.values())]
+    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows) + FOOT
+
+
+def _row(family: Family) -> list[str]:
+    model = family.model(0)
+    support = support_for(model.config)
+    tower = model.config.get_text_config().model_type
+    return [
+        family.name,
+        f"`{type(model).__name__}`",
+        f"`{tower}`",
+        "shared" if support.shared else "separate",
+        ", ".join(str(count) for count in range(family.images + 1)),
+        _TILES[tile_kind(family.processor())] if family.images else "",
+        family.note if support.shared else f"{family.note} (the run says: {support.reason})",
+    ]
+
+
+if __name__ == "__main__":
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text(text(), encoding="utf-8")

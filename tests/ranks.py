@@ -1,0 +1,92 @@
+"""What the tests over ranks share: pairs that load ranks unevenly, and FSDP2 on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from tests.tiny_models import SIZE, random_pair
+from tests.tiny_models import model as tiny_model
+from tests.training import pairs, trainer
+from vlmpo.train.sharding import whole
+from vlmpo.train.trainer import MPOTrainer
+
+SEQUENTIAL = {"train_sampling_strategy": "sequential", "optim": "sgd", "optim_args": "momentum=0.9"}
+
+
+def skewed_pairs(count: int) -> list:
+    """Of every four pairs the first two have images, the others none; pairs 8 to 11 have none; pair 4 is far too long.
+
+    Read in order by two ranks, two pairs each, rank 1 never has an image, rank 0 loses a pair in the second step, and
+    in the third nobody has an image.
+    """
+    images = [(1, 2, 0, 0)[i % 4] if not 8 <= i < 12 else 0 for i in range(count)]
+    made = [random_pair(i, images=images[i], longest=4 + 6 * (i % 5)) for i in range(count)]
+    return [replace(pair, chosen="red " * 400) if i == 4 else pair for i, pair in enumerate(made)]
+
+
+def full_weights(model: torch.nn.Module) -> torch.Tensor:
+    """All parameters concatenated, also of a sharded model."""
+    return torch.cat([whole(parameter).flatten() for parameter in model.parameters()])
+
+
+def sharded_on_cpu() -> None:
+    """From now on trainers of this process that ask for FSDP get it.
+
+    On the CPU accelerate silently makes DDP of it; here the state is set right after the accelerator is made, before
+    anything is prepared.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from transformers import Trainer
+
+    plain = Trainer.create_accelerator_and_postprocess
+
+    @functools.wraps(plain)
+    def with_fsdp(self: Any) -> None:
+        AcceleratorState._shared_state.clear()  # of an earlier trainer
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        plain(self)
+        if self.args.fsdp_plugin_args is None:
+            return
+        plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if self.accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(self.accelerator.mixed_precision)
+        state = self.accelerator.state
+        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every AcceleratorState() reads it anew
+        self.accelerator.native_amp = False
+        self.is_fsdp_enabled = True
+
+    Trainer.create_accelerator_and_postprocess = with_fsdp
+
+
+def make_trainer(
+    folder: Any,
+    count: int,
+    *,
+    mixed: bool = False,
+    tied: bool = False,
+    bits: int = 64,
+    lora: bool = False,
+    evaluate: int = 0,
+    model_seed: int = 0,
+    **settings: Any,
+) -> MPOTrainer:
+    """A trainer on ``count`` pairs; skewed ones are read in order, in short rows, by SGD with momentum."""
+    if not mixed:
+        settings = {**SEQUENTIAL, "max_length": 400, "max_tokens_per_row": 160, "learning_rate": 1e-2, **settings}
+    if evaluate:
+        settings["eval_dataset"] = skewed_pairs(evaluate + 5)[5:]
+    if lora:
+        settings["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
+    dtype = {64: torch.float64, 32: torch.float32}[bits]
+    model = tiny_model(model_seed, size=replace(SIZE, tie_word_embeddings=tied), dtype=dtype)
+    torch.manual_seed(3)  # the adapter's random half
+    return trainer(folder, pairs(count) if mixed else skewed_pairs(count), model=model, **settings)
