@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlmpo import Message, PreferencePair
-from vlmpo.demo.tiny import TinySize, build_model, build_processor, train_tokenizer
+from vlmpo.demo.tiny import CHAT_TEMPLATE, TinySize, build_model, build_processor, train_tokenizer
 
 VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
 
@@ -116,7 +116,11 @@ def make_processor(shape: Shape, pairs: list[PreferencePair]) -> Any:
     texts = [text for pair in pairs for text in (pair.prompt[0].text, pair.chosen, pair.rejected or "")]
     tokenizer = train_tokenizer(texts, vocab_size=2048 if shape.real else 400)
     tokenizer.add_tokens([f"<unused{number}>" for number in range(shape.vocabulary - len(tokenizer))])
-    return build_processor(tokenizer, shape.size)
+    processor = build_processor(tokenizer, shape.size)
+    # TRL scores what a template writes after the end of the turn; here that is nothing, so that all score alike.
+    processor.chat_template = CHAT_TEMPLATE.replace("{{ '<|im_end|>\n' }}", "{{ '<|im_end|>' }}")
+    assert processor.chat_template != CHAT_TEMPLATE
+    return processor
 
 
 def make_model(shape: Shape, processor: Any) -> Any:
