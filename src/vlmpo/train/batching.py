@@ -104,7 +104,8 @@ class EncodedPairs(Dataset[Any]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> EncodedPair | Unusable:
-        source = ""
+        name = getattr(self.pairs, "source", None)  # where a data set tells it without reading the record
+        source = name(index) if callable(name) else ""
         try:
             pair: PreferencePair = self.pairs[index]
             source = pair.source

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmpo.data.encode import EncodedPair, PairEncoder
-from vlmpo.errors import RecordError, RunError
+from vlmpo.errors import RunError
 from vlmpo.loss.mpo import LossOutput, expected_start, mpo_loss, needs_reference
 from vlmpo.loss.reward_shift import RewardShift
 from vlmpo.torchvision_shim import ensure_torchvision
@@ -20,16 +19,14 @@ from vlmpo.train.batching import (
     Collator,
     EncodedPairs,
     MicroBatch,
-    PairBatchSampler,
-    PairLoader,
     PairRows,
     lay_out,
     merge,
 )
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
-from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import evaluate_pairs
+from vlmpo.train.feeding import FeedingTrainer
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
 from vlmpo.train.lockstep import AtTrainBegin, Lockstep
 from vlmpo.train.metrics import StepSums, add_up, summarise
@@ -55,7 +52,7 @@ ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 from transformers import PrinterCallback, ProgressCallback, set_seed  # noqa: E402
 
 
-class MPOTrainer(ChoosingTrainer):
+class MPOTrainer(FeedingTrainer):
     """Trains a vision-language model by MPO, or by any subset of its terms.
 
     Args:
@@ -177,56 +174,6 @@ class MPOTrainer(ChoosingTrainer):
             return AdapterReference(self.model, add_frozen_adapter(self.model) if kind == "frozen_adapter" else None)
         frozen = frozen_copy(self.model) if given is None else freeze(given, self.shared)
         return CopyReference(prepare_frozen(self.accelerator, frozen))
-
-    # ---- data ----
-
-    def get_train_dataloader(self) -> PairLoader:
-        """Micro-batches of this rank, in an order that depends on seed and epoch alone."""
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        order = None if self.args.train_sampling_strategy == "sequential" else seed
-        accumulation, drop_last = self.args.gradient_accumulation_steps, self.args.dataloader_drop_last
-        return self._loader(self.train_dataset, self._train_batch_size, accumulation, order, drop_last)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
-        """Micro-batches of this rank, in the data set's own order."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(data, str):
-            data = self.eval_dataset[data]
-        return self._loader(data, self.args.eval_batch_size, 1, None, False)
-
-    def _loader(self, data: Any, per_device: int, accumulation: int, seed: int | None, drop_last: bool) -> PairLoader:
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        workers = self.args.dataloader_num_workers
-        return PairLoader(
-            EncodedPairs(data, self.encoder),
-            batch_sampler=PairBatchSampler(len(data), per_device, accumulation, world, rank, seed, drop_last),
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            generator=torch.Generator(),  # its own: reading data must not move the random state of training
-            persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-        )
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[MicroBatch], num_batches: int, device: torch.device
-    ) -> tuple[list[MicroBatch], dict[str, float]]:
-        """The micro-batches of one optimizer step and its denominators, summed over ranks before any forward."""
-        self.clock.start()
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        work = self.lockstep.agree(batches, self._account(batches))
-        counts = {"pairs": float(work.pairs), "chosen_tokens": float(work.chosen_tokens)}
-        return self.lockstep.level(batches, work, self.model_wrapped), counts
-
-    def _account(self, batches: list[MicroBatch]) -> RecordError | None:
-        """Count what became of the pairs; the error of a bad record where that is to end the run."""
-        for unusable in (unusable for batch in batches for unusable in batch.dropped):
-            if self.args.on_bad_record == "fail":
-                return unusable.error
-            if self.accounts.is_news(unusable.error):
-                notice(f"dropped: {unusable.error}")
-        if (self.state.epoch or 0.0) < 1.0:  # every pair comes once an epoch: the first one counts them
-            self.accounts.add(batches)
-        return None
 
     # ---- one step ----
 

@@ -1,0 +1,82 @@
+"""The part of the trainer that fetches pairs: micro-batches in their order, and what became of every pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vlmpo.data.encode import PairEncoder
+from vlmpo.errors import RecordError
+from vlmpo.train.accounts import Accounts
+from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch, PairBatchSampler, PairLoader
+from vlmpo.train.choices import ChoosingTrainer
+from vlmpo.train.lockstep import Lockstep
+from vlmpo.train.progress import StepClock, notice
+
+
+class FeedingTrainer(ChoosingTrainer):
+    """transformers' Trainer fed with pairs in vlmpo's own order; accelerate's sharding of batches has no part in it.
+
+    Attributes:
+        encoder: pairs to tokens and vision tensors.
+        data_collator: encoded pairs to micro-batches.
+        clock: of optimizer steps.
+        accounts: what became of the pairs of the first epoch so far, on this rank.
+        lockstep: keeps ranks in step.
+    """
+
+    encoder: PairEncoder
+    data_collator: Collator
+    clock: StepClock
+    accounts: Accounts
+    lockstep: Lockstep
+
+    def get_train_dataloader(self) -> PairLoader:
+        """Micro-batches of this rank, in an order that depends on seed and epoch alone."""
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        order = None if self.args.train_sampling_strategy == "sequential" else seed
+        accumulation, drop_last = self.args.gradient_accumulation_steps, self.args.dataloader_drop_last
+        return self._loader(self.train_dataset, self._train_batch_size, accumulation, order, drop_last)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
+        """Micro-batches of this rank, in the data set's own order."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str):
+            data = self.eval_dataset[data]
+        return self._loader(data, self.args.eval_batch_size, 1, None, False)
+
+    def _loader(self, data: Any, per_device: int, accumulation: int, seed: int | None, drop_last: bool) -> PairLoader:
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        workers = self.args.dataloader_num_workers
+        return PairLoader(
+            EncodedPairs(data, self.encoder),
+            batch_sampler=PairBatchSampler(len(data), per_device, accumulation, world, rank, seed, drop_last),
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            generator=torch.Generator(),  # its own: reading data must not move the random state of training
+            persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[MicroBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[MicroBatch], dict[str, float]]:
+        """The micro-batches of one optimizer step and its denominators, summed over ranks before any forward."""
+        self.clock.start()
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        work = self.lockstep.agree(batches, self._account(batches))
+        counts = {"pairs": float(work.pairs), "chosen_tokens": float(work.chosen_tokens)}
+        return self.lockstep.level(batches, work, self.model_wrapped), counts
+
+    def _account(self, batches: list[MicroBatch]) -> RecordError | None:
+        """Count what became of the pairs; the error of a bad record where that is to end the run."""
+        for unusable in (unusable for batch in batches for unusable in batch.dropped):
+            if self.args.on_bad_record == "fail":
+                return unusable.error
+            if self.accounts.is_news(unusable.error):
+                notice(f"dropped: {unusable.error}")
+        if (self.state.epoch or 0.0) < 1.0:  # every pair comes once an epoch: the first one counts them
+            self.accounts.add(batches)
+        return None
