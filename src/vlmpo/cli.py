@@ -79,6 +79,19 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Compute the reference's log-probs ahead of training.
+
+    For recipes with reference.kind: cache. Training then finds them and needs no reference model.
+    """
+    with _exit_codes():
+        parsed = load_recipe(recipe, overrides or [])
+        from vlmpo.train.run import cache as run
+
+        run(parsed)
+
+
+@app.command()
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Evaluate a trained model on held-out pairs and questions.
 

@@ -56,9 +56,13 @@ class ModelSection(_Section):
 
 
 class ReferenceSection(_Section):
-    """The frozen model the policy is held against: a copy of it, or the policy with its LoRA adapter switched off."""
+    """The frozen model the policy is held against: a copy of it, or the policy with its LoRA adapter switched off.
 
-    kind: Literal["auto", "copy", "adapter"] = "auto"
+    ``cache`` keeps its log-probs in ``cache_dir`` (a folder of the user's by default), for other epochs and runs.
+    """
+
+    kind: Literal["auto", "copy", "adapter", "cache"] = "auto"
+    cache_dir: str | None = Field(default=None, min_length=1)
 
 
 class Source(_Section):

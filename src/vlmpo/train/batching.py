@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlmpo.data.encode import EncodedPair, PairEncoder
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
+from vlmpo.train.reference_store import content_key
 from vlmpo.tree.layout import PromptTree, Row, build_row, pack
 
 
@@ -124,6 +125,8 @@ class PairRows:
             ``rejected`` is None in supervised fine-tuning.
         chosen_lengths: ``[pairs]``, scored tokens of the chosen responses.
         sources, origins: each pair's data set and ``file:line``.
+        keys: what each branch's log-prob depends on in the data, as a hash: its prompt, images and tokens. Empty
+            where nobody asks.
     """
 
     rows: list[Row]
@@ -132,6 +135,7 @@ class PairRows:
     chosen_lengths: Tensor
     sources: list[str]
     origins: list[str]
+    keys: list[bytes] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -192,10 +196,11 @@ def merge(parts: Sequence[PairRows]) -> PairRows:
         chosen_lengths=torch.cat([part.chosen_lengths for part in parts]),
         sources=[source for part in parts for source in part.sources],
         origins=[origin for part in parts for origin in part.origins],
+        keys=[key for part in parts for key in part.keys],
     )
 
 
-def lay_out(pairs: Sequence[EncodedPair], shared: bool = True) -> PairRows:
+def lay_out(pairs: Sequence[EncodedPair], shared: bool = True, keyed: bool = False) -> PairRows:
     """Put encoded pairs (possibly none) into one row, or each response into a row of its own."""
     trees = [_tree(pair) for pair in pairs]
     branches = len(trees[0].branches) if trees else 2
@@ -211,7 +216,20 @@ def lay_out(pairs: Sequence[EncodedPair], shared: bool = True) -> PairRows:
         chosen_lengths=torch.tensor([pair.chosen_ids.numel() for pair in pairs], dtype=torch.long),
         sources=[pair.source for pair in pairs],
         origins=[pair.origin for pair in pairs],
+        keys=[key for tree in trees for key in branch_keys(tree)] if keyed else [],
     )
+
+
+def branch_keys(tree: PromptTree) -> list[bytes]:
+    """For each branch a hash of its content: the prompt's tokens and images as the model reads them, its own tokens."""
+    named = sorted({**tree.vision, **tree.token_types}.items())
+    told = [f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() for name, tensor in named]
+    trunk = content_key(_bytes_of(tree.trunk_ids), *told, *(_bytes_of(tensor) for _, tensor in named))
+    return [content_key(trunk, _bytes_of(branch)) for branch in tree.branches]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class Collator:
@@ -220,11 +238,13 @@ class Collator:
     Args:
         max_tokens_per_row: bound of a row; None: one row a micro-batch.
         shared: whether the branches of a pair share their trunk, or each gets a row of its own (a part is then a pair).
+        keyed: whether branches get their keys.
     """
 
-    def __init__(self, max_tokens_per_row: int | None, shared: bool) -> None:
+    def __init__(self, max_tokens_per_row: int | None, shared: bool, keyed: bool = False) -> None:
         self.max_tokens_per_row = max_tokens_per_row
         self.shared = shared
+        self.keyed = keyed
 
     def __call__(self, items: Sequence[EncodedPair | Unusable]) -> MicroBatch:
         pairs = [item for item in items if isinstance(item, EncodedPair)]
@@ -233,7 +253,7 @@ class Collator:
         else:
             groups = [[index] for index in range(len(pairs))]
         # Without pairs there is still one part, of no rows: a step is a forward and a backward pass.
-        parts = [lay_out([pairs[i] for i in group], self.shared) for group in groups] or [lay_out([])]
+        parts = [lay_out([pairs[i] for i in group], self.shared, self.keyed) for group in groups] or [lay_out([])]
         return MicroBatch(parts, [item for item in items if isinstance(item, Unusable)])
 
 

@@ -17,7 +17,7 @@ from transformers import TrainingArguments  # noqa: E402
 CHOICES = {
     "reward_shift": ("previous", "running", "none"),
     "nll_reduction": ("sequence", "token"),
-    "reference_kind": ("auto", "copy", "adapter"),
+    "reference_kind": ("auto", "copy", "adapter", "cache"),
     "over_long": ("drop", "cut"),
     "on_bad_record": ("skip", "fail"),
     "attention": ("auto", "separate"),
@@ -38,6 +38,7 @@ class MPOConfig(TrainingArguments):
         label_smoothing: of the sigmoid term, in [0, 0.5).
         reference_kind: ``copy`` of the initial policy, ``adapter`` switched off, or ``auto``: the adapter where there
             is one.
+        reference_cache_dir: where ``cache`` keeps log-probs; None: a folder of the user's, shared by all runs.
         max_length: tokens of prompt and longer response together; None: no limit.
         over_long: ``drop`` such pairs (counted), or ``cut`` the responses' ends.
         max_tiles: tiles a pair's images may take together.
@@ -57,6 +58,7 @@ class MPOConfig(TrainingArguments):
     nll_reduction: str = "sequence"
     label_smoothing: float = 0.0
     reference_kind: str = "auto"
+    reference_cache_dir: str | None = None
     max_length: int | None = None
     over_long: str = "drop"
     max_tiles: int = 12

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmpo.errors import ModelError
+from vlmpo.train.batching import PairRows
 from vlmpo.train.sharding import is_partitioned, release, unwrapped, whole
 from vlmpo.tree.adapter_loading import active_adapter, adapter_places, split_name
-from vlmpo.tree.layout import Row
+from vlmpo.tree.layout import Row, sum_by_branch
 from vlmpo.tree.logprobs import install, uses_shared_rows
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
@@ -35,6 +36,9 @@ class Reference(Protocol):
     def token_logps(self, rows: Sequence[Row]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
 
+    def branch_logps(self, part: PairRows) -> Tensor:
+        """``[branches]`` of ``part``, summed over scored tokens, without gradient."""
+
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
 
@@ -52,6 +56,10 @@ class CopyReference:
             logps = self.model(branch_rows=rows)
         release(self.model)
         return logps
+
+    def branch_logps(self, part: PairRows) -> Tensor:
+        """``[branches]`` of ``part``, without gradient."""
+        return sum_by_branch(self.token_logps(part.rows), part.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -78,6 +86,10 @@ class AdapterReference:
         """``[scored of all rows]``, without gradient."""
         with torch.no_grad(), reading_as(self.policy, self.frozen):
             return self.policy(branch_rows=rows)
+
+    def branch_logps(self, part: PairRows) -> Tensor:
+        """``[branches]`` of ``part``, without gradient."""
+        return sum_by_branch(self.token_logps(part.rows), part.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""

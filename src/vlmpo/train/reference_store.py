@@ -36,7 +36,7 @@ class Scored(NamedTuple):
     tokens: int
 
 
-def content_key(*parts: bytes) -> bytes:
+def content_key(*parts: bytes | memoryview) -> bytes:
     """16 bytes that differ where any of ``parts`` differs, or where they are cut elsewhere."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in parts:

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vlmpo.data.overlap import Overlap
 from vlmpo.errors import RecipeError, RunError, alike_on_a_node
 from vlmpo.files import replace_json
 from vlmpo.loss.mpo import needs_reference
@@ -23,6 +24,7 @@ from vlmpo.train.accounts import Accounts
 from vlmpo.train.adapters import check_adapter_settings, lora_config, quantization
 from vlmpo.train.averaging import AVERAGE_FOLDER
 from vlmpo.train.best import of_only_set
+from vlmpo.train.cached_reference import CachedReference, fill
 from vlmpo.train.card import CardFacts, package_versions
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import length_warning
@@ -60,27 +62,8 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     args = training_config(recipe)
     folder = Path(args.output_dir)
     _refuse_to_overwrite(folder, args)
-    check_adapter_settings(recipe)
-    with alike_on_a_node():
-        data = open_run_data(recipe)
-    overlaps = overlaps_with_training(data)
-    for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
-        notice(f"note: {remark}")
-    processor = load_processor(recipe)
-    model = load_model(recipe)
-    if args.dataloader_num_workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    evaluation: Any = data.evaluation or ({} if recipe.evaluate and recipe.evaluate.questions else None)
-    _check_evaluation(args, evaluation)
-    trainer = MPOTrainer(
-        model=model,
-        ref_model=_second_model(recipe, model),
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=next(iter(evaluation.values())) if evaluation and len(evaluation) == 1 else evaluation,
-        processing_class=processor,
-        peft_config=lora_config(recipe),
-    )
+    data, overlaps = _open_data(recipe)
+    trainer = _build(recipe, args, data)
     if prepare is not None:
         prepare(trainer)
     trainer.settle_best_metric()
@@ -94,6 +77,57 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
     _finish(recipe, trainer, data, manifest)
     return trainer
+
+
+def _open_data(recipe: Recipe) -> tuple[RunData, dict[str, Overlap]]:
+    """The run's data, and what of its evaluation data training shows too; remarks on both are told."""
+    check_adapter_settings(recipe)
+    with alike_on_a_node():
+        data = open_run_data(recipe)
+    overlaps = overlaps_with_training(data)
+    for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
+        notice(f"note: {remark}")
+    return data, overlaps
+
+
+def _build(recipe: Recipe, args: MPOConfig, data: RunData) -> MPOTrainer:
+    """The trainer of a run."""
+    processor = load_processor(recipe)
+    model = load_model(recipe)
+    if args.dataloader_num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
+    evaluation: Any = data.evaluation or ({} if recipe.evaluate and recipe.evaluate.questions else None)
+    _check_evaluation(args, evaluation)
+    return MPOTrainer(
+        model=model,
+        ref_model=_second_model(recipe, model),
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=next(iter(evaluation.values())) if evaluation and len(evaluation) == 1 else evaluation,
+        processing_class=processor,
+        peft_config=lora_config(recipe),
+    )
+
+
+def cache(recipe: Recipe) -> None:
+    """Put the reference's log-probs of all the recipe's pairs into the store: ``vlmpo cache``.
+
+    Raises:
+        VlmpoError: the recipe, the data, the model or the store is at fault.
+    """
+    if recipe.reference.kind != "cache":
+        raise RecipeError("reference.kind: set it to cache, so that training reads what is put there")
+    args = training_config(recipe)
+    data, _ = _open_data(recipe)
+    trainer = _build(recipe, args, data)
+    if not isinstance(trainer.reference, CachedReference):
+        raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
+    parts = trainer._gathered(fill(trainer))
+    known, computed, dropped = (sum(part[name] for part in parts) for name in ("known", "computed", "dropped"))
+    notice(
+        f"reference: {computed} responses computed, {known} known before, {dropped} pairs dropped; "
+        f"in {trainer.reference.store.folder}"
+    )
 
 
 def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[str, Any]) -> None:
@@ -151,6 +185,7 @@ def training_config(recipe: Recipe) -> MPOConfig:
                 "nll_reduction": recipe.loss.nll_reduction,
                 "label_smoothing": recipe.loss.label_smoothing,
                 "reference_kind": recipe.reference.kind,
+                "reference_cache_dir": recipe.reference.cache_dir,
                 "max_length": recipe.data.max_length,
                 "over_long": recipe.data.over_long,
                 "max_tiles": recipe.data.max_tiles,

@@ -23,6 +23,7 @@ from vlmpo.train.batching import (
     lay_out,
     merge,
 )
+from vlmpo.train.cached_reference import CachedReference, cached_reference
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import evaluate_pairs
@@ -43,7 +44,6 @@ from vlmpo.train.reference import (
 from vlmpo.train.router_loss import add_router_loss, read_policy
 from vlmpo.train.sharding import more_to_come, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
 from vlmpo.tree.families import check_rows, support_for
-from vlmpo.tree.layout import sum_by_branch
 from vlmpo.tree.logprobs import install
 from vlmpo.tree.router import router_coefficient
 
@@ -120,7 +120,7 @@ class MPOTrainer(FeedingTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(args.max_tokens_per_row, self.shared),
+            data_collator=Collator(args.max_tokens_per_row, self.shared, keyed=args.reference_kind == "cache"),
             train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
             eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
             processing_class=processing_class,
@@ -163,13 +163,19 @@ class MPOTrainer(FeedingTrainer):
         )
         self.shared = self.data_collator.shared = False
         install(base_of(self.model), shared=False)
-        if isinstance(self.reference, CopyReference):
-            install(base_of(self.accelerator.unwrap_model(self.reference.model)), shared=False)
+        reference = self.reference.model if isinstance(self.reference, CachedReference) else self.reference
+        if isinstance(reference, CopyReference):
+            install(base_of(self.accelerator.unwrap_model(reference.model)), shared=False)
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
             return None
-        kind = choose_kind(self.args.reference_kind, self.model, given, fresh_adapter)
+        if self.args.reference_kind == "cache":
+            return cached_reference(self, given, lambda: self._online_reference("auto", given, fresh_adapter))
+        return self._online_reference(self.args.reference_kind, given, fresh_adapter)
+
+    def _online_reference(self, kind: str, given: Any | None, fresh_adapter: bool) -> Reference:
+        kind = choose_kind(kind, self.model, given, fresh_adapter)
         if kind != "copy":
             return AdapterReference(self.model, add_frozen_adapter(self.model) if kind == "frozen_adapter" else None)
         frozen = frozen_copy(self.model) if given is None else freeze(given, self.shared)
@@ -221,11 +227,9 @@ class MPOTrainer(FeedingTrainer):
         return self._read(model, part, False)[:2]
 
     def _read(self, model: nn.Module, part: PairRows, router: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        reference = None
-        if self.reference is not None:
-            reference = sum_by_branch(self.reference.token_logps(part.rows), part.rows)
+        reference = None if self.reference is None else self.reference.branch_logps(part)
         policy, router_losses = read_policy(model, part, router)
-        return policy, reference, router_losses
+        return policy, None if reference is None else reference.to(policy.dtype), router_losses
 
     def _loss(
         self, part: PairRows, policy: Tensor, reference: Tensor | None, counts: dict[str, float] | None

@@ -1,0 +1,262 @@
+"""The reference by what it said before: log-probs from a store on disk, a model only for what is not in it yet.
+
+Whatever decides a log-prob is in its key: the reference's weights, the token ids, the image as the model reads it (its
+pixels after the processor, so the file's bytes and the processor's settings too), the precision, and whether trunks are
+shared. A key that does not match is computed anew, never trusted. Once a whole epoch is in the store the model is let
+go; a run that finds its data set complete from an earlier one does not load a model at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlmpo.errors import RunError
+from vlmpo.files import replace_json
+from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.train.batching import PairRows
+from vlmpo.train.progress import notice
+from vlmpo.train.reference import CopyReference, Reference, base_of, freeze, is_peft, weights_hash
+from vlmpo.train.reference_store import ReferenceStore, Scored, content_key
+from vlmpo.train.sharding import gathered, passes_are_shared, prepare_frozen
+from vlmpo.tree.layout import Row
+from vlmpo.tree.loading import load_model
+
+ensure_torchvision()  # before transformers' Trainer, which imports torchvision
+
+from transformers import TrainerCallback  # noqa: E402
+
+if TYPE_CHECKING:
+    from vlmpo.train.trainer import MPOTrainer
+
+
+def default_cache_dir() -> str:
+    """Where log-probs are kept unless the recipe says otherwise: shared by all runs of a user."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "vlmpo", "reference")
+
+
+class CachedReference:
+    """Answers from a store, and from a model where the store has no answer.
+
+    Args:
+        store: the log-probs.
+        weights: hash of the reference's weights.
+        reading: how log-probs are read at present (precision, shared trunks): part of every key.
+        build: makes the model; called when it is first needed.
+        agree: whether some rank says yes: where passes are shared by ranks, all read what one of them lacks.
+
+    Attributes:
+        hits, misses: branches answered from the store, and by the model.
+    """
+
+    def __init__(
+        self,
+        store: ReferenceStore,
+        weights: str,
+        reading: Callable[[], str],
+        build: Callable[[], Reference],
+        agree: Callable[[bool], bool],
+    ) -> None:
+        self.store = store
+        self.hits = self.misses = 0
+        self._weights = weights
+        self._reading = reading
+        self._build = build
+        self._agree = agree
+        self._model: Reference | None = None
+        self._stays = False
+
+    def start_with(self, model: Reference, stays: bool) -> None:
+        """Have ``model`` from the start; where it ``stays`` it is never let go, as it could not be had again."""
+        self._model, self._stays = model, stays
+
+    @property
+    def model(self) -> Reference | None:
+        """The model behind the store, while it is in memory."""
+        return self._model
+
+    def load(self) -> Reference:
+        """The model behind the store.
+
+        Raises:
+            RunError: what is loaded is not what the log-probs in the store were taken from.
+        """
+        if self._model is None:
+            self._model = self._build()
+            if self._model.weights_hash() != self._weights:
+                raise RunError(
+                    "the reference cannot be had again: the weights where it was loaded from have changed since this "
+                    "run began; start again with the initial model in its place"
+                )
+        return self._model
+
+    def let_go(self) -> None:
+        """Free the model's memory, where it can be had again for what is lacking after that."""
+        if not self._stays:
+            self._model = None
+
+    def context(self) -> bytes:
+        """What every key starts from."""
+        return content_key(self._weights.encode(), self._reading().encode())
+
+    def branch_logps(self, part: PairRows) -> Tensor:
+        """``[branches]``, float64, without gradient."""
+        context = self.context()
+        keys = [content_key(context, key) for key in part.keys]
+        known = [self.store.get(key) for key in keys]
+        lacking = any(value is None for value in known)
+        if self._agree(lacking):
+            logps = self.load().branch_logps(part).double()
+            if lacking:
+                said = zip(logps.tolist(), part.branch_lengths, strict=False)  # idle branches have no key
+                self.store.put(keys, [Scored(logp, tokens) for logp, tokens in list(said)[: len(keys)]])
+            self.misses += sum(value is None for value in known)
+            return logps
+        self.hits += len(keys)
+        lengths = part.branch_lengths
+        for value, length in zip(known, lengths, strict=False):
+            if value is not None and value.tokens != length:
+                raise RunError(f"the reference's log-probs in {self.store.folder} are of other responses; remove it")
+        values = [value.logp for value in known if value is not None]
+        idle = [0.0] * (part.num_branches - len(values))
+        return torch.tensor([*values, *idle], dtype=torch.float64, device=part.chosen.device)
+
+    def token_logps(self, rows: Sequence[Row]) -> Tensor:
+        """``[scored of all rows]``: the store keeps sums, so this is always the model's."""
+        return self.load().token_logps(rows)
+
+    def weights_hash(self) -> str:
+        """Tells one reference's weights from another's."""
+        return self._weights
+
+
+class Completeness:
+    """Which data sets are wholly in a store, noted beside its shards.
+
+    A note is a hint alone: it decides whether the model is loaded at once. Log-probs are looked up by their keys.
+
+    Args:
+        trainer: its data set and settings name what is complete.
+        reference: of the trainer.
+    """
+
+    def __init__(self, trainer: MPOTrainer, reference: CachedReference) -> None:
+        self._trainer = trainer
+        self._reference = reference
+
+    def _note(self) -> Path | None:
+        """Where it is noted; None for a data set that cannot be told from another without reading it."""
+        fingerprint = getattr(self._trainer.train_dataset, "fingerprint", None)
+        if not callable(fingerprint):
+            return None
+        encoder = self._trainer.encoder
+        settings = [encoder.max_length, encoder.over_long, encoder.max_tiles, encoder.video_frames]
+        key = content_key(self._reference.context(), fingerprint().encode(), json.dumps(settings).encode())
+        return self._reference.store.folder / f"complete-{key.hex()}.json"
+
+    def known(self) -> bool:
+        """Whether an earlier run read the whole data set."""
+        note = self._note()
+        return note is not None and note.is_file()
+
+    def reached(self) -> None:
+        """The whole data set has been read: note it, and let the model go."""
+        trainer, store = self._trainer, self._reference.store
+        store.sync()
+        trainer.accelerator.wait_for_everyone()
+        store.refresh()
+        note = self._note()
+        if note is not None and trainer.accelerator.is_main_process:
+            replace_json(note, {"pairs": len(trainer.train_dataset)})
+        had_model = self._reference.model is not None
+        self._reference.let_go()
+        if had_model and self._reference.model is None:
+            told = f"{store.damaged} damaged entries were computed anew; " if store.damaged else ""
+            notice(f"reference: its log-probs of all pairs are in {store.folder}; {told}the model is let go")
+
+
+class EpochWatch(TrainerCallback):
+    """Notices when an epoch was read from its first pair to its last.
+
+    Args:
+        completeness: told so.
+    """
+
+    def __init__(self, completeness: Completeness) -> None:
+        self._completeness = completeness
+        self._from_its_start = False
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run resumed in mid-epoch has not read what came before."""
+        self._from_its_start = float(state.epoch or 0.0).is_integer()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called as well where the steps end before the epoch does."""
+        if self._from_its_start and float(state.epoch).is_integer() and not args.dataloader_drop_last:
+            self._completeness.reached()
+
+
+def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[], Reference]) -> CachedReference:
+    """The reference of ``trainer`` behind the store its settings name.
+
+    Args:
+        trainer: set up, its model not yet trained.
+        given: a reference model of the user's; None: the initial policy.
+        online: makes the reference as it would be without a store, from the policy as it is now.
+    """
+    args, source = trainer.args, base_of(trainer.model if given is None else given)
+    precision = f"{next(source.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type}"
+    name = None if is_peft(trainer.model if given is None else given) else getattr(source.config, "_name_or_path", None)
+
+    def again() -> Reference:
+        model = freeze(load_model(str(name), str(source.dtype).removeprefix("torch.")), trainer.shared)
+        return CopyReference(prepare_frozen(trainer.accelerator, model))
+
+    def agree(lacking: bool) -> bool:
+        if not passes_are_shared(trainer.accelerator):
+            return lacking
+        return any(gathered(trainer.accelerator, lacking))
+
+    first = None if name else online()  # an adapter's model cannot be had again by a name: it stays
+    found = CachedReference(
+        store=ReferenceStore(args.reference_cache_dir or default_cache_dir()),
+        weights=weights_hash(source, None) if first is None else first.weights_hash(),
+        reading=lambda: f"{precision} shared={trainer.shared}",
+        build=again,
+        agree=agree,
+    )
+    completeness = Completeness(trainer, found)
+    if first is not None or not completeness.known():
+        found.start_with(first or online(), stays=first is not None)
+    trainer.add_callback(EpochWatch(completeness))
+    return found
+
+
+def fill(trainer: MPOTrainer) -> dict[str, int]:
+    """Put the reference's log-probs of all training pairs into the store, and those of the evaluation pairs.
+
+    Returns:
+        How many branches were ``known`` and how many ``computed``, on this rank, and pairs ``dropped``.
+    """
+    reference = trainer.reference
+    assert isinstance(reference, CachedReference)
+    evaluation = trainer.eval_dataset
+    sets = evaluation.values() if isinstance(evaluation, dict) else [] if evaluation is None else [evaluation]
+    dropped = 0
+    with torch.no_grad():
+        for loader in (trainer.get_train_dataloader(), *(trainer.get_eval_dataloader(part) for part in sets)):
+            for batch in loader:
+                error = trainer._account([batch])
+                dropped += len(batch.dropped)
+                (level,) = trainer.lockstep.level([batch], trainer.lockstep.agree([batch], error), trainer.model)
+                for part in level.parts:
+                    reference.branch_logps(trainer._prepare_inputs(part))
+    Completeness(trainer, reference).reached()
+    return {"known": reference.hits, "computed": reference.misses, "dropped": dropped}
