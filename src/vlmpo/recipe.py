@@ -91,8 +91,8 @@ class DataSection(_Section):
     """The pairs. ``hold_out`` is the fraction of the training pairs kept for evaluation, split off by image.
 
     ``max_length`` bounds the tokens of prompt + longer response (None: no bound), ``video_frames`` the images that a
-    video becomes; ``over_long`` says what becomes of a
-    pair above it, ``on_bad_record`` of a record that cannot be used.
+    video becomes; ``over_long`` says what becomes of a pair above it, ``on_bad_record`` of a record that is no good.
+    Up to ``group_by_prompt`` pairs of one prompt share its trunk.
     """
 
     train: tuple[Source, ...] = Field(default=(), strict=False)
@@ -103,6 +103,7 @@ class DataSection(_Section):
     video_frames: int = Field(default=8, ge=1)
     on_bad_record: Literal["skip", "fail"] = "skip"
     over_long: Literal["drop", "cut"] = "drop"
+    group_by_prompt: int = Field(default=0, ge=0)
 
 
 class LossSection(_Section):

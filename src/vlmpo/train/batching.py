@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlmpo.data.encode import EncodedPair, PairEncoder
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
+from vlmpo.train.order import shuffled, with_groups
 from vlmpo.train.reference_store import content_key
 from vlmpo.tree.layout import PromptTree, Row, build_row, pack
 
@@ -34,6 +35,8 @@ class PairBatchSampler(Sampler[list[int]]):
         world_size, rank: of the data-parallel group.
         seed: of the order; None keeps the order of the data set.
         drop_last: leave out the last optimizer step of an epoch where it is not full.
+        labels: of each pair's prompt, where pairs of one prompt are to come together; else None.
+        group: how many of them at a time.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class PairBatchSampler(Sampler[list[int]]):
         rank: int,
         seed: int | None,
         drop_last: bool = False,
+        labels: Sequence[bytes] | None = None,
+        group: int = 1,
     ) -> None:
         self.num_pairs = num_pairs
         self.per_device = per_device
@@ -53,6 +58,8 @@ class PairBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.seed = seed
         self.drop_last = drop_last
+        self.labels = labels
+        self.group = group
         self.epoch = 0
 
     @property
@@ -68,8 +75,8 @@ class PairBatchSampler(Sampler[list[int]]):
         """All pair indices in this epoch's order."""
         if self.seed is None:
             return list(range(self.num_pairs))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(self.num_pairs, generator=generator).tolist()
+        order = shuffled(self.num_pairs, self.seed, self.epoch)
+        return order if self.labels is None else with_groups(order, self.labels, self.group)
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_pairs, self.global_batch)
@@ -200,24 +207,70 @@ def merge(parts: Sequence[PairRows]) -> PairRows:
     )
 
 
-def lay_out(pairs: Sequence[EncodedPair], shared: bool = True, keyed: bool = False) -> PairRows:
-    """Put encoded pairs (possibly none) into one row, or each response into a row of its own."""
-    trees = [_tree(pair) for pair in pairs]
-    branches = len(trees[0].branches) if trees else 2
-    first = torch.arange(len(pairs)) * branches
+def lay_out(pairs: Sequence[EncodedPair], shared: bool = True, keyed: bool = False, group: int = 1) -> PairRows:
+    """Put encoded pairs (possibly none) into one row, or each response into a row of its own.
+
+    Args:
+        pairs: in order.
+        shared: whether responses share their prompt's trunk.
+        keyed: whether branches get their keys.
+        group: how many pairs of one prompt, next to each other in ``pairs``, may be one tree.
+    """
+    grown = [_grow(members) for members in grouped(pairs, group)]
+    trees = [tree for tree, _, _ in grown]
+    firsts = [0, *itertools.accumulate(len(tree.branches) for tree in trees)]
+    chosen = [first + at for first, (_, found, _) in zip(firsts, grown, strict=False) for at in found]
+    rejected = [first + at for first, (_, _, found) in zip(firsts, grown, strict=False) for at in found]
     if shared:
         rows = [build_row(trees)] if trees else []
     else:
         rows = [build_row([part]) for tree in trees for part in tree.separate()]
     return PairRows(
         rows=rows,
-        chosen=first,
-        rejected=first + 1 if branches == 2 else None,
+        chosen=torch.tensor(chosen, dtype=torch.long),
+        rejected=torch.tensor(rejected, dtype=torch.long) if rejected or not pairs else None,
         chosen_lengths=torch.tensor([pair.chosen_ids.numel() for pair in pairs], dtype=torch.long),
         sources=[pair.source for pair in pairs],
         origins=[pair.origin for pair in pairs],
         keys=[key for tree in trees for key in branch_keys(tree)] if keyed else [],
     )
+
+
+def grouped(pairs: Sequence[EncodedPair], most: int) -> list[list[EncodedPair]]:
+    """Pairs next to each other with the same prompt and images, up to ``most`` of them, as one group."""
+    groups: list[list[EncodedPair]] = []
+    for pair in pairs:
+        if groups and len(groups[-1]) < most and _same_prompt(groups[-1][0], pair):
+            groups[-1].append(pair)
+        else:
+            groups.append([pair])
+    return groups
+
+
+def _same_prompt(one: EncodedPair, other: EncodedPair) -> bool:
+    """By what the model reads: token ids, their types, pixels."""
+    mine, theirs = ({"": pair.trunk_ids, **pair.vision, **pair.token_types} for pair in (one, other))
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def _grow(pairs: Sequence[EncodedPair]) -> tuple[PromptTree, list[int], list[int]]:
+    """One tree of pairs with one prompt, a response that several of them hold only once; and which branch is whose."""
+    found: dict[tuple[int, ...], int] = {}
+    branches: list[Tensor] = []
+
+    def branch(ids: Tensor) -> int:
+        at = found.setdefault(tuple(ids.tolist()), len(branches))
+        if at == len(branches):
+            branches.append(ids)
+        return at
+
+    chosen, rejected = [], []
+    for pair in pairs:
+        chosen.append(branch(pair.chosen_ids))
+        if pair.rejected_ids is not None:
+            rejected.append(branch(pair.rejected_ids))
+    first = pairs[0]
+    return PromptTree(first.trunk_ids, tuple(branches), first.vision, first.token_types), chosen, rejected
 
 
 def branch_keys(tree: PromptTree) -> list[bytes]:
@@ -239,27 +292,27 @@ class Collator:
         max_tokens_per_row: bound of a row; None: one row a micro-batch.
         shared: whether the branches of a pair share their trunk, or each gets a row of its own (a part is then a pair).
         keyed: whether branches get their keys.
+        group: how many pairs of one prompt may share a trunk.
     """
 
-    def __init__(self, max_tokens_per_row: int | None, shared: bool, keyed: bool = False) -> None:
+    def __init__(self, max_tokens_per_row: int | None, shared: bool, keyed: bool = False, group: int = 1) -> None:
         self.max_tokens_per_row = max_tokens_per_row
         self.shared = shared
         self.keyed = keyed
+        self.group = max(1, group)
 
     def __call__(self, items: Sequence[EncodedPair | Unusable]) -> MicroBatch:
-        pairs = [item for item in items if isinstance(item, EncodedPair)]
+        groups = grouped([item for item in items if isinstance(item, EncodedPair)], self.group)
         if self.shared:
-            groups = pack([_tree(pair) for pair in pairs], self.max_tokens_per_row)
+            parts = pack([_grow(members)[0] for members in groups], self.max_tokens_per_row)
         else:
-            groups = [[index] for index in range(len(pairs))]
+            parts = [[index] for index in range(len(groups))]
         # Without pairs there is still one part, of no rows: a step is a forward and a backward pass.
-        parts = [lay_out([pairs[i] for i in group], self.shared, self.keyed) for group in groups] or [lay_out([])]
-        return MicroBatch(parts, [item for item in items if isinstance(item, Unusable)])
+        laid_out = [self._lay_out([pair for index in part for pair in groups[index]]) for part in parts or [[]]]
+        return MicroBatch(laid_out, [item for item in items if isinstance(item, Unusable)])
 
-
-def _tree(pair: EncodedPair) -> PromptTree:
-    branches = (pair.chosen_ids,) if pair.rejected_ids is None else (pair.chosen_ids, pair.rejected_ids)
-    return PromptTree(pair.trunk_ids, branches, pair.vision, pair.token_types)
+    def _lay_out(self, pairs: Sequence[EncodedPair]) -> PairRows:
+        return lay_out(pairs, self.shared, self.keyed, self.group)
 
 
 class PairLoader(DataLoader[MicroBatch]):

@@ -45,6 +45,9 @@ class MPOConfig(TrainingArguments):
         video_frames: images a video becomes at most.
         max_tokens_per_row: a micro-batch is read in rows of at most so many tokens, each with its own backward pass,
             so that the longest row decides the memory, not the micro-batch.
+        group_by_prompt: up to so many pairs of one prompt come next to each other and share its trunk, a response that
+            several of them hold is read once; 0: pairs come as they are shuffled. Pairs of one prompt then meet in a
+            step more often than chance would have it.
         on_bad_record: ``skip`` and count, or ``fail``.
         num_train_epochs, learning_rate: default to 1 and 1e-6 here.
         learning_rates: rates by part, of ``vision``, ``projector`` and ``text``; other parts take ``learning_rate``.
@@ -64,6 +67,7 @@ class MPOConfig(TrainingArguments):
     max_tiles: int = 12
     video_frames: int = 8
     max_tokens_per_row: int | None = 16384
+    group_by_prompt: int = 0
     on_bad_record: str = "skip"
     attention: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)
@@ -88,6 +92,8 @@ class MPOConfig(TrainingArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.group_by_prompt < 0:
+            raise ValueError(f"group_by_prompt must be at least 0, not {self.group_by_prompt}")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
         if self.label_smoothing_factor:

@@ -13,6 +13,7 @@ from vlmpo.train.accounts import Accounts
 from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch, PairBatchSampler, PairLoader
 from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.lockstep import Lockstep
+from vlmpo.train.order import prompt_labels
 from vlmpo.train.progress import StepClock, notice
 
 
@@ -32,13 +33,19 @@ class FeedingTrainer(ChoosingTrainer):
     clock: StepClock
     accounts: Accounts
     lockstep: Lockstep
+    _labels: list[bytes] | None = None  # of the training pairs' prompts, once they are asked for
 
     def get_train_dataloader(self) -> PairLoader:
         """Micro-batches of this rank, in an order that depends on seed and epoch alone."""
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         order = None if self.args.train_sampling_strategy == "sequential" else seed
         accumulation, drop_last = self.args.gradient_accumulation_steps, self.args.dataloader_drop_last
-        return self._loader(self.train_dataset, self._train_batch_size, accumulation, order, drop_last)
+        group = self.args.group_by_prompt
+        if group > 1 and order is not None and self._labels is None:
+            self._labels = prompt_labels(self.train_dataset)
+        return self._loader(
+            self.train_dataset, self._train_batch_size, accumulation, order, drop_last, self._labels, group
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
         """Micro-batches of this rank, in the data set's own order."""
@@ -47,12 +54,14 @@ class FeedingTrainer(ChoosingTrainer):
             data = self.eval_dataset[data]
         return self._loader(data, self.args.eval_batch_size, 1, None, False)
 
-    def _loader(self, data: Any, per_device: int, accumulation: int, seed: int | None, drop_last: bool) -> PairLoader:
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+    def _loader(self, data: Any, per_device: int, *order: Any) -> PairLoader:
+        """Of pairs in the order that PairBatchSampler's further arguments say."""
+        accumulation, seed, drop_last, *grouping = order
+        ranks = (self.accelerator.num_processes, self.accelerator.process_index)
         workers = self.args.dataloader_num_workers
         return PairLoader(
             EncodedPairs(data, self.encoder),
-            batch_sampler=PairBatchSampler(len(data), per_device, accumulation, world, rank, seed, drop_last),
+            batch_sampler=PairBatchSampler(len(data), per_device, accumulation, *ranks, seed, drop_last, *grouping),
             collate_fn=self.data_collator,
             num_workers=workers,
             generator=torch.Generator(),  # its own: reading data must not move the random state of training

@@ -191,6 +191,7 @@ def training_config(recipe: Recipe) -> MPOConfig:
                 "max_tiles": recipe.data.max_tiles,
                 "video_frames": recipe.data.video_frames,
                 "on_bad_record": recipe.data.on_bad_record,
+                "group_by_prompt": recipe.data.group_by_prompt,
                 "attention": recipe.model.attention,
             }
         )

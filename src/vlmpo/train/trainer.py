@@ -120,7 +120,9 @@ class MPOTrainer(FeedingTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(args.max_tokens_per_row, self.shared, keyed=args.reference_kind == "cache"),
+            data_collator=Collator(
+                args.max_tokens_per_row, self.shared, args.reference_kind == "cache", args.group_by_prompt
+            ),
             train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
             eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
             processing_class=processing_class,

@@ -1,0 +1,62 @@
+"""The order in which an epoch takes its pairs: a pure function of the seed, the epoch and the data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vlmpo.errors import RecordError
+
+
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """All indices below ``count``, in an order of their own for each seed and epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def prompt_labels(pairs: Any) -> list[bytes]:
+    """For each pair what tells its prompt, images included, from others: 16 bytes. Reads every record once, no image.
+
+    A record that cannot be read has a label of its own.
+    """
+    return [_label(pairs, index) for index in range(len(pairs))]
+
+
+def _label(pairs: Any, index: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        pair = pairs[index]
+    except RecordError:
+        digest.update(f"record {index}".encode())
+        return digest.digest()
+    for message in pair.prompt:
+        digest.update(f"{message.role}\0{message.text}\0".encode("utf-8", "surrogatepass"))
+    for kind, medium in (*(("image", one) for one in pair.images), *(("video", one) for one in pair.videos)):
+        digest.update(kind.encode())
+        if isinstance(medium, str | os.PathLike):
+            digest.update(os.fspath(medium).encode())
+        else:
+            digest.update(medium if isinstance(medium, bytes) else medium.tobytes())
+        digest.update(b"\0")
+    return digest.digest()
+
+
+def with_groups(order: Sequence[int], labels: Sequence[bytes], most: int) -> list[int]:
+    """``order`` with pairs of one prompt brought together, up to ``most`` at a time.
+
+    A group stands where its first pair stood. So which pairs meet, and where, is as random as ``order``, and every
+    pair still comes once.
+    """
+    open_groups: dict[bytes, list[int]] = {}
+    groups: list[list[int]] = []
+    for index in order:
+        group = open_groups.get(labels[index])
+        if group is None or len(group) == most:
+            group = open_groups[labels[index]] = []
+            groups.append(group)
+        group.append(index)
+    return [index for group in groups for index in group]
