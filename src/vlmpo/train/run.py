@@ -67,6 +67,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
         notice(f"note: {remark}")
     processor = load_processor(recipe)
+    _ = args.device  # sets up the process group, without which ZeRO-3 and FSDP cannot share out weights on loading
     model = load_model(recipe)
     if args.dataloader_num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
