@@ -33,6 +33,7 @@ TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second")
 CLIPPED = {"count": 18, "max_grad_norm": 0.5}  # five steps, all clipped; in the last one rank 1 has no pair
 EVALUATED = {"evaluate": 7, "eval_strategy": "steps", "eval_steps": 1}
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "num_train_epochs": 2}
+SUM_EACH = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 EXACT: dict[str, dict[str, Any]] = {
     "ddp": CLIPPED,
     "fsdp": {**CLIPPED, "fsdp": True},
@@ -43,6 +44,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "fsdp_no_wrap": {"count": 18, "fsdp": True, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
     "ddp_accumulated": {"count": 21, "mixed": True, **ACCUMULATED},
     "fsdp_accumulated": {"count": 21, "fsdp": True, **ACCUMULATED, **EVALUATED},
+    "fsdp_summed_each": {"count": 21, "fsdp": True, **ACCUMULATED, "accelerator_config": {**SUM_EACH}},
     "ddp_evaluated": {**CLIPPED, **EVALUATED},
     "ddp_lora": {"count": 21, "lora": True, **EVALUATED},
     "fsdp_lora_separate": {"count": 21, "lora": True, "fsdp": True, "attention": "separate"},

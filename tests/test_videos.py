@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from tests.tiny_models import noise_image, processor, tokenizer
+from tests.tiny_models import model, noise_image, processor, tokenizer
+from tests.training import logged
+from vlmpo.cli import app
 from vlmpo.data.encode import PairEncoder
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.data.videos import read_frames, with_frames
@@ -164,3 +168,30 @@ def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DataError, match=r"pip install 'vlmpo\[video\]'"):
         read_frames(b"", 1)
+
+
+def test_a_run_on_videos(tmp_path) -> None:
+    """MMPR records with `video`, by the command line: read as frames, a missing one counted with its line."""
+    checkpoint = tmp_path / "model"
+    model().save_pretrained(checkpoint)
+    processor().save_pretrained(checkpoint)
+    for index in range(2):
+        (tmp_path / f"{index}.mp4").write_bytes(video(6 + index))
+    lines = [
+        {"video": f"{index % 3}.mp4", "question": "<video>\nhow many?", "chosen": f"two {index}", "rejected": "three"}
+        for index in range(5)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{path: {checkpoint}}}\ndata: {{train: [pairs.jsonl], video_frames: 2, max_tiles: 2}}\n"
+        f"training: {{output_dir: {tmp_path / 'run'}, per_device_train_batch_size: 4, use_cpu: true, logging_steps: 1,"
+        " save_strategy: 'no', disable_tqdm: true}\n"
+    )
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0, result.output
+    sets = json.loads((tmp_path / "run" / "manifest.json").read_text())["data"]["sets"]["pairs"]
+    assert (sets["read"], sets["used"], sets["dropped"]) == (5, 4, {"missing_video": 1})
+    (line,) = logged(tmp_path / "run")
+    assert line["loss"] == pytest.approx(0.8317766 + line["loss/nll"], rel=1e-6)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "recipe.yaml"), "training.output_dir=elsewhere"])
+    assert "Frame2: <img>" in shown.output

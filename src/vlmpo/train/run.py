@@ -93,6 +93,7 @@ def _open_data(recipe: Recipe) -> tuple[RunData, dict[str, Overlap]]:
 def _build(recipe: Recipe, args: MPOConfig, data: RunData) -> MPOTrainer:
     """The trainer of a run."""
     processor = load_processor(recipe)
+    _ = args.device  # sets up the process group, without which ZeRO-3 and FSDP cannot share out weights on loading
     model = load_model(recipe)
     if args.dataloader_num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked

@@ -347,6 +347,8 @@ class MPOTrainer(FeedingTrainer):
                     "leave training.resume_from_checkpoint out to start anew"
                 )
             resume_from_checkpoint = str(found)
+        if resume_from_checkpoint and self.is_deepspeed_enabled:  # its engine loads the weights by itself
+            self._take_state(str(resume_from_checkpoint))
         refuse_if_scored(self.accelerator, self.model_wrapped)
         if passes_are_shared(self.accelerator):  # the weights can be read only once they are wrapped
             self.add_callback(AtTrainBegin(self._check_rows))
@@ -373,6 +375,14 @@ class MPOTrainer(FeedingTrainer):
         return Accounts.merged(self._gathered(self.accounts))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
+        self._take_state(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _take_state(self, resume_from_checkpoint: str) -> None:
+        """Delta and accounts of a checkpoint; refused where it was trained against another reference."""
         state = read_state(resume_from_checkpoint)
         mine = None if self.reference is None else self.reference.weights_hash()
         if state["reference_hash"] != self._gathered(mine)[0]:
@@ -380,10 +390,6 @@ class MPOTrainer(FeedingTrainer):
                 f"{resume_from_checkpoint} was trained against another reference than this run has; start from the "
                 "same initial model (a resumed policy must not become its own reference)"
             )
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(self.model if model is None else model, resume_from_checkpoint)
         try:
             self.reward_shift.load_state_dict(state["reward_shift"])
         except ValueError as error:
