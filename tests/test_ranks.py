@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ EXACT: dict[str, dict[str, Any]] = {
     # Running delta weighs ranks alike, not pairs: one process says the same where all ranks have equally many.
     "ddp_running": {"count": 20, "max_length": None, "reward_shift": "running"},
     "fsdp_running": {"count": 20, "max_length": None, "reward_shift": "running", "fsdp": True},
+    "ddp_cached": {"count": 18, "reference_kind": "cache", "num_train_epochs": 2},
+    "fsdp_cached": {"count": 18, "reference_kind": "cache", "num_train_epochs": 2, "fsdp": True},
+    "ddp_grouped": {"count": 18, "group_by_prompt": 3, "train_sampling_strategy": "random"},
     "fsdp_sft": {"count": 18, "loss_weights": {"nll": 1.0}, "fsdp": True},
     "fsdp_one_loads": {"count": 18, "fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}, "garbage": True},
     "fsdp_scored_at_start": {"count": 18, "fsdp": True, **EVALUATED, "eval_on_start": True},
@@ -82,6 +86,14 @@ def events(folder: Path) -> list[dict[str, Any]]:
     """All that was logged, evaluations too, without timing."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines if "train_loss" not in line]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where the reference's log-probs are kept by default: ranks and the single process share it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
