@@ -3,6 +3,7 @@
 RUNS is JSON: a list of runs, one after another in the same process group. Each leaves what its rank knows at the end in
 ``NAME/rankR.pt``. Beside MPOConfig's fields a run may have:
 
+- ``family``: of the zoo, with pairs of its own; else tiny InternVL and:
 - ``count``: pairs, of ``skewed`` kind unless ``mixed`` is set;
 - ``tied``, ``bits``: of the model: tied embeddings; 64 (default) or 32 bits;
 - ``lora``: put a fresh adapter on it;
@@ -27,7 +28,7 @@ import torch
 from torch import distributed
 
 import tests.conftest  # noqa: F401  torchvision and threads, before anything else
-from tests.ranks import full_weights, make_trainer, sharded_on_cpu
+from tests.ranks import family_trainer, full_weights, make_trainer, sharded_on_cpu
 from vlmpo.errors import RunError
 from vlmpo.train.lockstep import Lockstep
 from vlmpo.train.trainer import MPOTrainer
@@ -54,7 +55,8 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
         Lockstep._with_image = lambda self, row: row  # type: ignore[method-assign]
     if run.pop("garbage", False) and os.environ["RANK"] != "0":
         run["model_seed"] = 99
-    made = make_trainer(folder / name, ddp_backend="gloo", **run)
+    make = family_trainer if "family" in run else make_trainer
+    made = make(folder / name, *([run.pop("family")] if "family" in run else []), ddp_backend="gloo", **run)
     if resume is not None and made.accelerator.is_main_process:
         _cut_back(folder / resume[0], folder / name, resume[1])
     made.accelerator.wait_for_everyone()

@@ -198,14 +198,27 @@ def test_mixed_precision_rounds_no_log_prob_and_no_sum_of_gradients() -> None:
     plugin = accelerator.state.fsdp_plugin
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.output_dtype is torch.bfloat16  # what accelerate would do
-    settle(accelerator)
+    settle(accelerator, torch.nn.Identity())
     expected = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None)
     assert plugin.mixed_precision_policy == expected
 
 
+def test_layers_to_wrap_are_those_the_model_has() -> None:
+    """LLaVA names layers of CLIP's text model among its own, which it does not have."""
+    made = tiny_model()
+    made._no_split_modules = {*made._no_split_modules, "CLIPTextEmbeddings"}
+    accelerator = fsdp(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    settle(accelerator, made)
+    accelerator.state.fsdp_plugin.set_auto_wrap_policy(made)  # raises for a layer it does not find
+    assert accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == ["InternVLVisionLayer", "Qwen2DecoderLayer"]
+    chosen = fsdp(fsdp_version=2, transformer_cls_names_to_wrap=["Qwen2DecoderLayer"])
+    settle(chosen, made)
+    assert chosen.state.fsdp_plugin.transformer_cls_names_to_wrap == ["Qwen2DecoderLayer"]
+
+
 def test_fsdp1_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"FSDP of version 1 is not supported; set training\.fsdp_config\.version: 2"):
-        settle(fsdp(fsdp_version=1))
+        settle(fsdp(fsdp_version=1), torch.nn.Identity())
 
 
 def test_gradients_are_not_due_before_the_last_part() -> None:

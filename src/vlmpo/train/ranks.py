@@ -23,7 +23,7 @@ class RanksTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As transformers has it; refuses wrappers that cannot be exact."""
         super().create_accelerator_and_postprocess()
-        settle(self.accelerator)
+        settle(self.accelerator, self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model whole, also where checkpoints hold shards: of those transformers would write nothing."""

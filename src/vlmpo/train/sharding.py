@@ -35,8 +35,11 @@ def gathered(accelerator: Any, mine: Any) -> list[Any]:
     return gather_object([mine])
 
 
-def settle(accelerator: Any) -> None:
-    """Refuse FSDP1, and keep FSDP2's mixed precision from rounding log-probs and summed gradients.
+def settle(accelerator: Any, model: nn.Module) -> None:
+    """Refuse FSDP1; keep FSDP2's mixed precision from rounding log-probs and summed gradients; name the layers to wrap.
+
+    A model's own list of layers also names some of its towers' other halves (CLIP's text model in LLaVA), which it has
+    not; accelerate would stop at the first of them.
 
     Raises:
         RecipeError: FSDP of version 1.
@@ -49,6 +52,9 @@ def settle(accelerator: Any) -> None:
             "FSDP of version 1 is not supported; set training.fsdp_config.version: 2 "
             "(fsdp_version: 2 in an accelerate config)"
         )
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present & set(getattr(model, "_no_split_modules", None) or ()))
     policy = plugin.mixed_precision_policy
     if policy is not None:
         from torch.distributed.fsdp import MixedPrecisionPolicy
