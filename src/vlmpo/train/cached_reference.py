@@ -53,7 +53,7 @@ class CachedReference:
         agree: whether some rank says yes: where passes are shared by ranks, all read what one of them lacks.
 
     Attributes:
-        hits, misses: branches answered from the store, and by the model.
+        hits, misses: branches that were in the store, and that were not.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class CachedReference:
                 said = zip(logps.tolist(), part.branch_lengths, strict=False)  # idle branches have no key
                 self.store.put(keys, [Scored(logp, tokens) for logp, tokens in list(said)[: len(keys)]])
             self.misses += sum(value is None for value in known)
+            self.hits += sum(value is not None for value in known)
             return logps
         self.hits += len(keys)
         lengths = part.branch_lengths
