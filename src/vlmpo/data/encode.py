@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from vlmpo.data.chat import ChatTemplate
 from vlmpo.data.images import open_image
+from vlmpo.data.pixels import AS_BYTES, PixelScale, pixel_scale
 from vlmpo.data.processors import image_token_id, media_ids, reads_images, tile_notice, tile_settings, tokenizer_of
 from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair
 from vlmpo.data.videos import DEFAULT_FRAMES, with_frames
@@ -78,8 +78,11 @@ class PairEncoder:
             (Qwen-VL), a tile stands for 448 x 448 pixels. Without effect on others, which ``notices`` says.
         need_rejected: False for supervised fine-tuning: the rejected response is not looked at.
         video_frames: images a video becomes at most.
+        pixels_as_bytes: give pixels as uint8, where the processor leaves its last step out exactly; whoever reads them
+            then goes through ``pixel_scale`` first. For a data loader: a quarter of the bytes.
 
     Attributes:
+        pixel_scale: what makes bytes the processor's pixels; None where the pixels are the processor's own.
         media_ids: tokens that to the model are an image, video or sound, or frame one; no response may hold them.
 
     Raises:
@@ -96,6 +99,7 @@ class PairEncoder:
         max_tiles: int = 12,
         need_rejected: bool = True,
         video_frames: int = DEFAULT_FRAMES,
+        pixels_as_bytes: bool = False,
     ) -> None:
         self._tokenizer = tokenizer_of(processor)
         if over_long not in ("drop", "cut"):
@@ -111,6 +115,7 @@ class PairEncoder:
         self.media_ids = media_ids(processor)
         self._media_tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.media_ids))
         self._tile_notice = tile_notice(processor, max_tiles)
+        self.pixel_scale: PixelScale | None = pixel_scale(processor) if pixels_as_bytes else None
 
     @property
     def notices(self) -> list[str]:
@@ -148,7 +153,7 @@ class PairEncoder:
             vision=vision,
             source=pair.source,
             origin=pair.origin,
-            tiles=_count_tiles(vision, len(pair.images)),
+            tiles=self._count_tiles(vision, len(pair.images)),
             image_tokens=image_tokens,
             cut=[len(branch) for branch in branches] != whole,
             token_types=token_types,
@@ -221,19 +226,33 @@ class PairEncoder:
             return encoded["input_ids"][0], {}, {key: encoded[key][0] for key in _TOKEN_TYPES if key in encoded}
         images = [open_image(image, pair.origin) for image in pair.images]
         tiles = self.max_tiles if pair.max_tiles is None else min(self.max_tiles, pair.max_tiles)
+        settings = tile_settings(self.processor, tiles, images) | ({} if self.pixel_scale is None else AS_BYTES)
         try:
             encoded = self.processor(
                 text=[prompt],
                 images=[images] if images else None,
                 text_kwargs=text_kwargs,
-                images_kwargs=tile_settings(self.processor, tiles, images),
+                images_kwargs=settings,
                 return_tensors="pt",
             )
             tensors = _tensors(encoded)
         except (ValueError, TypeError, IndexError, KeyError) as error:
             raise RecordError("processor_refused", pair.origin, f"the model's processor refuses it: {error}") from error
         token_types = {key: tensors.pop(key)[0] for key in _TOKEN_TYPES if key in tensors}
+        if self.pixel_scale is not None:
+            tensors = self.pixel_scale.packed(tensors)
         return encoded["input_ids"][0], tensors, token_types
+
+    def _count_tiles(self, vision: dict[str, Tensor], images: int) -> int:
+        pixels = vision.get("pixel_values")
+        if pixels is None or pixels.dim() < 4:  # the Qwen-VL families: patches of all images in one list
+            return images
+        if pixels.dim() == 4:
+            return pixels.shape[0]
+        if self.pixel_scale is not None:
+            return self.pixel_scale.num_pictures(vision)
+        # Pictures by image or prompt; where there are fewer, zeros fill up.
+        return int(pixels[:, :, 0].flatten(2).any(dim=-1).sum())
 
     def _count_image_tokens(self, trunk: Tensor, origin: str) -> int:
         count = 0 if self._image_token_id is None else int((trunk == self._image_token_id).sum())
@@ -269,12 +288,3 @@ def _tensors(encoded: Any) -> dict[str, Tensor]:
             if key.startswith("pixel"):
                 raise ValueError(f"its {key} make no tensor: {error}") from error
     return found
-
-
-def _count_tiles(vision: dict[str, Tensor], images: int) -> int:
-    pixels = vision.get("pixel_values")
-    if pixels is None or pixels.dim() < 4:  # the Qwen-VL families: patches of all images in one list
-        return images
-    if pixels.dim() == 5:  # pictures by image or prompt; where there are fewer, zeros fill up
-        return int(pixels[:, :, 0].flatten(2).any(dim=-1).sum())
-    return math.prod(pixels.shape[:-3])

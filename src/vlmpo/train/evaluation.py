@@ -46,7 +46,7 @@ def score_pairs(trainer: MPOTrainer, loader: PairLoader) -> tuple[list[ScoredPai
                 raise batch.dropped[0].error
             dropped += batch.dropped
             for part in batch.parts:
-                scored += _score(trainer, model, part.to(trainer.args.device))
+                scored += _score(trainer, model, trainer._prepare_inputs(part))
     model.train(was_training)
     gathered = trainer._gathered((scored, dropped))
     return [pair for pairs, _ in gathered for pair in pairs], [item for _, items in gathered for item in items]

@@ -110,6 +110,7 @@ class MPOTrainer(ChoosingTrainer):
             max_tiles=args.max_tiles,
             need_rejected=self.with_preferences,
             video_frames=args.video_frames,
+            pixels_as_bytes=True,
         )
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
@@ -149,7 +150,7 @@ class MPOTrainer(ChoosingTrainer):
         pair = max(itertools.islice(usable, 8), key=lambda item: bool(item.vision), default=None)  # an image, if any
         if pair is None:
             return
-        rows, parts = (lay_out([pair], shared).to(self.args.device).rows for shared in (True, False))
+        rows, parts = (self._prepare_inputs(lay_out([pair], shared)).rows for shared in (True, False))
         half = self.args.bf16 or self.args.fp16
         difference = check_rows(base_of(self.model), rows if self.shared else None, parts, half)
         if difference is None:
@@ -247,7 +248,7 @@ class MPOTrainer(ChoosingTrainer):
         return total
 
     def _prepare_inputs(self, inputs: PairRows) -> PairRows:
-        return inputs.to(self.args.device)
+        return inputs.to(self.args.device).with_pixels(self.encoder.pixel_scale)
 
     def compute_loss(
         self,

@@ -50,6 +50,8 @@ def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
     if len({tensor.dim() for tensor in tensors}) == 1:
         tensors = [_padded(tensor, tensors, may_pad) for tensor in tensors]
     fixed = {tuple(size for at, size in enumerate(tensor.shape) if at != item) for tensor in tensors}
+    if len({tensor.is_floating_point() for tensor in tensors}) > 1:  # torch.cat would read bytes as normalised pixels
+        raise ValueError(f"the processor's {name} of several prompts are bytes of one and floats of another")
     if len(fixed) > 1 or (by_prompt and tensors[0].shape[0] != 1):
         shapes = ", ".join(str(tuple(part[name].shape)) for part in parts)
         raise ValueError(
