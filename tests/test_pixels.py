@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from tests.tiny_models import noise_image, processor
+from tests.training import trainer
 from tests.zoo import FAMILIES, Family
 from vlmpo import Message, MPOConfig, MPOTrainer, PreferencePair
 from vlmpo.data.encode import PairEncoder
 from vlmpo.data.pixels import AS_BYTES, PixelScale, pixel_scale
 from vlmpo.errors import ModelError
+from vlmpo.train.batching import lay_out
 from vlmpo.tree.vision import merge_vision
 
 SEEING = [family for family in FAMILIES.values() if family.images]
@@ -58,7 +60,8 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("family", SEEING, ids=by_name)
 def test_restored_bytes_are_the_processors_pixels_bit_by_bit(family: Family, make: Any) -> None:
     """Alone and several prompts in a row, whose merging adds padding of its own."""
-    own, packed = (PairEncoder(family.processor(), pixels_as_bytes=as_bytes) for as_bytes in (False, True))
+    own = PairEncoder(family.processor())
+    packed = own.in_bytes()
     assert packed.pixel_scale is not None
     expected, bytes_ = ([encoder.encode(one) for one in prompts(make)] for encoder in (own, packed))
     for one, other in zip(expected, bytes_, strict=True):
@@ -77,7 +80,8 @@ def test_a_quarter_of_the_bytes(family: Family) -> None:
     """Idefics3's mask, int64 at the processor, becomes bytes too."""
 
     def size(as_bytes: bool) -> int:
-        vision = PairEncoder(family.processor(), pixels_as_bytes=as_bytes).encode(prompts()[0]).vision
+        encoder = PairEncoder(family.processor())
+        vision = (encoder.in_bytes() if as_bytes else encoder).encode(prompts()[0]).vision
         return sum(vision[name].nbytes for name in ("pixel_values", "pixel_attention_mask") if name in vision)
 
     assert 4 * size(True) <= size(False)
@@ -86,7 +90,7 @@ def test_a_quarter_of_the_bytes(family: Family) -> None:
 @pytest.mark.parametrize(("name", "rows"), [("llava-next", 0), ("pixtral", 1), ("mistral3", 1), ("idefics3", None)])
 def test_padding_is_no_colour(name: str, rows: int | None) -> None:
     """Padding is 0 after normalising, where black is not: left out, the step that restores it would show."""
-    encoder = PairEncoder(FAMILIES[name].processor(), pixels_as_bytes=True)
+    encoder = PairEncoder(FAMILIES[name].processor()).in_bytes()
     scale = encoder.pixel_scale
     assert scale is not None
     merged = merge_vision([encoder.encode(one).vision for one in prompts(lambda w, h, _: black(w, h))[:2]])
@@ -164,7 +168,7 @@ def refuses(arguments: dict[str, Any]) -> BatchFeature:
 
 @pytest.mark.parametrize("change", [ignores_the_switch, sharpens, refuses])
 def test_a_processor_that_is_not_exact_keeps_its_floats(change: Any) -> None:
-    encoder = PairEncoder(Odd(change), pixels_as_bytes=True)
+    encoder = PairEncoder(Odd(change)).in_bytes()
     assert encoder.pixel_scale is None
     asked = pair(noise_image(112, 40, 0))
     assert equal(encoder.encode(asked).vision, PairEncoder(Odd(change)).encode(asked).vision)
@@ -195,7 +199,7 @@ def test_bytes_and_floats_do_not_go_into_one_row() -> None:
 
 
 def test_the_encoder_can_be_sent_to_workers() -> None:
-    encoder = PairEncoder(processor(), pixels_as_bytes=True)
+    encoder = PairEncoder(processor()).in_bytes()
     again = pickle.loads(pickle.dumps(encoder))
     asked = pair(noise_image(112, 40, 0))
     assert again.pixel_scale == encoder.pixel_scale
@@ -240,13 +244,13 @@ def test_training_checking_and_evaluating_read_the_processors_pixels(name: str, 
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = MPOTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=own_processor)
+    run = MPOTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=own_processor)
     own = [PairEncoder(own_processor).encode(one).vision for one in data]
     row, alone = merge_vision(own)["pixel_values"], own[0]["pixel_values"]
-    checked = seen_by(model, trainer._check_rows)
+    checked = seen_by(model, run._check_rows)
     assert len(checked) >= 3  # shared, and each response alone, by us and by the model itself
     assert all(torch.equal(pixels, alone) for pixels in checked)
-    for act in (trainer.train, trainer.evaluate):
+    for act in (run.train, run.evaluate):
         seen = seen_by(model, act)
         assert seen
         assert all(any(torch.equal(pixels, known) for known in (row, alone)) for pixels in seen)
@@ -261,9 +265,23 @@ def test_generating_reads_the_same_pixels() -> None:
     engine = LocalEngine(model, family.processor(), Sampling(temperature=0.0, max_new_tokens=2))
     request = GenerationRequest((Message("user", "<image>\nwhat is it?"),), (image,), n=1, seed=0)
     seen = seen_by(model, lambda: list(engine.generate([request])))
-    encoder = PairEncoder(family.processor(), pixels_as_bytes=True)
+    encoder = PairEncoder(family.processor()).in_bytes()
     assert encoder.pixel_scale is not None
     restored = encoder.pixel_scale.restored(encoder.encode(pair(image)).vision)["pixel_values"]
     assert len(seen) == 1
     assert torch.equal(seen[0], restored)
     assert np.ptp(restored.numpy()) > 1
+
+
+def test_bytes_that_were_not_restored_are_refused(tmp_path: Path) -> None:
+    """InternVL would read them as if normalised. The trainer's own encoder gives floats, for whoever asks it."""
+    run = trainer(tmp_path, [])
+    encoded = run.loader_encoder.encode(pair(noise_image(112, 40, 0)))
+    ids = encoded.trunk_ids[None]
+    for act in (
+        lambda: run.model(input_ids=ids, pixel_values=encoded.vision["pixel_values"]),
+        lambda: run.model(branch_rows=lay_out([encoded]).rows),
+    ):
+        with pytest.raises(ModelError, match="pixels as bytes"):
+            act()
+    assert run.encoder.encode(pair(noise_image(112, 40, 0))).vision["pixel_values"].dtype == torch.float32

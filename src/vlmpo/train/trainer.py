@@ -110,8 +110,8 @@ class MPOTrainer(ChoosingTrainer):
             max_tiles=args.max_tiles,
             need_rejected=self.with_preferences,
             video_frames=args.video_frames,
-            pixels_as_bytes=True,
         )
+        self.loader_encoder = self.encoder.in_bytes()
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
         self.clock = StepClock()
@@ -145,7 +145,7 @@ class MPOTrainer(ChoosingTrainer):
 
         Raises ModelError where even separate rows are not what the model itself says.
         """
-        data = EncodedPairs(self.train_dataset, self.encoder)
+        data = EncodedPairs(self.train_dataset, self.loader_encoder)
         usable = (item for item in map(data.__getitem__, range(len(data))) if isinstance(item, EncodedPair))
         pair = max(itertools.islice(usable, 8), key=lambda item: bool(item.vision), default=None)  # an image, if any
         if pair is None:
@@ -192,7 +192,7 @@ class MPOTrainer(ChoosingTrainer):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         workers = self.args.dataloader_num_workers
         return PairLoader(
-            EncodedPairs(data, self.encoder),
+            EncodedPairs(data, self.loader_encoder),
             batch_sampler=PairBatchSampler(len(data), per_device, accumulation, world, rank, seed, drop_last),
             collate_fn=self.data_collator,
             num_workers=workers,
@@ -248,7 +248,7 @@ class MPOTrainer(ChoosingTrainer):
         return total
 
     def _prepare_inputs(self, inputs: PairRows) -> PairRows:
-        return inputs.to(self.args.device).with_pixels(self.encoder.pixel_scale)
+        return inputs.to(self.args.device).with_pixels(self.loader_encoder.pixel_scale)
 
     def compute_loss(
         self,

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlmpo.errors import ModelError
+
 _PIXELS = "pixel_values"
 _SIZES = "image_sizes"  # [images, 2]: who gives it reads no pixel beyond it, so zeros may be added there
 _MASK = "pixel_attention_mask"  # who gives it lists pictures by prompt
@@ -40,6 +42,14 @@ def merge_vision(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: _merge(name, [part for part in parts if name in part]) for name in names}
+
+
+def refuse_bytes(pixels: Tensor | None) -> None:
+    """Raise ModelError for pixels that are still bytes: some models would read 0 to 255 as if normalised, silently."""
+    if pixels is not None and pixels.dtype == torch.uint8:
+        raise ModelError(
+            "the model was given pixels as bytes; put their tensors through the encoder's pixel_scale.restored() first"
+        )
 
 
 def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
