@@ -61,7 +61,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_restored_bytes_are_the_processors_pixels_bit_by_bit(family: Family, make: Any) -> None:
     """Alone and several prompts in a row, whose merging adds padding of its own."""
     own = PairEncoder(family.processor())
-    packed = own.in_bytes()
+    packed = own.for_loader()
     assert packed.pixel_scale is not None
     expected, bytes_ = ([encoder.encode(one) for one in prompts(make)] for encoder in (own, packed))
     for one, other in zip(expected, bytes_, strict=True):
@@ -81,7 +81,7 @@ def test_a_quarter_of_the_bytes(family: Family) -> None:
 
     def size(as_bytes: bool) -> int:
         encoder = PairEncoder(family.processor())
-        vision = (encoder.in_bytes() if as_bytes else encoder).encode(prompts()[0]).vision
+        vision = (encoder.for_loader() if as_bytes else encoder).encode(prompts()[0]).vision
         return sum(vision[name].nbytes for name in ("pixel_values", "pixel_attention_mask") if name in vision)
 
     assert 4 * size(True) <= size(False)
@@ -90,7 +90,7 @@ def test_a_quarter_of_the_bytes(family: Family) -> None:
 @pytest.mark.parametrize(("name", "rows"), [("llava-next", 0), ("pixtral", 1), ("mistral3", 1), ("idefics3", None)])
 def test_padding_is_no_colour(name: str, rows: int | None) -> None:
     """Padding is 0 after normalising, where black is not: left out, the step that restores it would show."""
-    encoder = PairEncoder(FAMILIES[name].processor()).in_bytes()
+    encoder = PairEncoder(FAMILIES[name].processor()).for_loader()
     scale = encoder.pixel_scale
     assert scale is not None
     merged = merge_vision([encoder.encode(one).vision for one in prompts(lambda w, h, _: black(w, h))[:2]])
@@ -168,7 +168,7 @@ def refuses(arguments: dict[str, Any]) -> BatchFeature:
 
 @pytest.mark.parametrize("change", [ignores_the_switch, sharpens, refuses])
 def test_a_processor_that_is_not_exact_keeps_its_floats(change: Any) -> None:
-    encoder = PairEncoder(Odd(change)).in_bytes()
+    encoder = PairEncoder(Odd(change)).for_loader()
     assert encoder.pixel_scale is None
     asked = pair(noise_image(112, 40, 0))
     assert equal(encoder.encode(asked).vision, PairEncoder(Odd(change)).encode(asked).vision)
@@ -199,7 +199,7 @@ def test_bytes_and_floats_do_not_go_into_one_row() -> None:
 
 
 def test_the_encoder_can_be_sent_to_workers() -> None:
-    encoder = PairEncoder(processor()).in_bytes()
+    encoder = PairEncoder(processor()).for_loader()
     again = pickle.loads(pickle.dumps(encoder))
     asked = pair(noise_image(112, 40, 0))
     assert again.pixel_scale == encoder.pixel_scale
@@ -265,7 +265,7 @@ def test_generating_reads_the_same_pixels() -> None:
     engine = LocalEngine(model, family.processor(), Sampling(temperature=0.0, max_new_tokens=2))
     request = GenerationRequest((Message("user", "<image>\nwhat is it?"),), (image,), n=1, seed=0)
     seen = seen_by(model, lambda: list(engine.generate([request])))
-    encoder = PairEncoder(family.processor()).in_bytes()
+    encoder = PairEncoder(family.processor()).for_loader()
     assert encoder.pixel_scale is not None
     restored = encoder.pixel_scale.restored(encoder.encode(pair(image)).vision)["pixel_values"]
     assert len(seen) == 1

@@ -14,7 +14,7 @@ Which processors allow it is not a list: one is asked both ways about probe imag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,24 +146,37 @@ def pixel_scale(processor: Any) -> PixelScale | None:
     try:
         grids = tuple((int(height), int(width)) for height, width in getattr(own, "image_grid_pinpoints", None) or ())
         scale = PixelScale(tuple(own.image_mean), tuple(own.image_std), float(own.rescale_factor), grids)
-        return scale if all(_agrees(scale, processor, sizes) for sizes in _PROBES) else None
+        alike = (
+            _equal(plain, scale.restored(scale.packed(packed)))
+            for plain, packed in zip(_probed(processor), _probed(processor, **AS_BYTES), strict=True)
+        )
+        return scale if all(alike) else None
     except Exception:  # whatever a family's processor raises at a keyword or at a probe: it then keeps its floats
         return None
 
 
-def _agrees(scale: PixelScale, processor: Any, sizes: Sequence[tuple[int, int]]) -> bool:
+def reads_alike(processor: Any, other: Any) -> bool:
+    """Whether two processors make the same of the probe images, and of the tokens that stand for them, bit by bit."""
+    try:
+        return all(_equal(one, two) for one, two in zip(_probed(processor), _probed(other), strict=True))
+    except Exception:  # as above
+        return False
+
+
+def _probed(processor: Any, **settings: Any) -> Iterator[dict[str, Tensor]]:
+    """What ``processor`` makes of each probe prompt, the image processor under ``settings``."""
     random = np.random.default_rng(0)
-    noise = [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
-    if len(sizes) > 1:
-        noise[-1][:] = 0
-    images = [Image.fromarray(pixels) for pixels in noise]
+    for sizes in _PROBES:
+        noise = [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
+        if len(sizes) > 1:
+            noise[-1][:] = 0
+        images = [Image.fromarray(pixels) for pixels in noise]
+        text = "What is it?\n".join(["So:", *(f"{image_token(processor)} (here) " for _ in images)])
+        given = processor(text=[text], images=[images], images_kwargs=settings, return_tensors="pt")
+        yield {name: torch.as_tensor(value) for name, value in given.items()}
 
-    def ask(**settings: Any) -> dict[str, Tensor]:
-        text = [str(image_token(processor)) * len(images)]
-        given = processor(text=text, images=[images], images_kwargs=settings, return_tensors="pt")
-        return {name: torch.as_tensor(value) for name, value in given.items()}
 
-    plain, restored = ask(), scale.restored(scale.packed(ask(**AS_BYTES)))
-    return plain.keys() == restored.keys() and all(
-        tensor.dtype == restored[name].dtype and torch.equal(tensor, restored[name]) for name, tensor in plain.items()
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
     )

@@ -111,7 +111,7 @@ class MPOTrainer(ChoosingTrainer):
             need_rejected=self.with_preferences,
             video_frames=args.video_frames,
         )
-        self.loader_encoder = self.encoder.in_bytes()
+        self.loader_encoder = self.encoder.for_loader()
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
         self.clock = StepClock()
