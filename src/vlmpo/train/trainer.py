@@ -207,6 +207,7 @@ class MPOTrainer(ChoosingTrainer):
         """The micro-batches of one optimizer step and its denominators, summed over ranks before any forward."""
         self.clock.start()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self.clock.fetched()
         self._account(batches)
         pairs = sum(len(batch) for batch in batches)
         tokens = sum(batch.num_chosen_tokens for batch in batches)
@@ -329,13 +330,15 @@ class MPOTrainer(ChoosingTrainer):
         super().log(logs, start_time)
 
     def _take_metrics(self) -> dict[str, float]:
-        total = add_up(self._gathered(dict(self.sums.values)))
+        seconds, waited = self.clock.take()
+        total = add_up(self._gathered({**self.sums.values, "data_wait": waited}))
+        waited = total.pop("data_wait") / self.accelerator.num_processes
         steps = max(total.pop("steps", 0.0) / self.accelerator.num_processes, 1.0)
         self.sums = StepSums()
-        seconds = self.clock.take()
         logs = summarise(total, steps)
         logs["step_seconds"] = seconds / steps
         if seconds > 0:
+            logs["data_wait_share"] = waited / seconds
             logs["pairs_per_second"] = total.get("pairs", 0.0) / seconds
             logs["tokens_per_second"] = total.get("tokens", 0.0) / seconds
         if self.reference is not None:
