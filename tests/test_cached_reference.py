@@ -21,7 +21,7 @@ from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import PromptTree
 
-TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second")
+TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
 
 
 def cached(folder: Path, data: Any, name: str, **settings: Any):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlmpo.data.encode import EncodedPair, PairEncoder
+from vlmpo.data.pixels import PixelScale
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.train.order import shuffled, with_groups
@@ -171,6 +172,12 @@ class PairRows:
             rejected=None if self.rejected is None else self.rejected.to(device),
             chosen_lengths=self.chosen_lengths.to(device),
         )
+
+    def with_pixels(self, scale: PixelScale | None) -> PairRows:
+        """The same with pixels as the processor gives them, where they came as bytes (``scale`` of their encoder)."""
+        if scale is None:
+            return self
+        return replace(self, rows=[replace(row, vision=scale.restored(row.vision)) for row in self.rows])
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,9 @@ def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[]
         online: makes the reference as it would be without a store, from the policy as it is now.
     """
     args, source = trainer.args, base_of(trainer.model if given is None else given)
-    precision = f"{next(source.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type}"
+    # Pixels may come as bytes: what is then done to them decides as they do.
+    pixels = trainer.loader_encoder.pixel_scale
+    precision = f"{next(source.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type} {pixels}"
     name = None if is_peft(trainer.model if given is None else given) else getattr(source.config, "_name_or_path", None)
 
     def again() -> Reference:

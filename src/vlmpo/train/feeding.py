@@ -21,7 +21,8 @@ class FeedingTrainer(ChoosingTrainer):
     """transformers' Trainer fed with pairs in vlmpo's own order; accelerate's sharding of batches has no part in it.
 
     Attributes:
-        encoder: pairs to tokens and vision tensors.
+        encoder: pairs to tokens and vision tensors, as the model reads them.
+        loader_encoder: the same for the loader's workers, whose pixels are normalised on the device.
         data_collator: encoded pairs to micro-batches.
         clock: of optimizer steps.
         accounts: what became of the pairs of the first epoch so far, on this rank.
@@ -29,6 +30,7 @@ class FeedingTrainer(ChoosingTrainer):
     """
 
     encoder: PairEncoder
+    loader_encoder: PairEncoder
     data_collator: Collator
     clock: StepClock
     accounts: Accounts
@@ -60,7 +62,7 @@ class FeedingTrainer(ChoosingTrainer):
         ranks = (self.accelerator.num_processes, self.accelerator.process_index)
         workers = self.args.dataloader_num_workers
         return PairLoader(
-            EncodedPairs(data, self.encoder),
+            EncodedPairs(data, self.loader_encoder),
             batch_sampler=PairBatchSampler(len(data), per_device, accumulation, *ranks, seed, drop_last, *grouping),
             collate_fn=self.data_collator,
             num_workers=workers,
@@ -75,6 +77,7 @@ class FeedingTrainer(ChoosingTrainer):
         """The micro-batches of one optimizer step and its denominators, summed over ranks before any forward."""
         self.clock.start()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self.clock.fetched()
         work = self.lockstep.agree(batches, self._account(batches))
         counts = {"pairs": float(work.pairs), "chosen_tokens": float(work.chosen_tokens)}
         return self.lockstep.level(batches, work, self.model_wrapped), counts

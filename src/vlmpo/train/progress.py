@@ -27,6 +27,7 @@ _SHORT = (
     ("grad_norm", "grad", ".3g"),
     ("learning_rate", "lr", ".2e"),
     ("pairs_per_second", "pairs/s", ".2f"),
+    ("data_wait_share", "waiting", ".0%"),
     ("eval_loss", "eval loss", ".4f"),
     ("eval_rewards/accuracies", "eval accuracy", ".3f"),
     ("eval_rewards/margins", "eval margin", "+.4f"),
@@ -90,20 +91,62 @@ def _step_of(line: str) -> float:
 
 
 class StepClock(TrainerCallback):
-    """Adds up the time of optimizer steps, without logging, saving and evaluating between them."""
+    """Adds up the time of optimizer steps, without logging, saving and evaluating between them, and how much of it was
+    spent waiting for data; tells the latter, and what to do where it is much."""
+
+    TOO_LONG = 0.2  # of a step's time
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.waited = 0.0
+        self._fetching = 0.0  # of the step under way
+        self._all_seconds = self._all_waited = 0.0
         self._started = time.perf_counter()
+        self._logs = 0
+        self._told = False
 
     def start(self) -> None:
         """A step begins: its data are being fetched."""
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._started
+    def fetched(self) -> None:
+        """The data of the step have come."""
+        self._fetching = time.perf_counter() - self._started
 
-    def take(self) -> float:
-        """Seconds since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = time.perf_counter() - self._started
+        self.seconds += seconds
+        self.waited += self._fetching
+        self._all_seconds += seconds
+        self._all_waited += self._fetching
+
+    def take(self) -> tuple[float, float]:
+        """Seconds since the last call, and how many of them were spent waiting for data."""
+        taken = self.seconds, self.waited
+        self.seconds = self.waited = 0.0
+        return taken
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Once, while there is still something to mend; the first log is full of workers that start."""
+        if "data_wait_share" not in logs:
+            return
+        self._logs += 1
+        if self._logs > 1 and logs["data_wait_share"] > self.TOO_LONG and not self._told:
+            self._told = True
+            notice(waiting_line(logs["data_wait_share"], "of the last steps' time", args.dataloader_num_workers))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._all_seconds:
+            share = self._all_waited / self._all_seconds
+            notice(waiting_line(share, "of all steps' time", args.dataloader_num_workers))
+
+
+def waiting_line(share: float, of_what: str, workers: int) -> str:
+    """The share of time spent waiting for data, with the remedy where it is too much."""
+    line = f"waiting for data: {share:.1%} {of_what}"
+    if share <= StepClock.TOO_LONG:
+        return line
+    cores = f"{os.cpu_count()} cores here"
+    return (
+        f"{line}; raise training.dataloader_num_workers (now {workers}; {cores}), so that more is read beside training"
+    )

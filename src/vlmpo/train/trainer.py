@@ -112,6 +112,7 @@ class MPOTrainer(FeedingTrainer):
             need_rejected=self.with_preferences,
             video_frames=args.video_frames,
         )
+        self.loader_encoder = self.encoder.for_loader()
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
         self.clock = StepClock()
@@ -148,12 +149,12 @@ class MPOTrainer(FeedingTrainer):
 
         Raises ModelError where even separate rows are not what the model itself says.
         """
-        data = EncodedPairs(self.train_dataset, self.encoder)
+        data = EncodedPairs(self.train_dataset, self.loader_encoder)
         usable = (item for item in map(data.__getitem__, range(len(data))) if isinstance(item, EncodedPair))
         pair = max(itertools.islice(usable, 8), key=lambda item: bool(item.vision), default=None)  # an image, if any
         if pair is None:
             return
-        rows, parts = (lay_out([pair], shared).to(self.args.device).rows for shared in (True, False))
+        rows, parts = (self._prepare_inputs(lay_out([pair], shared)).rows for shared in (True, False))
         half = self.args.bf16 or self.args.fp16
         wrapped = self.model_wrapped if passes_are_shared(self.accelerator) else None
         difference = check_rows(base_of(self.model), rows if self.shared else None, parts, half, wrapped)
@@ -202,7 +203,8 @@ class MPOTrainer(FeedingTrainer):
         return total
 
     def _prepare_inputs(self, inputs: PairRows) -> PairRows:
-        return to_compute_dtype(self.accelerator, inputs.to(self.args.device))
+        part = inputs.to(self.args.device).with_pixels(self.loader_encoder.pixel_scale)
+        return to_compute_dtype(self.accelerator, part)
 
     def compute_loss(
         self,
@@ -288,13 +290,15 @@ class MPOTrainer(FeedingTrainer):
         super().log(logs, start_time)
 
     def _take_metrics(self) -> dict[str, float]:
-        total = add_up(self._gathered(dict(self.sums.values)))
+        seconds, waited = self.clock.take()
+        total = add_up(self._gathered({**self.sums.values, "data_wait": waited}))
+        waited = total.pop("data_wait") / self.accelerator.num_processes
         steps = max(total.pop("steps", 0.0) / self.accelerator.num_processes, 1.0)
         self.sums = StepSums()
-        seconds = self.clock.take()
         logs = summarise(total, steps)
         logs["step_seconds"] = seconds / steps
         if seconds > 0:
+            logs["data_wait_share"] = waited / seconds
             logs["pairs_per_second"] = total.get("pairs", 0.0) / seconds
             logs["tokens_per_second"] = total.get("tokens", 0.0) / seconds
         if self.reference is not None:

@@ -22,6 +22,7 @@ from vlmpo.tree.heads import PLAIN, LogitMap, logit_map
 from vlmpo.tree.layout import Row
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 from vlmpo.tree.router import with_router_losses
+from vlmpo.tree.vision import refuse_bytes
 
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits alive at once: 64 MiB in float32
 ROWS_ARGUMENT = "branch_rows"  # keyword of the model's forward that asks for log-probs instead of logits
@@ -170,6 +171,7 @@ def accepted(model: Any, token_types: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
     refuse_missing_types(model, row)
+    refuse_bytes(row.vision.get("pixel_values"))
     arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **row.vision}
     arguments |= accepted(model.base_model, row.token_types)
     if shared:
@@ -241,6 +243,7 @@ def _dispatching(plain: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop(ROWS_ARGUMENT, None)
         if rows is None:
+            refuse_bytes(kwargs.get("pixel_values"))
             return self._vlmpo_plain_forward(*args, **kwargs)
         score = functools.partial(score_rows, self, shared=kwargs.pop(SHARED_ARGUMENT, self._vlmpo_shared))
         return with_router_losses(self, rows, score) if kwargs.pop(ROUTER_ARGUMENT, False) else score(rows)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlmpo.errors import ModelError
+
 _PIXELS = "pixel_values"
 _SIZES = "image_sizes"  # [images, 2]: who gives it reads no pixel beyond it, so zeros may be added there
 _MASK = "pixel_attention_mask"  # who gives it lists pictures by prompt
@@ -42,6 +44,14 @@ def merge_vision(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: _merge(name, [part for part in parts if name in part]) for name in names}
 
 
+def refuse_bytes(pixels: Tensor | None) -> None:
+    """Raise ModelError for pixels that are still bytes: some models would read 0 to 255 as if normalised, silently."""
+    if pixels is not None and pixels.dtype == torch.uint8:
+        raise ModelError(
+            "the model was given pixels as bytes; put their tensors through the encoder's pixel_scale.restored() first"
+        )
+
+
 def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
     tensors = [part[name] for part in parts]
     by_prompt = name in (_PIXELS, _MASK) and all(_MASK in part for part in parts)
@@ -50,6 +60,8 @@ def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
     if len({tensor.dim() for tensor in tensors}) == 1:
         tensors = [_padded(tensor, tensors, may_pad) for tensor in tensors]
     fixed = {tuple(size for at, size in enumerate(tensor.shape) if at != item) for tensor in tensors}
+    if len({tensor.is_floating_point() for tensor in tensors}) > 1:  # torch.cat would read bytes as normalised pixels
+        raise ValueError(f"the processor's {name} of several prompts are bytes of one and floats of another")
     if len(fixed) > 1 or (by_prompt and tensors[0].shape[0] != 1):
         shapes = ", ".join(str(tuple(part[name].shape)) for part in parts)
         raise ValueError(
