@@ -1,7 +1,7 @@
 """Records in JSON files: JSON Lines, and arrays of objects. Parsed one at a time, through a memory map.
 
 Of a file only where each record begins (and, of an array, ends) and the number of its line are held, as int64 arrays.
-So three million lines cost some 50 MB, and nothing in DataLoader workers beyond that.
+So three million lines cost some 50 MB. Of a large file they lie in the cache, and all processes map the same ones.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmpo.data.cache import Arrays, Cache, Stamp
 from vlmpo.data.fields import json_object
 from vlmpo.data.jsonarray import index_array
 from vlmpo.errors import DataError
@@ -31,31 +32,56 @@ class JsonRecords:
     Args:
         path: the file.
         is_array: whether it is one array of objects; else JSON Lines.
+        cache: where the index may lie; by default it is made now.
+
+    Attributes:
+        stamp: the file in the state in which it was opened.
 
     Raises:
         DataError: it cannot be read, or is no whole array.
     """
 
-    def __init__(self, path: str, is_array: bool = False) -> None:
+    def __init__(self, path: str, is_array: bool = False, cache: Cache | None = None) -> None:
         self.path = path
         self.kind = "JSON array" if is_array else "JSON Lines"
-        self._ends: Indices | None = None
+        self._is_array = is_array
+        self._cache = cache
+        self._map: mmap.mmap | None = None
+        self.stamp = None if cache is None else Stamp.of([path])
         try:
-            # int64 [records]: byte offset; line number, from 1
-            if is_array:
-                self.starts, self._ends, self.lines = index_array(path)
-            else:
-                self.starts, self.lines = _index_lines(path)
             self._size = os.path.getsize(path)
+            self._load_index()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
-        self._map: mmap.mmap | None = None
+
+    def _load_index(self) -> None:
+        """int64 [records] each: byte offset; of an array, where it ends; line number, from 1."""
+        kind, make = ("array", self._array_index) if self._is_array else ("lines", self._line_index)
+        index = make() if self._cache is None else self._cache.arrays(kind, self.stamp, [], make)
+        self.starts, self.lines, self._ends = index["starts"], index["lines"], index.get("ends")
+
+    def _line_index(self) -> Arrays:
+        starts, lines = _index_lines(self.path)
+        return {"starts": starts, "lines": lines}
+
+    def _array_index(self) -> Arrays:
+        starts, ends, lines = index_array(self.path)
+        return {"starts": starts, "ends": ends, "lines": lines}
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}  # a map cannot be pickled: the other process opens its own
+        state = {**self.__dict__, "_map": None}  # a map cannot be pickled: the other process opens its own
+        if self.stamp is not None:
+            for name in ("starts", "lines", "_ends"):
+                del state[name]  # it maps the cache's
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if self.stamp is not None:
+            self._load_index()
 
     @property
     def paths(self) -> list[str]:
