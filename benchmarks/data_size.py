@@ -34,7 +34,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SETS = 4
 READ_BY_WORKERS = 20_000
 FREE_AFTER = 5 << 30  # bytes of disk left alone
-_WORDS = "the bar line chart shows which value is higher than in year of and a color highest label answer so".split()
+_TEXT = "the bar line chart shows which value is higher than in year of and a color highest label answer so"
 
 
 # ---- the set ----
@@ -46,7 +46,8 @@ def write_set(folder: Path, lines: int, images: int, line_bytes: int) -> int:
     generator = np.random.default_rng(0)
     for number in range(images):
         buffer = io.BytesIO()
-        Image.fromarray(generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+        height, width = generator.integers(8, 60, 2)  # so that few files are of one size, as among real ones
+        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
         (folder / "images" / f"{number:06}.png").write_bytes(buffer.getvalue())
     meta = {}
     for part in range(SETS):
@@ -61,7 +62,7 @@ def write_set(folder: Path, lines: int, images: int, line_bytes: int) -> int:
 def write_lines(path: Path, seed: int, count: int, images: int, line_bytes: int) -> None:
     """Lines of about ``line_bytes``: 5 % text only, 1 in 5000 whose image is not there, 1 in 7000 unusable."""
     draw = random.Random(seed)
-    texts = [" ".join(draw.choices(_WORDS, k=60)) for _ in range(500)]
+    texts = [" ".join(draw.choices(_TEXT.split(), k=60)) for _ in range(500)]
     fill = max(40, (line_bytes - 130) // 3)
     with path.open("w") as file:
         for number in range(count):
@@ -225,7 +226,7 @@ def main() -> None:
         return
     lines = options.lines
     with tempfile.TemporaryDirectory() as folder:
-        room = shutil.disk_usage(folder).free - FREE_AFTER - options.images * 4096
+        room = shutil.disk_usage(folder).free - FREE_AFTER - options.images * 16384
         fits = max(0, room) // int(options.line_bytes * 1.4)
         if fits < lines:
             print(f"the disk has room for {fits} lines, not {lines}: measuring with {fits}", flush=True)

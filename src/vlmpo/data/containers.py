@@ -14,7 +14,7 @@ from vlmpo.errors import RecordError
 
 
 class Records(Protocol):
-    """Records by index. Picklable; each process maps the files for itself.
+    """Records by index. Picklable; each process opens the files for itself.
 
     Attributes:
         kind: what people call the container.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -44,6 +44,14 @@ class Strings(NamedTuple):
         """Text ``index``, from 0."""
         return self.data[self.bounds[index] : self.bounds[index + 1]].tobytes().decode("utf-8", "surrogatepass")
 
+    def texts(self, indices: Indices) -> Iterator[str]:
+        """The texts at ``indices``, one after the other."""
+        data = memoryview(self.data)  # type: ignore[arg-type]
+        for start in range(0, len(indices), _SLICE):
+            some = indices[start : start + _SLICE]
+            for begin, end in zip(self.bounds[some].tolist(), self.bounds[some + 1].tolist(), strict=True):
+                yield str(data[begin:end], "utf-8", "surrogatepass")
+
     def take(self, indices: Indices) -> Strings:
         """The texts at ``indices``, in that order."""
         taken = [Strings.of(())]
@@ -57,6 +65,11 @@ class Strings(NamedTuple):
 def bounds_of(sizes: NDArray[Any]) -> Indices:
     """Where pieces of these sizes begin and end, laid end to end: int64 [pieces + 1]."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def distinct(ascending: Indices) -> Indices:
+    """The values, each once; ``np.unique`` without the sorting."""
+    return ascending[np.diff(ascending, prepend=ascending[:1] - 1) > 0]
 
 
 def take_pieces(bounds: Indices, values: NDArray[Any], indices: Indices) -> tuple[Indices, NDArray[Any]]:
@@ -117,6 +130,12 @@ class Facts:
         }
         plain: dict[str, Any] = {name: array for name, array in arrays.items() if "." not in name}
         return cls(**plain, **texts)
+
+    def shown(self, media: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """bool [media of the source], which of them are in ``media``."""
+        found = np.zeros(len(self.keys), np.bool_)
+        found[media] = True
+        return found
 
     def positions(self, records: Indices) -> Indices:
         """Where ``records`` stand in ``self.records``, all of which are there."""

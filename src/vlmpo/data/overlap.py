@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -102,17 +102,18 @@ class _Prompts:
         self.positions = positions
         self.origin = origin
         self.bounds, media = take_pieces(facts.bounds, facts.media, positions)
-        self.used, inverse = np.unique(media, return_inverse=True)
-        self.media = inverse.astype(np.int64)  # [bounds[-1]], into `used`
+        shown = facts.shown(media)
+        self.used = np.flatnonzero(shown)
+        self.media = (np.cumsum(shown) - 1)[media]  # int64 [bounds[-1]], into `used`
         self.is_embedded = facts.kinds[self.used] >= EMBEDDED_IMAGE
         self.sizes = facts.sizes[self.used].copy()
-        for at in np.flatnonzero(~self.is_embedded).tolist():
-            self.sizes[at] = _size(self.name(at))
+        paths = np.flatnonzero(~self.is_embedded)
+        self.sizes[paths] = np.fromiter((_size(name) for name in self.names(paths)), np.int64, len(paths))
         self.contents = np.zeros(len(self.used), np.uint64)
 
-    def name(self, at: int) -> str:
-        """Path or digest of image ``used[at]``."""
-        return self.facts.names.at(int(self.used[at]))
+    def names(self, at: Indices) -> Iterator[str]:
+        """Paths or digests of the images ``used[at]``."""
+        return self.facts.names.texts(self.used[at])
 
     def words(self) -> Hashes:
         """uint64 [prompts], hashes of their words."""
@@ -177,25 +178,28 @@ def _find_contents(training: list[_Prompts], evaluation: list[_Prompts]) -> None
             may_match = np.isin(part.sizes, common) & (
                 part.is_embedded | np.isin(part.sizes, others) | ((part_marks != 0) & np.isin(part_marks, alike))
             )
-            for at in np.flatnonzero(may_match).tolist():
-                digest = part.name(at) if part.is_embedded[at] else _file_digest(part.name(at))
+            chosen = np.flatnonzero(may_match)
+            for at, name in zip(chosen.tolist(), part.names(chosen), strict=True):
+                digest = name if part.is_embedded[at] else _file_digest(name)
                 part.contents[at] = int(digest[:16], 16) or 1 if digest else _NO_CONTENT
 
 
 def _marks(part: _Prompts, sizes: Indices) -> Hashes:
     """uint64 [used], a hash of size, first and last bytes of each file of one of ``sizes``; 0 for the others."""
     marks = np.zeros(len(part.used), np.uint64)
-    for at in np.flatnonzero(np.isin(part.sizes, sizes) & ~part.is_embedded).tolist():
-        marks[at] = _mark(part.name(at), int(part.sizes[at]))
+    chosen = np.flatnonzero(np.isin(part.sizes, sizes) & ~part.is_embedded)
+    for at, name in zip(chosen.tolist(), part.names(chosen), strict=True):
+        marks[at] = _mark(name, int(part.sizes[at]))
     return marks
 
 
 def _mark(path: str, size: int) -> int:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             digest = blake2b(b"%d:" % size + file.read(_MARKED), digest_size=8)
-            file.seek(max(0, size - _MARKED))
-            digest.update(file.read(_MARKED))
+            if size > _MARKED:
+                file.seek(size - _MARKED)
+                digest.update(file.read(_MARKED))
     except OSError:
         return 0
     return int.from_bytes(digest.digest(), "big")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Container
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,27 +25,26 @@ def presence(facts: Facts, wanted: NDArray[np.bool_]) -> NDArray[np.uint8]:
     folders: dict[str, int] = {}
     paths = np.flatnonzero(wanted & ((facts.kinds == IMAGE) | (facts.kinds == VIDEO)))
     folder_of = np.fromiter(
-        (folders.setdefault(os.path.dirname(facts.names.at(at)), len(folders)) for at in paths.tolist()),
+        (folders.setdefault(path.rpartition(os.sep)[0], len(folders)) for path in facts.names.texts(paths)),
         np.int32,
         len(paths),
     )
     order = np.argsort(folder_of, kind="stable")
     ends = np.cumsum(np.bincount(folder_of, minlength=len(folders)))
     for folder, begin, end in zip(folders, [0, *ends.tolist()], ends.tolist(), strict=False):
-        members = paths[order[begin:end]].tolist()
-        listed = _files(folder, members, facts) if len(members) >= MIN_LISTED else ()
-        for at in members:
-            path = facts.names.at(at)
-            if os.path.basename(path) not in listed:
-                found[at] = _state(path)
+        members = paths[order[begin:end]]
+        names = [path.rpartition(os.sep)[2] for path in facts.names.texts(members)]
+        listed = _files(folder or os.sep, set(names)) if len(names) >= MIN_LISTED else ()
+        for at, name in zip(members.tolist(), names, strict=True):
+            if name not in listed:
+                found[at] = _state(facts.names.at(at))
     return found
 
 
-def _files(folder: str, members: Collection[int], facts: Facts) -> set[str]:
-    """Names of the files in ``folder``; empty where it cannot be listed."""
-    names = {os.path.basename(facts.names.at(at)) for at in members}
+def _files(folder: str, names: Container[str]) -> set[str]:
+    """Those of ``names`` that are files in ``folder``; empty where it cannot be listed."""
     try:
-        with os.scandir(folder or ".") as entries:
+        with os.scandir(folder) as entries:
             # What a link leads to is looked up, for the wanted ones only.
             return {entry.name for entry in entries if entry.name in names and entry.is_file()}
     except (OSError, ValueError):

@@ -125,10 +125,7 @@ def _source_faults(rows: SourceRows) -> _Faults:
     """What is wrong with the pairs of one source."""
     facts = rows.facts
     positions = facts.positions(rows.records)
-    needed = np.unique(positions)
-    wanted = np.zeros(len(facts.keys), np.bool_)
-    wanted[take_pieces(facts.bounds, facts.media, needed)[1]] = True
-    present = presence(facts, wanted)
+    present = presence(facts, facts.shown(take_pieces(facts.bounds, facts.media, positions)[1]))
     fault = np.zeros(len(facts.records), np.int64)  # 0: none; else 1 + place, or the place of an absent medium
     absent = np.flatnonzero(present[facts.media])[::-1]  # of a record's absent ones the first is written last
     fault[np.searchsorted(facts.bounds, absent, side="right") - 1] = -1 - facts.media[absent].astype(np.int64)
@@ -247,17 +244,14 @@ def _media_keys(facts: Facts, media: NDArray[Any], root: str) -> Hashes:
     Its path below ``root``, or its content where it is embedded.
     """
     keys = np.zeros(len(facts.keys), np.uint64)
-    wanted = np.unique(media)
-    names = (_media_name(facts, at, root) for at in wanted.tolist())
-    keys[wanted] = np.fromiter((stable_hash(name) for name in names), np.uint64, len(wanted))
+    shown = facts.shown(media)
+    embedded = np.flatnonzero(shown & (facts.kinds >= EMBEDDED_IMAGE))
+    paths = np.flatnonzero(shown & (facts.kinds < EMBEDDED_IMAGE))
+    for at, name in zip(embedded.tolist(), facts.names.texts(embedded), strict=True):
+        keys[at] = stable_hash(f"bytes:{name}")
+    for at, name in zip(paths.tolist(), facts.names.texts(paths), strict=True):
+        keys[at] = stable_hash(f"image:{os.path.normpath(name).removeprefix(root)}")
     return keys
-
-
-def _media_name(facts: Facts, at: int, root: str) -> str:
-    name = facts.names.at(at)
-    if facts.kinds[at] >= EMBEDDED_IMAGE:
-        return f"bytes:{name}"
-    return f"image:{os.path.normpath(name).removeprefix(root)}"
 
 
 def _linked(keys: Hashes, links: Hashes) -> Hashes:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vlmpo.data.cache import Cache
 from vlmpo.data.containers import head, open_records
-from vlmpo.data.facts import Facts, Indices
+from vlmpo.data.facts import Facts, Indices, distinct
 from vlmpo.data.formats import RecordContext, recognise
 from vlmpo.data.hashing import stable_hash
 from vlmpo.data.jsonfiles import JsonRecords
@@ -62,7 +62,7 @@ class _Source:
         self.image_root = spec.image_root
         self.max_tiles = spec.max_tiles
         self.records = open_records(spec, cache)
-        # Of a copy, whose memory map goes with it: a file that changes before it is read in earnest is then refused.
+        # Of a copy, which opens the file for itself: a file that changes before it is read in earnest is then refused.
         self.recognised = recognise(head(copy.copy(self.records)), spec.format, spec.path)
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class SourceRows(NamedTuple):
 class PairDataset:
     """Preference pairs of one or several files, by index; a pair is read and checked when it is asked for.
 
-    Made by :func:`open_pairs`. Picklable; each process maps the files for itself.
+    Made by :func:`open_pairs`. Picklable; each process opens the files for itself.
 
     Attributes:
         notices: what the user should know about the sources though nothing is wrong with them, e.g. keys of no effect.
@@ -196,7 +196,7 @@ class PairDataset:
         for file, first, begin, end in zip(self._files, self._bounds, bounds, bounds[1:], strict=False):
             at = np.sort(order[begin:end])
             records = self._rows[at] - first
-            parts.append((file, at, records, np.unique(records)))
+            parts.append((file, at, records, distinct(self._rows[order[begin:end]] - first)))
         total, before = sum(len(needed) for *_, needed in parts), 0
         for file, at, records, needed in parts:
             shown = None if progress is None else functools.partial(_shifted, progress, before, total)

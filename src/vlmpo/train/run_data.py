@@ -21,7 +21,6 @@ from vlmpo.errors import DataError, RecipeError, RecordError
 from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import Recipe, Source
 from vlmpo.train.accounts import Accounts
-from vlmpo.train.progress import notice
 
 
 @dataclass
@@ -129,6 +128,8 @@ def _reading() -> Iterator[Callable[[int, int], None]]:
 
 
 def _waits(path: str) -> None:
+    from vlmpo.train.progress import notice  # it imports transformers' Trainer, which `inspect` has no need of
+
     notice(f"note: another process is reading {path} just now; waiting for what it finds")
 
 
