@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from vlmpo.data.cache import Cache, Stamp
 from vlmpo.data.formats.registry import HEAD
 from vlmpo.data.jsonfiles import JsonRecords
 from vlmpo.data.specs import FileSpec
@@ -13,7 +14,7 @@ from vlmpo.errors import RecordError
 
 
 class Records(Protocol):
-    """Records by index. Picklable; each process maps the files for itself.
+    """Records by index. Picklable; each process opens the files for itself.
 
     Attributes:
         kind: what people call the container.
@@ -25,6 +26,10 @@ class Records(Protocol):
     def paths(self) -> list[str]:
         """The files behind the records."""
 
+    @property
+    def stamp(self) -> Stamp | None:
+        """These files, in the state in which they were opened; None where nothing is to be kept of them."""
+
     def __len__(self) -> int: ...
 
     def origin(self, index: int) -> str:
@@ -34,15 +39,18 @@ class Records(Protocol):
         """Record ``index``. Raises RecordError ``bad_json``."""
 
 
-def open_records(spec: FileSpec) -> Records:
-    """Opens what a FileSpec names. Raises DataError where it cannot be read."""
+def open_records(spec: FileSpec, cache: Cache) -> Records:
+    """Opens what a FileSpec names; the cache may know where its records lie.
+
+    Raises DataError where it cannot be read.
+    """
     if spec.kind == "parquet":
         return open_parquet(spec.files)
     if spec.kind == "saved":
         return open_saved(spec.path, spec.split)
     if spec.kind in ("folder", "hub"):
         return load_named(spec.path, spec.subset, spec.split, is_folder=spec.kind == "folder")
-    return JsonRecords(spec.path, is_array=spec.kind == "array")
+    return JsonRecords(spec.path, is_array=spec.kind == "array", cache=cache)
 
 
 def head(records: Records) -> list[Mapping[str, Any]]:

@@ -1,18 +1,19 @@
-"""Records in JSON files: JSON Lines, and arrays of objects. Parsed one at a time, through a memory map.
+"""Records in JSON files: JSON Lines, and arrays of objects. Parsed one at a time.
 
 Of a file only where each record begins (and, of an array, ends) and the number of its line are held, as int64 arrays.
-So three million lines cost some 50 MB, and nothing in DataLoader workers beyond that.
+So three million lines cost some 50 MB. Of a large file they lie in the cache, and all processes map the same ones.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
+from io import FileIO
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmpo.data.cache import Arrays, Cache, Stamp
 from vlmpo.data.fields import json_object
 from vlmpo.data.jsonarray import index_array
 from vlmpo.errors import DataError
@@ -26,36 +27,61 @@ _WHITESPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
 
 
 class JsonRecords:
-    """The records of one JSON file: where they begin, and their bytes through a memory map opened on first use.
+    """The records of one JSON file: where they begin, and their bytes, from a file opened on first use.
 
     Args:
         path: the file.
         is_array: whether it is one array of objects; else JSON Lines.
+        cache: where the index may lie; by default it is made now.
+
+    Attributes:
+        stamp: the file in the state in which it was opened.
 
     Raises:
         DataError: it cannot be read, or is no whole array.
     """
 
-    def __init__(self, path: str, is_array: bool = False) -> None:
+    def __init__(self, path: str, is_array: bool = False, cache: Cache | None = None) -> None:
         self.path = path
         self.kind = "JSON array" if is_array else "JSON Lines"
-        self._ends: Indices | None = None
+        self._is_array = is_array
+        self._cache = cache
+        self._file: FileIO | None = None
+        self.stamp = None if cache is None else Stamp.of([path])
         try:
-            # int64 [records]: byte offset; line number, from 1
-            if is_array:
-                self.starts, self._ends, self.lines = index_array(path)
-            else:
-                self.starts, self.lines = _index_lines(path)
             self._size = os.path.getsize(path)
+            self._load_index()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
-        self._map: mmap.mmap | None = None
+
+    def _load_index(self) -> None:
+        """int64 [records] each: byte offset; of an array, where it ends; line number, from 1."""
+        kind, make = ("array", self._array_index) if self._is_array else ("lines", self._line_index)
+        index = make() if self._cache is None else self._cache.arrays(kind, self.stamp, [], make)
+        self.starts, self.lines, self._ends = index["starts"], index["lines"], index.get("ends")
+
+    def _line_index(self) -> Arrays:
+        starts, lines = _index_lines(self.path)
+        return {"starts": starts, "lines": lines}
+
+    def _array_index(self) -> Arrays:
+        starts, ends, lines = index_array(self.path)
+        return {"starts": starts, "ends": ends, "lines": lines}
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}  # a map cannot be pickled: the other process opens its own
+        state = {**self.__dict__, "_file": None}  # a file cannot be pickled: the other process opens its own
+        if self.stamp is not None:
+            for name in ("starts", "lines", "_ends"):
+                del state[name]  # it maps the cache's
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if self.stamp is not None:
+            self._load_index()
 
     @property
     def paths(self) -> list[str]:
@@ -71,23 +97,23 @@ class JsonRecords:
         return json_object(self._read(index), self.origin(index), "line" if self._ends is None else "record")
 
     def _read(self, index: int) -> bytes:
-        content = self._map or self._open()
+        file = self._file or self._open()
         start = int(self.starts[index])
         if self._ends is not None:
-            return content[start : int(self._ends[index])]
-        end = content.find(b"\n", start)
-        return content[start : end if end >= 0 else len(content)]
+            return os.pread(file.fileno(), int(self._ends[index]) - start, start)
+        end = int(self.starts[index + 1]) if index + 1 < len(self.starts) else self._size
+        return os.pread(file.fileno(), end - start, start).partition(b"\n")[0]  # blank lines may follow
 
-    def _open(self) -> mmap.mmap:
+    def _open(self) -> FileIO:
         try:
-            with open(self.path, "rb") as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+            file = open(self.path, "rb", buffering=0)  # noqa: SIM115  closed with this object
+            size = os.fstat(file.fileno()).st_size
+        except OSError as error:
             raise DataError(f"{self.path}: could be read before, not any more ({error})") from error
-        if len(content) != self._size:
-            raise DataError(f"{self.path}: {self._size} bytes when opened, {len(content)} now; start again")
-        self._map = content
-        return content
+        if size != self._size:
+            raise DataError(f"{self.path}: {self._size} bytes when opened, {size} now; start again")
+        self._file = file
+        return file
 
 
 def _index_lines(path: str) -> tuple[Indices, Indices]:

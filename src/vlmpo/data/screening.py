@@ -6,16 +6,16 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmpo.data.images import missing_image
-from vlmpo.data.sources import Indices, PairDataset, stable_hash
-from vlmpo.errors import RecipeError, RecordError
+from vlmpo.data.facts import EMBEDDED_IMAGE, IMAGE, Facts, Hashes, Indices, take_pieces
+from vlmpo.data.hashing import stable_hash
+from vlmpo.data.presence import NO_FILE, presence
+from vlmpo.data.sources import PairDataset, SourceRows
+from vlmpo.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class Screening:
 
     Attributes:
         kept: int64 [kept], indices of the pairs that can be used, ascending.
-        dropped: the others, in order.
+        dropped: the others, in order; made when they are looked at.
         sources: counts by source name, every source of the data set among them.
     """
 
     kept: Indices
-    dropped: list[Dropped]
+    dropped: Sequence[Dropped]
     sources: dict[str, SourceCounts]
 
     def counts(self) -> dict[str, int]:
@@ -57,45 +57,115 @@ class Screening:
 
 
 def screen(
-    dataset: PairDataset, *, need_rejected: bool | None = None, progress: Callable[[int, int], None] | None = None
+    dataset: PairDataset,
+    *,
+    need_rejected: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    waiting: Callable[[str], None] | None = None,
 ) -> Screening:
-    """Reads every record once and looks whether its images and videos are there; opens none.
+    """Whether every record can be used and its images and videos are there; opens none of them.
+
+    What is wrong with a record itself is found by reading it once, and of a large data set kept in the cache: the next
+    time nothing is read, and only the images are looked for again.
 
     Args:
         dataset: what to read.
         need_rejected: in place of the data set's own setting; None keeps that.
         progress: called now and then, and at the end, with (records read, records in all).
+        waiting: called with the path of a source that another process reads just now; its result is waited for.
     """
     if need_rejected is not None:
         dataset = dataset.for_training(need_rejected)
-    is_file = lru_cache(maxsize=1 << 16)(os.path.isfile)  # pairs of one image mostly stand near each other
-    is_kept = np.zeros(len(dataset), np.bool_)
-    dropped: list[Dropped] = []
     sources = {name: SourceCounts() for name in dataset.source_names}
-    for index in range(len(dataset)):
-        counts = sources[dataset.source(index)]
-        counts.read += 1
-        try:
-            pair = dataset[index]
-            for image in pair.images:
-                if isinstance(image, str) and not is_file(image):
-                    raise missing_image(image, pair.origin)
-            for video in pair.videos:
-                if isinstance(video, str) and not is_file(video):
-                    raise _missing_video(video, pair.origin)
-            is_kept[index] = True
-            counts.kept += 1
-        except RecordError as error:
-            dropped.append(Dropped(index, error.origin, error.reason, error.detail))
-            counts.dropped[error.reason] = counts.dropped.get(error.reason, 0) + 1
-        if progress and ((index + 1) % 1000 == 0 or index + 1 == len(dataset)):
-            progress(index + 1, len(dataset))
-    return Screening(np.flatnonzero(is_kept), dropped, sources)
+    is_kept = np.ones(len(dataset), np.bool_)
+    faults = []
+    for rows in dataset.surveyed(progress, waiting):
+        found = _source_faults(rows)
+        is_kept[found.at] = False
+        counts = sources[rows.name]
+        counts.read, counts.kept = len(rows.at), len(rows.at) - len(found.at)
+        counts.dropped = dict(Counter(found.reason(place) for place in range(len(found.at))))
+        faults.append(found)
+    return Screening(np.flatnonzero(is_kept), _DroppedPairs(dataset, faults), sources)
 
 
-def _missing_video(path: str, origin: str) -> RecordError:
-    kind = "is not a file" if os.path.exists(path) else "does not exist"
-    return RecordError("missing_video", origin, f"video {path} {kind}; check the image root and the record's `video`")
+class _Faults(NamedTuple):
+    """Pairs of one source that cannot be used.
+
+    Attributes:
+        at: int64 [dropped], which pairs of the data set, ascending.
+        places: int64 [dropped], of a bad record its place in ``Facts.bad``; else -1 - (number of the first absent
+            image or video).
+        facts, presence: of the source.
+    """
+
+    at: Indices
+    places: Indices
+    facts: Facts
+    presence: NDArray[np.uint8]
+
+    def reason(self, index: int) -> str:
+        """Why pair ``at[index]`` cannot be used, in a word."""
+        place = int(self.places[index])
+        if place >= 0:
+            return self.facts.reasons.at(place)
+        return "missing_image" if self.facts.kinds[-1 - place] == IMAGE else "missing_video"
+
+    def detail(self, index: int) -> str:
+        """The same in a sentence."""
+        place = int(self.places[index])
+        if place >= 0:
+            return self.facts.details.at(place)
+        kind = "image" if self.facts.kinds[-1 - place] == IMAGE else "video"
+        what = "is not a file" if self.presence[-1 - place] == NO_FILE else "does not exist"
+        return f"{kind} {self.facts.names.at(-1 - place)} {what}; check the image root and the record's `{kind}`"
+
+
+def _source_faults(rows: SourceRows) -> _Faults:
+    """What is wrong with the pairs of one source."""
+    facts = rows.facts
+    positions = facts.positions(rows.records)
+    present = presence(facts, facts.shown(take_pieces(facts.bounds, facts.media, positions)[1]))
+    fault = np.zeros(len(facts.records), np.int64)  # 0: none; else 1 + place, or the place of an absent medium
+    absent = np.flatnonzero(present[facts.media])[::-1]  # of a record's absent ones the first is written last
+    fault[np.searchsorted(facts.bounds, absent, side="right") - 1] = -1 - facts.media[absent].astype(np.int64)
+    fault[facts.bad] = 1 + np.arange(len(facts.bad))
+    found = fault[positions]
+    at = np.flatnonzero(found)
+    places = found[at]
+    return _Faults(rows.at[at], np.where(places > 0, places - 1, places), facts, present)
+
+
+class _DroppedPairs(Sequence[Dropped]):
+    """The dropped pairs of all sources in the data set's order, each made when it is asked for."""
+
+    def __init__(self, dataset: PairDataset, faults: Sequence[_Faults]) -> None:
+        self._dataset = dataset
+        self._faults = faults
+        at = np.concatenate([np.empty(0, np.int64), *(found.at for found in faults)])
+        source = np.repeat(np.arange(len(faults)), [len(found.at) for found in faults])
+        within = np.concatenate([np.empty(0, np.int64), *(np.arange(len(found.at)) for found in faults)])
+        order = np.argsort(at, kind="stable")
+        self._source, self._within = source[order], within[order]
+
+    def __len__(self) -> int:
+        return len(self._within)
+
+    @overload
+    def __getitem__(self, index: int) -> Dropped: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Dropped]: ...
+
+    def __getitem__(self, index: int | slice) -> Dropped | list[Dropped]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(len(self))[index]]
+        found, within = self._faults[self._source[index]], int(self._within[index])
+        pair = int(found.at[within])
+        return Dropped(pair, self._dataset.origin(pair), found.reason(within), found.detail(within))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 def split_hold_out(
@@ -127,7 +197,9 @@ def split_hold_out(
     if fraction == 0 or not len(indices):
         return indices, indices[:0]
     groups, group_of, sizes = np.unique(_groups(dataset, indices), return_inverse=True, return_counts=True)
-    order = np.argsort(np.array([stable_hash(f"{seed}:{group}") for group in groups], np.uint64))
+    order = np.argsort(
+        np.fromiter((stable_hash(f"{seed}:{group}") for group in groups.tolist()), np.uint64, len(groups))
+    )
     needed = int(np.searchsorted(np.cumsum(sizes[order]), fraction * len(indices))) + 1  # groups to reach the fraction
     if needed >= len(groups):
         raise RecipeError(
@@ -139,36 +211,60 @@ def split_hold_out(
     return indices[~held[group_of]], indices[held[group_of]]
 
 
-def _groups(dataset: PairDataset, indices: Indices) -> NDArray[np.uint64]:
+def _groups(dataset: PairDataset, indices: Indices) -> Hashes:
     """uint64 [n]: equal for two pairs if and only if they are linked by images (64-bit hashes, not the paths)."""
     root = dataset.common_root()
-    keys = np.empty(len(indices), np.uint64)
-    parents: dict[int, int] = {}  # only what pairs of several images link; the smallest key stands for its group
-    for position, index in enumerate(indices):
-        pair = dataset[int(index)]
-        names = [_media_name(medium, root) for medium in (*pair.images, *pair.videos)]
-        text = "\n".join(message.text for message in pair.prompt)
-        first, *others = [stable_hash(name) for name in names or [f"text:{text}"]]
-        keys[position] = first
-        for other in others:
-            low, high = sorted((_root(parents, first), _root(parents, other)))
-            if low != high:
-                parents[high] = low
-    if parents:
-        keys = np.array([_root(parents, int(key)) for key in keys], np.uint64)
+    keys = np.zeros(len(dataset), np.uint64)
+    is_bad = np.zeros(len(dataset), np.bool_)
+    links: list[Hashes] = [np.empty((0, 2), np.uint64)]  # [links, 2]: keys of images that stand in one pair
+    asked = np.zeros(len(dataset), np.bool_)
+    asked[indices] = True
+    for rows in dataset.surveyed():
+        facts, is_asked = rows.facts, asked[rows.at]
+        at, positions = rows.at[is_asked], facts.positions(rows.records[is_asked])
+        is_bad[at] = np.isin(positions, facts.bad)
+        bounds, media = take_pieces(facts.bounds, facts.media, positions)
+        named = _media_keys(facts, media, root)[media]
+        counts = np.diff(bounds)
+        first = bounds[:-1][counts > 0]
+        keys[at] = facts.texts[positions]
+        keys[at[counts > 0]] = named[first]
+        is_first = np.zeros(len(named), np.bool_)
+        is_first[first] = True
+        links.append(np.stack([np.repeat(named[first], counts[counts > 0]), named], axis=1)[~is_first])
+    bad = np.flatnonzero(is_bad[indices])
+    if len(bad):
+        dataset[int(indices[bad[0]])]  # raises
+    return _linked(keys[indices], np.concatenate(links))
+
+
+def _media_keys(facts: Facts, media: NDArray[Any], root: str) -> Hashes:
+    """uint64 [media of the source]: what stands for an image or video that one of ``media`` names; 0 for others.
+
+    Its path below ``root``, or its content where it is embedded.
+    """
+    keys = np.zeros(len(facts.keys), np.uint64)
+    shown = facts.shown(media)
+    embedded = np.flatnonzero(shown & (facts.kinds >= EMBEDDED_IMAGE))
+    paths = np.flatnonzero(shown & (facts.kinds < EMBEDDED_IMAGE))
+    for at, name in zip(embedded.tolist(), facts.names.texts(embedded), strict=True):
+        keys[at] = stable_hash(f"bytes:{name}")
+    for at, name in zip(paths.tolist(), facts.names.texts(paths), strict=True):
+        keys[at] = stable_hash(f"image:{os.path.normpath(name).removeprefix(root)}")
     return keys
 
 
-def _media_name(medium: Any, root: str) -> str:
-    """What stands for an image or video: its path, or its content where it is embedded."""
-    if isinstance(medium, bytes):
-        return f"bytes:{blake2b(medium, digest_size=16).hexdigest()}"
-    return f"image:{os.path.normpath(medium).removeprefix(root)}"
-
-
-def _root(parents: dict[int, int], key: int) -> int:
-    """The key that stands for ``key``'s group; shortens the way for the next call."""
-    while key in parents:
-        parents[key] = parents.get(parents[key], parents[key])
-        key = parents[key]
-    return key
+def _linked(keys: Hashes, links: Hashes) -> Hashes:
+    """``keys`` with the smallest key of its group for each; ``links`` [links, 2] tie groups together."""
+    if not len(links):
+        return keys
+    nodes, flat = np.unique(links, return_inverse=True)
+    one, other = flat.reshape(-1, 2).T
+    lowest = np.arange(len(nodes))  # the smallest node known to be tied to each, whose own is itself
+    while len(np.flatnonzero(lowest[one] != lowest[other])):
+        low = np.minimum(lowest[one], lowest[other])
+        np.minimum.at(lowest, np.maximum(lowest[one], lowest[other]), low)
+        while not np.array_equal(lowest, lowest[lowest]):
+            lowest = lowest[lowest]
+    at = np.minimum(np.searchsorted(nodes, keys), len(nodes) - 1)
+    return np.where(nodes[at] == keys, nodes[lowest[at]], keys)

@@ -1,29 +1,33 @@
 """Sets of preference pairs, read where they lie and in whatever format they are, as one data set by index.
 
 A record is read and parsed when it is asked for; ``jsonfiles`` and ``tables`` hold no more of a file than where its
-records are.
+records are. What a pass over all records found is in :class:`vlmpo.data.facts.Facts`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmpo.data.cache import Cache
 from vlmpo.data.containers import head, open_records
+from vlmpo.data.facts import Facts, Indices, distinct
 from vlmpo.data.formats import RecordContext, recognise
+from vlmpo.data.hashing import stable_hash
+from vlmpo.data.jsonfiles import JsonRecords
 from vlmpo.data.records import PreferencePair
 from vlmpo.data.specs import FileSpec, SourceSpec, file_specs
+from vlmpo.data.survey import Progress, Survey, survey
 from vlmpo.errors import DataError
-
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +54,23 @@ class SourceInfo:
 class _Source:
     """One source: its records, and the format they are in."""
 
-    def __init__(self, spec: FileSpec, name: str) -> None:
+    def __init__(self, spec: FileSpec, name: str, cache: Cache) -> None:
         self.name = name
+        self._cache = cache
+        self._facts: dict[bool, Facts] = {}  # by need_rejected: the last ones that were asked for
+        self._reads_as = (spec.kind, spec.path, spec.split, spec.subset, spec.image_root)
         self.path = spec.path
         self.image_root = spec.image_root
         self.max_tiles = spec.max_tiles
-        self.records = open_records(spec)
-        # Of a copy, whose memory map goes with it: a file that changes before it is read in earnest is then refused.
+        self.records = open_records(spec, cache)
+        # Of a copy, which opens the file for itself: a file that changes before it is read in earnest is then refused.
         self.recognised = recognise(head(copy.copy(self.records)), spec.format, spec.path)
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_facts": {}}  # other processes read pairs
 
     @property
     def info(self) -> SourceInfo:
@@ -72,11 +82,39 @@ class _Source:
         context = RecordContext(origin, self.name, self.image_root, self.max_tiles, need_rejected)
         return self.recognised.format.parse(record, context)
 
+    def facts(
+        self, records: Indices, need_rejected: bool, progress: Progress | None, waiting: Callable[[], None] | None
+    ) -> Facts:
+        """The facts of ``records``, ascending, and perhaps of others."""
+        known = self._facts.get(need_rejected)
+        if known is None or not known.covers(records):
+            settings = (*self._reads_as, self.recognised.format.name)
+            in_lines = isinstance(self.records, JsonRecords)  # Arrow has threads of its own, which no fork survives
+            asked = Survey(self, records, need_rejected, self.records.stamp, settings, can_fork=in_lines)
+            known = self._facts[need_rejected] = survey(asked, self._cache, progress, waiting)
+        return known
+
+
+class SourceRows(NamedTuple):
+    """Pairs of one source.
+
+    Attributes:
+        name: of the source.
+        facts: of its records, at least of those that are pairs.
+        at: int64 [pairs], which pairs of the data set, ascending.
+        records: int64 [pairs], their records in the source.
+    """
+
+    name: str
+    facts: Facts
+    at: Indices
+    records: Indices
+
 
 class PairDataset:
     """Preference pairs of one or several files, by index; a pair is read and checked when it is asked for.
 
-    Made by :func:`open_pairs`. Picklable; each process maps the files for itself.
+    Made by :func:`open_pairs`. Picklable; each process opens the files for itself.
 
     Attributes:
         notices: what the user should know about the sources though nothing is wrong with them, e.g. keys of no effect.
@@ -84,12 +122,15 @@ class PairDataset:
         source_names: names of the sources, in the order they were named.
     """
 
-    def __init__(self, files: Sequence[_Source], rows: Indices, need_rejected: bool, notices: list[str]) -> None:
+    def __init__(
+        self, files: Sequence[_Source], rows: Indices, need_rejected: bool, notices: list[str], cache: Cache
+    ) -> None:
         self._files = list(files)
         self._bounds = np.cumsum([0, *(len(file) for file in files)])  # [files + 1]: records before each file
         self._rows = rows  # [pairs]: record numbers, counted through all files
         self.need_rejected = need_rejected
         self.notices = notices
+        self._cache = cache
         self.source_names = [file.name for file in files]
 
     @property
@@ -134,7 +175,7 @@ class PairDataset:
         return self._view(self._rows, need_rejected)
 
     def _view(self, rows: Indices, need_rejected: bool) -> PairDataset:
-        return PairDataset(self._files, rows, need_rejected, self.notices)
+        return PairDataset(self._files, rows, need_rejected, self.notices, self._cache)
 
     def _locate(self, index: int) -> tuple[_Source, int]:
         row = int(self._rows[index])  # IndexError past the end, as sequences have it
@@ -151,13 +192,48 @@ class PairDataset:
                 digest.update(f"{path} {state and (state.st_size, state.st_mtime_ns)} {self.need_rejected}".encode())
         return digest.hexdigest()
 
+    def surveyed(
+        self, progress: Progress | None = None, waiting: Callable[[str], None] | None = None
+    ) -> Iterator[SourceRows]:
+        """What has to be known of every pair, source by source, from the cache or by reading every record once.
+
+        Args:
+            progress: called now and then with (records read, records in all).
+            waiting: called with the path of a source that another process reads just now; its result is waited for.
+        """
+        order = np.argsort(self._rows, kind="stable")  # sources follow each other
+        bounds = np.searchsorted(self._rows[order], self._bounds)
+        parts = []
+        for file, first, begin, end in zip(self._files, self._bounds, bounds, bounds[1:], strict=False):
+            at = np.sort(order[begin:end])
+            records = self._rows[at] - first
+            parts.append((file, at, records, distinct(self._rows[order[begin:end]] - first)))
+        total, before = sum(len(needed) for *_, needed in parts), 0
+        for file, at, records, needed in parts:
+            shown = None if progress is None else functools.partial(_shifted, progress, before, total)
+            told = None if waiting is None else functools.partial(waiting, file.path)
+            yield SourceRows(file.name, file.facts(needed, self.need_rejected, shown, told), at, records)
+            before += len(needed)
+        _note_trouble(self._cache, self.notices)
+
     def common_root(self) -> str:
         """The deepest folder above all image roots."""
         return os.path.commonpath([os.path.normpath(file.image_root) for file in self._files])
 
 
+def _note_trouble(cache: Cache, notices: list[str]) -> None:
+    """The cache's notice, once."""
+    trouble = cache.notice()
+    if trouble is not None and trouble not in notices:
+        notices.append(trouble)
+
+
+def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
+
+
 def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: bool = True) -> PairDataset:
-    """Opens the files named by ``specs``. Reads each once for its line offsets; parses no record.
+    """Opens the files named by ``specs``. Reads each for its line offsets, unless the cache has them; parses no record.
 
     Args:
         specs: the sources, in order; a repeated source's pairs follow each other, repeat after repeat.
@@ -170,11 +246,12 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
             setting, or no pair at all.
     """
     notices: list[str] = []
+    cache = Cache()
     files: list[_Source] = []
     rows: list[Indices] = [np.empty(0, np.int64)]
     records_before = 0
     for spec in itertools.chain.from_iterable(file_specs(named, notices) for named in specs):
-        file = _Source(spec, _free_name(spec.name, {file.name for file in files}))
+        file = _Source(spec, _free_name(spec.name, {file.name for file in files}), cache)
         if spec.declared_length is not None and spec.declared_length != len(file):
             notices.append(f"{file.name}: meta.json says length {spec.declared_length}, {file.path} has {len(file)}")
         drawn = _repeated(len(file), spec.repeat, f"{seed}:{file.name}")
@@ -183,7 +260,8 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
         files.append(file)
         rows.append(drawn + records_before)
         records_before += len(file)
-    dataset = PairDataset(files, np.concatenate(rows), need_rejected, notices)
+    _note_trouble(cache, notices)
+    dataset = PairDataset(files, np.concatenate(rows), need_rejected, notices, cache)
     if not len(dataset):
         raise DataError(f"no pair in {', '.join(named.path for named in specs) or 'the data: no source is named'}")
     return dataset
@@ -205,8 +283,3 @@ def _repeated(records: int, repeat: float, seed: str) -> Indices:
     generator = np.random.default_rng(stable_hash(seed))
     subset = np.sort(generator.choice(records, rest, replace=False)) if rest else np.empty(0, np.int64)
     return np.concatenate([np.tile(np.arange(records, dtype=np.int64), whole), subset])
-
-
-def stable_hash(text: str) -> int:
-    """64 bits that depend on the text alone: Python's own hash() differs from one process to the next."""
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

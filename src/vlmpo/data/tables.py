@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from vlmpo.data.cache import Stamp
 from vlmpo.errors import DataError
 
 _Found = TypeVar("_Found")
@@ -27,11 +28,15 @@ class TableRecords:
         kind: what people call the container.
         parts: (label, rows) of each file the rows are from, in order; the labels begin the rows' origins.
         paths: the files behind the rows.
+
+    Attributes:
+        stamp: these files, in the state in which they were opened.
     """
 
     def __init__(self, dataset: Any, kind: str, parts: Sequence[tuple[str, int]], paths: Sequence[str]) -> None:
         self.kind = kind
         self.paths = list(paths)
+        self.stamp = Stamp.of(self.paths)
         self._rows = RawRows(dataset)
         self._labels = [label for label, _ in parts]
         self._bounds = np.cumsum([0, *(rows for _, rows in parts)])  # [parts + 1]: rows before each part

@@ -9,7 +9,6 @@ go; a run that finds its data set complete from an earlier one does not load a m
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlmpo.data.cache import cache_folder
 from vlmpo.errors import RunError
 from vlmpo.files import replace_json
 from vlmpo.torchvision_shim import ensure_torchvision
@@ -34,12 +34,6 @@ from transformers import TrainerCallback  # noqa: E402
 
 if TYPE_CHECKING:
     from vlmpo.train.trainer import MPOTrainer
-
-
-def default_cache_dir() -> str:
-    """Where log-probs are kept unless the recipe says otherwise: shared by all runs of a user."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "vlmpo", "reference")
 
 
 class CachedReference:
@@ -229,7 +223,7 @@ def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[]
 
     first = None if name else online()  # an adapter's model cannot be had again by a name: it stays
     found = CachedReference(
-        store=ReferenceStore(args.reference_cache_dir or default_cache_dir()),
+        store=ReferenceStore(args.reference_cache_dir or cache_folder() / "reference"),
         weights=weights_hash(source, None) if first is None else first.weights_hash(),
         reading=lambda: f"{precision} shared={trainer.shared}",
         build=again,

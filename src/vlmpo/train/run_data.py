@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 
 from vlmpo.data.overlap import Item, Overlap, find_overlaps
 from vlmpo.data.screening import screen, split_hold_out
@@ -75,6 +78,7 @@ def open_run_data(recipe: Recipe) -> RunData:
     if len(kept) == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in screened.reasons().items())
         raise DataError(f"data.train: of {len(whole)} pairs none is left to train on ({reasons or 'all held out'})")
+    notices = list(dict.fromkeys(notices))  # the cache's is the same for all
     return RunData(whole.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
 
 
@@ -98,7 +102,8 @@ def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:
 
 def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, Accounts, Counter[str]]:
     """Indices of the pairs that can be used, what was dropped of the others, and pairs read by data set."""
-    found = screen(data)
+    with _reading() as progress:
+        found = screen(data, progress=progress, waiting=_waits)
     accounts = Accounts()
     for drop in found.dropped:
         error = RecordError(drop.reason, drop.origin, drop.detail)
@@ -109,30 +114,29 @@ def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, Accounts, Co
     return found.kept, accounts, read
 
 
+@contextmanager
+def _reading() -> Iterator[Callable[[int, int], None]]:
+    """What shows how many records were read, where that takes more than a few seconds."""
+    every = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log gets a line now and then
+    with tqdm(desc="reading records", unit="", delay=3, mininterval=every, maxinterval=every, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _waits(path: str) -> None:
+    from vlmpo.train.progress import notice  # it imports transformers' Trainer, which `inspect` has no need of
+
+    notice(f"note: another process is reading {path} just now; waiting for what it finds")
+
+
 def overlaps_with_training(data: RunData, others: Mapping[str, Sequence[Item]] | None = None) -> dict[str, Overlap]:
     """For each evaluation set, and each of ``others``, what of it the training pairs show too, by content."""
-    evaluations: dict[str, Collection[Item]] = {name: _Items(pairs) for name, pairs in data.evaluation.items()}
-    evaluations |= others or {}
-    return find_overlaps(_Items(data.train), evaluations) if evaluations else {}
-
-
-class _Items(Collection[Item]):
-    """Pairs as overlap sees them, read anew each time: their images may be embedded, and are not to be held."""
-
-    def __init__(self, pairs: PairDataset) -> None:
-        self._pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __contains__(self, item: object) -> bool:
-        return any(item == other for other in self)
-
-    def __iter__(self) -> Iterator[Item]:
-        for index in range(len(self._pairs)):
-            pair = self._pairs[index]
-            text = " ".join(message.text for message in pair.prompt)
-            yield Item(text, (*pair.images, *pair.videos), pair.origin)
+    evaluations: dict[str, PairDataset | Sequence[Item]] = {**data.evaluation, **(others or {})}
+    return find_overlaps(data.train, evaluations) if evaluations else {}
 
 
 def show_accounts(console: Console, data: RunData, trained: Accounts) -> None:
