@@ -121,8 +121,8 @@ def test_gemma_needs_its_image_blocks_and_its_windows(monkeypatch: pytest.Monkey
         patch.setattr(positions, "IMAGE_BLOCKS", frozenset())
         assert off() > 1e-3
     with monkeypatch.context() as patch:
-        plain = attention._attend
-        patch.setattr(attention, "_attend", lambda *arguments: plain(*arguments[:-1], None))  # no window
+        plain = attention._in_segments
+        patch.setattr(attention, "_in_segments", lambda *arguments: plain(*arguments[:-1], None))  # no window
         assert off() > 1e-3
     assert off() < 1e-5
 

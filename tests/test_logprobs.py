@@ -11,8 +11,10 @@ from tests.tiny_models import image_tree, model, noise_image, processor, tokeniz
 from vlmpo.errors import ModelError
 from vlmpo.tree.attention import ATTENTION_NAME, branch_attention
 from vlmpo.tree.families import support_for
+from vlmpo.tree.heads import LogitMap
 from vlmpo.tree.layout import PromptTree, Row, RowLayout, TreeSpan, build_row, sum_by_branch
 from vlmpo.tree.logprobs import install, token_logps
+from vlmpo.tree.projection import linear_token_logps
 
 
 def one_image(seed: int) -> list:
@@ -145,6 +147,51 @@ def test_chunked_head_equals_the_plain_one_in_float64(chunk: int) -> None:
     theirs = torch.autograd.grad((expected * weights).sum(), inputs)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [0, 3 * 7 * 8 * 8, 10**9])
+def test_logits_kept_or_computed_again_give_the_same_gradient(kept: int) -> None:
+    """7 tokens in float64 by blocks of 8 of 30 entries: none, three or all four blocks kept; and backward twice."""
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(30, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(30, dtype=torch.float64, requires_grad=True)
+    targets, inputs = torch.tensor([0, 29, 7, 8, 15, 16, 24]), (hidden, weight, bias)  # at the edges of blocks
+    cap = LogitMap(scale=0.5, softcap=2.0)
+    got = linear_token_logps(hidden, weight, bias, targets, 7 * 8, cap, kept_bytes=kept)
+    logits = 2.0 * (0.5 * (hidden @ weight.t() + bias) / 2.0).tanh()
+    expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    weights = torch.randn(7, dtype=torch.float64)
+    theirs = torch.autograd.grad((expected * weights).sum(), inputs)
+    for _ in range(2):
+        mine = torch.autograd.grad((got * weights).sum(), inputs, retain_graph=True)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_kept_logits_stay_within_their_budget() -> None:
+    hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(30, 5)
+    held: list[int] = []
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        if saved.shape == (7, 8):  # a block of logits
+            held.append(saved.nbytes)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        linear_token_logps(hidden, weight, None, torch.zeros(7, dtype=torch.long), 7 * 8, kept_bytes=2 * 224 + 1)
+        linear_token_logps(hidden.detach(), weight, None, torch.zeros(7, dtype=torch.long), 7 * 8)
+    assert held == [224, 224]
+
+
+def test_a_sure_token_keeps_its_small_gradient_in_bfloat16() -> None:
+    """softmax less one-hot is taken before rounding: 1 - p of 1e-4 would be lost where p is rounded first."""
+    hidden = torch.tensor([[9.0]]).bfloat16().requires_grad_()
+    weight = torch.tensor([[1.0], [0.0]]).bfloat16()
+    linear_token_logps(hidden, weight, None, torch.tensor([0]), 100).sum().backward()
+    expected = 1 - torch.tensor(9.0).sigmoid()  # 1.2e-4
+    assert abs(hidden.grad.item() - expected) < 0.01 * expected
 
 
 def test_head_in_bfloat16_sums_in_float32() -> None:

@@ -1,7 +1,8 @@
 """The attention that lets a branch see its trunk and itself, nothing else.
 
 Trunk and first branch together are plain causal attention. Every further branch attends to ``[trunk, itself]`` with
-lower-right causal alignment. So a tree costs one attention call a branch, no padding, and no dense mask over the row.
+lower-right causal alignment. On CUDA, in half precision, that is one call for the whole row; elsewhere one call a
+branch. Either way there is no padding, and no dense mask over the row.
 
 Where a layer sees only a window of tokens back, it is a window over logical positions: a branch's first token stands
 right behind the trunk, wherever in the row the branch lies.
@@ -9,6 +10,7 @@ right behind the trunk, wherever in the row the branch lies.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vlmpo.errors import ModelError
 from vlmpo.torchvision_shim import ensure_torchvision
-from vlmpo.tree.layout import RowLayout, TreeSpan
+from vlmpo.tree.layout import RowLayout
+from vlmpo.tree.varlen import attend_in_one_call, can_read, kernel_for
 
 ensure_torchvision()  # before transformers' model code, which imports torchvision
 
@@ -39,8 +42,9 @@ _reading_a_row: ContextVar[bool] = ContextVar("vlmpo_reading_a_row", default=Fal
 
 
 @contextmanager
-def reading_a_row() -> Iterator[None]:
+def reading_a_row(device: torch.device) -> Iterator[None]:
     """While a row is read, no mask is built: the layout says who sees whom."""
+    kernel_for(device)  # tried out here, not inside a layer: its gradients are no business of a checkpointed one
     token = _reading_a_row.set(True)
     try:
         yield
@@ -84,61 +88,56 @@ def branch_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
         )
     _refuse_what_would_be_wrong(module, query, layout, dropout, arguments)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     window = arguments.get("sliding_window")
-    pieces = [piece for span in layout.spans for piece in _attend(span, query, key, value, layout, scaling, window)]
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+    kernel = kernel_for(query.device)
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    if kernel is not None and can_read(layout, dtype, query.shape[3], window):
+        # Under autocast rotated queries are float32 while values are not; SDPA would be handed all in half precision.
+        query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+        return attend_in_one_call(kernel, query, key, value, layout, scaling)[None], None
+    return _in_segments(query, key, value, layout, scaling, window).transpose(1, 2).contiguous(), None
 
 
-def _attend(
-    span: TreeSpan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: RowLayout,
-    scaling: float | None,
-    window: int | None,
-) -> list[Tensor]:
-    """Outputs of one tree, ``[1, heads, tokens, head]`` a piece: trunk with first branch, then each other branch."""
-    trunk_end = span.start + span.trunk
-    at = trunk_end + span.branches[0]
-    first = slice(span.start, at)
-    mask: Any = layout.trunk_mask(span, window, query.device)
-    pieces = [
-        scaled_dot_product_attention(
-            query[:, :, first],
-            key[:, :, first],
-            value[:, :, first],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-        )
-    ]
-    # A branch's first token sees the last ``window - 1`` tokens of the trunk, those after it fewer.
-    seen = span.trunk if window is None else min(span.trunk, window - 1)
-    trunk = slice(trunk_end - seen, trunk_end)
-    for length in span.branches[1:]:
-        own = slice(at, at + length)
-        keys = seen + length
-        if window is not None and keys > window:
-            mask = layout.branch_mask(length, keys, window, query.device)
-        elif query.is_cuda:
-            mask = causal_lower_right(length, keys)  # dispatches to flash attention, which knows this alignment
-        else:
-            mask = layout.branch_mask(length, keys, None, query.device)
-        pieces.append(
-            scaled_dot_product_attention(
-                query[:, :, own],
-                torch.cat([key[:, :, trunk], key[:, :, own]], dim=2),
-                torch.cat([value[:, :, trunk], value[:, :, own]], dim=2),
-                attn_mask=mask,
-                scale=scaling,
+def _in_segments(
+    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float | None, window: int | None
+) -> Tensor:
+    """The row by one SDPA call a segment, ``[1, heads, tokens, head]``."""
+    groups = query.shape[1] // key.shape[1]
+    grouped = groups > 1 and query.device.type == "cpu"  # there SDPA reads grouped heads without a copy
+    if groups > 1 and not grouped:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    attend = functools.partial(scaled_dot_product_attention, scale=scaling, enable_gqa=grouped)
+    sizes = [size for span in layout.spans for size in (span.trunk + span.branches[0], *span.branches[1:])]
+    # Split rather than sliced: the gradient of a split is one concatenation, that of a slice a row of zeros.
+    segments = iter(zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True))
+    pieces = []
+    for span in layout.spans:
+        own_query, first_key, first_value = next(segments)
+        mask: Any = layout.trunk_mask(span, window, query.device)
+        pieces.append(attend(own_query, first_key, first_value, attn_mask=mask, is_causal=mask is None))
+        # A branch's first token sees the last ``window - 1`` tokens of the trunk, those after it fewer.
+        seen = span.trunk if window is None else min(span.trunk, window - 1)
+        trunk_key, trunk_value = (states[:, :, span.trunk - seen : span.trunk] for states in (first_key, first_value))
+        for length in span.branches[1:]:
+            own_query, own_key, own_value = next(segments)
+            pieces.append(
+                attend(
+                    own_query,
+                    torch.cat([trunk_key, own_key], dim=2),
+                    torch.cat([trunk_value, own_value], dim=2),
+                    attn_mask=_branch_mask(layout, length, seen + length, window, query.device),
+                )
             )
-        )
-        at += length
-    return pieces
+    return torch.cat(pieces, dim=2)
+
+
+def _branch_mask(layout: RowLayout, queries: int, keys: int, window: int | None, device: torch.device) -> Any:
+    if window is not None and keys > window:
+        return layout.branch_mask(queries, keys, window, device)
+    if device.type == "cuda":
+        return causal_lower_right(queries, keys)  # dispatches to flash attention, which knows this alignment
+    return layout.branch_mask(queries, keys, None, device)
 
 
 def _refuse_what_would_be_wrong(

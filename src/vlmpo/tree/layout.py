@@ -57,6 +57,60 @@ class TreeSpan(NamedTuple):
     branches: tuple[int, ...]
 
 
+class Segments(NamedTuple):
+    """A row as one attention call over segments of queries, each with its own stretch of gathered keys.
+
+    Attributes:
+        query_starts, key_starts: ``[segments + 1]`` int32, where each begins; the last entry is the end.
+        longest_query, longest_key: tokens of the longest.
+        keys: ``[gathered]``, the token of the row that each key is; None where the keys are the row itself.
+        own: ``[tokens]``, where in ``keys`` each token stands in its own segment; None with ``keys``.
+        repeats: trunks once more: first token in the row, first place in ``keys``, length.
+    """
+
+    query_starts: Tensor
+    key_starts: Tensor
+    longest_query: int
+    longest_key: int
+    keys: Tensor | None
+    own: Tensor | None
+    repeats: tuple[tuple[int, int, int], ...]
+
+
+def _segments(spans: Sequence[TreeSpan], device: torch.device) -> Segments:
+    queries: list[int] = []
+    keys: list[Tensor] = []
+    own: list[Tensor] = []
+    repeats: list[tuple[int, int, int]] = []
+    place = 0
+    for span in spans:
+        at = span.start
+        for number, length in enumerate(span.branches):
+            if number:
+                repeats.append((span.start, place, span.trunk))
+                keys.append(torch.arange(span.start, span.start + span.trunk))
+                place += span.trunk
+            else:
+                length += span.trunk
+            queries.append(length)
+            keys.append(torch.arange(at, at + length))
+            own.append(torch.arange(place, place + length))
+            at, place = at + length, place + length
+    longest = max(span.trunk + max(span.branches) for span in spans)
+    starts = torch.tensor([0, *queries]).cumsum(0)
+    # A segment's keys end where its own tokens end.
+    ends = torch.cat([part[-1:] + 1 for part in own])
+    return Segments(
+        query_starts=starts.to(device, torch.int32),
+        key_starts=torch.cat([ends.new_zeros(1), ends]).to(device, torch.int32),
+        longest_query=max(queries),
+        longest_key=longest,
+        keys=torch.cat(keys).to(device) if repeats else None,
+        own=torch.cat(own).to(device) if repeats else None,
+        repeats=tuple(repeats),
+    )
+
+
 class RowLayout:
     """The spans of the trees in a row; the attention reads nothing else.
 
@@ -75,11 +129,18 @@ class RowLayout:
         self.blocks: Tensor | None = None
         self.positions: Tensor | None = None
         self._masks: dict[tuple[Any, ...], Tensor | None] = {}
+        self._segments: dict[torch.device, Segments] = {}
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the row."""
         return sum(span.trunk + sum(span.branches) for span in self.spans)
+
+    def segments(self, device: torch.device) -> Segments:
+        """The row as one attention call; made once, for all layers."""
+        if device not in self._segments:
+            self._segments[device] = _segments(self.spans, device)
+        return self._segments[device]
 
     def trunk_mask(self, span: TreeSpan, window: int | None, device: torch.device) -> Tensor | None:
         """Who sees whom among the trunk of ``span`` and its first branch, ``[tokens, tokens]`` bool.

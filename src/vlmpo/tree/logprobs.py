@@ -1,7 +1,7 @@
 """Rows to log-probabilities: the one piece of code that answers "how likely is each branch of this tree".
 
-The hidden states that predict scored tokens are gathered first and then projected to the vocabulary in chunks, with
-recomputation in the backward pass: logits of the whole row never exist. All of it runs inside the model's own forward,
+The hidden states that predict scored tokens are gathered first and then projected to the vocabulary in blocks, which
+the backward pass computes again: logits of the whole row never exist. All of it runs inside the model's own forward,
 so that wrappers which shard or convert weights around a forward (DDP, FSDP2, ZeRO-3, autocast, PEFT) do so here too.
 """
 
@@ -21,93 +21,21 @@ from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row,
 from vlmpo.tree.heads import PLAIN, LogitMap, logit_map
 from vlmpo.tree.layout import Row
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
+from vlmpo.tree.projection import chunk_elements_for, linear_token_logps, wide
 from vlmpo.tree.router import with_router_losses
 from vlmpo.tree.vision import refuse_bytes
 
-CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits alive at once: 64 MiB in float32
 ROWS_ARGUMENT = "branch_rows"  # keyword of the model's forward that asks for log-probs instead of logits
 ROUTER_ARGUMENT = "router_losses"  # goes with it: answer with BranchScores
 SHARED_ARGUMENT = "branch_shared"  # goes with it: read the rows with shared trunks, or not, whatever install() said
 TARGETS_ARGUMENT = "branch_targets"  # the same of the vocabulary head's forward
 
 
-class _TokenLogProbs(torch.autograd.Function):
-    """``log softmax(map(h W^T + b))[target]`` for ``[scored]`` rows, chunk by chunk, in float32 or better."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        rows: int,
-        logit_map: LogitMap,
-    ) -> Tensor:
-        parts = []
-        for at in range(0, hidden.shape[0], rows):
-            logits = logit_map.of(_project(hidden[at : at + rows], weight, bias))  # [chunk, vocabulary]
-            picked = logits.gather(1, targets[at : at + rows, None]).squeeze(1)
-            parts.append(picked - torch.logsumexp(logits, dim=1))
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.rows, ctx.logit_map = rows, logit_map
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
-        hidden, weight, bias, targets = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Accumulated in float32 or better: many chunks add up, and bfloat16 would lose the later ones.
-        grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if wants_bias else None
-        for at in range(0, hidden.shape[0], ctx.rows):
-            part = slice(at, at + ctx.rows)
-            logits = ctx.logit_map.of(_project(hidden[part], weight, bias))
-            # d log p[t] / d logits = onehot(t) - softmax(logits)
-            grad_logits = logits.softmax(dim=1).neg_()
-            grad_logits.scatter_add_(1, targets[part, None], torch.ones_like(grad_logits[:, :1]))
-            grad_logits *= grad[part, None]
-            grad_logits = ctx.logit_map.backward(grad_logits, logits)
-            narrow = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = narrow @ weight.to(hidden.dtype)
-            if grad_weight is not None:
-                _add_product(grad_weight, narrow.t(), hidden[part])
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    projected = (hidden @ weight.to(hidden.dtype).t()).to(_wide(hidden.dtype))
-    return projected if bias is None else projected + bias
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
 def token_logps(
     hidden: Tensor,
     head: nn.Module,
     targets: Tensor,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
     logit_map: LogitMap = PLAIN,
 ) -> Tensor:
     """Log-probability of each target under the vocabulary head.
@@ -119,14 +47,15 @@ def token_logps(
             on that call. Any other module (a head under LoRA, a quantised one) is called chunk by chunk under
             checkpointing.
         targets: ``[scored]`` token ids.
-        chunk_elements: logits alive at once.
+        chunk_elements: logits alive at once; None: what suits the device (see vlmpo.tree.projection).
         logit_map: what the family does to the head's output.
 
     Returns:
         ``[scored]``, float32, or float64 for float64 models.
     """
     if hidden.shape[0] == 0:
-        return hidden.sum(dim=1).to(_wide(hidden.dtype))
+        return hidden.sum(dim=1).to(wide(hidden.dtype))
+    chunk_elements = chunk_elements or chunk_elements_for(hidden.device)
     if getattr(head, "_vlmpo_scores", False):
         return head(hidden, **{TARGETS_ARGUMENT: targets}, chunk_elements=chunk_elements, logit_map=logit_map)
     if type(head) is nn.Linear:
@@ -142,9 +71,8 @@ def _linear_token_logps(
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     else:
         hidden = hidden.to(head.weight.dtype)
-    rows = max(1, chunk_elements // head.weight.shape[0])
     with torch.autocast(kind, enabled=False):
-        return _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, rows, logit_map)
+        return linear_token_logps(hidden, head.weight, head.bias, targets, chunk_elements, logit_map)
 
 
 def _token_logps_through(
@@ -152,7 +80,7 @@ def _token_logps_through(
 ) -> Tensor:
     def score(states: Tensor, wanted: Tensor) -> Tensor:
         projected = head(states)
-        logits = logit_map.of(projected.to(_wide(projected.dtype)))
+        logits = logit_map.of(projected.to(wide(projected.dtype)))
         return logits.gather(1, wanted[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
 
     rows = max(1, chunk_elements // int(getattr(head, "out_features", 32768)))
@@ -177,7 +105,7 @@ def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
     if shared:
         # Positions are said only here: a separate row is an ordinary prompt, the model counts it as it always does.
         arguments |= {"position_ids": positions_of(model, row), LAYOUT_ARGUMENT: layout_of(model, row)}
-        with reading_a_row():
+        with reading_a_row(row.input_ids.device):
             hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     else:
         hidden = model.base_model(**arguments).last_hidden_state[0]
@@ -195,7 +123,7 @@ def score_rows(model: Any, rows: Sequence[Row], shared: bool) -> Tensor:
         weight = model.get_output_embeddings().weight
         if not weight.requires_grad:  # under LoRA, for one
             weight = next((other for other in model.parameters() if other.requires_grad), weight)
-        return weight.flatten()[:0].to(_wide(weight.dtype))
+        return weight.flatten()[:0].to(wide(weight.dtype))
     return torch.cat([_score_row(model, row, shared) for row in rows])
 
 
@@ -230,11 +158,12 @@ def _head_forward(
     self: nn.Linear,
     input: Tensor,
     branch_targets: Tensor | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
     logit_map: LogitMap = PLAIN,
 ) -> Tensor:
     if branch_targets is None:
         return nn.functional.linear(input, self.weight, self.bias)
+    chunk_elements = chunk_elements or chunk_elements_for(input.device)
     return _linear_token_logps(self, input, branch_targets, chunk_elements, logit_map)
 
 

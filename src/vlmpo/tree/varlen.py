@@ -1,0 +1,193 @@
+"""A row's attention in one call: kernels for sequences of differing lengths, and whether they can be trusted here.
+
+Trunk and first branch are one segment with its own keys; every further branch is one whose keys are its trunk's and
+its own. That is right only where a kernel aligns a segment's causal mask at the lower right corner, so that a branch's
+first token sees all of the trunk. Kernels disagree on this between versions; therefore each is tried out once a
+process, forward and backward, before anything is trained with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlmpo.tree.layout import RowLayout, Segments, TreeSpan
+
+HALF = (torch.float16, torch.bfloat16)
+_LARGEST_HEAD = 256  # of flash attention
+_ROUNDING = 0.03  # relative; a wrongly aligned mask is off by tenths
+
+
+class Kernel(Protocol):
+    """Attention over segments, causal, aligned at the lower right."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+        """``[tokens, heads, head]`` from a query of that shape, key and value ``[gathered, kv_heads, head]``.
+
+        ``kv_heads`` divides ``heads``. ``scale`` is of the scores; None: ``head ** -0.5``.
+        """
+
+
+def _torch_kernel() -> Kernel:
+    """torch's own, which brings flash attention along."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    named = inspect.signature(varlen_attn).parameters
+    # Before there was ``enable_gqa`` fewer heads of keys were taken without it being said.
+    further: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in named else {}
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+        starts = segments.query_starts, segments.key_starts
+        longest = segments.longest_query, segments.longest_key
+        out = varlen_attn(query, key, value, *starts, *longest, scale=scale, window_size=(-1, 0), **further)
+        assert isinstance(out, Tensor)  # nothing else was asked for
+        return out
+
+    return kernel
+
+
+def _flash_attn_kernel() -> Kernel:
+    """The flash-attn package's, where it is installed."""
+    flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+        starts = segments.query_starts, segments.key_starts
+        longest = segments.longest_query, segments.longest_key
+        out: Tensor = flash_attn_varlen_func(query, key, value, *starts, *longest, softmax_scale=scale, causal=True)
+        return out
+
+    return kernel
+
+
+CANDIDATES: dict[str, Callable[[], Kernel]] = {"torch": _torch_kernel, "flash-attn": _flash_attn_kernel}
+
+
+@functools.cache
+def kernel_for(device: torch.device) -> Kernel | None:
+    """The kernel that reads rows on ``device``; None where SDPA does: off CUDA, or with a warning why.
+
+    The first call on a CUDA device tries the kernels out.
+    """
+    return first_trusted(device) if device.type == "cuda" else None
+
+
+def first_trusted(device: torch.device) -> Kernel | None:
+    """The first of CANDIDATES that reads a small row rightly on ``device``; None, with a warning, where none does."""
+    faults = []
+    for name, load in CANDIDATES.items():
+        try:
+            kernel = load()
+            error = misreading(kernel, device)
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as fault:
+            faults.append(f"{name}: {(str(fault).strip().splitlines() or [type(fault).__name__])[0]}")
+            continue
+        if error <= _ROUNDING:
+            return kernel
+        faults.append(f"{name}: off by {error:.2g} where rounding explains {_ROUNDING}")
+    warnings.warn(
+        f"no attention kernel for rows of branches can be used on {device} ({'; '.join(faults)}); reading them "
+        "segment by segment with SDPA: exact, slower",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def misreading(kernel: Kernel, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """By how much ``kernel`` is off on a small row, outputs and gradients, relative; NaN counts as infinite.
+
+    Held against attention in float32 under a mask that says who sees whom.
+    """
+    # Wherever the first row is read: under no_grad, autocast or inference mode.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        layout = RowLayout((TreeSpan(0, 5, (3, 2, 4)), TreeSpan(14, 9, (1,)), TreeSpan(24, 2, (6, 70))))
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(layout.num_tokens, heads, 64) for heads in (4, 2, 2, 4)]
+        states = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+        wide = [state.float() for state in states]
+        got = _with_gradients(lambda q, k, v: attend_in_one_call(kernel, q, k, v, layout, None), states)
+        expected = _with_gradients(lambda q, k, v: attend_densely(q, k, v, layout), wide)
+    errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True)]
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def _with_gradients(attend: Callable[..., Tensor], states: list[Tensor]) -> list[Tensor]:
+    """Output of ``attend(query, key, value)`` and the gradients of all three."""
+    *inputs, grad = states
+    inputs = [state.detach().requires_grad_() for state in inputs]
+    out = attend(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def attend_densely(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
+    """The same by one SDPA call under a dense mask, for checks: ``[tokens, heads, head]`` each."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
+    mask = visible(layout).to(query.device)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask)[0].transpose(0, 1)
+
+
+def visible(layout: RowLayout) -> Tensor:
+    """Who sees whom in a row, ``[tokens, tokens]`` bool: the layout spelt out, for checks."""
+    mask = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    for span in layout.spans:
+        at = span.start + span.trunk
+        for length in span.branches:
+            mask[at : at + length, span.start : span.start + span.trunk] = True
+            at += length
+        owner = torch.repeat_interleave(
+            torch.arange(1 + len(span.branches)), torch.tensor([span.trunk, *span.branches])
+        )
+        mask[span.start : at, span.start : at] |= owner[:, None] == owner
+    return mask.tril()
+
+
+def can_read(layout: RowLayout, dtype: torch.dtype, head: int, window: int | None) -> bool:
+    """Whether one call says all: half precision, no image blocks, no window that cuts anything off."""
+    if dtype not in HALF or head % 8 or head > _LARGEST_HEAD or layout.blocks is not None:
+        return False
+    return window is None or window >= max(span.trunk + max(span.branches) for span in layout.spans)
+
+
+def attend_in_one_call(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float | None
+) -> Tensor:
+    """A whole row through ``kernel``: ``query [tokens, heads, head]``, ``key`` and ``value [tokens, kv_heads, head]``.
+
+    Returns:
+        ``[tokens, heads, head]``.
+    """
+    segments = layout.segments(query.device)
+    if segments.keys is not None:
+        key, value = _Gather.apply(key, segments), _Gather.apply(value, segments)
+    return kernel(query, key, value, segments, scale)
+
+
+class _Gather(torch.autograd.Function):
+    """Keys (or values) of the row in order of the segments: a trunk's once more for every further branch.
+
+    The gradient is added up slice by slice, always in the same order; ``index_select``'s own would add by atomics.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, segments: Segments) -> Tensor:
+        ctx.segments = segments
+        assert segments.keys is not None
+        return states.index_select(0, segments.keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        total = grad.index_select(0, ctx.segments.own)
+        for start, again, length in ctx.segments.repeats:
+            total[start : start + length] += grad[again : again + length]
+        return total, None
