@@ -26,9 +26,9 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -q
 
-# Steps per second against TRL, side by side; about ten minutes on two cores.
+# Time and memory of a step against TRL, plain code and the floor, side by side; some twenty minutes on two idle cores.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.bench
 
 # The long runs on real pairs; about a quarter of an hour. They read ../shared/data and skip where it is absent.
 accept: $(READY)
