@@ -466,7 +466,7 @@ def test_chunks_and_processes_change_nothing(
     whole = [rows.facts.arrays() for rows in open_pairs(specs).surveyed()]
     monkeypatch.setattr(survey, "_CHUNK", chunk)
     monkeypatch.setattr(survey, "MIN_PARALLEL", 0)
-    monkeypatch.setattr(survey, "_processes", lambda lock_shared: processes)
+    monkeypatch.setattr(survey, "_processes", lambda each_rank_reads: processes)
     parts = [rows.facts.arrays() for rows in open_pairs(specs).surveyed()]
     for one, other in zip(whole, parts, strict=True):
         assert one.keys() == other.keys()
@@ -480,10 +480,10 @@ def test_processes_are_shared_among_ranks_that_each_read(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
     monkeypatch.setattr(survey.sys, "platform", "linux")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert survey._processes(lock_shared=False) == 12
-    assert survey._processes(lock_shared=True) == 3
+    assert survey._processes(each_rank_reads=False) == 12
+    assert survey._processes(each_rank_reads=True) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
-    assert survey._processes(lock_shared=True) == 1
+    assert survey._processes(each_rank_reads=True) == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -72,7 +72,7 @@ def survey(asked: Survey, cache: Cache, progress: Progress | None, waiting: Call
     def make() -> dict[str, Any]:
         parts = []
         done = 0
-        for found in _parts(asked, lock_shared=asked.stamp is None or cache.problem is not None):
+        for found in _parts(asked, each_rank_reads=asked.stamp is None or cache.problem is not None):
             parts.append(found)
             done += len(found.records)
             if progress is not None and done < total:
@@ -85,10 +85,10 @@ def survey(asked: Survey, cache: Cache, progress: Progress | None, waiting: Call
     return facts
 
 
-def _parts(asked: Survey, lock_shared: bool) -> Iterator[Facts]:
+def _parts(asked: Survey, each_rank_reads: bool) -> Iterator[Facts]:
     """The facts of every _CHUNK records, in order."""
     chunks = [asked.records[start : start + _CHUNK] for start in range(0, len(asked.records), _CHUNK)]
-    processes = _processes(lock_shared) if asked.can_fork and len(asked.records) >= MIN_PARALLEL else 1
+    processes = _processes(each_rank_reads) if asked.can_fork and len(asked.records) >= MIN_PARALLEL else 1
     if processes == 1:
         yield from map(_facts, repeat(asked.source), chunks, repeat(asked.need_rejected))
         return
@@ -102,12 +102,12 @@ def _parts(asked: Survey, lock_shared: bool) -> Iterator[Facts]:
             raise
 
 
-def _processes(lock_shared: bool) -> int:
+def _processes(each_rank_reads: bool) -> int:
     """How many processes may read: the cores of this job, shared with the other ranks where each reads for itself."""
     if not sys.platform.startswith("linux") or multiprocessing.current_process().daemon:
         return 1
     cores = len(os.sched_getaffinity(0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if lock_shared else 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if each_rank_reads else 1
     return max(1, min(cores // max(ranks, 1), _MAX_PROCESSES))
 
 
