@@ -42,7 +42,7 @@ def test_two_ranks_equal_one(tmp_path: Path, reward_shift: str) -> None:
     assert ranks[0]["shift"]["count"] == expected["count"]
     assert ranks[0]["shift"]["sum"] == pytest.approx(expected["sum"], rel=1e-6)
     assert ranks[0]["accounts"] == single.all_accounts().to_json()
-    timing = ("step_seconds", "pairs_per_second", "tokens_per_second")
+    timing = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
     for mine, other in zip(logged(tmp_path / "two"), logged(tmp_path / "one"), strict=True):
         for key in other.keys() - set(timing):
             assert mine[key] == pytest.approx(other[key], rel=1e-6, abs=1e-9), key
