@@ -192,10 +192,6 @@ class PairDataset:
                 digest.update(f"{path} {state and (state.st_size, state.st_mtime_ns)} {self.need_rejected}".encode())
         return digest.hexdigest()
 
-    def common_root(self) -> str:
-        """The deepest folder above all image roots."""
-        return os.path.commonpath([os.path.normpath(file.image_root) for file in self._files])
-
     def surveyed(
         self, progress: Progress | None = None, waiting: Callable[[str], None] | None = None
     ) -> Iterator[SourceRows]:
@@ -219,6 +215,10 @@ class PairDataset:
             yield SourceRows(file.name, file.facts(needed, self.need_rejected, shown, told), at, records)
             before += len(needed)
         _note_trouble(self._cache, self.notices)
+
+    def common_root(self) -> str:
+        """The deepest folder above all image roots."""
+        return os.path.commonpath([os.path.normpath(file.image_root) for file in self._files])
 
 
 def _note_trouble(cache: Cache, notices: list[str]) -> None:
