@@ -30,6 +30,7 @@ from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_
 from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import evaluate_pairs
+from vlmpo.train.features import share_if_frozen
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
 from vlmpo.train.metrics import StepSums, add_up, summarise
 from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock, notice
@@ -130,6 +131,7 @@ class MPOTrainer(ChoosingTrainer):
         self.pop_callback(PrinterCallback)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.reference = self._build_reference(ref_model, peft_config is not None)
+        share_if_frozen(self)
 
     # ---- set-up ----
 
@@ -429,6 +431,7 @@ class MPOTrainer(ChoosingTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model if model is None else model, resume_from_checkpoint)
+        share_if_frozen(self)
         try:
             self.reward_shift.load_state_dict(state["reward_shift"])
         except ValueError as error:
