@@ -146,7 +146,4 @@ def waiting_line(share: float, of_what: str, workers: int) -> str:
     line = f"waiting for data: {share:.1%} {of_what}"
     if share <= StepClock.TOO_LONG:
         return line
-    cores = f"{os.cpu_count()} cores here"
-    return (
-        f"{line}; raise training.dataloader_num_workers (now {workers}; {cores}), so that more is read beside training"
-    )
+    return f"{line}; raise training.dataloader_num_workers (now {workers}; {os.cpu_count()} cores here)"

@@ -27,6 +27,7 @@ from vlmpo.train.cached_reference import CachedReference, cached_reference
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import evaluate_pairs
+from vlmpo.train.features import share_if_frozen
 from vlmpo.train.feeding import FeedingTrainer
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
 from vlmpo.train.lockstep import AtTrainBegin, Lockstep
@@ -134,6 +135,7 @@ class MPOTrainer(FeedingTrainer):
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.lockstep = Lockstep(self.accelerator, self.encoder, self.data_collator)
         self.reference = self._build_reference(ref_model, peft_config is not None)
+        share_if_frozen(self)
 
     # ---- set-up ----
 
@@ -384,6 +386,7 @@ class MPOTrainer(FeedingTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model if model is None else model, resume_from_checkpoint)
+        share_if_frozen(self)
 
     def _take_state(self, resume_from_checkpoint: str) -> None:
         """Delta and accounts of a checkpoint; refused where it was trained against another reference."""

@@ -122,12 +122,14 @@ class RowLayout:
         blocks: ``[tokens]``, for a family whose images attend to themselves in both directions: which block of image
             tokens each token belongs to, -1 for text; None everywhere else. A response holds no image.
         positions: ``[3, 1, tokens]``, for a family that counts in three dimensions, once its model has counted.
+        features: the images' features, while one model hands them to the other (:mod:`vlmpo.tree.features`).
     """
 
     def __init__(self, spans: tuple[TreeSpan, ...]) -> None:
         self.spans = spans
         self.blocks: Tensor | None = None
         self.positions: Tensor | None = None
+        self.features: Any = None
         self._masks: dict[tuple[Any, ...], Tensor | None] = {}
         self._segments: dict[torch.device, Segments] = {}
 

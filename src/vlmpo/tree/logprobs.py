@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
+from vlmpo.tree.features import vision_arguments
 from vlmpo.tree.heads import PLAIN, LogitMap, logit_map
 from vlmpo.tree.layout import Row
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
@@ -100,7 +101,7 @@ def accepted(model: Any, token_types: dict[str, Tensor]) -> dict[str, Tensor]:
 def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
     refuse_missing_types(model, row)
     refuse_bytes(row.vision.get("pixel_values"))
-    arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **row.vision}
+    arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **vision_arguments(model, row)}
     arguments |= accepted(model.base_model, row.token_types)
     if shared:
         # Positions are said only here: a separate row is an ordinary prompt, the model counts it as it always does.
