@@ -27,7 +27,10 @@ from vlmpo.tree import projection
 
 RESULTS = Path(__file__).resolve().parent / "results" / "head.json"
 MEBI = 1024 * 1024
-BLOCKS = (MEBI // 4, MEBI // 2, MEBI, 4 * MEBI, 16 * MEBI)
+BLOCKS = {
+    "cpu": (MEBI // 4, MEBI // 2, MEBI, 4 * MEBI, 16 * MEBI),
+    "cuda": (2 * MEBI, 8 * MEBI, 32 * MEBI, 128 * MEBI),
+}
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -57,10 +60,10 @@ def blocks(elements: int, kept: int) -> Head:
     return head
 
 
-def arms() -> dict[str, Head]:
+def arms(device: torch.device) -> dict[str, Head]:
     """All arms by name."""
     found: dict[str, Head] = {"all logits": plain}
-    for elements in BLOCKS:
+    for elements in BLOCKS[device.type]:
         for kept in (0, projection.KEPT_BYTES):
             found[f"blocks of {elements / MEBI:g} Mi, {kept // MEBI} MiB kept"] = blocks(elements, kept)
     return found
@@ -93,9 +96,9 @@ def run(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tenso
 def seconds(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """Median, minimum and maximum of each arm."""
     given = states(size, device)
-    taken: dict[str, list[float]] = {name: [] for name in arms()}
+    taken: dict[str, list[float]] = {name: [] for name in arms(device)}
     for number in range(repeats + 1):
-        for name, head in arms().items():
+        for name, head in arms(device).items():
             spent = run(head, *given)
             if number:  # the first warms up
                 taken[name].append(spent)
@@ -122,7 +125,7 @@ def extra_memory(size: Size, name: str, device: torch.device) -> float:
     peak(device)
     before = peak(device)  # all of that, and nothing that was let go before
     del standing
-    run(arms()[name], *given)
+    run(arms(device)[name], *given)
     return peak(device) - before
 
 

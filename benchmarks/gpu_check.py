@@ -1,0 +1,446 @@
+"""Everything that needs a GPU, in one call of under eight minutes: ``python -m benchmarks.gpu_check --output DIR``.
+
+Parts, each with a time of its own, each failing alone; DIR/gpu_check.json is written anew after every one:
+
+- device: what it is, and the versions.
+- alignment: the kernels that read a row in one call, held to SDPA in float32 under an explicit mask, forward and
+  backward, bf16 and fp16, trees of one to six branches; and their milliseconds at InternVL3-1B's shape.
+- parity: a small InternVL and Qwen2.5-VL on the GPU against the models' own forward on the CPU: float32 log-probs and
+  gradients to 1e-4; bf16 weights to 0.1 nats a token on average and 0.2 relative for gradients.
+- start: step 0 in bf16, the reference online: the sigmoid term is ln 2 and every reward exactly 0.
+- head: block sizes of the vocabulary head at 151k entries, the same compiled by torch.compile.
+- 1B, 8B: seconds a step, peak memory and MFU of every arm (benchmarks/gpu_arms.py), with and without gradient
+  checkpointing. 1B: float32 weights under bf16 autocast, AdamW. 8B: weights in bf16 and plain SGD, for timing only:
+  weights, reference and gradients fit a card of 80 GB, AdamW's states beside them would not.
+
+MFU counts what a step needs at least: 3 times the forward of every unique token (backward is two forwards), over the
+card's dense bf16 peak (989 TFLOP/s for an H100). The reference's forward, recomputation under checkpointing and
+whatever an arm reads twice are not counted as useful, so the arms' MFUs compare as their speeds do. TRL scores one
+token more a response, the line break that the chat template puts behind the end of a turn.
+
+On a machine without a network: ``benchmarks/gpu_wheels.sh`` fetches the wheels it lacks into ``.wheels/`` beforehand;
+there ``python3 -m pip install -q --no-index --no-deps --target site .wheels/*.whl``, then
+``PYTHONPATH=site:src python3 -m benchmarks.gpu_check --output DIR``. ``--miniature`` runs every part at tiny sizes on
+whatever device there is: that the script works, nothing about speed. Exits with 1 where a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_arms, head
+from benchmarks.gpu_model import INTERNVL3_1B, INTERNVL3_8B, MINIATURE, VlmSize
+from vlmpo import MPOConfig, MPOTrainer
+from vlmpo.tree import attention, projection, varlen
+from vlmpo.tree.layout import RowLayout, TreeSpan
+from vlmpo.tree.logprobs import install
+
+ALL_SECONDS = 450.0
+
+
+@dataclass
+class Run:
+    """What the parts share."""
+
+    device: torch.device
+    miniature: bool
+    deadline: float
+
+    def left(self) -> float:
+        """Seconds until this part must be over."""
+        return self.deadline - time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+Found = dict[str, Any]
+
+
+def part_device(run: Run) -> Found:
+    """Names and versions."""
+    import importlib.metadata
+
+    found: Found = {"python": platform.python_version(), "device": str(run.device)}
+    for name in ("torch", "transformers", "accelerate", "peft", "trl", "flash-attn"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    if run.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(run.device)
+        found |= {"name": properties.name, "gib": properties.total_memory / 2**30, "cuda": torch.version.cuda}
+        found["capability"] = list(torch.cuda.get_device_capability(run.device))
+    return found
+
+
+# ---- alignment ----
+
+
+Reader = Callable[[list[Tensor], RowLayout], Tensor]  # query, key and value of a row to its attention
+
+
+def in_segments(states: list[Tensor], layout: RowLayout) -> Tensor:
+    """Attention of a row by SDPA, segment by segment."""
+    query, key, value = (part.transpose(0, 1)[None] for part in states)
+    return attention._in_segments(query, key, value, layout, None, None)[0].transpose(0, 1)
+
+
+def in_one_call(kernel: varlen.Kernel) -> Reader:
+    """Attention of a row by ``kernel``."""
+    return lambda states, layout: varlen.attend_in_one_call(kernel, *states, layout, None)
+
+
+def readers() -> dict[str, Callable[[], Reader]]:
+    """SDPA, and every kernel that might be installed."""
+    loads = {name: lambda load=load: in_one_call(load()) for name, load in varlen.CANDIDATES.items()}
+    return {"segments": lambda: in_segments, **loads}
+
+
+def layouts(miniature: bool) -> dict[str, RowLayout]:
+    """Rows of two trees, one to six branches each, of uneven lengths."""
+    found = {}
+    for count in range(1, 7):
+        spans, start = [], 0
+        for trunk in (13, 40) if miniature else (130, 517):
+            branches = tuple(1 + (37 * (number + trunk)) % (20 if miniature else 200) for number in range(count))
+            spans.append(TreeSpan(start, trunk, branches))
+            start += trunk + sum(branches)
+        found[f"{count} branches"] = RowLayout(tuple(spans))
+    return found
+
+
+def random_states(layout: RowLayout, heads: int, kv_heads: int, width: int, run: Run) -> list[Tensor]:
+    """Query, key, value and the gradient that comes back, float32."""
+    generator = torch.Generator().manual_seed(layout.num_tokens)
+    shapes = [(layout.num_tokens, count, width) for count in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape, generator=generator).to(run.device) for shape in shapes]
+
+
+def with_gradients(function: Callable[[list[Tensor]], Tensor], states: list[Tensor]) -> list[Tensor]:
+    """Output and the gradients of query, key and value."""
+    inputs = [state.detach().requires_grad_() for state in states[:3]]
+    out = function(inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, states[3])]
+
+
+def part_alignment(run: Run) -> Found:
+    """Errors of every kernel that loads, relative; what keeps the others from loading."""
+    found: Found = {"passed": True, "bound": varlen._ROUNDING, "taken": None}
+    for name, load in readers().items():
+        try:
+            reader = load()
+            found[name] = {"errors": errors_of(reader, run)}
+        except Exception as fault:
+            found[name] = {"error": f"{type(fault).__name__}: {str(fault)[:300]}"}
+            continue
+        found[name]["worst"] = max(found[name]["errors"].values())
+        found["passed"] &= found[name]["worst"] <= varlen._ROUNDING
+        found[name]["milliseconds"] = times_of(reader, run)
+    if run.device.type == "cuda":
+        chosen = varlen.kernel_for(run.device)
+        found["taken"] = None if chosen is None else chosen.__qualname__.split(".")[0]
+        found["passed"] &= chosen is not None
+    return found
+
+
+def errors_of(reader: Reader, run: Run) -> dict[str, float]:
+    """Largest relative error of output and gradients, by dtype and branches."""
+    errors = {}
+    for kind in varlen.HALF:
+        for label, layout in layouts(run.miniature).items():
+            states = [state.to(kind) for state in random_states(layout, 6, 2, 64, run)]
+            got = with_gradients(functools.partial(reader, layout=layout), states)
+            exact = with_gradients(
+                lambda qkv, row=layout: varlen.attend_densely(*qkv, row), [s.float() for s in states]
+            )
+            pairs = zip(got, exact, strict=True)
+            errors[f"{str(kind).removeprefix('torch.')}, {label}"] = max(
+                float((a.float() - b).norm() / b.norm()) for a, b in pairs
+            )
+    if not all(math.isfinite(error) for error in errors.values()):
+        raise ValueError(f"not finite: {errors}")
+    return errors
+
+
+def times_of(reader: Reader, run: Run) -> dict[str, float]:
+    """Median milliseconds of forward and backward of two pairs with seven tiles, 14 heads of 64 on 2, bf16."""
+    trunk, length = (40, 12) if run.miniature else (1832, 225)
+    spans = tuple(TreeSpan(start, trunk, (length, length)) for start in (0, trunk + 2 * length))
+    layout = RowLayout(spans)
+    states = [state.bfloat16() for state in random_states(layout, 14, 2, 64, run)]
+    taken = []
+    for _ in range(3 if run.miniature else 20):
+        run.synchronize()
+        started = time.perf_counter()
+        with_gradients(functools.partial(reader, layout=layout), states)
+        run.synchronize()
+        taken.append(1e3 * (time.perf_counter() - started))
+    return {"median": statistics.median(taken[1:]), "min": min(taken[1:])}
+
+
+# ---- parity ----
+
+
+def flat_gradient(model: Any) -> Tensor:
+    """All gradients behind one another, float32 on the CPU."""
+    return torch.cat([p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None])
+
+
+def reading(model: Any, rows: list[Any], weights: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Log-probs and gradient of their weighted sum."""
+    model.zero_grad()
+    logps = model(branch_rows=[row.to(device) for row in rows])
+    (logps * weights.to(device)).sum().backward()
+    return logps.detach().float().cpu(), flat_gradient(model)
+
+
+def own_reading(model: Any, pairs: list[Any], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the model's own forward and logits, one response at a time, on the CPU."""
+    parts = []
+    for pair in pairs:
+        for branch in (pair.chosen_ids, pair.rejected_ids):
+            types = {name: torch.cat([t, torch.zeros_like(branch)])[None] for name, t in pair.token_types.items()}
+            ids = torch.cat([pair.trunk_ids, branch])[None]
+            logps = model(input_ids=ids, **types, **pair.vision).logits[0].log_softmax(-1)
+            parts.append(logps[pair.trunk_ids.numel() - 1 : -1].gather(1, branch[:, None]).squeeze(1))
+    found = torch.cat(parts)
+    (found * weights).sum().backward()
+    return found.detach(), flat_gradient(model)
+
+
+def compare(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Largest and mean difference of log-probs in nats, relative difference of gradients."""
+    difference = (one[0] - other[0]).abs()
+    gradient = float((one[1] - other[1]).norm() / other[1].norm())
+    return {"largest": float(difference.max()), "mean": float(difference.mean()), "gradient": gradient}
+
+
+def part_parity(run: Run) -> Found:
+    """Small models of two families, float32 and bf16."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    names = ("internvl-qwen2", "qwen2.5-vl")
+    found: Found = {name: parity_of(name, run) for name in names}
+    passed = []
+    for name in names:
+        full, half = found[name]["float32"], found[name]["bfloat16"]
+        passed += [full["largest"] < 1e-4, full["gradient"] < 1e-4, half["mean"] < 0.1, half["gradient"] < 0.2]
+    return {**found, "passed": all(passed)}
+
+
+def parity_of(name: str, run: Run) -> Found:
+    """One family: ours on the device against its own forward on the CPU; bf16 also without the one-call kernel."""
+    from tests.zoo import FAMILIES, encoded_pairs
+
+    from vlmpo.train.batching import lay_out
+
+    pairs = list(encoded_pairs(name).values())
+    rows = list(lay_out(pairs, True).rows)
+    scored = sum(row.targets.numel() for row in rows)
+    weights = torch.randn(scored, generator=torch.Generator().manual_seed(0))
+    own = own_reading(FAMILIES[name].model(0), pairs, weights)
+    found: Found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = FAMILIES[name].model(0).to(run.device, dtype)
+        install(model, shared=True)
+        label = str(dtype).removeprefix("torch.")
+        found[label] = compare(reading(model, rows, weights, run.device), own)
+    with mock.patch.object(attention, "kernel_for", return_value=None):
+        found["bfloat16, SDPA"] = compare(reading(model, rows, weights, run.device), own)
+    return found
+
+
+# ---- start ----
+
+
+def part_start(run: Run) -> Found:
+    """The first step's sigmoid term and rewards, weights in float32 under autocast and in bf16."""
+    found: Found = {"passed": True}
+    for dtype in (torch.bfloat16, torch.float32):
+        logs = first_logs(run, dtype)
+        label = "autocast" if dtype == torch.float32 else "bf16 weights"
+        found[label] = {name: logs[name] for name in ("loss/sigmoid", "rewards/chosen", "rewards/rejected")}
+        found["passed"] &= abs(logs["loss/sigmoid"] - math.log(2)) < 1e-6
+        found["passed"] &= logs["rewards/chosen"] == logs["rewards/rejected"] == 0.0
+    return found
+
+
+def first_logs(run: Run, dtype: torch.dtype) -> dict[str, float]:
+    """Of one step of MPOTrainer on a small model."""
+    size = MINIATURE if run.miniature else replace(MINIATURE, text_hidden=256, tiles=7, image_size=224)
+    setting = gpu_arms.Setting(size, dtype, "adamw", 2, False, run.device)
+    with tempfile.TemporaryDirectory() as folder:
+        args = MPOConfig(
+            output_dir=folder,
+            max_steps=1,
+            per_device_train_batch_size=2,
+            bf16=dtype == torch.float32,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            report_to="none",
+            use_cpu=run.device.type != "cuda",
+        )
+        pairs = gpu_arms.make_pairs(size, 2)
+        trainer = MPOTrainer(model=setting.model(), args=args, train_dataset=pairs, processing_class=setting.processor)
+        with contextlib.redirect_stdout(None):
+            trainer.train()
+    return next(logs for logs in trainer.state.log_history if "loss" in logs)
+
+
+# ---- head ----
+
+
+def part_head(run: Run) -> Found:
+    """Milliseconds and memory by block size, eager and compiled."""
+    sizes = head.MINIATURE
+    if not run.miniature:
+        sizes = (head.Size(900, 151_674, 896), head.Size(900, 151_674, 3584))
+    found: Found = {}
+    for size in sizes:
+        label = f"{size.scored} tokens, vocabulary {size.vocabulary}, hidden {size.hidden}"
+        found[label] = {"eager": head.seconds(size, run.device, 5)}
+        if run.device.type == "cuda":
+            memory = {name: head.extra_memory(size, name, run.device) for name in head.arms(run.device)}
+            found[label]["extra_mib"] = memory
+        if run.left() < 15:
+            found[label]["compiled"] = {"error": "left out: no time was left"}
+            continue
+        with compiled_head():
+            found[label]["compiled"] = guarded(lambda size=size: head.seconds(size, run.device, 5))
+    return found
+
+
+@contextlib.contextmanager
+def compiled_head() -> Iterator[None]:
+    """The passes over a block of logits, compiled."""
+    with (
+        mock.patch.object(projection, "_excess", torch.compile(projection._excess)),
+        mock.patch.object(torch, "logsumexp", torch.compile(torch.logsumexp)),
+    ):
+        yield
+
+
+def guarded(function: Callable[[], Any]) -> Any:
+    """Its result, or what went wrong."""
+    try:
+        return function()
+    except Exception as fault:
+        return {"error": f"{type(fault).__name__}: {str(fault)[:300]}"}
+
+
+# ---- throughput ----
+
+
+def part_arms(run: Run, size: VlmSize, dtype: torch.dtype, optimizer: str, pairs: int) -> Found:
+    """All arms without checkpointing, then with it as far as time goes."""
+    found: Found = {}
+    steps, seconds = (2, 60.0) if run.miniature else (5, 25.0)
+    for checkpointing in (False, True):
+        setting = gpu_arms.Setting(size, dtype, optimizer, pairs, checkpointing, run.device, steps, seconds)
+        label = "gradient checkpointing" if checkpointing else "no gradient checkpointing"
+        half = run.left() / (1 if checkpointing else 2)
+        until = time.perf_counter() + half
+        found[label] = {}
+        for name, arm in gpu_arms.table(setting, lambda until=until: until - time.perf_counter()):
+            found[label][name] = arm
+            print(f"  {size.name}, {label}: {name}: {line(arm)}", flush=True)
+        ratios(found[label])
+    return found
+
+
+def line(arm: Found) -> str:
+    """One arm in a few words."""
+    if "error" in arm:
+        return str(arm["error"])
+    words = f"{arm['seconds']:.3f} s a step, {arm['pairs_per_second']:.2f} pairs/s"
+    if "peak_gib" in arm:
+        words += f", peak {arm['peak_gib']:.1f} GiB, MFU {arm['mfu'] or math.nan:.1%}"
+    return words
+
+
+def ratios(arms: Found) -> None:
+    """Adds each arm's speed as a multiple of TRL's."""
+    peer = arms.get("TRL", {}).get("pairs_per_second")
+    for arm in arms.values():
+        if peer and "pairs_per_second" in arm:
+            arm["to_trl"] = arm["pairs_per_second"] / peer
+
+
+# ---- all of it ----
+
+
+def parts(miniature: bool) -> dict[str, tuple[float, Callable[[Run], Found]]]:
+    """Name, seconds at most, what it does; the most telling first."""
+    one, eight = (MINIATURE, MINIATURE) if miniature else (INTERNVL3_1B, INTERNVL3_8B)
+    return {
+        "device": (10, part_device),
+        "alignment": (30, part_alignment),
+        "parity": (40, part_parity),
+        "start": (30, part_start),
+        "8B": (150, lambda run: part_arms(run, eight, torch.bfloat16, "sgd", 1)),
+        "1B": (130, lambda run: part_arms(run, one, torch.float32, "adamw", 2)),
+        "head": (60, part_head),
+    }
+
+
+def check(output: Path, device: torch.device, miniature: bool, only: list[str] | None) -> bool:
+    """Run the parts; whether all checks passed."""
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    record: Found = {"miniature": miniature, "parts": {}}
+    for name, (seconds, part) in parts(miniature).items():
+        if only and name not in only:
+            continue
+        begun = time.perf_counter()
+        left = started + ALL_SECONDS - begun
+        if left < 5:
+            found: Found = {"error": "left out: no time was left"}
+        else:
+            try:
+                found = part(Run(device, miniature, begun + min(seconds, left)))
+            except Exception:
+                found = {"error": traceback.format_exc()[-2000:], "passed": False}
+        record["parts"][name] = {"seconds": time.perf_counter() - begun, **found}
+        state = found.get("error") or {None: "done", True: "passed", False: "FAILED"}[found.get("passed")]
+        print(f"{name}: {state} ({time.perf_counter() - begun:.0f} s)", flush=True)
+        record["passed"] = all(part.get("passed", True) for part in record["parts"].values())
+        (output / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
+    return bool(record["passed"])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="a folder")
+    parser.add_argument("--miniature", action="store_true", help="tiny sizes, on any device")
+    parser.add_argument("--parts", nargs="+", choices=list(parts(False)), default=None)
+    options = parser.parse_args()
+    if not torch.cuda.is_available() and not options.miniature:
+        sys.exit("no CUDA device here; --miniature runs the parts at tiny sizes without one")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    sys.exit(0 if check(options.output, device, options.miniature, options.parts) else 1)
+
+
+if __name__ == "__main__":
+    main()
