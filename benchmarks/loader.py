@@ -228,7 +228,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1}
     machine |= {"torch": torch.__version__, "python": platform.python_version(), "load": os.getloadavg()[1]}
-    record = {"command": "python -m benchmarks.loader", "options": vars(options) | {"output": ""}, "machine": machine}
+    options_used = {"repeats": options.repeats, "pairs": options.pairs}
+    record = {"command": "python -m benchmarks.loader", "options": options_used, "machine": machine}
     (options.output / "loader.json").write_text(json.dumps({**record, "cases": results}, indent=1) + "\n")
     head = ["# Loader", "", f"`{record['command']}`, {options.repeats} turns of {options.pairs} pairs, one thread.", ""]
     lines = [line for name, found in results.items() for line in table(name, found)]
