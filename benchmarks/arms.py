@@ -1,8 +1,9 @@
-"""One arm of the benchmark, in a process of its own: ``python -m benchmarks.arms ARM SHAPE FOLDER``.
+"""One arm of the benchmark, in a process of its own: ``python -m benchmarks.arms ARM SHAPE FOLDER [fill]``.
 
 Trains step by step: reads a line from stdin, takes one optimizer step, writes one JSON line with its seconds, loss and
 pairs. At the end of stdin it writes its peak memory and ends. So the arms of a shape can take turns, each keeping its
-memory to itself.
+memory to itself. With ``fill`` it writes the reference's log-probs into the arm's store instead, as ``vlmpo cache``
+does: what is measured of an arm with a store is every epoch but the first.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.shapes import SHAPES, Shape, make_model, make_pairs, make_processor
-from vlmpo import MPOConfig, MPOTrainer, PreferencePair, mpo_loss
+from benchmarks.shapes import SHAPES, Shape, make_checkpoint, make_data
+from vlmpo import MPOConfig, MPOTrainer, mpo_loss
 from vlmpo.data.encode import EncodedPair, PairEncoder
+from vlmpo.train.cached_reference import fill
+from vlmpo.tree.loading import load_model, load_processor
 
 PROMPTS = 12
 RATE = 1e-5
 GROUPS = {"vlmpo, grouped by 3, cached": 3, "vlmpo, grouped by 5, cached": 5}
+CACHED = ("vlmpo, cached", *GROUPS)
 
 
 class Turns:
@@ -93,16 +97,17 @@ def drive(trainer: Any, turns: Turns) -> None:
     trainer.train()
 
 
-def trl_arm(shape: Shape, folder: str, turns: Turns) -> None:
+def trl_arm(shape: Shape, folder: Path, turns: Turns) -> None:
     """(i) TRL's DPOTrainer with its MPO setting, which leaves the reward shift out."""
     import datasets
     import trl
 
-    pairs, processor = setting(shape)
+    data = make_data(shape, folder, PROMPTS)
+    pairs = [data[index] for index in range(len(data))]
     text = datasets.Value("string")
     turns_of = [{"role": text, "content": text}]
     features = {"prompt": turns_of, "chosen": turns_of, "rejected": turns_of}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "prompt": [{"role": "user", "content": pair.prompt[0].text.removeprefix("<image>\n")}],
             "chosen": [{"role": "assistant", "content": pair.chosen}],
@@ -113,66 +118,69 @@ def trl_arm(shape: Shape, folder: str, turns: Turns) -> None:
     if pairs[0].images:
         features["images"] = datasets.List(datasets.Image())
         for row, pair in zip(rows, pairs, strict=True):
-            row["images"] = [image if not isinstance(image, str) else {"path": image} for image in pair.images]
-    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+            row["images"] = [{"path": image} for image in pair.images]
     args = trl.DPOConfig(
         bf16=False,
         gradient_checkpointing=False,
         max_length=None,
         loss_type=["sigmoid", "bco_pair", "sft"],
         loss_weights=[0.8, 0.2, 1.0],
-        **common(folder, shape.pairs_a_step),
+        **common(str(folder / "trl"), shape.pairs_a_step),
     )
-    drive(
-        trl.DPOTrainer(
-            model=make_model(shape, processor),
-            ref_model=make_model(shape, processor),
-            args=args,
-            train_dataset=data,
-            processing_class=processor if pairs[0].images else processor.tokenizer,
-        ),
-        turns,
+    checkpoint = make_checkpoint(shape, folder, PROMPTS)
+    processor = load_processor(checkpoint)
+    trainer = trl.DPOTrainer(
+        model=load_model(checkpoint),
+        ref_model=load_model(checkpoint),
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows, features=datasets.Features(features)),
+        processing_class=processor if pairs[0].images else processor.tokenizer,
     )
-
-
-def vlmpo_arm(shape: Shape, folder: str, turns: Turns, **settings: Any) -> None:
-    """(iii) vlmpo, its reference online; others by their settings."""
-    pairs, processor = setting(shape, settings.get("group_by_prompt", 1) or 1)
-    args = MPOConfig(**{**common(folder, turns.pairs), "reward_shift": "none", "nll_reduction": "token", **settings})
-    trainer = MPOTrainer(model=make_model(shape, processor), args=args, train_dataset=pairs, processing_class=processor)
     drive(trainer, turns)
 
 
-def setting(shape: Shape, pairs_a_prompt: int = 1) -> tuple[list[PreferencePair], Any]:
-    """The shape's pairs, the same for all arms that take as many a prompt, and its processor."""
-    pairs = make_pairs(shape, PROMPTS, pairs_a_prompt)
-    return pairs, make_processor(shape, pairs)
+def vlmpo_trainer(shape: Shape, folder: Path, arm: str) -> MPOTrainer:
+    """(iii), (iv) and (v): vlmpo, its reference online or in a store, pairs of a prompt together or not."""
+    group = GROUPS.get(arm, 1)
+    settings = {**common(str(folder / arm.replace(" ", "-")), GROUPS.get(arm, shape.pairs_a_step))}
+    settings |= {"reward_shift": "none", "nll_reduction": "token", "group_by_prompt": group}
+    if arm in CACHED:
+        settings |= {"reference_kind": "cache", "reference_cache_dir": str(folder / f"reference-{group}")}
+    checkpoint, data = make_checkpoint(shape, folder, PROMPTS), make_data(shape, folder, PROMPTS, group)
+    return MPOTrainer(model=checkpoint, args=MPOConfig(**settings), train_dataset=data)
+
+
+def vlmpo_arm(shape: Shape, folder: Path, turns: Turns, arm: str) -> None:
+    """Trains; a store is to be full already."""
+    trainer = vlmpo_trainer(shape, folder, arm)
+    drive(trainer, turns)
 
 
 # ---- our own plain code: what InternVL's trainer does, and the floor ----
 
 
-def batches(shape: Shape) -> Iterator[tuple[list[EncodedPair], Any]]:
+PlainLoss = Callable[[Any, Any, list[EncodedPair]], Tensor]
+
+
+def batches(shape: Shape, folder: Path, encoder: PairEncoder) -> Iterator[list[EncodedPair]]:
     """The pairs of each step, encoded when the step asks for them, over and over."""
-    pairs, processor = setting(shape)
-    encoder, at = PairEncoder(processor), 0
+    data, at = make_data(shape, folder, PROMPTS), 0
     while True:
-        taken = [pairs[(at + number) % len(pairs)] for number in range(shape.pairs_a_step)]
+        taken = [data[(at + number) % len(data)] for number in range(shape.pairs_a_step)]
         at += shape.pairs_a_step
-        yield [encoder.encode(pair) for pair in taken], processor
+        yield [encoder.encode(pair) for pair in taken]
 
 
-def plain_loop(shape: Shape, turns: Turns, loss_of: Callable[[Any, Any, list[EncodedPair]], Tensor], two: bool) -> None:
+def plain_loop(shape: Shape, folder: Path, turns: Turns, loss_of: PlainLoss, two: bool) -> None:
     """A training loop in the fewest words; ``two`` models where the loss wants a reference."""
-    processor = setting(shape)[1]
-    model = make_model(shape, processor).train()
-    reference = make_model(shape, processor).eval() if two else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    feed = batches(shape)
+    checkpoint = make_checkpoint(shape, folder, PROMPTS)
+    model = load_model(checkpoint).train()
+    reference = load_model(checkpoint).eval() if two else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+    feed = batches(shape, folder, PairEncoder(load_processor(checkpoint)))
     while True:
         turns.wait()
-        pairs, _ = next(feed)
-        loss = loss_of(model, reference, pairs)
+        loss = loss_of(model, reference, next(feed))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -221,30 +229,29 @@ def floor_loss(model: Any, reference: Any, pairs: list[EncodedPair]) -> Tensor:
     return total
 
 
-CACHED = {"reference_kind": "cache"}
-ARMS: dict[str, Callable[[Shape, str, Turns], None]] = {
-    "TRL 1.16": trl_arm,
-    "two padded rows": lambda shape, folder, turns: plain_loop(shape, turns, two_rows_loss, two=True),
-    "vlmpo, online": vlmpo_arm,
-    "vlmpo, cached": lambda shape, folder, turns: vlmpo_arm(
-        shape, folder, turns, reference_cache_dir=f"{folder}/cache", **CACHED
-    ),
-    **{
-        name: lambda shape, folder, turns, by=by: vlmpo_arm(
-            shape, folder, turns, group_by_prompt=by, reference_cache_dir=f"{folder}/cache-{by}", **CACHED
-        )
-        for name, by in GROUPS.items()
-    },
-    "floor": lambda shape, folder, turns: plain_loop(shape, turns, floor_loss, two=False),
-}
+def run(arm: str, shape: Shape, folder: Path, turns: Turns) -> None:
+    """Train as ``arm`` does, until no step is asked for any more."""
+    if arm == "TRL 1.16":
+        trl_arm(shape, folder, turns)
+    elif arm == "two padded rows":
+        plain_loop(shape, folder, turns, two_rows_loss, two=True)
+    elif arm == "floor":
+        plain_loop(shape, folder, turns, floor_loss, two=False)
+    else:
+        vlmpo_arm(shape, folder, turns, arm)
+
+
+ARMS = ("TRL 1.16", "two padded rows", "vlmpo, online", *CACHED, "floor")
 
 
 def main() -> None:
     """The command line."""
     arm, shape, folder = sys.argv[1], SHAPES[sys.argv[2]], Path(sys.argv[3])
     torch.manual_seed(0)
-    turns = Turns(GROUPS.get(arm, shape.pairs_a_step))
-    ARMS[arm](shape, str(folder / arm.replace(" ", "-")), turns)
+    if sys.argv[4:] == ["fill"]:
+        fill(vlmpo_trainer(shape, folder, arm))
+    else:
+        run(arm, shape, folder, Turns(GROUPS.get(arm, shape.pairs_a_step)))
 
 
 if __name__ == "__main__":

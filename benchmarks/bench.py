@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import ARMS, GROUPS
+from benchmarks.arms import ARMS, CACHED, GROUPS
 from benchmarks.shapes import SHAPES, VISONLYQA, Shape
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -41,8 +41,11 @@ class Arm:
         self.name = name
         self.steps: list[dict[str, Any]] = []
         self._log = open(Path(folder) / "log.txt", "ab")  # noqa: SIM115  closed with the process
+        command = [sys.executable, "-m", "benchmarks.arms", name, shape.name, folder]
+        if name in CACHED and subprocess.run([*command, "fill"], stdout=self._log, stderr=self._log).returncode:
+            raise SystemExit(f"arm {name!r}, filling its store:\n{self._tail()}")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.arms", name, shape.name, folder],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -64,8 +67,11 @@ class Arm:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"arm {self.name!r} ended early:\n{Path(self._log.name).read_text()[-3000:]}")
+            raise SystemExit(f"arm {self.name!r} ended early:\n{self._tail()}")
         return json.loads(line)
+
+    def _tail(self) -> str:
+        return Path(self._log.name).read_text()[-3000:]
 
     def end(self) -> float:
         """Let it end; its peak memory in MiB."""
@@ -88,10 +94,11 @@ def arms_of(shape: Shape, asked: list[str] | None) -> list[str]:
 def measure(shape: Shape, names: list[str], repeats: int, steps: int) -> dict[str, Any]:
     """All arms at one shape, taking turns."""
     with tempfile.TemporaryDirectory() as folder:
-        arms = [Arm(name, shape, folder) for name in names]
-        for arm in arms:  # alone, one after the other: start-up and warm-up
+        arms = []
+        for name in names:  # one after the other: start-up and warm-up
+            arms.append(Arm(name, shape, folder))
             for _ in range(WARM_UP):
-                arm.step(keep=False)
+                arms[-1].step(keep=False)
         for _ in range(repeats):
             for arm in arms:
                 for _ in range(steps):
@@ -133,7 +140,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=None)
-    parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=None)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=None)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)

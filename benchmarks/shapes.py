@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmpo import Message, PreferencePair
+from vlmpo.data.sources import open_pairs
+from vlmpo.data.specs import SourceSpec
 from vlmpo.demo.tiny import CHAT_TEMPLATE, TinySize, build_model, build_processor, train_tokenizer
 
 VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
@@ -74,46 +76,56 @@ def words(random: np.random.Generator, count: int) -> str:
     return " ".join("".join(random.choice(list("abcdefghij"), size=2)) for _ in range(count))
 
 
-def made_pairs(shape: Shape, prompts: int, pairs_a_prompt: int) -> list[PreferencePair]:
-    """Pairs on noise images that the processor cuts into just ``shape.tiles`` tiles; those of a prompt in a row."""
+def made_records(shape: Shape, folder: Path, prompts: int, pairs_a_prompt: int) -> list[dict[str, Any]]:
+    """MMPR records on noise images that the processor cuts into just ``shape.tiles`` tiles; images go to ``folder``."""
     random = np.random.default_rng(0)
     across = {0: 0, 1: 1, 7: 6, 13: 12}[shape.tiles]  # more than one tile: a thumbnail joins
     found = []
-    for _ in range(prompts):
-        images: tuple[Any, ...] = ()
-        question = words(random, shape.prompt_words)
+    for number in range(prompts):
+        question, image = words(random, shape.prompt_words), {}
         if across:
             pixels = random.integers(0, 255, (shape.image_size, shape.image_size * across, 3), dtype=np.uint8)
-            images, question = (Image.fromarray(pixels),), "<image>\n" + question
+            image = {"image": f"{number}.png"}
+            Image.fromarray(pixels).save(folder / image["image"], compress_level=1)
+            question = "<image>\n" + question
         for _ in range(pairs_a_prompt):
             low, high = shape.response_words
             chosen, rejected = (words(random, int(random.integers(low, high + 1))) for _ in range(2))
-            found.append(PreferencePair((Message("user", question),), images, chosen, rejected))
+            found.append({**image, "question": question, "chosen": chosen, "rejected": rejected})
     return found
 
 
-def real_pairs(prompts: int, pairs_a_prompt: int) -> list[PreferencePair]:
-    """Pairs of ``visonlyqa`` with reasoning, ``pairs_a_prompt`` of each prompt that has so many."""
-    from vlmpo.data.sources import open_pairs
-    from vlmpo.data.specs import SourceSpec
-
-    by_prompt: dict[Any, list[PreferencePair]] = {}
+def real_records(prompts: int, pairs_a_prompt: int) -> list[dict[str, Any]]:
+    """Records of ``visonlyqa`` with reasoning, ``pairs_a_prompt`` of each prompt that has so many."""
+    by_prompt: dict[Any, list[dict[str, Any]]] = {}
     data = open_pairs([SourceSpec(str(VISONLYQA / "meta.json"))])
     for index in range(len(data)):
         pair = data[index]
-        by_prompt.setdefault((pair.prompt, pair.images), []).append(pair)
-    enough = [pairs[:pairs_a_prompt] for pairs in by_prompt.values() if len(pairs) >= pairs_a_prompt]
-    return [pair for pairs in enough[:prompts] for pair in pairs]
+        record = {"question": pair.prompt[0].text, "chosen": pair.chosen, "rejected": pair.rejected}
+        record["image"] = list(pair.images) if len(pair.images) > 1 else pair.images[0]
+        by_prompt.setdefault((pair.prompt, pair.images), []).append(record)
+    enough = [records[:pairs_a_prompt] for records in by_prompt.values() if len(records) >= pairs_a_prompt]
+    return [record for records in enough[:prompts] for record in records]
 
 
-def make_pairs(shape: Shape, prompts: int, pairs_a_prompt: int = 1) -> list[PreferencePair]:
-    """``prompts * pairs_a_prompt`` pairs of the shape, those of a prompt behind one another."""
-    return real_pairs(prompts, pairs_a_prompt) if shape.real else made_pairs(shape, prompts, pairs_a_prompt)
+def make_data(shape: Shape, folder: Path, prompts: int, pairs_a_prompt: int = 1) -> Any:
+    """``prompts * pairs_a_prompt`` pairs of the shape, those of a prompt behind one another, as a data set on disk.
+
+    Written by the first that asks; the same for all that ask with the same numbers.
+    """
+    folder = folder / f"data-{pairs_a_prompt}"
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        made = real_records(prompts, pairs_a_prompt) if shape.real else None
+        records = made_records(shape, folder, prompts, pairs_a_prompt) if made is None else made
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return open_pairs([SourceSpec(str(folder / "pairs.jsonl"), image_root=str(folder))])
 
 
-def make_processor(shape: Shape, pairs: list[PreferencePair]) -> Any:
+def make_processor(shape: Shape, pairs: Any) -> Any:
     """The shape's processor; its tokenizer is trained on the pairs and filled up to the vocabulary."""
-    texts = [text for pair in pairs for text in (pair.prompt[0].text, pair.chosen, pair.rejected or "")]
+    each = [pairs[index] for index in range(len(pairs))]
+    texts = [text for pair in each for text in (pair.prompt[0].text, pair.chosen, pair.rejected or "")]
     tokenizer = train_tokenizer(texts, vocab_size=2048 if shape.real else 400)
     tokenizer.add_tokens([f"<unused{number}>" for number in range(shape.vocabulary - len(tokenizer))])
     processor = build_processor(tokenizer, shape.size)
@@ -123,6 +135,11 @@ def make_processor(shape: Shape, pairs: list[PreferencePair]) -> Any:
     return processor
 
 
-def make_model(shape: Shape, processor: Any) -> Any:
-    """The shape's model with the same random weights each time, float32."""
-    return build_model(processor.tokenizer, shape.size)
+def make_checkpoint(shape: Shape, folder: Path, prompts: int) -> str:
+    """A folder with the shape's model, random weights in float32, and its processor; written by the first that asks."""
+    folder = folder / "model"
+    if not folder.is_dir():
+        processor = make_processor(shape, make_data(shape, folder.parent, prompts))
+        build_model(processor.tokenizer, shape.size).save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return str(folder)
