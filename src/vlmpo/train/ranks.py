@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from vlmpo.torchvision_shim import ensure_torchvision
-from vlmpo.train.sharding import gathered, settle, whole_state_dict
+from vlmpo.train.reference import base_of
+from vlmpo.train.sharding import gathered, passes_are_shared, settle, whole_state_dict
+from vlmpo.tree.recompute import keep_all
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
@@ -24,6 +26,8 @@ class RanksTrainer(Trainer):
         """As transformers has it; refuses wrappers that cannot be exact."""
         super().create_accelerator_and_postprocess()
         settle(self.accelerator, self.model)
+        if passes_are_shared(self.accelerator):
+            keep_all(base_of(self.model))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model whole, also where checkpoints hold shards: of those transformers would write nothing."""

@@ -23,6 +23,7 @@ from vlmpo.tree.heads import PLAIN, LogitMap, logit_map
 from vlmpo.tree.layout import Row
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 from vlmpo.tree.projection import chunk_elements_for, linear_token_logps, wide
+from vlmpo.tree.recompute import prepare, recomputing
 from vlmpo.tree.router import with_router_losses
 from vlmpo.tree.vision import refuse_bytes
 
@@ -106,10 +107,11 @@ def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
     if shared:
         # Positions are said only here: a separate row is an ordinary prompt, the model counts it as it always does.
         arguments |= {"position_ids": positions_of(model, row), LAYOUT_ARGUMENT: layout_of(model, row)}
-        with reading_a_row(row.input_ids.device):
+        with reading_a_row(row.input_ids.device), recomputing(model):
             hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     else:
-        hidden = model.base_model(**arguments).last_hidden_state[0]
+        with recomputing(model):
+            hidden = model.base_model(**arguments).last_hidden_state[0]
     head = model.get_output_embeddings()
     return token_logps(hidden[row.predictors], head, row.targets, logit_map=logit_map(model.config))
 
@@ -140,6 +142,7 @@ def install(model: Any, shared: bool) -> None:
         text_only = model.config.get_text_config() is model.config
         model.set_attn_implementation(ATTENTION_NAME if text_only else {"text_config": ATTENTION_NAME})
     model._vlmpo_shared = shared
+    prepare(model)
     _install_on_head(model.get_output_embeddings())
     if "_vlmpo_plain_forward" not in model.__dict__:
         model._vlmpo_plain_forward = model.forward
