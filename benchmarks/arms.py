@@ -27,7 +27,7 @@ from vlmpo.train.cached_reference import fill
 from vlmpo.tree.loading import load_model, load_processor
 
 PROMPTS = 12
-RATE = 1e-5
+RATE = 1e-6  # as published; Adam's first steps blow up what rounding does to small gradients, by the rate
 GROUPS = {"vlmpo, grouped by 3, cached": 3, "vlmpo, grouped by 5, cached": 5}
 CACHED = ("vlmpo, cached", *GROUPS)
 

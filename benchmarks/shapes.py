@@ -29,6 +29,7 @@ class Shape:
         prompt_words, response_words: words in the prompt and range of those in a response; a word is about a token.
         pairs_a_step: pairs of an optimizer step.
         real: pairs of ``visonlyqa`` in place of made ones.
+        steps: timed at each turn of an arm; one where a step of the slowest takes many seconds.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Shape:
     response_words: tuple[int, int] = (101, 101)
     pairs_a_step: int = 2
     real: bool = False
+    steps: int = 2
 
     @property
     def size(self) -> TinySize:
@@ -62,10 +64,10 @@ SHAPES = {
     for shape in (
         Shape("1 tile", 1),
         Shape("7 tiles", 7),
-        Shape("13 tiles", 13),
+        Shape("13 tiles", 13, steps=1),
         Shape("text only", 0),
-        Shape("7 tiles, vocabulary 151k", 7, vocabulary=151_936),
-        Shape("7 tiles of 256 tokens", 7, image_size=448, response_words=(150, 300)),
+        Shape("7 tiles, vocabulary 151k", 7, vocabulary=151_936, steps=1),
+        Shape("7 tiles of 256 tokens", 7, image_size=448, response_words=(150, 300), steps=1),
         Shape("visonlyqa", 0, real=True),
     )
 }
