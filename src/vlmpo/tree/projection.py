@@ -66,30 +66,27 @@ class _TokenLogProbs(torch.autograd.Function):
         budget: int,
         logit_map: LogitMap,
     ) -> Tensor:
-        budget = budget if any(ctx.needs_input_grad[:3]) else 0
         picked = torch.zeros(targets.shape, dtype=wide(hidden.dtype), device=hidden.device)
         total: Tensor | None = None  # log of the sum of exponentials so far
-        kept = []
-        for at in range(0, weight.shape[0], columns):
+        kept = _room_for_blocks(hidden, weight, bias, columns, budget if any(ctx.needs_input_grad[:3]) else 0)
+        for number, at in enumerate(range(0, weight.shape[0], columns)):
             block = slice(at, min(at + columns, weight.shape[0]))
-            projected = _project(hidden, weight[block], bias if bias is None else bias[block])
-            budget -= projected.nbytes
-            if budget >= 0:
-                kept.append(projected)
+            out = kept[number] if number < len(kept) else None
+            projected = _project(hidden, weight[block], bias if bias is None else bias[block], out)
             logits = logit_map.of(projected.to(picked.dtype))  # [scored, block]
             inside, column = _place(targets, block)
             picked = torch.where(inside, logits.gather(1, column[:, None]).squeeze(1), picked)
             own = torch.logsumexp(logits, dim=1)
             total = own if total is None else torch.logaddexp(total, own)
         assert total is not None
-        ctx.save_for_backward(hidden, weight, bias, targets, total, *kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, total, kept)
         ctx.columns, ctx.logit_map = columns, logit_map
         return picked - total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        hidden, weight, bias, targets, total, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, total, kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=total.dtype) if wants_hidden else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
@@ -133,9 +130,22 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    projected = hidden @ weight.to(hidden.dtype).t()
-    return projected if bias is None else projected.to(wide(hidden.dtype)) + bias
+def _room_for_blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int, budget: int) -> Tensor:
+    """``[blocks, scored, columns]``, as many whole blocks as ``budget`` bytes hold.
+
+    In one piece: so much memory goes back to the system when it is freed, many small pieces of it would not.
+    """
+    kind = hidden.dtype if bias is None else wide(hidden.dtype)
+    whole = weight.shape[0] // columns
+    blocks = min(whole, budget // (hidden.shape[0] * columns * kind.itemsize))
+    return hidden.new_empty((blocks, hidden.shape[0], columns), dtype=kind)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    narrow = weight.to(hidden.dtype).t()
+    if bias is None:
+        return torch.mm(hidden, narrow, out=out)
+    return torch.add((hidden @ narrow).to(wide(hidden.dtype)), bias, out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
