@@ -241,6 +241,8 @@ def test_resumed_under_two_ranks(saved: tuple[Path, Ranks], name: str) -> None:
         assert whole["shift"] == resumed["shift"]
         assert whole["accounts"] == resumed["accounts"]
         assert CLASS[name.partition("_")[0]] in resumed["wrapper"]
+        assert resumed["batches"] == whole["batches"]
+        assert (resumed["costs"] is not None) == (name == "ddp")  # shuffled, and stopped in mid-epoch
     assert events(folder / name) == events(folder / f"{name}_resumed")
 
 
