@@ -4,7 +4,7 @@ RUNS is JSON: a list of runs, one after another in the same process group. Each 
 ``NAME/rankR.pt``. Beside MPOConfig's fields a run may have:
 
 - ``family``: of the zoo, with pairs of its own; else tiny InternVL and:
-- ``count``: pairs, of ``skewed`` kind unless ``mixed`` is set;
+- ``count``: pairs, of ``skewed`` kind unless ``mixed`` or ``uneven`` is set;
 - ``tied``, ``bits``: of the model: tied embeddings; 64 (default) or 32 bits;
 - ``lora``: put a fresh adapter on it;
 - ``evaluate``: pairs to evaluate on;
@@ -65,6 +65,7 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
     made.train(resume_from_checkpoint=True if resume else None)
     if save:
         made.save_model(str(folder / name / "final"))
+    sampler = made.get_train_dataloader().sampler_of_pairs
     return {
         "rank": made.accelerator.process_index,
         "steps": made.state.global_step - made._initial_global_step,
@@ -74,6 +75,8 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
         "reference": None if made.reference is None else made.reference.weights_hash(),
         "reference_wrapper": [kind.__name__ for kind in type(getattr(made.reference, "model", None)).__mro__],
         "accounts": made.all_accounts().to_json(),
+        "batches": list(sampler),
+        "costs": None if sampler.costs is None else sampler.costs.whole.tolist(),
     }
 
 

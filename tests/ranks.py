@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from tests.tiny_models import SIZE, random_pair
+from tests.tiny_models import SIZE, noise_image, random_pair
 from tests.tiny_models import model as tiny_model
 from tests.training import config, pairs, trainer
 from vlmpo.train.sharding import whole
 from vlmpo.train.trainer import MPOTrainer
 
 SEQUENTIAL = {"train_sampling_strategy": "sequential", "optim": "sgd", "optim_args": "momentum=0.9"}
+
+SHUFFLED = {**SEQUENTIAL, "train_sampling_strategy": "random"}
 
 
 def skewed_pairs(count: int) -> list:
@@ -28,6 +30,12 @@ def skewed_pairs(count: int) -> list:
     images = [(1, 2, 0, 0)[i % 4] if not 8 <= i < 12 else 0 for i in range(count)]
     made = [random_pair(i, images=images[i], longest=4 + 6 * (i % 5)) for i in range(count)]
     return [replace(pair, chosen="red " * 400) if i == 4 else pair for i, pair in enumerate(made)]
+
+
+def uneven_pairs(count: int) -> list:
+    """Of every five pairs the first has an image of many tiles, the second long responses, the last no image."""
+    made = [random_pair(i, images=i % 5 != 4, longest=60 if i % 5 == 1 else 6) for i in range(count)]
+    return [replace(pair, images=(noise_image(660, 440, i),)) if i % 5 == 0 else pair for i, pair in enumerate(made)]
 
 
 def full_weights(model: torch.nn.Module) -> torch.Tensor:
@@ -72,6 +80,7 @@ def make_trainer(
     count: int,
     *,
     mixed: bool = False,
+    uneven: bool = False,
     tied: bool = False,
     bits: int = 64,
     lora: bool = False,
@@ -80,7 +89,9 @@ def make_trainer(
     **settings: Any,
 ) -> MPOTrainer:
     """A trainer on ``count`` pairs; skewed ones are read in order, in short rows, by SGD with momentum."""
-    if not mixed:
+    if uneven:
+        settings = {**SHUFFLED, "max_tokens_per_row": 160, "learning_rate": 1e-2, **settings}
+    elif not mixed:
         settings = {**SEQUENTIAL, "max_length": 400, "max_tokens_per_row": 160, "learning_rate": 1e-2, **settings}
     if evaluate:
         settings["eval_dataset"] = skewed_pairs(evaluate + 5)[5:]
@@ -89,7 +100,8 @@ def make_trainer(
     dtype = {64: torch.float64, 32: torch.float32}[bits]
     model = tiny_model(model_seed, size=replace(SIZE, tie_word_embeddings=tied), dtype=dtype)
     torch.manual_seed(3)  # the adapter's random half
-    return trainer(folder, pairs(count) if mixed else skewed_pairs(count), model=model, **settings)
+    make = pairs if mixed else uneven_pairs if uneven else skewed_pairs
+    return trainer(folder, make(count), model=model, **settings)
 
 
 def family_trainer(folder: Any, name: str, **settings: Any) -> MPOTrainer:

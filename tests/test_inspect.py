@@ -15,7 +15,7 @@ from vlmpo.demo.tiny import TinySize, build_model, build_processor, train_tokeni
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.recipe import load_recipe, parse_recipe
 from vlmpo.train import inspect as room
-from vlmpo.train.inspect import PairSize, StepPlan, collapse_images, histogram, inspect, plan_steps, summary
+from vlmpo.train.inspect import PairSize, StepPlan, collapse_images, histogram, inspect, plan_steps, row_line, summary
 
 # 56 px tiles of 14 px patches: 4 x 4 patches, 2 x 2 after the pixel shuffle: 4 tokens a tile.
 SIZE = TinySize(image_size=56)
@@ -214,7 +214,18 @@ def test_rows_are_told_when_the_model_is_there(recipe_file, tokenizer):
     # 3 pairs as 2 + 1: two rows for three pairs, 4/3 of a row for the two of a step
     assert "rows per optimizer step: about 1.3 (prompts shared)" in text
     assert "optimizer steps per epoch: 2" in text
+    assert "tokens read at once: at most 16384 (training.max_tokens_per_row); the longest pair here takes " in text
     assert room.is_shared(load_recipe(recipe_file, ["model.attention=separate"])) is False
+
+
+def test_what_decides_the_memory():
+    told = "tokens read at once: at most 100 (training.max_tokens_per_row); the longest pair here takes "
+    assert (
+        row_line(100, 40) == f"{told}40; with a bound of that much it alone decides the memory, and no number changes"
+    )
+    assert row_line(100, 100) == f"{told}100"
+    assert row_line(100, 140) == f"{told}140, in a row by itself"
+    assert row_line(None, 40) == "tokens read at once: all of a micro-batch; the longest pair here takes 40"
 
 
 def test_real_pairs_tell_the_published_tile_counts(tmp_path):

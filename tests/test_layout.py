@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vlmpo.tree.layout import PromptTree, TreeSpan, build_row, pack, sum_by_branch
 
@@ -57,15 +59,48 @@ def test_sums_run_through_rows() -> None:
     assert sum_by_branch(torch.zeros(0), []).shape == (0,)
 
 
-def test_packing_keeps_order_and_bound() -> None:
-    def tree(tokens: int) -> PromptTree:
-        return PromptTree(torch.zeros(tokens - 1, dtype=torch.long), (ids(1),))
+def tree(tokens: int) -> PromptTree:
+    return PromptTree(torch.zeros(tokens - 1, dtype=torch.long), (ids(1),))
 
+
+def test_packing_by_hand() -> None:
     trees = [tree(n) for n in (4, 6, 3, 20, 2)]
-    assert pack(trees, 10) == [[0, 1], [2], [3], [4]]
+    # 20 is too long for any row and stands alone; 15 tokens need two rows of 10, and 6 + 2 and 4 + 3 are most even
+    assert pack(trees, 10) == [[3], [1, 4], [0, 2]]
     assert pack(trees, None) == [[0, 1, 2, 3, 4]]
-    assert pack(trees, 1) == [[0], [1], [2], [3], [4]]
+    assert pack(trees, 1) == [[3], [1], [0], [2], [4]]
     assert pack([], 10) == []
+    assert pack([], None) == []
+    # filled one after the other these were three rows: 6, 6 + 4, 4
+    assert pack([tree(n) for n in (6, 6, 4, 4)], 10) == [[0, 2], [1, 3]]
+    # the longest first would put 9 with 5 and need three; in the order given two rows are full
+    assert pack([tree(n) for n in (9, 3, 3, 5, 5, 5)], 15) == [[0, 1, 2], [3, 4, 5]]
+
+
+def in_order(sizes: list[int], max_tokens: int) -> int:
+    """Rows where each is closed as soon as a tree does not fit."""
+    rows, room = 0, 0
+    for size in sizes:
+        if not rows or size > room:
+            rows, room = rows + 1, max_tokens
+        room -= size
+    return rows
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(2, 40), max_size=14), st.integers(1, 60))
+def test_packing_loses_nothing_and_never_needs_more_rows(sizes: list[int], max_tokens: int) -> None:
+    trees = [tree(size) for size in sizes]
+    rows = pack(trees, max_tokens)
+    tokens = [sum(sizes[index] for index in row) for row in rows]
+    assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
+    assert all(total <= max_tokens or len(row) == 1 for row, total in zip(rows, tokens, strict=True))
+    assert all(row == sorted(row) for row in rows)
+    assert tokens == sorted(tokens, reverse=True)
+    assert len(rows) <= in_order(sizes, max_tokens)
+    assert rows == pack(trees, max_tokens)
+    if sizes and max(sizes) <= max_tokens and len(rows) > 1:  # no row could take in another whole
+        assert tokens[-1] + tokens[-2] > max_tokens
 
 
 def test_separate_gives_one_branch_a_tree() -> None:

@@ -33,6 +33,7 @@ TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_sh
 CLIPPED = {"count": 18, "max_grad_norm": 0.5}  # five steps, all clipped; in the last one rank 1 has no pair
 EVALUATED = {"evaluate": 7, "eval_strategy": "steps", "eval_steps": 1}
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "num_train_epochs": 2}
+UNEVEN = {"count": 37, "uneven": True, "gradient_accumulation_steps": 4, "num_train_epochs": 2}  # 16 + 16 + 5 pairs
 SUM_EACH = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 EXACT: dict[str, dict[str, Any]] = {
     "ddp": CLIPPED,
@@ -51,10 +52,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "ddp_separate": {"count": 21, "attention": "separate"},
     # Running delta weighs ranks alike, not pairs: one process says the same where all ranks have equally many.
     "ddp_running": {"count": 20, "max_length": None, "reward_shift": "running"},
+    "ddp_running_shuffled": {"count": 20, "mixed": True, "reward_shift": "running"},
     "fsdp_running": {"count": 20, "max_length": None, "reward_shift": "running", "fsdp": True},
     "ddp_cached": {"count": 18, "reference_kind": "cache", "num_train_epochs": 2},
     "fsdp_cached": {"count": 18, "reference_kind": "cache", "num_train_epochs": 2, "fsdp": True},
     "ddp_grouped": {"count": 18, "group_by_prompt": 3, "train_sampling_strategy": "random"},
+    "ddp_uneven": UNEVEN,
+    "fsdp_uneven": {**UNEVEN, "fsdp": True},
+    "ddp_in_order": {**UNEVEN, "balance_ranks": False},
     "fsdp_sft": {"count": 18, "loss_weights": {"nll": 1.0}, "fsdp": True},
     "fsdp_one_loads": {"count": 18, "fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}, "garbage": True},
     "fsdp_scored_at_start": {"count": 18, "fsdp": True, **EVALUATED, "eval_on_start": True},
@@ -78,6 +83,7 @@ def two_processes(folder: Path, runs: dict[str, dict[str, Any]]) -> Ranks:
     named = [{"name": name, **run} for name, run in runs.items()]
     done = torchrun("tests.rank_worker", str(folder), json.dumps(named))
     assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stderr.txt").write_text(done.stderr)
     return {name: [torch.load(folder / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)] for name in runs}
 
 
@@ -121,6 +127,39 @@ def test_two_ranks_equal_one(tmp_path: Path, exact: tuple[Path, Ranks], name: st
     assert len(mine) == len(others)
     for line, other in zip(mine, others, strict=True):
         assert line == pytest.approx(other, rel=1e-6, abs=1e-10)  # `loss` is added up by transformers in float32
+
+
+def loads(ranks: list[dict[str, Any]], costs: list[int]) -> list[list[int]]:
+    """What the pairs of each optimizer step cost, by rank. The last one is short: two micro-batches, not four."""
+    steps = [slice(0, 4), slice(4, 8), slice(8, 10)]
+    return [[sum(costs[pair] for batch in rank["batches"][at] for pair in batch) for rank in ranks] for at in steps]
+
+
+@pytest.mark.parametrize("name", ["ddp_uneven", "fsdp_uneven"])
+def test_ranks_have_equal_work(exact: tuple[Path, Ranks], name: str) -> None:
+    """The test above compares these runs with one process; here: who read what, and what it cost."""
+    folder, found = exact
+    even, plain = found[name], found["ddp_in_order"]
+    costs = even[0]["costs"]
+    assert costs == even[1]["costs"]
+    assert plain[0]["costs"] is None
+    assert sorted(pair for rank in even for batch in rank["batches"] for pair in batch) == list(range(37))
+    assert max(costs) > 3 * min(costs)  # the pairs are uneven
+    for mine, other in zip(loads(even, costs), loads(plain, costs), strict=True):
+        assert sum(mine) == sum(other)  # the same pairs
+        assert max(mine) < 1.04 * min(mine)
+    lags = [[2 * max(step) / sum(step) for step in loads(run, costs)] for run in (even, plain)]
+    told = "ranks: the heaviest has {:.2f} times the mean work of a step ({:.2f} in plain order)"
+    assert told.format(*(sum(each) / len(each) for each in lags)) in (folder / "stderr.txt").read_text()
+    assert sum(lags[0]) / 3 < 1.01
+    assert sum(lags[1]) / 3 > 1.25
+
+
+def test_running_delta_and_sequential_order_stay_as_they_are(exact: tuple[Path, Ranks]) -> None:
+    _, found = exact
+    for name in ("ddp", "ddp_running", "ddp_running_shuffled"):
+        assert found[name][0]["costs"] is None
+    assert found["ddp_grouped"][0]["costs"] is not None
 
 
 def test_the_last_part_of_a_step_trains_what_only_the_first_rank_saw(exact: tuple[Path, Ranks]) -> None:
@@ -202,6 +241,8 @@ def test_resumed_under_two_ranks(saved: tuple[Path, Ranks], name: str) -> None:
         assert whole["shift"] == resumed["shift"]
         assert whole["accounts"] == resumed["accounts"]
         assert CLASS[name.partition("_")[0]] in resumed["wrapper"]
+        assert resumed["batches"] == whole["batches"]
+        assert (resumed["costs"] is not None) == (name == "ddp")  # shuffled, and stopped in mid-epoch
     assert events(folder / name) == events(folder / f"{name}_resumed")
 
 

@@ -92,7 +92,8 @@ class DataSection(_Section):
 
     ``max_length`` bounds the tokens of prompt + longer response (None: no bound), ``video_frames`` the images that a
     video becomes; ``over_long`` says what becomes of a pair above it, ``on_bad_record`` of a record that is no good.
-    Up to ``group_by_prompt`` pairs of one prompt share its trunk.
+    Up to ``group_by_prompt`` pairs of one prompt share its trunk. ``balance_ranks`` lets ranks share the pairs of a
+    step by the work they make.
     """
 
     train: tuple[Source, ...] = Field(default=(), strict=False)
@@ -104,6 +105,7 @@ class DataSection(_Section):
     on_bad_record: Literal["skip", "fail"] = "skip"
     over_long: Literal["drop", "cut"] = "drop"
     group_by_prompt: int = Field(default=0, ge=0)
+    balance_ranks: bool = True
 
 
 class LossSection(_Section):

@@ -143,11 +143,10 @@ class Cache:
         """
         if stamp is None:
             return make()
-        where, key = f"{kind}-{_hex(*stamp.paths)}", json.dumps([kind, rules(), stamp.paths, stamp.state, *settings])
-        path = self.folder / f"{where}-{_hex(rules(), stamp.state)}-{_hex(key)}.bin"
+        path, key = self._place(kind, stamp, settings)
         if (found := _read(path, key)) is not None:
             return found
-        with self._lock(f"{where}.lock", waiting):
+        with self._lock(f"{kind}-{_hex(*stamp.paths)}.lock", waiting):
             if (found := _read(path, key)) is not None:  # made while this process waited
                 return found
             made = make()
@@ -155,6 +154,20 @@ class Cache:
                 return made
         found = _read(path, key)
         return made if found is None else found
+
+    def find(self, kind: str, stamp: Stamp | None, settings: Sequence[Any]) -> Arrays | None:
+        """What :meth:`keep` left; None where there is nothing. For what no single process makes by itself."""
+        return None if stamp is None else _read(*self._place(kind, stamp, settings))
+
+    def keep(self, kind: str, stamp: Stamp | None, settings: Sequence[Any], made: Arrays) -> None:
+        """Keep arrays made from some files under some settings, unless the files have changed."""
+        if stamp is not None and stamp.holds():
+            self._write(*self._place(kind, stamp, settings), made)
+
+    def _place(self, kind: str, stamp: Stamp, settings: Sequence[Any]) -> tuple[Path, str]:
+        """The file, and the key that it must hold."""
+        key = json.dumps([kind, rules(), stamp.paths, stamp.state, *settings])
+        return self.folder / f"{kind}-{_hex(*stamp.paths)}-{_hex(rules(), stamp.state)}-{_hex(key)}.bin", key
 
     @contextlib.contextmanager
     def _lock(self, name: str, waiting: Callable[[], None] | None) -> Iterator[None]:

@@ -153,7 +153,7 @@ class PairEncoder:
         self._check_prompt(pair)
         chat = self._chat.render(pair.prompt, responses, pair.origin)
         branches = self._branches(chat, pair.origin)
-        trunk, vision, token_types = self._trunks.get(chat.prompt, pair, self._tiles_of(pair), self._trunk)
+        trunk, vision, token_types = self._trunks.get(chat.prompt, pair, self.tiles_of(pair), self._trunk)
         image_tokens = self._count_image_tokens(trunk, pair.origin)
         whole = [len(ids) for ids in branches]
         branches = self._fit(branches, trunk.numel(), pair.origin)
@@ -243,7 +243,8 @@ class PairEncoder:
         bos = self._tokenizer.bos_token
         return reads_images(self.processor) and (bos is None or not prompt.startswith(bos))
 
-    def _tiles_of(self, pair: PreferencePair) -> int:
+    def tiles_of(self, pair: PreferencePair) -> int:
+        """Tiles that the images of ``pair`` may take together."""
         return self.max_tiles if pair.max_tiles is None else min(self.max_tiles, pair.max_tiles)
 
     def _trunk(self, prompt: str, pair: PreferencePair) -> Trunk:
@@ -253,7 +254,7 @@ class PairEncoder:
             encoded = self._tokenizer([prompt], return_tensors="pt", **text_kwargs)
             return encoded["input_ids"][0], {}, {key: encoded[key][0] for key in _TOKEN_TYPES if key in encoded}
         images = [open_image(image, pair.origin) for image in pair.images]
-        settings = tile_settings(self.processor, self._tiles_of(pair), images) | (
+        settings = tile_settings(self.processor, self.tiles_of(pair), images) | (
             {} if self.pixel_scale is None else AS_BYTES
         )
         try:

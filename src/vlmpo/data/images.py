@@ -66,6 +66,24 @@ def open_image(source: str | os.PathLike[str] | bytes | Image.Image, origin: str
         raise RecordError("undecodable_image", origin, detail) from error
 
 
+def size_in_header(source: str | os.PathLike[str] | bytes | Image.Image) -> tuple[int, int] | None:
+    """Height and width as they are written in the file, which may lie on its side; nothing is decoded.
+
+    None where :func:`open_image` would refuse the image by as much as that.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            size = source.size
+        else:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                size = image.size
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's plugins raise whatever a damaged file leads them into
+        return None
+    return (size[1], size[0]) if size[0] * size[1] <= MAX_PIXELS else None
+
+
 def missing_image(path: str, origin: str) -> RecordError:
     """The error for an image path that is no file."""
     kind = "is not a file" if os.path.exists(path) else "does not exist"

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
-
-from PIL import Image
+from typing import Any, Literal, NamedTuple, Protocol
 
 from vlmpo.errors import ModelError
 
 # InternVL's tile, 256 tokens there; 256 tokens too in the Qwen-VL families of 28-pixel tokens, which read images whole.
 TILE_PIXELS = 448 * 448
+
+
+class Sized(Protocol):
+    """An image, or its size alone."""
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+
+class Size(NamedTuple):
+    """Pixels of an image."""
+
+    height: int
+    width: int
+
 
 _MEDIA = ("image", "video", "audio")
 # Names under which processors or tokenizers know the tokens around and between image tokens.
@@ -111,7 +127,7 @@ def tile_kind(processor: Any) -> Literal["grid", "split", "pixels"] | None:
     return None
 
 
-def tile_settings(processor: Any, tiles: int, images: Sequence[Image.Image]) -> dict[str, Any]:
+def tile_settings(processor: Any, tiles: int, images: Sequence[Sized]) -> dict[str, Any]:
     """The image processor's keywords by which each of ``images`` takes its share of ``tiles``, at least one.
 
     Thumbnails are not counted. Empty where there is nothing to bound, or where the model does not tile.
@@ -127,6 +143,20 @@ def tile_settings(processor: Any, tiles: int, images: Sequence[Image.Image]) -> 
     if kind == "pixels" and share * TILE_PIXELS < size["longest_edge"]:
         return {"size": {"shortest_edge": size["shortest_edge"], "longest_edge": share * TILE_PIXELS}}
     return {}
+
+
+def count_image_tokens(processor: Any, tiles: int, images: Sequence[Sized]) -> int | None:
+    """Tokens that ``images`` of one prompt become, frames between them perhaps included; None where its processor
+    cannot tell it from their sizes."""
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if not images or count is None:
+        return None if images else 0
+    sizes = [[image.height, image.width] for image in images]
+    try:
+        found = count(image_sizes=sizes, images_kwargs=tile_settings(processor, tiles, images))["num_image_tokens"]
+        return sum(int(tokens) for tokens in found)
+    except (AttributeError, KeyError, TypeError, ValueError):  # a method that is not public: it may change
+        return None
 
 
 def tile_notice(processor: Any, tiles: int) -> str | None:
@@ -146,7 +176,7 @@ def tile_notice(processor: Any, tiles: int) -> str | None:
     )
 
 
-def _split_settings(image_processor: Any, share: int, images: Sequence[Image.Image]) -> dict[str, Any]:
+def _split_settings(image_processor: Any, share: int, images: Sequence[Sized]) -> dict[str, Any]:
     """The largest ``size``, in whole tiles, at which no image takes more than ``share`` of them."""
     tile, longest = image_processor.max_image_size["longest_edge"], image_processor.size["longest_edge"]
     if _most_tiles(image_processor, longest, images) <= share:
@@ -157,7 +187,7 @@ def _split_settings(image_processor: Any, share: int, images: Sequence[Image.Ima
     return {"size": {"longest_edge": max(side, 1) * tile}}
 
 
-def _most_tiles(image_processor: Any, longest: int, images: Sequence[Image.Image]) -> int:
+def _most_tiles(image_processor: Any, longest: int, images: Sequence[Sized]) -> int:
     settings = {"size": {"longest_edge": longest}}
     counts = (image_processor.get_number_of_image_patches(image.height, image.width, settings) for image in images)
     return max(max(1, rows * columns) for _, rows, columns in counts)

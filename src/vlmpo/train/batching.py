@@ -1,8 +1,9 @@
 """Which pairs go to which optimizer step, rank, micro-batch and row.
 
 The order is a pure function of seed and epoch. An optimizer step takes the next ``global batch`` pairs of that order,
-however they are then split: the same pairs as 8x1, 4x2 or over two ranks make the same step. No pair is repeated to
-even things out; a rank that runs short gets an empty micro-batch.
+however they are then split: the same pairs as 8x1, 4x2 or over two ranks make the same step. Ranks share them so that
+they have equal work, where costs say what that is (:mod:`vlmpo.train.balance`). No pair is repeated to even things out;
+a rank that runs short gets an empty micro-batch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vlmpo.data.encode import EncodedPair, PairEncoder
 from vlmpo.data.pixels import PixelScale
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
+from vlmpo.train.balance import PairCosts, Shape, even_split, lag, plain_split
 from vlmpo.train.order import shuffled, with_groups
 from vlmpo.train.reference_store import content_key
 from vlmpo.tree.layout import PromptTree, Row, build_row, pack
@@ -38,6 +40,7 @@ class PairBatchSampler(Sampler[list[int]]):
         drop_last: leave out the last optimizer step of an epoch where it is not full.
         labels: of each pair's prompt, where pairs of one prompt are to come together; else None.
         group: how many of them at a time.
+        costs: of each pair, where ranks are to have equal work; None: they take a step's pairs in order.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class PairBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
         labels: Sequence[bytes] | None = None,
         group: int = 1,
+        costs: PairCosts | None = None,
     ) -> None:
         self.num_pairs = num_pairs
         self.per_device = per_device
@@ -61,6 +65,7 @@ class PairBatchSampler(Sampler[list[int]]):
         self.drop_last = drop_last
         self.labels = labels
         self.group = group
+        self.costs = costs
         self.epoch = 0
 
     @property
@@ -85,14 +90,37 @@ class PairBatchSampler(Sampler[list[int]]):
         return full * self.accumulation + math.ceil(rest / (self.per_device * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps():
+            split = plain_split(step, self._shape) if self.costs is None else even_split(step, self._shape, self.costs)
+            yield from split[self.rank]
+
+    @property
+    def _shape(self) -> Shape:
+        return Shape(self.world_size, self.per_device, self.labels, self.group)
+
+    def _steps(self) -> Iterator[list[int]]:
+        """The pairs of each optimizer step, over all ranks."""
         order = self.order()
         for start in range(0, self.num_pairs, self.global_batch):
             step = order[start : start + self.global_batch]
             if self.drop_last and len(step) < self.global_batch:
                 return
-            for micro in range(math.ceil(len(step) / (self.per_device * self.world_size))):
-                at = (micro * self.world_size + self.rank) * self.per_device
-                yield step[at : at + self.per_device]
+            yield step
+
+    def lags(self, steps: int) -> tuple[float, float] | None:
+        """The heaviest rank's work over the mean of all, as it is shared out and as it would be in plain order.
+
+        Both are means over the epoch's first ``steps`` optimizer steps; None without costs, or without a step.
+        """
+        found = []
+        for step in itertools.islice(self._steps(), 0 if self.costs is None else steps):
+            assert self.costs is not None
+            splits = even_split(step, self._shape, self.costs), plain_split(step, self._shape)
+            found.append([lag(split, self._shape, self.costs) for split in splits])
+        if not found:
+            return None
+        even, plain = (sum(values) / len(found) for values in zip(*found, strict=True))
+        return even, plain
 
 
 class Unusable(NamedTuple):
@@ -325,8 +353,12 @@ class Collator:
 class PairLoader(DataLoader[MicroBatch]):
     """A DataLoader whose order follows the epoch, also before any wrapper is around it."""
 
+    @property
+    def sampler_of_pairs(self) -> PairBatchSampler:
+        """Says which pairs come when."""
+        assert isinstance(self.batch_sampler, PairBatchSampler)
+        return self.batch_sampler
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is given next."""
-        sampler = self.batch_sampler
-        assert isinstance(sampler, PairBatchSampler)
-        sampler.set_epoch(epoch)
+        self.sampler_of_pairs.set_epoch(epoch)

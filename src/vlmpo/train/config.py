@@ -48,6 +48,9 @@ class MPOConfig(TrainingArguments):
         group_by_prompt: up to so many pairs of one prompt come next to each other and share its trunk, a response that
             several of them hold is read once; 0: pairs come as they are shuffled. Pairs of one prompt then meet in a
             step more often than chance would have it.
+        balance_ranks: ranks share the pairs of each step by the work they make, not in order; which pairs make a step
+            stays as it is. Without effect on one process, on ``train_sampling_strategy: sequential`` and under
+            ``reward_shift: running``, where the order of micro-batches decides how delta moves.
         on_bad_record: ``skip`` and count, or ``fail``.
         num_train_epochs, learning_rate: default to 1 and 1e-6 here.
         learning_rates: rates by part, of ``vision``, ``projector`` and ``text``; other parts take ``learning_rate``.
@@ -68,6 +71,7 @@ class MPOConfig(TrainingArguments):
     video_frames: int = 8
     max_tokens_per_row: int | None = 16384
     group_by_prompt: int = 0
+    balance_ranks: bool = True
     on_bad_record: str = "skip"
     attention: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)

@@ -10,11 +10,15 @@ import torch
 from vlmpo.data.encode import PairEncoder
 from vlmpo.errors import RecordError
 from vlmpo.train.accounts import Accounts
+from vlmpo.train.balance import PairCosts
 from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch, PairBatchSampler, PairLoader
 from vlmpo.train.choices import ChoosingTrainer
+from vlmpo.train.cost import costs_of, patch_pixels, sizes_of_all, tokens_per_patch
 from vlmpo.train.lockstep import Lockstep
 from vlmpo.train.order import prompt_labels
 from vlmpo.train.progress import StepClock, notice
+
+_TOLD_STEPS = 100
 
 
 class FeedingTrainer(ChoosingTrainer):
@@ -36,6 +40,7 @@ class FeedingTrainer(ChoosingTrainer):
     accounts: Accounts
     lockstep: Lockstep
     _labels: list[bytes] | None = None  # of the training pairs' prompts, once they are asked for
+    _costs: PairCosts | None = None  # of the training pairs, likewise
 
     def get_train_dataloader(self) -> PairLoader:
         """Micro-batches of this rank, in an order that depends on seed and epoch alone."""
@@ -45,9 +50,31 @@ class FeedingTrainer(ChoosingTrainer):
         group = self.args.group_by_prompt
         if group > 1 and order is not None and self._labels is None:
             self._labels = prompt_labels(self.train_dataset)
-        return self._loader(
-            self.train_dataset, self._train_batch_size, accumulation, order, drop_last, self._labels, group
+        told = self._costs is not None
+        if self._shares_evenly(order) and self._costs is None:
+            self._costs = self._costs_of_pairs()
+        loader = self._loader(
+            self.train_dataset,
+            *(self._train_batch_size, accumulation, order, drop_last, self._labels, group, self._costs),
         )
+        lags = None if told else loader.sampler_of_pairs.lags(_TOLD_STEPS)
+        if lags is not None:
+            figures = "{:.2f} times the mean work of a step ({:.2f} in plain order)".format(*lags)
+            notice(f"ranks: the heaviest has {figures}, by tokens and patches")
+        return loader
+
+    def _shares_evenly(self, order: int | None) -> bool:
+        """Whether ranks get equal work; not where the data set's own order is asked for.
+
+        Nor where delta moves with every micro-batch: the heaviest first would let it follow the length of responses.
+        """
+        moves = self.args.reward_shift == "running" and self.encoder.need_rejected
+        return self.args.balance_ranks and self.accelerator.num_processes > 1 and order is not None and not moves
+
+    def _costs_of_pairs(self) -> PairCosts:
+        sizes = sizes_of_all(self.accelerator, self.train_dataset, self.encoder, patch_pixels(self.model))
+        responses = 2 if self.encoder.need_rejected else 1
+        return costs_of(sizes, tokens_per_patch(self.model), responses, self.data_collator.shared)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
         """Micro-batches of this rank, in the data set's own order."""

@@ -126,7 +126,10 @@ def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> N
         console.print(describe(encoded, processor), soft_wrap=True)
     show_counts(console, found)
     show_sizes(console, found)
-    show_plan(console, plan_steps(recipe, len(found.data.train), found.sizes, is_shared(recipe)))
+    shared = is_shared(recipe)
+    show_plan(console, plan_steps(recipe, len(found.data.train), found.sizes, shared))
+    if shared and found.sizes:
+        _line(console, row_line(_row_bound(recipe), max(size.shared for size in found.sizes)))
 
 
 def examine(recipe: Recipe, processor: Any, num_samples: int) -> Findings:
@@ -339,9 +342,7 @@ def plan_steps(recipe: Recipe, num_train: int, sizes: Sequence[PairSize], shared
     global_batch = per_device * accumulation * world_size
     rows = None
     if shared is not None and sizes:
-        unbounded = recipe.training.get("max_tokens_per_row", 0) is None
-        bound = None if unbounded else _whole(recipe, "max_tokens_per_row")
-        rows = global_batch * _rows(sizes, per_device, bound, shared) / len(sizes)
+        rows = global_batch * _rows(sizes, per_device, _row_bound(recipe), shared) / len(sizes)
     return StepPlan(per_device, accumulation, world_size, math.ceil(num_train / global_batch), rows, shared)
 
 
@@ -351,6 +352,21 @@ def _whole(recipe: Recipe, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RecipeError(f"training.{name}: expected a whole number above 0, got {value!r}")
     return value
+
+
+def _row_bound(recipe: Recipe) -> int | None:
+    unbounded = recipe.training.get("max_tokens_per_row", 0) is None
+    return None if unbounded else _whole(recipe, "max_tokens_per_row")
+
+
+def row_line(bound: int | None, longest: int) -> str:
+    """What decides the memory: tokens that are read at once, by ``max_tokens_per_row`` and the longest pair's."""
+    if bound is None:
+        return f"tokens read at once: all of a micro-batch; the longest pair here takes {longest}"
+    told = f"tokens read at once: at most {bound} (training.max_tokens_per_row); the longest pair here takes {longest}"
+    if longest < bound:
+        return f"{told}; with a bound of that much it alone decides the memory, and no number changes"
+    return told if longest == bound else f"{told}, in a row by itself"
 
 
 def _rows(sizes: Sequence[PairSize], per_device: int, bound: int | None, shared: bool) -> int:

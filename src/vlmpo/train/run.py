@@ -193,6 +193,7 @@ def training_config(recipe: Recipe) -> MPOConfig:
                 "video_frames": recipe.data.video_frames,
                 "on_bad_record": recipe.data.on_bad_record,
                 "group_by_prompt": recipe.data.group_by_prompt,
+                "balance_ranks": recipe.data.balance_ranks,
                 "attention": recipe.model.attention,
             }
         )

@@ -35,6 +35,15 @@ def gathered(accelerator: Any, mine: Any) -> list[Any]:
     return gather_object([mine])
 
 
+def of_first(accelerator: Any, mine: Any) -> Any:
+    """The first rank's object, whatever the others have."""
+    if accelerator.num_processes == 1:
+        return mine
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([mine])[0]
+
+
 def settle(accelerator: Any, model: nn.Module) -> None:
     """Refuse FSDP1; keep FSDP2's mixed precision from rounding log-probs and summed gradients; name the layers to wrap.
 

@@ -273,18 +273,50 @@ def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:
 
 
 def pack(trees: Sequence[PromptTree], max_tokens: int | None) -> list[list[int]]:
-    """Which trees go into which row: indices, in order. ``None`` puts all into one row.
+    """Which trees go into which row: indices, in order within a row; the longest row first. ``None``: all in one row.
 
-    A row holds at most ``max_tokens``, unless one tree alone is longer.
+    A row holds at most ``max_tokens``, unless one tree alone is longer. There are as few rows as a short search finds,
+    and among those it evens out their tokens. Equal trees give equal rows.
     """
+    sizes = [tree.num_tokens for tree in trees]
+    if max_tokens is None:
+        return [list(range(len(sizes)))] if sizes else []
+    alone = [[index] for index, size in enumerate(sizes) if size > max_tokens]
+    others = [index for index, size in enumerate(sizes) if size <= max_tokens]
+    longest_first = sorted(others, key=lambda index: -sizes[index])
+    rows = min((_first_fit(order, sizes, max_tokens) for order in (longest_first, others)), key=len)
+    fewest = -(-sum(sizes[index] for index in others) // max_tokens)
+    for count in range(max(fewest, 1), len(rows) + 1):
+        even = _evenly(longest_first, sizes, count)
+        if all(sum(sizes[index] for index in row) <= max_tokens for row in even):
+            rows = even
+            break
+    found = [sorted(row) for row in (*alone, *rows) if row]
+    return sorted(found, key=lambda row: (-sum(sizes[index] for index in row), row))
+
+
+def _first_fit(order: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Each tree into the first row that has room for it. Never more rows than if each row were closed for the next."""
     rows: list[list[int]] = []
-    room = 0
-    for index, tree in enumerate(trees):
-        if not rows or (max_tokens is not None and tree.num_tokens > room):
+    rooms: list[int] = []
+    for index in order:
+        at = next((at for at, room in enumerate(rooms) if room >= sizes[index]), len(rows))
+        if at == len(rows):
             rows.append([])
-            room = max_tokens or 0
-        rows[-1].append(index)
-        room -= tree.num_tokens
+            rooms.append(max_tokens)
+        rows[at].append(index)
+        rooms[at] -= sizes[index]
+    return rows
+
+
+def _evenly(longest_first: Sequence[int], sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Each tree into the shortest of ``count`` rows so far."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    lengths = [0] * count
+    for index in longest_first:
+        at = lengths.index(min(lengths))
+        rows[at].append(index)
+        lengths[at] += sizes[index]
     return rows
 
 

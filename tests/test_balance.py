@@ -1,0 +1,169 @@
+"""A step's pairs over ranks: the same pairs, equal work, groups whole; by hand and for any costs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmpo.train.balance import PairCosts, Shape, even_split, lag, plain_split
+from vlmpo.train.batching import PairBatchSampler
+from vlmpo.train.order import shuffled, with_groups
+
+
+def costs(*whole: int, trunk: int = 0) -> PairCosts:
+    return PairCosts(np.array(whole, np.int32), np.array([min(trunk, cost) for cost in whole], np.int32))
+
+
+def test_heaviest_first_to_the_lightest_rank_by_hand() -> None:
+    """9 | 8, then 7 beside 8, and 2 to 9: full is rank 1 then, so the rest is rank 0's. 9 + 2 + 1 | 8 + 7."""
+    step = [4, 0, 1, 3, 2]
+    found = even_split(step, Shape(2, 2), costs(8, 2, 9, 1, 7))
+    assert found == [[[2, 1], [3]], [[0, 4], []]]
+    assert plain_split(step, Shape(2, 2)) == [[[4, 0], [2]], [[1, 3], []]]
+    # heaviest over mean: 15 over 13.5; in plain order 24 over 13.5
+    assert lag(found, Shape(2, 2), costs(8, 2, 9, 1, 7)) == pytest.approx(15 / 13.5)
+    assert lag(plain_split(step, Shape(2, 2)), Shape(2, 2), costs(8, 2, 9, 1, 7)) == pytest.approx(24 / 13.5)
+
+
+def test_a_heavy_rank_gets_light_pairs_to_fill_up() -> None:
+    """Each rank takes three pairs: 30 needs the two lightest beside it."""
+    found = even_split(range(6), Shape(2, 1), costs(30, 1, 2, 10, 11, 12))
+    assert found == [[[0], [2], [1]], [[5], [4], [3]]]
+
+
+def test_where_greed_does_worse_than_chance_the_order_stays() -> None:
+    """Greed puts 3 + 2 + 2 beside 3 + 2 + 0; in order it is 6 and 6."""
+    found = even_split(range(6), Shape(2, 3), costs(3, 3, 0, 2, 2, 2))
+    assert found == [[[0, 1, 2]], [[3, 4, 5]]]
+
+
+def test_equal_costs_are_dealt_out_in_order() -> None:
+    assert even_split([5, 3, 1, 0], Shape(2, 2), costs(*[7] * 6)) == [[[5, 1]], [[3, 0]]]
+    assert even_split([5, 3, 1], Shape(2, 2), costs(*[0] * 6)) == [[[5, 3]], [[1]]]
+
+
+def test_a_group_goes_as_one_and_reads_its_trunk_once() -> None:
+    """a: 3 x 10 of which 8 are the trunk: 14 together. So the lone 12 and 9 stand against it, not against 30."""
+    labels = [b"a", b"a", b"a", b"b", b"c", b"d"]
+    shape = Shape(2, 3, labels, 3)
+    found = even_split(range(6), shape, costs(10, 10, 10, 12, 9, 1, trunk=8))
+    assert found == [[[0, 1, 2]], [[3, 4, 5]]]
+    assert lag(found, shape, costs(10, 10, 10, 12, 9, 1, trunk=8)) == pytest.approx(22 / 18)
+
+
+def test_a_group_is_divided_only_where_no_rank_has_room() -> None:
+    """Three groups of two, two ranks of three: the lightest group is cut, one of its pairs on each."""
+    labels = [b"a", b"a", b"b", b"b", b"c", b"c"]
+    found = even_split(range(6), Shape(2, 3, labels, 2), costs(9, 9, 8, 8, 5, 5))
+    assert found == [[[0, 1, 5]], [[2, 3, 4]]]
+
+
+def test_a_group_is_divided_inside_a_rank_only_where_no_micro_batch_has_room() -> None:
+    labels = [b"a", b"a", b"b", b"b", b"c", b"c"]
+    found = even_split(range(6), Shape(1, 3, labels, 2), costs(9, 9, 8, 8, 5, 5))
+    assert found == [[[0, 1, 4], [2, 3, 5]]]
+
+
+@st.composite
+def runs(draw: Any) -> dict[str, Any]:
+    count = draw(st.integers(1, 60))
+    group = draw(st.integers(1, 4))
+    return {
+        "ranks": draw(st.integers(1, 5)),
+        "settings": (draw(st.integers(1, 4)), draw(st.integers(1, 4))),
+        "seed": draw(st.integers(0, 99)),
+        "drop_last": draw(st.booleans()),
+        "labels": [b"%d" % draw(st.integers(0, 5)) for _ in range(count)] if group > 1 else None,
+        "group": group,
+        "costs": costs(*draw(st.lists(st.integers(0, 1000), min_size=count, max_size=count)), trunk=200),
+    }
+
+
+def samplers(run: dict[str, Any], with_costs: bool) -> list[PairBatchSampler]:
+    count = len(run["costs"].whole)
+    (per_device, accumulation), ranks = run["settings"], run["ranks"]
+    rest = (run["seed"], run["drop_last"], run["labels"], run["group"], run["costs"] if with_costs else None)
+    return [PairBatchSampler(count, per_device, accumulation, ranks, rank, *rest) for rank in range(ranks)]
+
+
+def by_step(all_ranks: list[PairBatchSampler], accumulation: int) -> list[list[list[list[int]]]]:
+    """By optimizer step, by rank: micro-batches."""
+    batches = [list(sampler) for sampler in all_ranks]
+    assert [len(of_rank) for of_rank in batches] == [len(sampler) for sampler in all_ranks]
+    assert len({len(of_rank) for of_rank in batches}) == 1  # equally many on all ranks
+    starts = range(0, len(batches[0]), accumulation)
+    return [[of_rank[start : start + accumulation] for of_rank in batches] for start in starts]
+
+
+def flat(split: list[list[list[int]]]) -> list[int]:
+    return [pair for rank in split for batch in rank for pair in batch]
+
+
+@settings(max_examples=300, deadline=None)
+@given(runs())
+def test_the_steps_are_the_plain_ones_and_ranks_are_nearer_to_each_other(run: dict[str, Any]) -> None:
+    per_device, accumulation = run["settings"]
+    even, plain = (by_step(samplers(run, with_costs), accumulation) for with_costs in (True, False))
+    assert even == by_step(samplers(run, True), accumulation)
+    assert len(even) == len(plain)
+    order = shuffled(len(run["costs"].whole), run["seed"], 0)
+    if run["labels"] is not None:
+        order = with_groups(order, run["labels"], run["group"])
+    shape = Shape(run["ranks"], per_device, run["labels"], run["group"])
+    for at, (mine, other) in enumerate(zip(even, plain, strict=True)):
+        size = per_device * accumulation * run["ranks"]
+        step = order[at * size : (at + 1) * size]
+        assert sorted(flat(mine)) == sorted(flat(other)) == sorted(step)
+        assert all(len(batch) <= per_device for rank in mine for batch in rank)
+        assert other == plain_split(step, shape)
+        if run["labels"] is None:
+            assert lag(mine, shape, run["costs"]) <= lag(other, shape, run["costs"])
+            for rank in mine:  # heaviest first
+                own = [int(run["costs"].whole[pair]) for batch in rank for pair in batch]
+                assert own == sorted(own, reverse=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(runs())
+def test_groups_are_divided_only_for_want_of_room(run: dict[str, Any]) -> None:
+    """At most one group is cut at each rank's end, as its room is filled; with rooms of whole groups, none."""
+    per_device, accumulation = run["settings"]
+    shape = Shape(run["ranks"], per_device, run["labels"], run["group"])
+    step = with_groups(range(len(run["costs"].whole)), run["labels"], run["group"]) if run["labels"] else []
+    step = step[: per_device * accumulation * run["ranks"]]
+    if not step:
+        return
+    units = shape.units(step)
+    found = even_split(step, shape, run["costs"])
+    rank_of = {pair: at for at, rank in enumerate(found) for batch in rank for pair in batch}
+    cut = sum(len({rank_of[pair] for pair in unit}) - 1 for unit in units)
+    assert cut < run["ranks"]
+    if len({len(unit) for unit in units}) == 1 and per_device % len(units[0]) == 0:
+        assert cut == 0
+        batch_of = {pair: (r, b) for r, rank in enumerate(found) for b, batch in enumerate(rank) for pair in batch}
+        assert all(len({batch_of[pair] for pair in unit}) == 1 for unit in units)
+    for batch in (batch for rank in found for batch in rank):  # what is together is adjacent
+        for unit in units:
+            places = [at for at, pair in enumerate(batch) if pair in unit]
+            assert all(b - a == 1 for a, b in itertools.pairwise(places))
+
+
+def test_another_epoch_another_order_and_no_costs_no_figures() -> None:
+    run = {"ranks": 2, "settings": (2, 2), "seed": 3, "drop_last": False, "labels": None, "group": 1}
+    run["costs"] = costs(*np.random.default_rng(0).integers(1, 500, 37).tolist())
+    first, second = samplers(run, True)
+    before = list(first)
+    first.set_epoch(1)
+    assert list(first) != before
+    first.set_epoch(0)
+    assert list(first) == before
+    found = first.lags(100)
+    assert found == second.lags(100)
+    assert found is not None
+    assert 1.0 <= found[0] < 1.1 < found[1]
+    assert samplers(run, False)[0].lags(100) is None
