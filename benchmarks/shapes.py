@@ -63,7 +63,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("1 tile", 1),
-        Shape("7 tiles", 7),
+        Shape("7 tiles", 7, steps=3),
         Shape("13 tiles", 13, steps=1),
         Shape("text only", 0),
         Shape("7 tiles, vocabulary 151k", 7, vocabulary=151_936, steps=1),
