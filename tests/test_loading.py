@@ -1,7 +1,9 @@
-"""What a loader saves itself: images decoded once for pairs of one prompt, runs of image tokens read at once."""
+"""What a loader saves itself: images decoded once for pairs of one prompt, runs of image tokens read at once,
+settings merged and endings of turns asked once."""
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from pathlib import Path
@@ -13,10 +15,12 @@ import torch
 from tests.tiny_models import noise_image, processor, tokenizer
 from tests.zoo import FAMILIES, Family
 from vlmpo import Message, PreferencePair
-from vlmpo.data import encode, trunks
+from vlmpo.data import encode, settings_memory, trunks
+from vlmpo.data.chat import ChatTemplate
 from vlmpo.data.encode import PairEncoder
 from vlmpo.data.image_runs import RunTokenizer, with_quick_runs
 from vlmpo.data.pixels import reads_alike
+from vlmpo.data.settings_memory import MergedSettings
 from vlmpo.errors import RecordError
 
 # ---- images are decoded once ----
@@ -189,3 +193,89 @@ def test_a_tokenizer_to_which_neighbours_matter_is_left_alone() -> None:
 
     own.tokenizer = Pairing(tokenizer(), tokenizer().convert_tokens_to_ids(IMAGE))
     assert not reads_alike(processor(), own)
+
+
+# ---- settings are merged once ----
+
+
+def test_settings_are_merged_as_the_processor_merges_them_and_once() -> None:
+    merged: list[Any] = []
+    own = processor()
+
+    def listening(*args: Any, **given: Any) -> Any:
+        merged.append(given)
+        return own._merge_kwargs(*args, **given)
+
+    kept = MergedSettings(listening)
+    asked = [{"images_kwargs": {"max_patches": tiles}, "return_tensors": "pt"} for tiles in (1, 2, 1, 2)]
+    for settings in asked:
+        found = kept(tokenizer_init_kwargs=own.tokenizer.init_kwargs, **settings)
+        assert found == own._merge_kwargs(tokenizer_init_kwargs=own.tokenizer.init_kwargs, **settings)
+        assert found["images_kwargs"]["max_patches"] == settings["images_kwargs"]["max_patches"]
+        found["images_kwargs"].clear()  # as processors do, which take out what they have read
+        del found["text_kwargs"]
+    assert len(merged) == 2
+
+
+def test_as_many_settings_as_tiles_are_kept() -> None:
+    asked: list[int] = []
+    kept = MergedSettings(lambda tiles, **_: asked.append(tiles) or {"tiles": tiles})
+    for tiles in (*range(settings_memory.KEPT + 1), settings_memory.KEPT):
+        assert kept(tiles) == {"tiles": tiles}
+    assert asked == [*range(settings_memory.KEPT + 1)]
+    assert len(kept._kept) <= settings_memory.KEPT
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.images], ids=lambda family: family.name)
+def test_families_merge_their_settings_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of two numbers of tiles, each twice; that their pixels are right is ``test_pixels``'s to say."""
+    encoder = PairEncoder(family.processor()).for_loader()
+    assert isinstance(encoder.processor._merge_kwargs, MergedSettings)
+    asked = [pair(noise_image(112, 40, seed), tiles=tiles) for seed, tiles in enumerate((1, 4, 1, 4))]
+    first = [encoder.encode(one) for one in asked]
+    monkeypatch.setattr(encoder.processor._merge_kwargs, "_merge", None)  # nothing is left to merge
+    sent = pickle.loads(pickle.dumps(encoder))
+    for encoded, one in zip(first, asked, strict=True):
+        again = sent.encode(one)
+        assert again.trunk_ids.tolist() == encoded.trunk_ids.tolist()
+        assert all(torch.equal(tensor, again.vision[name]) for name, tensor in encoded.vision.items())
+    assert "_merge_kwargs" not in vars(family.processor())  # the user's own is left as it was
+
+
+# ---- what the template writes after a response is asked once ----
+
+TAILED = (  # the end of a turn depends on the question
+    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}"
+    "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ messages[0]['content'][-1]['text'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_ends_turns_in_several_ways_is_read_by_each() -> None:
+    """Rendering alternates between endings, one of which is the end of another."""
+    own = copy.copy(processor())
+    own.chat_template = TAILED
+    kept = ChatTemplate(own)
+    for question in ("?", "", "? ?", " ?", "?"):
+        message = [Message("user", f"x{question}")]
+        found = kept.render(message, ["red", "7?"], "")
+        assert found == ChatTemplate(own).render(message, ["red", "7?"], "")
+        assert found.replies == ("red", "7?")
+        assert found.end_of_turn == f"x{question}<|im_end|>"
+
+
+def test_each_conversation_is_rendered_once_where_turns_end_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, rendered = ChatTemplate(processor()), []
+    plain = kept._apply
+
+    def listening(messages: Any, response: str | None, origin: str) -> str:
+        rendered.append(response)
+        return plain(messages, response, origin)
+
+    monkeypatch.setattr(kept, "_apply", listening)
+    kept.render([Message("user", "which?")], ["red", "blue"], "")
+    assert rendered == [None, "red", "blue"]
+    rendered.clear()
+    assert kept.render([Message("user", "which?")], [f"red{kept._tail}"], "").replies == (f"red{kept._tail}",)
+    assert rendered == [None, f"red{kept._tail}"]

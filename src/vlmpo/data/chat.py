@@ -69,6 +69,7 @@ class ChatTemplate:
         failures: list[Exception] = []
         for as_items in (True, False) if reads_images(self._processor) else (False, True):
             self._as_items = as_items
+            self._tail: str | None = None  # as last probed: nearly always the next conversation's too
             self._said: set[str] = set()
             self.notices: list[str] = []
             try:
@@ -106,12 +107,13 @@ class ChatTemplate:
         """
         messages = [self._turn(message.role, message.text) for message in prompt]
         given = self._apply(messages, None, origin)
-        _, probe, tail = self._apply(messages, PROBE, origin).rpartition(PROBE)
-        if not probe:
-            raise _lost("the chat template leaves responses out", origin)
+        whole = [self._apply(messages, response, origin) for response in responses]
+        tail = self._tail
+        if tail is None or any(not full.endswith(text + tail) for full, text in zip(whole, responses, strict=True)):
+            tail = self._tail = self._probed_tail(messages, origin)
         replies = []
-        for response in responses:
-            head, reply = self._locate(self._apply(messages, response, origin), response, tail, origin)
+        for response, full in zip(responses, whole, strict=True):
+            head, reply = self._locate(full, response, tail, origin)
             if (head + reply).startswith(given):
                 self._tell_lead(head[len(given) :])
                 replies.append((head + reply)[len(given) :])
@@ -119,6 +121,13 @@ class ChatTemplate:
                 self._tell_difference(given, head)
                 replies.append(reply)
         return Rendering(given, tuple(replies), self._end_of_turn(tail))
+
+    def _probed_tail(self, messages: list[dict[str, Any]], origin: str) -> str:
+        """What the template writes after a response to ``messages``."""
+        _, probe, tail = self._apply(messages, PROBE, origin).rpartition(PROBE)
+        if not probe:
+            raise _lost("the chat template leaves responses out", origin)
+        return tail
 
     def _apply(self, messages: list[dict[str, Any]], response: str | None, origin: str) -> str:
         """The conversation as text: up to where the model answers, or with ``response`` as its answer."""

@@ -51,14 +51,15 @@ class RunTokenizer:
         if not lengths:
             return None
         encoded = self._tokenizer([short], **{**settings, "return_tensors": None})
-        ids = np.asarray(encoded["input_ids"][0])
+        read = {name: np.asarray(values) for name, values in encoded.items()}  # [1, tokens] each
+        ids = read["input_ids"]
         at = np.flatnonzero(ids == self._token_id)
-        if len(at) != len(lengths) or any(np.shape(values) != (1, len(ids)) for values in encoded.values()):
+        if len(at) != len(lengths) or any(values.shape != ids.shape for values in read.values()):
             return None
-        times: NDArray[np.int64] = np.ones(len(ids), dtype=np.int64)
+        times: NDArray[np.int64] = np.ones(ids.size, dtype=np.int64)
         times[at] = lengths
         kind = settings.get("return_tensors")
-        written = {name: np.repeat(np.asarray(values[0]), times)[None] for name, values in encoded.items()}
+        written = {name: np.repeat(values, times, axis=1) for name, values in read.items()}
         if kind is None:
             return BatchEncoding({name: values.tolist() for name, values in written.items()})
         return BatchEncoding(written, tensor_type=kind)

@@ -27,8 +27,8 @@ from vlmpo.data.processors import image_token, reads_images
 from vlmpo.errors import ModelError
 
 _PIXELS, _MASK, _SIZES, _COUNTS = "pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images"
-# The image processor's keywords that leave its last step out.
-AS_BYTES = {"do_rescale": False, "do_normalize": False}
+# The image processor's keywords that leave its last step out, and a conversion that ``open_image`` has already done.
+AS_BYTES = {"do_rescale": False, "do_normalize": False, "do_convert_rgb": False}
 # Width and height of the probes, several of which make one prompt: other grids, other padding. The last one is black.
 _PROBES = (((96, 32),), ((32, 96), (64, 64), (48, 32)))
 

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmpo.tree.vision import merge_vision
@@ -227,33 +229,33 @@ class Row:
 def build_row(trees: Sequence[PromptTree]) -> Row:
     """Lay ``trees`` out behind one another in one row."""
     ids: list[Tensor] = []
-    positions: list[Tensor] = []
-    predictors: list[Tensor] = []
-    branch_of: list[Tensor] = []
+    positions: list[NDArray[np.int64]] = []  # numpy: quicker than torch with a few numbers
+    predictors: list[NDArray[np.int64]] = []
+    branch_of: list[NDArray[np.int64]] = []
     spans: list[TreeSpan] = []
     start = num_branches = 0
     for tree in trees:
         trunk = tree.trunk_ids.numel()
         lengths = tuple(branch.numel() for branch in tree.branches)
         ids += [tree.trunk_ids, *tree.branches]
-        positions.append(torch.arange(trunk))
+        positions.append(np.arange(trunk))
         spans.append(TreeSpan(start, trunk, lengths))
         at = start + trunk
         for length in lengths:
-            positions.append(torch.arange(trunk, trunk + length))
+            positions.append(np.arange(trunk, trunk + length))
             # The first token of EVERY branch is predicted from the trunk's last position, the others from their own.
-            predictors += [torch.tensor([start + trunk - 1]), torch.arange(at, at + length - 1)]
-            branch_of.append(torch.full((length,), num_branches))
+            predictors += [np.array([start + trunk - 1]), np.arange(at, at + length - 1)]
+            branch_of.append(np.full(length, num_branches))
             at += length
             num_branches += 1
         start = at
     return Row(
         input_ids=torch.cat(ids)[None],
-        position_ids=torch.cat(positions)[None],
+        position_ids=torch.from_numpy(np.concatenate(positions))[None],
         layout=RowLayout(tuple(spans)),
-        predictors=torch.cat(predictors),
+        predictors=torch.from_numpy(np.concatenate(predictors)),
         targets=torch.cat([branch for tree in trees for branch in tree.branches]),
-        branch_of=torch.cat(branch_of),
+        branch_of=torch.from_numpy(np.concatenate(branch_of)),
         num_branches=num_branches,
         vision=merge_vision([tree.vision for tree in trees]),
         token_types=_token_types(trees),
