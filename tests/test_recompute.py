@@ -275,3 +275,17 @@ def test_a_block_whose_forward_is_wrapped_is_left_alone() -> None:
     expected = block(x)
     prepare(block)
     assert torch.equal(block(x), expected)
+
+
+def test_a_forward_without_a_backward_leaves_nothing_in_memory() -> None:
+    """What is kept for it goes with its result: also an operation's own output, as a softmax keeps it."""
+    block = nn.Sequential(gated(), nn.Softmax(dim=-1), nn.Linear(HIDDEN, INNER), nn.GELU(), nn.Linear(INNER, HIDDEN))
+    prepare(block)
+    inner: list[StorageWeakRef] = []
+    for module in block.modules():
+        module.register_forward_hook(lambda module, args, y: inner.append(StorageWeakRef(y.untyped_storage())))
+    with recomputing(block):
+        y = block(torch.randn(1, TOKENS, HIDDEN))
+    assert not all(storage.expired() for storage in inner)
+    del y
+    assert all(storage.expired() for storage in inner)

@@ -155,7 +155,10 @@ def recomputing(model: Any) -> Iterator[None]:
 
     def pack(tensor: Tensor) -> tuple[Tensor, int] | tuple[_Recipe, torch.Size]:
         recipe = recipes.get(tensor.data_ptr())
-        return (recipe, tensor.shape) if recipe is not None and recipe.gives(tensor) else (tensor, tensor._version)
+        if recipe is not None and recipe.gives(tensor):
+            return recipe, tensor.shape
+        # An operation's own output would hold the operation, and that its output: never freed without a backward pass.
+        return tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
 
     def unpack(kept: Any) -> Tensor:
         what, how = kept
