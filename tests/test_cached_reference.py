@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from tests.test_run import call, checkpoint, records, write_data, write_recipe  # noqa: F401  a fixture
 from tests.tiny_models import model as tiny_model
@@ -20,6 +22,7 @@ from vlmpo.train.batching import branch_keys, lay_out
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import PromptTree
+from vlmpo.tree.loading import load_model
 
 TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
 
@@ -65,7 +68,7 @@ def test_separate_rows_keep_log_probs_of_their_own(tmp_path: Path) -> None:
     same_lines(tmp_path / "again", tmp_path / "separate", 1e-6)
 
 
-@pytest.mark.parametrize("what", ["weights", "response", "question", "pixel", "precision"])
+@pytest.mark.parametrize("what", ["weights", "response", "question", "pixel", "precision", "config"])
 def test_whatever_decides_a_log_prob_is_in_its_key(tmp_path: Path, what: str) -> None:
     """One thing changes: what it touches is computed anew, and nothing else is."""
     data = pairs(3)
@@ -77,6 +80,9 @@ def test_whatever_decides_a_log_prob_is_in_its_key(tmp_path: Path, what: str) ->
         with torch.no_grad():
             other.lm_head.weight[5, 3] += 1e-3
         settings["model"] = other
+    elif what == "config":
+        settings["model"] = tiny_model()
+        settings["model"].config.text_config.rms_norm_eps = 1e-4
     elif what == "precision":
         settings["bf16"] = True
     elif what == "response":
@@ -187,6 +193,52 @@ def test_the_first_epoch_fills_and_the_second_needs_no_model(
     again = call("train", recipe(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "again")}))
     assert again.exit_code == 0, again.output
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_model_that_is_let_go_is_not_in_memory(tmp_path: Path, checkpoint: Path, given: bool) -> None:  # noqa: F811
+    reference = {"ref_model": load_model(str(checkpoint))} if given else {}
+    run = cached(tmp_path, pairs(4), "run", model=load_model(str(checkpoint)), **reference)
+    reference.clear()
+    first = weakref.ref(run.reference.model.model)
+    run.train()
+    assert run.reference.model is None
+    assert first() is None
+    again = weakref.ref(run.reference.load().model)  # for pairs that were not among them
+    assert again() is not None
+    run.reference.let_go()
+    assert again() is None
+
+
+def test_an_evaluation_leaves_no_model_in_the_next_epoch(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+    seen: list[tuple[float, bool]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append((state.epoch, run.reference.model is not None))
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append((state.epoch, run.reference.model is not None))
+
+    settings: dict[str, Any] = {"num_train_epochs": 2, "eval_strategy": "epoch", "eval_dataset": pairs(2, first=50)}
+    run = cached(tmp_path, pairs(4), "run", model=load_model(str(checkpoint)), callbacks=[Watch()], **settings)
+    run.train()
+    assert seen == [(0.5, True), (1.0, True), (1.0, True), (1.5, False), (2.0, False), (2.0, False)]
+
+
+def test_a_note_that_cannot_be_written_stops_no_run(
+    tmp_path: Path,
+    checkpoint: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_data(tmp_path, records(4))
+    monkeypatch.setattr("vlmpo.train.cached_reference.replace_json", full)
+    result = call("train", recipe(tmp_path, checkpoint))
+    assert result.exit_code == 0, result.output
+    assert "No space left" in result.output
 
 
 def test_an_image_that_changed_is_read_anew(tmp_path: Path, checkpoint: Path, monkeypatch: Any) -> None:  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -204,3 +205,87 @@ def test_nothing_is_computed_again_without_gradient_or_under_gradient_checkpoint
         assert recompute._recipes.get() is None
     gradients(block, x)
     assert kept.again
+
+
+def test_what_is_kept_as_it_is_may_not_change_either() -> None:
+    """Autograd leaves its own check to the hooks: without one here, gradients would be silently wrong."""
+    linear = nn.Linear(HIDDEN, HIDDEN)
+    with recomputing(linear):
+        y = linear(torch.randn(TOKENS, HIDDEN)).exp()
+        z = y * y
+    with torch.no_grad():
+        y.add_(1.0)
+    with pytest.raises(RuntimeError, match="in place"):
+        z.sum().backward()
+
+
+def test_an_activation_that_somebody_else_changes_is_what_it_was_changed_to(kept: Kept) -> None:
+    block = gated()
+    block.act_fn.register_forward_hook(lambda module, args, output: output * 2.0)
+    x = torch.randn(1, TOKENS, HIDDEN)
+    plain = gradients(block, x)
+    prepare(block)
+    mine = gradients(block, x)
+    assert kept.again == []
+    for one, other in zip(mine, plain, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_is_computed_again_under_the_forwards_autocast(kept: Kept) -> None:
+    """As ``gelu_new`` on CUDA, whose ``pow`` autocast runs in float32: here a step that it runs in bfloat16."""
+
+    class Stepwise(nn.GELU):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.gelu(input.float() @ torch.eye(INNER))
+
+    block = gated()
+    block.act_fn = Stepwise()
+    x = torch.randn(1, TOKENS, HIDDEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = block(x)
+    expected = torch.autograd.grad(plain.float().square().sum(), list(block.parameters()))
+    prepare(block)
+    with torch.autocast("cpu", torch.bfloat16), recomputing(block):
+        y = block(x)
+    mine = torch.autograd.grad(y.float().square().sum(), list(block.parameters()))
+    assert len(kept.again) == 2
+    for one, other in zip(mine, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_block_without_source_is_left_alone() -> None:
+    """Such as one of a notebook's cell, or compiled."""
+    space: dict[str, Any] = {"Qwen2MLP": Qwen2MLP}
+    exec("class Block(Qwen2MLP):\n    def forward(self, x):\n        return self.down_proj(x)", space)
+    block = space["Block"](Qwen2Config(hidden_size=HIDDEN, intermediate_size=INNER))
+    prepare(block)
+    assert "forward" not in block.__dict__
+
+
+def test_a_block_whose_forward_is_wrapped_is_left_alone() -> None:
+    """The source shown would be that of what is wrapped."""
+
+    class Doubled(Qwen2MLP):
+        @functools.wraps(Qwen2MLP.forward)
+        def forward(self, x: Tensor) -> Tensor:
+            return 2.0 * Qwen2MLP.forward(self, x)
+
+    block = Doubled(Qwen2Config(hidden_size=HIDDEN, intermediate_size=INNER))
+    x = torch.randn(1, TOKENS, HIDDEN)
+    expected = block(x)
+    prepare(block)
+    assert torch.equal(block(x), expected)
+
+
+def test_a_forward_without_a_backward_leaves_nothing_in_memory() -> None:
+    """What is kept for it goes with its result: also an operation's own output, as a softmax keeps it."""
+    block = nn.Sequential(gated(), nn.Softmax(dim=-1), nn.Linear(HIDDEN, INNER), nn.GELU(), nn.Linear(INNER, HIDDEN))
+    prepare(block)
+    inner: list[StorageWeakRef] = []
+    for module in block.modules():
+        module.register_forward_hook(lambda module, args, y: inner.append(StorageWeakRef(y.untyped_storage())))
+    with recomputing(block):
+        y = block(torch.randn(1, TOKENS, HIDDEN))
+    assert not all(storage.expired() for storage in inner)
+    del y
+    assert all(storage.expired() for storage in inner)

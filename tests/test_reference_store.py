@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from tests.paths import REPO
 from vlmpo.errors import RunError
+from vlmpo.files import replace_json
 from vlmpo.train.reference_store import ENTRY, MAGIC, ReferenceStore, Scored, _checksums, content_key
 
 
@@ -158,3 +160,51 @@ def test_a_million_entries_are_found(tmp_path: Path) -> None:
     assert [store.get(entries["key"][n].tobytes()) for n in (0, 77, 999_999)] == [
         Scored(float(n), 0) for n in (0, 77, 999_999)
     ]
+
+
+def test_damage_is_counted_once(tmp_path: Path) -> None:
+    ReferenceStore(tmp_path).put(keys(3), values(3))
+    content = bytearray(shards(tmp_path)[0].read_bytes())
+    content[40] ^= 1
+    shards(tmp_path)[0].write_bytes(content)
+    store = ReferenceStore(tmp_path)
+    store.refresh()
+    assert store.damaged == 1
+
+
+def test_a_disk_that_does_not_sync_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ReferenceStore(tmp_path)
+    store.put(keys(1), values(1))
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"reference\.cache_dir: .*No space left"):
+        store.sync()
+
+
+def test_two_who_write_one_file_at_once_both_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two runs do that note the same data set as complete."""
+    note = tmp_path / "note.json"
+    real = os.replace
+
+    def late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", real)
+        replace_json(note, {"by": "the other"})
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    replace_json(note, {"by": "one"})
+    assert json.loads(note.read_text()) == {"by": "one"}
+    assert list(tmp_path.iterdir()) == [note]
+
+
+def test_a_disk_that_is_full_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_json(tmp_path / "note.json", {})
+    assert list(tmp_path.iterdir()) == []

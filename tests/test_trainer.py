@@ -12,7 +12,8 @@ from peft import LoraConfig
 
 from tests.tiny_models import model as tiny_model
 from tests.tiny_models import processor, random_pair
-from tests.training import Gradients, flat_weights, logged, pairs, relative, trainer
+from tests.training import Gradients, config, flat_weights, logged, pairs, relative, trainer
+from vlmpo import MPOTrainer
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import build_row
@@ -363,3 +364,15 @@ def test_start_up_check_falls_back_where_shared_rows_are_wrong(
     for mine, other in zip(logged(tmp_path / "fallen"), logged(tmp_path / "separate"), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
     assert relative(flat_weights(fallen.model), flat_weights(separate.model)) < 1e-6
+
+
+def test_one_process_uses_one_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not all of them by DataParallel, whose replicas would each read all rows."""
+    settings = config(tmp_path)
+    settings._n_gpu = 3  # as on a machine with three, without torchrun
+    run = MPOTrainer(model=tiny_model(), args=settings, train_dataset=pairs(2), processing_class=processor())
+    run.train()
+    assert not isinstance(run.model_wrapped, torch.nn.DataParallel)
+    assert "one of 3 GPUs is used; to use all, start with torchrun --nproc_per_node 3" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put ``text`` (UTF-8) in the place of ``path`` in one move: a kill leaves the old file or the new one."""
+    """Put ``text`` (UTF-8) in the place of ``path`` in one move: a kill leaves the old file or the new one.
+
+    So do two who write at once: each has a partial file of its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    # Half a surrogate pair has no UTF-8; its escape is what JSON writes for it.
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        # Half a surrogate pair has no UTF-8; its escape is what JSON writes for it.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def replace_json(path: Path, value: Any) -> None:

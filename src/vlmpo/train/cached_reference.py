@@ -1,13 +1,15 @@
 """The reference by what it said before: log-probs from a store on disk, a model only for what is not in it yet.
 
-Whatever decides a log-prob is in its key: the reference's weights, the token ids, the image as the model reads it (its
-pixels after the processor, so the file's bytes and the processor's settings too), the precision, and whether trunks are
-shared. A key that does not match is computed anew, never trusted. Once a whole epoch is in the store the model is let
-go; a run that finds its data set complete from an earlier one does not load a model at all.
+Whatever decides a log-prob is in its key: the reference's weights and config (a rope scaling is no weight), the token
+ids, the image as the model reads it (its pixels after the processor, so the file's bytes and the processor's settings
+too), the precision, and whether trunks are shared. A key that does not match is computed anew, never trusted. Once a
+whole epoch is in the store the model is let go; a run that finds its data set complete from an earlier one does not
+load a model at all.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,13 +38,19 @@ if TYPE_CHECKING:
     from vlmpo.train.trainer import MPOTrainer
 
 
+# Of a config, what decides no log-prob: where the model is from, how it is stored, how it generates.
+_IDLE_SETTINGS = frozenset(
+    {"architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"}
+)
+
+
 class CachedReference:
     """Answers from a store, and from a model where the store has no answer.
 
     Args:
         store: the log-probs.
         weights: hash of the reference's weights.
-        reading: how log-probs are read at present (precision, shared trunks): part of every key.
+        reading: how log-probs are read at present (config, precision, shared trunks): part of every key.
         build: makes the model; called when it is first needed.
         agree: whether some rank says yes: where passes are shared by ranks, all read what one of them lacks.
 
@@ -93,8 +101,9 @@ class CachedReference:
 
     def let_go(self) -> None:
         """Free the model's memory, where it can be had again for what is lacking after that."""
-        if not self._stays:
+        if not self._stays and self._model is not None:
             self._model = None
+            gc.collect()  # its modules hold methods bound to themselves: without this it is freed at some later time
 
     def context(self) -> bytes:
         """What every key starts from."""
@@ -140,11 +149,15 @@ class Completeness:
     Args:
         trainer: its data set and settings name what is complete.
         reference: of the trainer.
+
+    Attributes:
+        here: whether this process has seen the training data complete.
     """
 
     def __init__(self, trainer: MPOTrainer, reference: CachedReference) -> None:
         self._trainer = trainer
         self._reference = reference
+        self.here = False
 
     def _note(self) -> Path | None:
         """Where it is noted; None for a data set that cannot be told from another without reading it."""
@@ -167,14 +180,28 @@ class Completeness:
         store.sync()
         trainer.accelerator.wait_for_everyone()
         store.refresh()
-        note = self._note()
-        if note is not None and trainer.accelerator.is_main_process:
-            replace_json(note, {"pairs": len(trainer.train_dataset)})
+        if trainer.accelerator.is_main_process:
+            self._write_note()
+        self.here = True
         had_model = self._reference.model is not None
         self._reference.let_go()
         if had_model and self._reference.model is None:
             told = f"{store.damaged} damaged entries were computed anew; " if store.damaged else ""
             notice(f"reference: its log-probs of all pairs are in {store.folder}; {told}the model is let go")
+
+    def _write_note(self) -> None:
+        note = self._note()
+        if note is None or note.is_file():
+            return
+        try:
+            replace_json(note, {"pairs": len(self._trainer.train_dataset)})
+        except OSError as error:
+            notice(f"reference.cache_dir: {note} cannot be written ({error}); the next run will load the reference")
+
+    def between_epochs(self) -> None:
+        """Let the model go again, where an evaluation had it loaded after training needed it no more."""
+        if self.here:
+            self._reference.let_go()
 
 
 class EpochWatch(TrainerCallback):
@@ -191,11 +218,25 @@ class EpochWatch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A run resumed in mid-epoch has not read what came before."""
         self._from_its_start = float(state.epoch or 0.0).is_integer()
+        self._completeness.between_epochs()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called as well where the steps end before the epoch does."""
         if self._from_its_start and float(state.epoch).is_integer() and not args.dataloader_drop_last:
             self._completeness.reached()
+
+
+def config_hash(config: Any) -> str:
+    """Tells the function that a model computes with its weights from another's; the same for a copy saved elsewhere."""
+
+    def deciding(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {str(name): part for name, part in value.items() if name not in _IDLE_SETTINGS}
+            return {name: deciding(part) for name, part in kept.items() if not name.startswith("_")}
+        return [deciding(part) for part in value] if isinstance(value, list | tuple) else value
+
+    told = json.dumps(deciding(config.to_dict()), sort_keys=True, default=str)
+    return content_key(told.encode()).hex()
 
 
 def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[], Reference]) -> CachedReference:
@@ -210,10 +251,13 @@ def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[]
     # Pixels may come as bytes: what is then done to them decides as they do.
     pixels = trainer.loader_encoder.pixel_scale
     precision = f"{next(source.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type} {pixels}"
+    config = config_hash(source.config)
     name = None if is_peft(trainer.model if given is None else given) else getattr(source.config, "_name_or_path", None)
 
-    def again() -> Reference:
-        model = freeze(load_model(str(name), str(source.dtype).removeprefix("torch.")), trainer.shared)
+    dtype = str(source.dtype).removeprefix("torch.")
+
+    def again() -> Reference:  # holds no model
+        model = freeze(load_model(str(name), dtype), trainer.shared)
         return CopyReference(prepare_frozen(trainer.accelerator, model))
 
     def agree(lacking: bool) -> bool:
@@ -225,12 +269,13 @@ def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[]
     found = CachedReference(
         store=ReferenceStore(args.reference_cache_dir or cache_folder() / "reference"),
         weights=weights_hash(source, None) if first is None else first.weights_hash(),
-        reading=lambda: f"{precision} shared={trainer.shared}",
+        reading=lambda: f"{precision} shared={trainer.shared} config={config}",
         build=again,
         agree=agree,
     )
     completeness = Completeness(trainer, found)
-    if first is not None or not completeness.known():
+    # Ranks that load a model to share its passes do so together, or none of them does.
+    if first is not None or agree(not completeness.known()):
         found.start_with(first or online(), stays=first is not None)
     trainer.add_callback(EpochWatch(completeness))
     return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.train.progress import notice
 from vlmpo.train.reference import base_of
 from vlmpo.train.sharding import gathered, passes_are_shared, settle, whole_state_dict
 from vlmpo.tree.recompute import keep_all
@@ -23,7 +24,13 @@ class RanksTrainer(Trainer):
     """transformers' Trainer with exact sums over ranks, and a sharded model that is saved whole."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As transformers has it; refuses wrappers that cannot be exact."""
+        """As transformers has it; refuses wrappers that cannot be exact, and has one process use one GPU."""
+        if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
+            notice(
+                f"one of {self.args.n_gpu} GPUs is used; to use all, start with "
+                f"torchrun --nproc_per_node {self.args.n_gpu} (docs/ranks.md)"
+            )
+            self.args._n_gpu = 1
         super().create_accelerator_and_postprocess()
         settle(self.accelerator, self.model)
         if passes_are_shared(self.accelerator):

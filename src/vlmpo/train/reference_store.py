@@ -54,7 +54,7 @@ class ReferenceStore:
         folder: made where it does not exist; may be shared by runs and ranks.
 
     Attributes:
-        damaged: entries that were left out because their checksum did not fit.
+        damaged: entries that were left out because their checksum did not fit, at the last reading.
 
     Raises:
         RunError: the folder cannot be made, or holds a shard of another format.
@@ -74,6 +74,7 @@ class ReferenceStore:
 
     def refresh(self) -> None:
         """Read what all processes have written by now."""
+        self.damaged = 0
         parts = [self._read(path) for path in sorted(self.folder.glob("shard-*.bin")) if path != self._path]
         entries = np.concatenate(parts) if parts else np.empty(0, ENTRY)
         heads = _heads(entries)
@@ -144,9 +145,17 @@ class ReferenceStore:
         self._path = self.folder / f"shard-{uuid.uuid4().hex}.bin"
 
     def sync(self) -> None:
-        """Have what was written survive the end of the machine as well."""
-        if self._file is not None:
+        """Have what was written survive the end of the machine as well.
+
+        Raises:
+            RunError: the disk did not take all of it.
+        """
+        if self._file is None:
+            return
+        try:
             os.fsync(self._file)
+        except OSError as error:
+            raise RunError(f"reference.cache_dir: {self._path} cannot be written ({error})") from error
 
 
 def _heads(entries: NDArray[np.void]) -> NDArray[np.uint64]:

@@ -118,7 +118,10 @@ def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
         return _deepspeed_engine(accelerator, model)
     if accelerator.distributed_type == DistributedType.FSDP:
         return shard(accelerator, model)
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+    # accelerate would hold on to it as to a model in training: in memory for good, and written with saved states.
+    accelerator._models[:] = [other for other in accelerator._models if other is not prepared]
+    return prepared
 
 
 def shard(accelerator: Any, model: nn.Module) -> nn.Module:

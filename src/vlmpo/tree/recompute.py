@@ -39,6 +39,7 @@ class _Recipe:
         self._compute = compute
         self._inputs = tuple(tensor.detach() for tensor in inputs)
         self._versions = [tensor._version for tensor in self._inputs]
+        self._autocast = _autocast_of(result.device.type)
 
     def gives(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is the result as it was, in whatever shape."""
@@ -55,10 +56,30 @@ class _Recipe:
 
     def again(self, shape: torch.Size) -> Tensor:
         """The result, computed anew."""
-        if [tensor._version for tensor in self._inputs] != self._versions:
-            raise RuntimeError("an activation's input was changed in place before the backward pass")
-        with torch.no_grad(), torch.autocast(self._inputs[0].device.type, enabled=False):
+        for tensor, version in zip(self._inputs, self._versions, strict=True):
+            _refuse_if_changed(tensor, version)
+        # Some activations have steps that autocast runs in float32: they must now as well.
+        with torch.no_grad(), torch.autocast(**self._autocast):
             return self._compute(*self._inputs).view(shape)
+
+
+def _autocast_of(device: str) -> dict[str, Any]:
+    """Arguments of ``torch.autocast`` that make it what it is now."""
+    return {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
+
+
+def _refuse_if_changed(tensor: Tensor, version: int) -> None:
+    """Autograd's own check of what it keeps, which it leaves to the hooks where there are some."""
+    if tensor._version != version:
+        raise RuntimeError(
+            f"one of the variables needed for gradient computation, {tuple(tensor.shape)} {tensor.dtype}, was changed "
+            "in place before the backward pass"
+        )
 
 
 _recipes: ContextVar[dict[int, _Recipe] | None] = ContextVar("recipes", default=None)
@@ -71,13 +92,22 @@ def note(result: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Non
         recipes[result.data_ptr()] = _Recipe(result, compute, inputs)
 
 
+def _is_known(result: Tensor) -> bool:
+    """Whether somebody was told how ``result`` came about."""
+    recipe = (_recipes.get() or {}).get(result.data_ptr())
+    return recipe is not None and recipe.gives(result)
+
+
 def prepare(model: nn.Module) -> None:
-    """Have the MLP blocks of ``model`` tell how their activations come about. Harmless when done twice."""
+    """Have the MLP blocks of ``model`` tell how their activations come about. Harmless when done twice.
+
+    Other hooks may change what an activation gives: ours is the first, and sees what the module itself computed.
+    """
     for module in model.modules():
         if isinstance(module, _ACTIVATIONS):
             if not hasattr(module, "_vlmpo_notes"):
                 module._vlmpo_notes = True  # type: ignore[assignment]
-                module.register_forward_hook(_after_activation)
+                module.register_forward_hook(_after_activation, prepend=True)
         elif "forward" not in module.__dict__ and _is_gated(module):
             module.forward = types.MethodType(_gated_forward, module)
 
@@ -91,7 +121,13 @@ def _is_gated(module: nn.Module) -> bool:
     """Whether the block's forward is, word for word, what :func:`_gated_forward` computes."""
     if not all(hasattr(module, part) for part in _PARTS) or not isinstance(module.act_fn, _ACTIVATIONS):
         return False
-    source = " ".join(inspect.getsource(type(module).forward).split())
+    forward = type(module).forward
+    if hasattr(forward, "__wrapped__"):
+        return False  # its source would be that of what is wrapped
+    try:
+        source = " ".join(inspect.getsource(forward).split())
+    except (OSError, TypeError):  # compiled, or made by exec
+        return False
     return _GATED.fullmatch(source) is not None
 
 
@@ -100,8 +136,9 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
     activated = self.act_fn(gate)
     up = self.up_proj(x)
     product = activated * up
-    activation = self.act_fn.forward
-    note(product, lambda gate, up: activation(gate) * up, gate, up)
+    if _is_known(activated):
+        activation = self.act_fn.forward
+        note(product, lambda gate, up: activation(gate) * up, gate, up)
     return self.down_proj(product)
 
 
@@ -116,12 +153,19 @@ def recomputing(model: Any) -> Iterator[None]:
         return
     recipes: dict[int, _Recipe] = {}
 
-    def pack(tensor: Tensor) -> Tensor | tuple[_Recipe, torch.Size]:
+    def pack(tensor: Tensor) -> tuple[Tensor, int] | tuple[_Recipe, torch.Size]:
         recipe = recipes.get(tensor.data_ptr())
-        return (recipe, tensor.shape) if recipe is not None and recipe.gives(tensor) else tensor
+        if recipe is not None and recipe.gives(tensor):
+            return recipe, tensor.shape
+        # An operation's own output would hold the operation, and that its output: never freed without a backward pass.
+        return tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
 
-    def unpack(kept: Tensor | tuple[_Recipe, torch.Size]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept[0].again(kept[1])
+    def unpack(kept: Any) -> Tensor:
+        what, how = kept
+        if isinstance(what, _Recipe):
+            return what.again(how)
+        _refuse_if_changed(what, how)
+        return what
 
     token = _recipes.set(recipes)
     try:
