@@ -13,12 +13,20 @@ from peft import LoraConfig
 from tests.tiny_models import model as tiny_model
 from tests.tiny_models import processor, random_pair
 from tests.training import Gradients, config, flat_weights, logged, pairs, relative, trainer
-from vlmpo import MPOTrainer
+from vlmpo import MPOConfig, MPOTrainer
 from vlmpo.errors import RecipeError, RecordError
+from vlmpo.train.config import row_tokens
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import build_row
 
 START = 0.8 * math.log(2) + 0.2 * 2 * math.log(2)
+
+
+def test_rows_are_bounded_by_what_suits_the_device(tmp_path):
+    assert MPOConfig(str(tmp_path), use_cpu=True).max_tokens_per_row == 1536
+    assert MPOConfig(str(tmp_path), use_cpu=True, max_tokens_per_row=90).max_tokens_per_row == 90
+    assert MPOConfig(str(tmp_path), use_cpu=True, max_tokens_per_row=None).max_tokens_per_row is None
+    assert row_tokens("cuda") == 16384
 
 
 def test_first_step_is_exactly_the_expected_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

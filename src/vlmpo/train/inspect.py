@@ -22,7 +22,7 @@ from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
-from vlmpo.train.config import MPOConfig
+from vlmpo.train.config import MPOConfig, row_tokens
 from vlmpo.train.run import load_processor
 from vlmpo.train.run_data import RunData, open_run_data
 from vlmpo.tree.families import support_for
@@ -355,7 +355,11 @@ def _whole(recipe: Recipe, name: str) -> int:
 
 
 def _row_bound(recipe: Recipe) -> int | None:
-    unbounded = recipe.training.get("max_tokens_per_row", 0) is None
+    """As the recipe has it, else what suits the machine this is asked on."""
+    if "max_tokens_per_row" not in recipe.training:
+        here = torch.accelerator.is_available() and not recipe.training.get("use_cpu")
+        return row_tokens("accelerator" if here else "cpu")
+    unbounded = recipe.training["max_tokens_per_row"] is None
     return None if unbounded else _whole(recipe, "max_tokens_per_row")
 
 
