@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 the recipe, the data or the arguments are at fault (one me
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -204,6 +205,7 @@ def _exit_codes() -> Iterator[None]:
     """Turn what a stage raises into its message and exit code."""
     try:
         yield
+        _leave_ranks()
     except VlmpoError as error:
         _complain(error)
         raise typer.Exit(2) from None
@@ -214,6 +216,16 @@ def _exit_codes() -> Iterator[None]:
     except Exception:
         traceback.print_exc()
         raise typer.Exit(1) from None
+
+
+def _leave_ranks() -> None:
+    """End the process group, if this is a rank: left to the interpreter's end, its threads may abort the process.
+
+    The launcher would then end the first rank, which may still be writing the model.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _complain(error: VlmpoError) -> None:
