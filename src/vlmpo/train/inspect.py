@@ -130,9 +130,9 @@ def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> N
     show_sizes(console, found)
     shared = is_shared(recipe)
     show_plan(console, plan_steps(recipe, len(found.data.train), found.sizes, shared))
-    remark = room_for_groups(recipe.data.group_by_prompt, _whole(recipe, "per_device_train_batch_size"))
-    if remark is not None:
-        print_line(console, f"note: {remark}", style="yellow")
+    too_small = room_for_groups(recipe.data.group_by_prompt, _whole(recipe, "per_device_train_batch_size"))
+    if too_small is not None:
+        print_line(console, f"note: {too_small}", style="yellow")
     if shared and found.sizes:
         print_line(console, row_line(_row_bound(recipe), max(size.shared for size in found.sizes)))
 
