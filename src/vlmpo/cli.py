@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the recipe, the data or the arguments are at fault (one me
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -219,13 +220,16 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _leave_ranks() -> None:
-    """End the process group, if this is a rank: left to the interpreter's end, its threads may abort the process.
+    """End the process group, if this is a rank, and wait for its threads.
 
-    The launcher would then end the first rank, which may still be writing the model.
+    One of gloo's that lets go of a tensor while the interpreter ends aborts the process, and the launcher then ends the
+    first rank, which may still be writing the model. The threads are joined once nothing holds the group: models under
+    DDP do, and trainers are rings of references.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        gc.collect()
 
 
 def _complain(error: VlmpoError) -> None:
