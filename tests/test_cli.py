@@ -163,7 +163,7 @@ def test_every_make_target_in_the_readme_exists():
 
 
 def test_a_rank_leaves_its_group_at_the_end(tmp_path):
-    """Left to the interpreter's end, gloo's threads abort the process now and then."""
+    """Otherwise gloo's threads abort the process now and then, as the interpreter ends."""
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -6,7 +6,6 @@ Exit codes: 0 done; 2 the recipe, the data or the arguments are at fault (one me
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import time
@@ -38,6 +37,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Dotted overrides, e.g. loss.beta=0.2", show_default=False),
 ]
+
+_THREADS_END = 0.5  # seconds
 
 
 class Dtype(StrEnum):
@@ -220,16 +221,17 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _leave_ranks() -> None:
-    """End the process group, if this is a rank, and wait for its threads.
+    """End the process group, if this is a rank.
 
-    One of gloo's that lets go of a tensor while the interpreter ends aborts the process, and the launcher then ends the
-    first rank, which may still be writing the model. The threads are joined once nothing holds the group: models under
-    DDP do, and trainers are rings of references.
+    One of gloo's threads that lets go of the last collective's tensors while the interpreter ends aborts the process,
+    and the launcher then ends the first rank, which may still be writing the model. For that it needs the interpreter's
+    lock, and gets it while we sleep. (To join the threads by dropping all that holds the group can wait for ever: torch
+    keeps the lock there.)
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        time.sleep(_THREADS_END)
         distributed.destroy_process_group()
-        gc.collect()
 
 
 def _complain(error: VlmpoError) -> None:
