@@ -158,6 +158,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if torch.cuda.is_available():
+        if options.shapes or options.arms:
+            parser.error("--shapes and --arms are for the CPU; on CUDA see python -m benchmarks.gpu_check --help")
         sys.exit(0 if check(options.output, torch.device("cuda", 0), miniature=False, only=["1B", "8B"]) else 1)
     results = {}
     for name in options.shapes or SHAPES:

@@ -134,7 +134,9 @@ def run(data: Path, folder: Path, seed: int, validate: bool = False) -> dict[str
     results: dict[str, Any] = {"seed": seed, "pairs": report, "arms": {}}
     reader = MPOTrainer(model=model, args=MPOConfig(output_dir=str(folder / "log"), use_cpu=True, disable_tqdm=True,
                         per_device_eval_batch_size=SETTINGS["batch"]), processing_class=processor)  # fmt: skip
-    chosen = {"warm_up": {"logps/chosen": reader.evaluate(pairs["held_out"])["eval_logps/chosen"]}}
+    chosen: dict[str, dict[str, Any]] = {
+        "warm_up": {"logps/chosen": reader.evaluate(pairs["held_out"])["eval_logps/chosen"]}
+    }
     for name, weights in ARMS.items():
         policy = load_model(str(folder / "warm_up"))
         trainer = train(folder, name, policy, processor, pairs["train"], max_steps=SETTINGS["steps"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
-import inspect
 import itertools
 import statistics
 import tempfile
@@ -21,7 +20,6 @@ from torch.nn.functional import cross_entropy
 from benchmarks.gpu_model import VlmSize, forward_flops, make_model, make_pairs, make_processor, peak_flops
 from vlmpo import MPOConfig, MPOTrainer, mpo_loss
 from vlmpo.data.encode import EncodedPair, PairEncoder
-from vlmpo.train.config import CHOICES
 
 GIB = 1024**3
 STEPS_AN_EPOCH = 3  # a cache is full after one
@@ -177,6 +175,7 @@ def vlmpo_arm(setting: Setting, steps: Steps, folder: str, by: int = 1, **furthe
     args = MPOConfig(**common, reward_shift="none", nll_reduction="token", **further)
     trainer = MPOTrainer(model=setting.model(), args=args, train_dataset=pairs, processing_class=setting.processor)
     _drive(trainer, steps)
+    steps.first_logs["shared_rows"] = float(trainer.shared)  # 0: the start-up check found them to differ
     return by
 
 
@@ -266,22 +265,17 @@ def arms() -> dict[str, Arm]:
     found: dict[str, Arm] = {"vlmpo, online": vlmpo_arm}
     if importlib.util.find_spec("trl"):
         found["TRL"] = trl_arm
-    known = inspect.signature(MPOConfig).parameters
 
     def cached(by: int) -> Arm:
         def arm(setting: Setting, steps: Steps, folder: str) -> int:
-            grouped = {"group_by_prompt": by} if by > 1 else {}
-            return vlmpo_arm(
-                setting, steps, folder, by, reference_kind="cache", reference_cache_dir=f"{folder}/cache", **grouped
-            )
+            store = {"reference_kind": "cache", "reference_cache_dir": f"{folder}/cache"}
+            return vlmpo_arm(setting, steps, folder, by, group_by_prompt=by, **store)
 
         return arm
 
-    if "cache" in CHOICES["reference_kind"]:
-        found["vlmpo, cached"] = cached(1)
     found["floor"] = lambda setting, steps, folder: _plain_loop(setting, steps, _floor_loss, two=False)
-    if "cache" in CHOICES["reference_kind"] and "group_by_prompt" in known:
-        found["vlmpo, grouped by 3, cached"] = cached(3)
+    found["vlmpo, cached"] = cached(1)
+    found["vlmpo, grouped by 3, cached"] = cached(3)
     found["two padded rows"] = lambda setting, steps, folder: _plain_loop(setting, steps, _two_rows_loss, two=True)
     return found
 

@@ -226,7 +226,11 @@ def main() -> None:
         results[case.name] = measure(case, pairs, options.repeats)
         print("\n".join(table(case.name, results[case.name])), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1}
+    machine: dict[str, Any] = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+    }
     machine |= {"torch": torch.__version__, "python": platform.python_version(), "load": os.getloadavg()[1]}
     options_used = {"repeats": options.repeats, "pairs": options.pairs}
     record = {"command": "python -m benchmarks.loader", "options": options_used, "machine": machine}

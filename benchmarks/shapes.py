@@ -103,7 +103,7 @@ def real_records(prompts: int, pairs_a_prompt: int) -> list[dict[str, Any]]:
     data = open_pairs([SourceSpec(str(VISONLYQA / "meta.json"))])
     for index in range(len(data)):
         pair = data[index]
-        record = {"question": pair.prompt[0].text, "chosen": pair.chosen, "rejected": pair.rejected}
+        record: dict[str, Any] = {"question": pair.prompt[0].text, "chosen": pair.chosen, "rejected": pair.rejected}
         record["image"] = list(pair.images) if len(pair.images) > 1 else pair.images[0]
         by_prompt.setdefault((pair.prompt, pair.images), []).append(record)
     enough = [records[:pairs_a_prompt] for records in by_prompt.values() if len(records) >= pairs_a_prompt]

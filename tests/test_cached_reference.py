@@ -168,14 +168,28 @@ def test_ahead_by_one_command_and_then_no_model(
     assert len(made) == 1
     filled = call("cache", recipe(tmp_path, checkpoint))
     assert filled.exit_code == 0, filled.output
-    assert "reference: 16 responses computed, 0 known before, 0 pairs dropped" in filled.output
+    assert "reference: 16 responses computed, 0 known before; in" in filled.output
     assert len(made) == 2
     trained = call("train", recipe(tmp_path, checkpoint))
     assert trained.exit_code == 0, trained.output
     assert len(made) == 2
+    assert "no model is loaded" in trained.output
     same_lines(tmp_path / "run", tmp_path / "online", 1e-5)
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("run", "online")]
     assert manifests[0]["reference_hash"] == manifests[1]["reference_hash"]
+
+
+def test_the_store_is_filled_with_what_an_epoch_would_leave_out(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+    """Nine pairs in steps of four: which one `drop_last` leaves out depends on seed and epoch. One more is no good."""
+    write_data(tmp_path, [*records(9), {**records(10)[9], "image": "broken.png"}])
+    (tmp_path / "set" / "images" / "broken.png").write_bytes(b"no picture")
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 4}
+    filled = call("cache", recipe(tmp_path, checkpoint, training=settings))
+    assert filled.exit_code == 0, filled.output
+    assert "reference: 18 responses computed, 0 known before; in" in filled.output
+    assert "undecodable_image: " in filled.output  # accounted for as `vlmpo train` does
+    (line,) = [line for line in filled.output.splitlines() if line.startswith("  noise ")]
+    assert line.split() == ["noise", "10", "9", "0", "1", "0"]  # read, used, held out, undecodable, not reached
 
 
 def test_the_first_epoch_fills_and_the_second_needs_no_model(
@@ -250,6 +264,7 @@ def test_an_image_that_changed_is_read_anew(tmp_path: Path, checkpoint: Path, mo
     result = call("train", recipe(tmp_path, checkpoint))
     assert result.exit_code == 0, result.output
     assert len(made) == 1
+    assert "its model is loaded for them" in result.output
     lines = logged(tmp_path / "run")
     assert lines[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
     online = write_recipe(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "online")})

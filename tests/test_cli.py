@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.paths import REPO
-from vlmpo.cli import app
+from vlmpo.cli import _exit_codes, app
 from vlmpo.errors import RecipeError, RecordError
 
 MINIMAL = "model: {path: some/model}\ndata: {train: [pairs.jsonl]}\n"
@@ -160,3 +160,13 @@ def test_every_make_target_in_the_readme_exists():
     assert {"demo", "test"} <= targets
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
     assert targets <= set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE))
+
+
+def test_a_rank_leaves_its_group_at_the_end(tmp_path):
+    """Otherwise gloo's threads abort the process now and then, as the interpreter ends."""
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    with _exit_codes():
+        assert torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized()

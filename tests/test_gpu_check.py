@@ -67,13 +67,20 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     def fails(run: gpu_check.Run) -> dict[str, Any]:
         raise RuntimeError("no luck")
 
-    parts = {"bad": (5, fails), "device": (5, gpu_check.part_device), "late": (5, fails)}
+    given: list[float] = []
+
+    def device(run: gpu_check.Run) -> dict[str, Any]:
+        given.append(run.left())
+        return gpu_check.part_device(run)
+
+    parts = {"bad": (10, fails), "device": (5, device), "late": (5, fails)}
     monkeypatch.setattr(gpu_check, "parts", lambda miniature: parts)
     assert not gpu_check.check(tmp_path, CPU, True, ["bad", "device"])
     record = json.loads((tmp_path / "gpu_check.json").read_text())
     assert not record["passed"]
     assert "no luck" in record["parts"]["bad"]["error"]
     assert record["parts"]["device"]["torch"] == torch.__version__
+    assert given == pytest.approx([150.0], abs=1.0)  # of 450 seconds for the two that were asked for, a third
     monkeypatch.setattr(gpu_check, "ALL_SECONDS", 0.0)
     gpu_check.check(tmp_path, CPU, True, ["late"])
     assert "no time" in json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["late"]["error"]
@@ -90,7 +97,9 @@ def test_every_arm_runs_and_starts_at_the_same_loss(dtype: torch.dtype, optimize
     exact = 1e-5 if dtype == torch.float32 else 2e-3
     for name, loss in losses.items():
         assert loss == pytest.approx(losses["two padded rows"], rel=1e-3 if name == "TRL" else exact)
-    for arm in found.values():
+    for name, arm in found.items():
+        assert arm["first_logs"].get("shared_rows", 1.0) == 1.0
+        assert ("shared_rows" in arm["first_logs"]) == name.startswith("vlmpo")
         assert arm["steps"] == 1
         assert arm["seconds"] > 0
 

@@ -154,3 +154,15 @@ def test_rows_are_bounded_by_what_a_group_takes() -> None:
 def test_a_negative_group_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="group_by_prompt must be at least 0"):
         config(tmp_path, group_by_prompt=-1)
+
+
+@pytest.mark.parametrize(
+    ("most", "per_device", "told"), [(3, 1, "no two"), (3, 2, "only 2"), (3, 3, None), (0, 1, None)]
+)
+def test_a_micro_batch_too_small_for_a_group_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int, per_device: int, told: str | None
+) -> None:
+    trainer(tmp_path, one_prompt(0, 3), group_by_prompt=most, per_device_train_batch_size=per_device)
+    found = capsys.readouterr().err
+    assert ("data.group_by_prompt" in found) == (told is not None)
+    assert told is None or told in found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from tests.tiny_models import image_tree, model, noise_image, processor, tokenizer
 from vlmpo.errors import ModelError
+from vlmpo.tree import projection
 from vlmpo.tree.attention import ATTENTION_NAME, branch_attention
 from vlmpo.tree.families import support_for
 from vlmpo.tree.heads import LogitMap
@@ -183,6 +185,33 @@ def test_kept_logits_stay_within_their_budget() -> None:
         linear_token_logps(hidden, weight, None, torch.zeros(7, dtype=torch.long), 7 * 8, kept_bytes=2 * 224 + 1)
         linear_token_logps(hidden.detach(), weight, None, torch.zeros(7, dtype=torch.long), 7 * 8)
     assert held == [2 * 224]
+
+
+@pytest.mark.parametrize(
+    ("elements", "vocabulary", "widths"),
+    [
+        (5 * 100, 200, [64, 64, 64, 8]),  # of 100 columns a multiple of 64
+        (5 * 64, 200, [64, 64, 64, 8]),
+        (5 * 63, 130, [63, 63, 4]),  # too few to choose
+        (5 * 300, 200, [200]),  # all of them, and they are kept
+        (3, 4, [1, 1, 1, 1]),
+    ],
+)
+def test_blocks_are_of_widths_that_tensor_cores_like(
+    elements: int, vocabulary: int, widths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(vocabulary, 4)
+    plain, seen = projection._project, []
+
+    def project(states: torch.Tensor, block: torch.Tensor, *further: Any) -> torch.Tensor:
+        seen.append(block.shape[0])
+        return plain(states, block, *further)
+
+    monkeypatch.setattr(projection, "_project", project)
+    got = linear_token_logps(hidden, weight, None, torch.zeros(5, dtype=torch.long), elements)
+    assert seen == widths
+    got.sum().backward()
+    assert seen[len(widths) :] == [width for width in widths if width < widths[0]]  # whole blocks were kept
 
 
 def test_a_sure_token_keeps_its_small_gradient_in_bfloat16() -> None:

@@ -263,6 +263,8 @@ def test_training_keys_are_held_against_the_known_ones():
     check_training_keys(parse_recipe(MINIMAL + "training: {learning_rate: 1e-6, max_tokens_per_row: 4096}"), known)
     with pytest.raises(RecipeError, match=r"training\.lerning_rate: unknown.*did you mean training\.learning_rate\?"):
         check_training_keys(parse_recipe(MINIMAL + "training: {lerning_rate: 1e-6}"), known)
+    with pytest.raises(RecipeError, match=r"training\.group_by_prompt: .*did you mean data\.group_by_prompt\?"):
+        check_training_keys(parse_recipe(MINIMAL + "training: {group_by_prompt: 3}"), known)
     with pytest.raises(RecipeError, match=r"did you mean training\.max_tokens_per_row\?"):
         check_training_keys(parse_recipe(MINIMAL + "training: {max_token_per_row: 4096}"), known)
 

@@ -176,6 +176,36 @@ def test_a_bad_record_ends_the_run_when_asked(tmp_path: Path, checkpoint: Path, 
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0, not -1"),
+        (
+            {"dataloader_drop_last": True, "gradient_accumulation_steps": 4},
+            "training.dataloader_drop_last: leaves out all 6 pairs, as a step takes 8",
+        ),
+    ],
+)
+def test_a_run_that_could_take_no_step_leaves_nothing(
+    tmp_path: Path, checkpoint: Path, settings: dict[str, Any], message: str
+) -> None:
+    """A manifest would refuse the next try."""
+    write_data(tmp_path, records(6))
+    result = call("train", write_recipe(tmp_path, checkpoint, training=settings))
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_the_accounts_are_not_cut_where_there_is_no_terminal(tmp_path: Path, checkpoint: Path) -> None:
+    write_data(tmp_path, bad_lines())
+    (tmp_path / "set" / "images" / "broken.png").write_bytes(b"no picture")
+    result = call("train", write_recipe(tmp_path, checkpoint, data={"max_length": 400}))
+    (header,) = [line for line in result.output.splitlines() if line.startswith("  data set ")]
+    assert set(header.split()) >= set(REASONS)
+
+
 def test_cutting_over_long_responses(tmp_path: Path, checkpoint: Path) -> None:
     lines = records(2)
     lines[1]["chosen"] = "red " * 500

@@ -30,6 +30,12 @@ class Slow:
         return self.pairs[index]
 
 
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever machine this is."""
+    monkeypatch.setattr(progress.os, "cpu_count", lambda: 8)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A clock that is set by hand: ``clock.now``."""
@@ -113,3 +119,9 @@ def test_what_a_worker_has_ready_is_not_waited_for(tmp_path: Path, told: list[st
     later = logged(tmp_path)[1:]
     assert all(line["data_wait_share"] < 0.2 for line in later)
     assert not [line for line in told if "last steps" in line]
+
+
+def test_more_workers_than_cores_are_no_remedy() -> None:
+    assert "raise training.dataloader_num_workers (now 7; 8 cores here)" in waiting_line(0.5, "of it", 7)
+    assert "raise" not in waiting_line(0.5, "of it", 8)
+    assert "data.max_tiles would help (8 workers on 8 cores here)" in waiting_line(0.5, "of it", 8)

@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 the recipe, the data or the arguments are at fault (one me
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Dotted overrides, e.g. loss.beta=0.2", show_default=False),
 ]
+
+_THREADS_END = 0.5  # seconds
 
 
 class Dtype(StrEnum):
@@ -204,6 +207,7 @@ def _exit_codes() -> Iterator[None]:
     """Turn what a stage raises into its message and exit code."""
     try:
         yield
+        _leave_ranks()
     except VlmpoError as error:
         _complain(error)
         raise typer.Exit(2) from None
@@ -214,6 +218,20 @@ def _exit_codes() -> Iterator[None]:
     except Exception:
         traceback.print_exc()
         raise typer.Exit(1) from None
+
+
+def _leave_ranks() -> None:
+    """End the process group, if this is a rank.
+
+    One of gloo's threads that lets go of the last collective's tensors while the interpreter ends aborts the process,
+    and the launcher then ends the first rank, which may still be writing the model. For that it needs the interpreter's
+    lock, and gets it while we sleep. (To join the threads by dropping all that holds the group can wait for ever: torch
+    keeps the lock there.)
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        time.sleep(_THREADS_END)
+        distributed.destroy_process_group()
 
 
 def _complain(error: VlmpoError) -> None:

@@ -460,9 +460,11 @@ def _explain(dotted: str, problem: Any) -> str:
 def _nearest(name: str, known: Sequence[str], section: str = "") -> str:
     """ "; did you mean ...?" for the nearest known name, its section before it; else the names there are."""
     prefix = f"{section}." if section else ""
+    elsewhere = {key: f"{place}." for place in reversed(_SECTIONS) if place for key in _SECTIONS[place].model_fields}
+    if name in elsewhere:  # the right key in the wrong section
+        return f"; did you mean {elsewhere[name]}{name}?"
     if match := get_close_matches(name, known, n=1, cutoff=0.6):
         return f"; did you mean {prefix}{match[0]}?"
-    elsewhere = {key: f"{place}." for place in reversed(_SECTIONS) if place for key in _SECTIONS[place].model_fields}
     if match := get_close_matches(name, list(elsewhere), n=1, cutoff=0.8):
         return f"; did you mean {elsewhere[match[0]]}{match[0]}?"
     if len(known) > 20:

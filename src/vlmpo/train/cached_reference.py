@@ -10,6 +10,7 @@ load a model at all.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor
 
 from vlmpo.data.cache import cache_folder
-from vlmpo.errors import RunError
+from vlmpo.errors import RecordError, RunError
 from vlmpo.files import replace_json
 from vlmpo.torchvision_shim import ensure_torchvision
-from vlmpo.train.batching import PairRows
+from vlmpo.train.batching import MicroBatch, PairRows
 from vlmpo.train.progress import notice
 from vlmpo.train.reference import CopyReference, Reference, base_of, freeze, is_peft, weights_hash
 from vlmpo.train.reference_store import ReferenceStore, Scored, content_key
@@ -91,6 +92,7 @@ class CachedReference:
             RunError: what is loaded is not what the log-probs in the store were taken from.
         """
         if self._model is None:
+            notice(f"reference: some log-probs are not in {self.store.folder}; its model is loaded for them")
             self._model = self._build()
             if self._model.weights_hash() != self._weights:
                 raise RunError(
@@ -277,6 +279,8 @@ def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[]
     # Ranks that load a model to share its passes do so together, or none of them does.
     if first is not None or agree(not completeness.known()):
         found.start_with(first or online(), stays=first is not None)
+    else:
+        notice(f"reference: its log-probs of all pairs are in {found.store.folder}; no model is loaded")
     trainer.add_callback(EpochWatch(completeness))
     return found
 
@@ -285,7 +289,8 @@ def fill(trainer: MPOTrainer) -> dict[str, int]:
     """Put the reference's log-probs of all training pairs into the store, and those of the evaluation pairs.
 
     Returns:
-        How many branches were ``known`` and how many ``computed``, on this rank, and pairs ``dropped``.
+        How many branches were ``known`` and how many ``computed``, on this rank, and evaluation pairs ``dropped``. What
+        became of the training pairs is in the trainer's accounts.
     """
     reference = trainer.reference
     assert isinstance(reference, CachedReference)
@@ -293,12 +298,19 @@ def fill(trainer: MPOTrainer) -> dict[str, int]:
     sets = evaluation.values() if isinstance(evaluation, dict) else [] if evaluation is None else [evaluation]
     dropped = 0
     with torch.no_grad():
-        for loader in (trainer.get_train_dataloader(), *(trainer.get_eval_dataloader(part) for part in sets)):
-            for batch in loader:
-                error = trainer._account([batch])
-                dropped += len(batch.dropped)
-                (level,) = trainer.lockstep.level([batch], trainer.lockstep.agree([batch], error), trainer.model)
-                for part in level.parts:
-                    reference.branch_logps(trainer._prepare_inputs(part))
+        for batch in trainer.loader_of_training(drop_last=False):  # which pairs it would be depends on the seed
+            _read(trainer, batch, trainer._account([batch]))
+        for batch in itertools.chain.from_iterable(trainer.get_eval_dataloader(part) for part in sets):
+            dropped += len(batch.dropped)
+            fatal = batch.dropped[0].error if trainer.args.on_bad_record == "fail" and batch.dropped else None
+            _read(trainer, batch, fatal)
     Completeness(trainer, reference).reached()
     return {"known": reference.hits, "computed": reference.misses, "dropped": dropped}
+
+
+def _read(trainer: MPOTrainer, batch: MicroBatch, error: RecordError | None) -> None:
+    """Have the reference answer for a micro-batch, in step with the other ranks."""
+    assert trainer.reference is not None
+    (level,) = trainer.lockstep.level([batch], trainer.lockstep.agree([batch], error), trainer.model)
+    for part in level.parts:
+        trainer.reference.branch_logps(trainer._prepare_inputs(part))

@@ -112,6 +112,8 @@ class MPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.group_by_prompt < 0:
             raise ValueError(f"group_by_prompt must be at least 0, not {self.group_by_prompt}")
+        if self.dataloader_num_workers < 0:
+            raise ValueError(f"dataloader_num_workers must be at least 0, not {self.dataloader_num_workers}")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
         if self.label_smoothing_factor:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from vlmpo.data.encode import PairEncoder
-from vlmpo.errors import RecordError
+from vlmpo.errors import RecipeError, RecordError
 from vlmpo.train.accounts import Accounts
 from vlmpo.train.balance import PairCosts
 from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch, PairBatchSampler, PairLoader
 from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.cost import costs_of, patch_pixels, sizes_of_all, tokens_per_patch
 from vlmpo.train.lockstep import Lockstep
-from vlmpo.train.order import prompt_labels
+from vlmpo.train.order import prompt_labels, room_for_groups
 from vlmpo.train.progress import StepClock, notice
 
 _TOLD_STEPS = 100
@@ -44,10 +44,13 @@ class FeedingTrainer(ChoosingTrainer):
 
     def get_train_dataloader(self) -> PairLoader:
         """Micro-batches of this rank, in an order that depends on seed and epoch alone."""
+        return self.loader_of_training(self.args.dataloader_drop_last)
+
+    def loader_of_training(self, drop_last: bool) -> PairLoader:
+        """The same, the last step of an epoch left out or not where it is not full."""
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         order = None if self.args.train_sampling_strategy == "sequential" else seed
-        accumulation, drop_last = self.args.gradient_accumulation_steps, self.args.dataloader_drop_last
-        group = self.args.group_by_prompt
+        accumulation, group = self.args.gradient_accumulation_steps, self.args.group_by_prompt
         if group > 1 and order is not None and self._labels is None:
             self._labels = prompt_labels(self.train_dataset)
         told = self._costs is not None
@@ -62,6 +65,25 @@ class FeedingTrainer(ChoosingTrainer):
             figures = "{:.2f} times the mean work of a step ({:.2f} in plain order)".format(*lags)
             notice(f"ranks: the heaviest has {figures}, by tokens and patches")
         return loader
+
+    def check_steps(self) -> None:
+        """Refuse to train where no step would be taken; say where a micro-batch has no room for a group of pairs.
+
+        Raises:
+            RecipeError: under ``dataloader_drop_last`` all pairs together are less than a step.
+        """
+        if self.train_dataset is None:
+            return
+        per_device, count = self._train_batch_size, len(self.train_dataset)
+        whole = per_device * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        if self.args.dataloader_drop_last and count < whole:
+            raise RecipeError(
+                f"training.dataloader_drop_last: leaves out all {count} pairs, as a step takes {whole}; set it to "
+                "false, or lower per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        remark = room_for_groups(self.args.group_by_prompt, per_device)
+        if remark is not None:
+            notice(f"note: {remark}")
 
     def _shares_evenly(self, order: int | None) -> bool:
         """Whether ranks get equal work; not where the data set's own order is asked for.

@@ -23,6 +23,8 @@ from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.accounts import Accounts
 from vlmpo.train.config import MPOConfig, row_tokens
+from vlmpo.train.order import room_for_groups
+from vlmpo.train.printing import print_line, print_table
 from vlmpo.train.run import load_processor
 from vlmpo.train.run_data import RunData, open_run_data
 from vlmpo.tree.families import support_for
@@ -120,16 +122,19 @@ def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> N
     found = examine(recipe, processor, pairs)
     show_sources(console, found.data)
     for remark in found.notices:
-        _line(console, f"note: {remark}", style="yellow")
+        print_line(console, f"note: {remark}", style="yellow")
     for number, encoded in enumerate(found.samples, start=1):
-        _line(console, f"\npair {number} of {len(found.samples)}", style="bold")
+        print_line(console, f"\npair {number} of {len(found.samples)}", style="bold")
         console.print(describe(encoded, processor), soft_wrap=True)
     show_counts(console, found)
     show_sizes(console, found)
     shared = is_shared(recipe)
     show_plan(console, plan_steps(recipe, len(found.data.train), found.sizes, shared))
+    too_small = room_for_groups(recipe.data.group_by_prompt, _whole(recipe, "per_device_train_batch_size"))
+    if too_small is not None:
+        print_line(console, f"note: {too_small}", style="yellow")
     if shared and found.sizes:
-        _line(console, row_line(_row_bound(recipe), max(size.shared for size in found.sizes)))
+        print_line(console, row_line(_row_bound(recipe), max(size.shared for size in found.sizes)))
 
 
 def examine(recipe: Recipe, processor: Any, num_samples: int) -> Findings:
@@ -241,9 +246,9 @@ def _indented(text: str) -> str:
 def show_sources(console: Console, data: RunData) -> None:
     """Print what each data set was found to be: how many records of which format, in what, and why that format."""
     for name, infos in data.formats().items():
-        _line(console, f"data.{name}", style="bold")
+        print_line(console, f"data.{name}", style="bold")
         for info in infos:
-            _line(console, f"  {info.name}: {info.records} records, {info.container}, {info.title}: {info.why}")
+            print_line(console, f"  {info.name}: {info.records} records, {info.container}, {info.title}: {info.why}")
 
 
 def show_counts(console: Console, found: Findings) -> None:
@@ -255,24 +260,24 @@ def show_counts(console: Console, found: Findings) -> None:
     for source, read in data.read.items():
         counts = [data.held_out[source], *(dropped.dropped[source, reason] for reason in reasons)]
         rows.append([source, read, read - sum(counts), *counts])
-    _print_table(console, "training pairs", rows)
+    print_table(console, "training pairs", rows)
     if found.num_examined < len(data.train):
         share = f"{found.num_examined} of {len(data.train)}"
-        _line(
+        print_line(
             console,
             f"Encoded: a seeded sample, {share} pairs; over-long pairs and broken images were sought there only.",
         )
     for name, evaluation in data.evaluation.items():
-        _line(console, f"{name}: {len(evaluation)} pairs")
+        print_line(console, f"{name}: {len(evaluation)} pairs")
     for reason, messages in dropped.examples.items():
         for message in messages:
-            _line(console, f"  {reason}: {message}")
+            print_line(console, f"  {reason}: {message}")
 
 
 def show_sizes(console: Console, found: Findings) -> None:
     """Print the distributions of lengths and tiles over the examined pairs that can be used."""
     if not found.sizes:
-        _line(console, "no pair could be encoded")
+        print_line(console, "no pair could be encoded")
         return
     columns = {
         "prompt + longer response": [size.longer for size in found.sizes],
@@ -287,11 +292,11 @@ def show_sizes(console: Console, found: Findings) -> None:
         del columns["rejected"]
     rows: list[list[object]] = [["", "min", "median", "p95", "max"]]
     rows += [[name, *summary(values)] for name, values in columns.items()]
-    _print_table(console, f"tokens and tiles of {len(found.sizes)} pairs", rows)
+    print_table(console, f"tokens and tiles of {len(found.sizes)} pairs", rows)
     for name in ("prompt + longer response", "tiles"):
-        _line(console, f"\n{name}", style="bold")
+        print_line(console, f"\n{name}", style="bold")
         for line in histogram(columns[name]):
-            _line(console, line)
+            print_line(console, line)
 
 
 def summary(values: Sequence[int]) -> tuple[int, int, int, int]:
@@ -392,24 +397,10 @@ def _tree(size: PairSize) -> PromptTree:
 def show_plan(console: Console, plan: StepPlan) -> None:
     """Print pairs and rows a step and steps an epoch."""
     product = f"{plan.per_device} a device x {plan.accumulation} accumulated x {plan.world_size} device(s)"
-    _line(console, f"\npairs per optimizer step: {plan.pairs_per_step} ({product})")
+    print_line(console, f"\npairs per optimizer step: {plan.pairs_per_step} ({product})")
     if plan.rows_per_step is None:
-        _line(console, "rows per optimizer step: not known, the model's config cannot be read")
+        print_line(console, "rows per optimizer step: not known, the model's config cannot be read")
     else:
         kind = "prompts shared" if plan.shared else "one response a row"
-        _line(console, f"rows per optimizer step: about {plan.rows_per_step:.1f} ({kind})")
-    _line(console, f"optimizer steps per epoch: {plan.steps_per_epoch}")
-
-
-def _print_table(console: Console, title: str, rows: Sequence[Sequence[object]]) -> None:
-    """The rows, the first of them the header, in aligned columns; never wrapped or cut, so that it can be piped."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    _line(console, f"\n{title}", style="bold")
-    for name, *numbers in rows:
-        cells = [f"{cell!s:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True)]
-        _line(console, "  ".join([f"  {name!s:<{widths[0]}}", *cells]))
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    """Plain text: no markup in it is read, and no long line is wrapped."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"rows per optimizer step: about {plan.rows_per_step:.1f} ({kind})")
+    print_line(console, f"optimizer steps per epoch: {plan.steps_per_epoch}")

@@ -45,6 +45,17 @@ def _label(pairs: Any, index: int) -> bytes:
     return digest.digest()
 
 
+def room_for_groups(most: int, per_device: int) -> str | None:
+    """A remark where a micro-batch of ``per_device`` pairs is too small for ``most`` pairs of one prompt; else None."""
+    if most <= max(1, per_device):
+        return None
+    have = "no two pairs" if per_device == 1 else f"only {per_device} pairs"
+    return (
+        f"data.group_by_prompt is {most}, but {have} of a prompt can share its trunk: a micro-batch holds "
+        f"{per_device}; raise training.per_device_train_batch_size (max_tokens_per_row bounds the memory, not it)"
+    )
+
+
 def with_groups(order: Sequence[int], labels: Sequence[bytes], most: int) -> list[int]:
     """``order`` with pairs of one prompt brought together, up to ``most`` at a time.
 

@@ -146,4 +146,7 @@ def waiting_line(share: float, of_what: str, workers: int) -> str:
     line = f"waiting for data: {share:.1%} {of_what}"
     if share <= StepClock.TOO_LONG:
         return line
-    return f"{line}; raise training.dataloader_num_workers (now {workers}; {os.cpu_count()} cores here)"
+    cores = os.cpu_count() or 1
+    if workers < cores:
+        return f"{line}; raise training.dataloader_num_workers (now {workers}; {cores} cores here)"
+    return f"{line}; more cores or a lower data.max_tiles would help ({workers} workers on {cores} cores here)"

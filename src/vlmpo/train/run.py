@@ -125,9 +125,12 @@ def cache(recipe: Recipe) -> None:
         raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
     parts = trainer._gathered(fill(trainer))
     known, computed, dropped = (sum(part[name] for part in parts) for name in ("known", "computed", "dropped"))
+    accounts = trainer.all_accounts()
+    if trainer.accelerator.is_main_process:
+        show_accounts(Console(), data, accounts)
+    aside = f", {dropped} evaluation pairs dropped" if dropped else ""
     notice(
-        f"reference: {computed} responses computed, {known} known before, {dropped} pairs dropped; "
-        f"in {trainer.reference.store.folder}"
+        f"reference: {computed} responses computed, {known} known before{aside}; in {trainer.reference.store.folder}"
     )
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 
 from vlmpo.data.overlap import Item, Overlap, find_overlaps
@@ -21,6 +20,7 @@ from vlmpo.errors import DataError, RecipeError, RecordError
 from vlmpo.loss.mpo import needs_reference
 from vlmpo.recipe import Recipe, Source
 from vlmpo.train.accounts import Accounts
+from vlmpo.train.printing import print_line, print_table
 
 
 @dataclass
@@ -143,13 +143,11 @@ def show_accounts(console: Console, data: RunData, trained: Accounts) -> None:
     """Print what became of every training pair, by data set, and the first records dropped under each reason."""
     dropped = Accounts.merged([data.screened, trained])
     reasons = list(dropped.reasons())
-    table = Table(title="training pairs", title_justify="left")
-    for column in ("data set", "read", "used", "held out", *reasons, "not reached"):
-        table.add_column(column, justify="left" if column == "data set" else "right")
+    rows: list[list[object]] = [["data set", "read", "used", "held out", *reasons, "not reached"]]
     for source, read in data.read.items():
         counts = [trained.used[source], data.held_out[source], *(dropped.dropped[source, r] for r in reasons)]
-        table.add_row(source, *(str(n) for n in (read, *counts, read - sum(counts))))
-    console.print(table)
+        rows.append([source, read, *counts, read - sum(counts)])
+    print_table(console, "training pairs", rows)
     for reason, messages in dropped.examples.items():
         for message in messages:
-            console.print(f"  {reason}: {message}", markup=False, highlight=False)
+            print_line(console, f"  {reason}: {message}")

@@ -133,6 +133,7 @@ class MPOTrainer(FeedingTrainer):
         )
         self.pop_callback(PrinterCallback)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
+        self.check_steps()
         self.lockstep = Lockstep(self.accelerator, self.encoder, self.data_collator)
         self.reference = self._build_reference(ref_model, peft_config is not None)
         share_if_frozen(self)

@@ -18,6 +18,7 @@ from vlmpo.tree.heads import PLAIN, LogitMap
 
 # Logits of a block, by device. On a CPU a block should stay in its cache (measured: benchmarks/head.py).
 CHUNK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 8 * 1024 * 1024}
+_ALIGNED = 64  # columns: 128 bytes of bf16
 KEPT_BYTES = 192 * 1024 * 1024  # of logits kept from forward to backward, a call
 
 
@@ -48,10 +49,21 @@ def linear_token_logps(
     Returns:
         ``[scored]``.
     """
-    columns = max(1, chunk_elements // hidden.shape[0])
+    columns = _columns(chunk_elements // hidden.shape[0], weight.shape[0])
     budget = KEPT_BYTES if kept_bytes is None else kept_bytes
     logps: Tensor = _TokenLogProbs.apply(hidden, weight, bias, targets, columns, budget, logit_map)
     return logps
+
+
+def _columns(most: int, vocabulary: int) -> int:
+    """Vocabulary entries of a block: all of them where they fit, else a multiple of _ALIGNED where there are so many.
+
+    Products of other widths are slow on tensor cores; and a block that is kept lies aligned like one that is not, so
+    that the same kernel makes both: policy and reference start equal to the bit.
+    """
+    if most >= vocabulary:
+        return vocabulary
+    return max(1, most - most % _ALIGNED if most > _ALIGNED else most)
 
 
 class _TokenLogProbs(torch.autograd.Function):
