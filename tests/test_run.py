@@ -232,6 +232,18 @@ def test_resuming_by_the_command_line(tmp_path: Path, checkpoint: Path) -> None:
     assert manifest(tmp_path)["data"]["sets"]["noise"]["used"] == 8
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_is_told_apart(tmp_path: Path, checkpoint: Path) -> None:
+    write_data(tmp_path, records(2))
+    recipe = write_recipe(tmp_path, checkpoint)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text('{"status": "running"}')
+    again = call("train", recipe)
+    assert again.exit_code == 2
+    assert "has not come to its first checkpoint" in again.output
+    assert "resume_from_checkpoint" not in again.output
+    assert (tmp_path / "run" / "manifest.json").read_text() == '{"status": "running"}'
+
+
 def test_lora_from_a_recipe(tmp_path: Path, checkpoint: Path) -> None:
     write_data(tmp_path, records(4))
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}

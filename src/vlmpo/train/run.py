@@ -26,6 +26,7 @@ from vlmpo.train.averaging import AVERAGE_FOLDER
 from vlmpo.train.best import of_only_set
 from vlmpo.train.cached_reference import CachedReference, fill
 from vlmpo.train.card import CardFacts, package_versions
+from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.evaluation import length_warning
 from vlmpo.train.progress import notice
@@ -211,11 +212,18 @@ def evaluation_config(recipe: Recipe) -> MPOConfig:
 
 
 def _refuse_to_overwrite(folder: Path, args: MPOConfig) -> None:
-    if not args.resume_from_checkpoint and (folder / "manifest.json").exists():
+    manifest = folder / "manifest.json"
+    if args.resume_from_checkpoint or not manifest.exists():
+        return
+    if '"status": "running"' in manifest.read_text() and last_complete_checkpoint(folder) is None:
         raise RunError(
-            f"{folder} already holds a run; set training.resume_from_checkpoint=true to go on with it, "
-            "or name another folder in training.output_dir"
+            f"{folder} already holds a run, which has not come to its first checkpoint: there is nothing to go on "
+            "with. If it runs no more, remove the folder, or name another one in training.output_dir"
         )
+    raise RunError(
+        f"{folder} already holds a run; set training.resume_from_checkpoint=true to go on with it, "
+        "or name another folder in training.output_dir"
+    )
 
 
 def load_processor(recipe: Recipe) -> Any:
