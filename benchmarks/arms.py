@@ -142,18 +142,12 @@ def trl_arm(shape: Shape, folder: Path, turns: Turns) -> None:
 def vlmpo_trainer(shape: Shape, folder: Path, arm: str) -> MPOTrainer:
     """(iii), (iv) and (v): vlmpo, its reference online or in a store, pairs of a prompt together or not."""
     group = GROUPS.get(arm, 1)
-    settings = {**common(str(folder / arm.replace(" ", "-")), GROUPS.get(arm, shape.pairs_a_step))}
+    settings = common(str(folder / arm.replace(" ", "-")), GROUPS.get(arm, shape.pairs_a_step))
     settings |= {"reward_shift": "none", "nll_reduction": "token", "group_by_prompt": group}
     if arm in CACHED:
         settings |= {"reference_kind": "cache", "reference_cache_dir": str(folder / f"reference-{group}")}
     checkpoint, data = make_checkpoint(shape, folder, PROMPTS), make_data(shape, folder, PROMPTS, group)
     return MPOTrainer(model=checkpoint, args=MPOConfig(**settings), train_dataset=data)
-
-
-def vlmpo_arm(shape: Shape, folder: Path, turns: Turns, arm: str) -> None:
-    """Trains; a store is to be full already."""
-    trainer = vlmpo_trainer(shape, folder, arm)
-    drive(trainer, turns)
 
 
 # ---- our own plain code: what InternVL's trainer does, and the floor ----
@@ -238,7 +232,7 @@ def run(arm: str, shape: Shape, folder: Path, turns: Turns) -> None:
     elif arm == "floor":
         plain_loop(shape, folder, turns, floor_loss, two=False)
     else:
-        vlmpo_arm(shape, folder, turns, arm)
+        drive(vlmpo_trainer(shape, folder, arm), turns)
 
 
 ARMS = ("TRL 1.16", "two padded rows", "vlmpo, online", *CACHED, "floor")

@@ -12,7 +12,7 @@ Parts, each with a time of its own, each failing alone; DIR/gpu_check.json is wr
 - 1B, 8B: seconds a step, peak memory and MFU of every arm (benchmarks/gpu_arms.py), with and without gradient
   checkpointing. 1B: float32 weights under bf16 autocast, AdamW. 8B: weights in bf16 and plain SGD, for timing only:
   weights, reference and gradients fit a card of 80 GB, AdamW's states beside them would not. The model is made in
-memory, so that a reference with a store cannot be loaded again and stays: the cached arms' peaks have it in them.
+  memory, so that a reference with a store cannot be loaded again and stays: the cached arms' peaks have it in them.
 
 MFU counts what a step needs at least: 3 times the forward of every unique token (backward is two forwards), over the
 card's dense bf16 peak (989 TFLOP/s for an H100). The reference's forward, recomputation under checkpointing and

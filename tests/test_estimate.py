@@ -23,7 +23,7 @@ from tests.tiny_models import noise_image, processor, random_pair
 from tests.zoo import FAMILIES, Family
 from vlmpo.data import cache
 from vlmpo.data.encode import PairEncoder
-from vlmpo.data.estimate import NOTHING, PairSize, Rates, SizeEstimator, sample
+from vlmpo.data.estimate import NOTHING, EstimatedSize, Rates, SizeEstimator, sample
 from vlmpo.data.images import size_in_header
 from vlmpo.data.processors import Size, count_image_tokens
 from vlmpo.data.records import Message, PreferencePair
@@ -81,9 +81,9 @@ def test_the_sum_by_hand() -> None:
     # two tiles and a thumbnail of four tokens, with the two around them: 14, of which half; "what is it?" and a line
     # break are 12 bytes, so 6 tokens; "red" 1.5 and "blue" 2, rounded, each with an end of turn
     assert count_image_tokens(processor(), 2, [Size(40, 112)]) == 14
-    assert found.size(picture(112, 40)) == PairSize(10 + 6 + 7, (2 + 1) + (2 + 1), 3 * 14)
-    assert found.size(picture(112, 40, max_tiles=1)) == PairSize(10 + 6 + 3, 6, 3 * 6)
-    assert found.size(picture(1, 1, images=())) == PairSize(16, 6, 0)
+    assert found.size(picture(112, 40)) == EstimatedSize(10 + 6 + 7, (2 + 1) + (2 + 1), 3 * 14)
+    assert found.size(picture(112, 40, max_tiles=1)) == EstimatedSize(10 + 6 + 3, 6, 3 * 6)
+    assert found.size(picture(1, 1, images=())) == EstimatedSize(16, 6, 0)
     # é is two bytes
     assert found.size(picture(1, 1, images=(), chosen="éé")).responses == 3 + 3
     # a video is eight frames of 448 x 448: each two tiles' budget shared, so one tile
@@ -100,15 +100,15 @@ def test_supervised_pairs_have_one_response() -> None:
 @pytest.mark.parametrize(
     ("over_long", "length", "expected"),
     [
-        ("drop", 117, PairSize(16, 204, 0)),
-        ("drop", 100, PairSize(16, 204, 0)),  # near the limit: perhaps it fits
+        ("drop", 117, EstimatedSize(16, 204, 0)),
+        ("drop", 100, EstimatedSize(16, 204, 0)),  # near the limit: perhaps it fits
         ("drop", 90, NOTHING),
-        ("cut", 100, PairSize(16, 84 + 84, 0)),
-        ("cut", 60, PairSize(16, 44 + 44, 0)),
+        ("cut", 100, EstimatedSize(16, 84 + 84, 0)),
+        ("cut", 60, EstimatedSize(16, 44 + 44, 0)),
         ("cut", 16, NOTHING),
     ],
 )
-def test_what_is_too_long(over_long: Any, length: int, expected: PairSize) -> None:
+def test_what_is_too_long(over_long: Any, length: int, expected: EstimatedSize) -> None:
     encoder = PairEncoder(processor(), max_length=length, over_long=over_long)
     found = SizeEstimator(encoder, Rates(2.0, 10.0))
     assert found.size(picture(1, 1, images=(), chosen="r" * 202, rejected="b" * 202)) == expected

@@ -53,6 +53,14 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y.square().sum(), list(model.parameters())))
 
 
+def assert_prepared_alike(block: nn.Module, x: Tensor) -> None:
+    """Preparing ``block`` changes no bit of its gradients."""
+    plain = gradients(block, x)
+    prepare(block)
+    for one, other in zip(gradients(block, x), plain, strict=True):
+        assert torch.equal(one, other)
+
+
 # ---- every family ----
 
 
@@ -101,12 +109,8 @@ def test_an_ungated_block_keeps_one_of_two(kept: Kept) -> None:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(HIDDEN, INNER), nn.GELU(), nn.Linear(INNER, HIDDEN))
     x = torch.randn(TOKENS, HIDDEN)
-    plain = gradients(block, x)
-    prepare(block)
-    mine = gradients(block, x)
+    assert_prepared_alike(block, x)
     assert kept.again == [TOKENS * INNER]
-    for one, other in zip(mine, plain, strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("lean", [False, True])
@@ -149,12 +153,8 @@ def test_other_tensors_in_the_same_storage_are_left_alone(kept: Kept) -> None:
     torch.manual_seed(0)
     block = Scaled()
     x = torch.randn(TOKENS, HIDDEN)
-    plain = gradients(block, x)
-    prepare(block)
-    mine = gradients(block, x)
+    assert_prepared_alike(block, x)
     assert kept.again == []
-    for one, other in zip(mine, plain, strict=True):
-        assert torch.equal(one, other)
 
 
 def test_an_input_changed_before_the_backward_pass_is_refused() -> None:
@@ -223,12 +223,8 @@ def test_an_activation_that_somebody_else_changes_is_what_it_was_changed_to(kept
     block = gated()
     block.act_fn.register_forward_hook(lambda module, args, output: output * 2.0)
     x = torch.randn(1, TOKENS, HIDDEN)
-    plain = gradients(block, x)
-    prepare(block)
-    mine = gradients(block, x)
+    assert_prepared_alike(block, x)
     assert kept.again == []
-    for one, other in zip(mine, plain, strict=True):
-        assert torch.equal(one, other)
 
 
 def test_it_is_computed_again_under_the_forwards_autocast(kept: Kept) -> None:

@@ -28,7 +28,7 @@ _SURELY = 1.2
 _FRAME = Size(int(TILE_PIXELS**0.5), int(TILE_PIXELS**0.5))  # a video's frames are taken to be of this size
 
 
-class PairSize(NamedTuple):
+class EstimatedSize(NamedTuple):
     """Tokens of the prompt and of both responses, and patches the vision tower reads; all 0 for an unusable pair."""
 
     prompt: int
@@ -36,7 +36,7 @@ class PairSize(NamedTuple):
     patches: int
 
 
-NOTHING = PairSize(0, 0, 0)
+NOTHING = EstimatedSize(0, 0, 0)
 
 
 class Rates(NamedTuple):
@@ -71,7 +71,7 @@ class SizeEstimator:
         self.encoder = encoder
         self.rates = rates
         # Neighbours often share an image, and images a size.
-        self._header = functools.lru_cache(4096)(lambda path: size_in_header(path))
+        self._header = functools.lru_cache(4096)(size_in_header)
         self._tokens = functools.lru_cache(65536)(functools.partial(count_image_tokens, encoder.processor))
 
     @classmethod
@@ -100,7 +100,7 @@ class SizeEstimator:
                 break
         return cls(encoder, _rates(measures, encoder, patch_pixels))
 
-    def size(self, pair: PreferencePair) -> PairSize:
+    def size(self, pair: PreferencePair) -> EstimatedSize:
         """The size of ``pair``; nothing where it cannot be used."""
         units = self._units(pair)
         if units is None:
@@ -114,7 +114,7 @@ class SizeEstimator:
                 branches = [min(branch, limit - prompt) for branch in branches]
             if min(branches) < 1 or (self.encoder.over_long == "drop" and prompt + max(branches) > _SURELY * limit):
                 return NOTHING
-        return PairSize(prompt, sum(branches), round(rates.patches * units))
+        return EstimatedSize(prompt, sum(branches), round(rates.patches * units))
 
     def _units(self, pair: PreferencePair) -> int | None:
         """Image tokens as the processor foretells them, or images where it cannot; None where it reads none."""

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmpo.train.order import runs
+
 Split = list[list[list[int]]]  # by rank, by micro-batch: pairs
 
 
@@ -50,13 +52,7 @@ class Shape(NamedTuple):
 
     def units(self, pairs: Sequence[int]) -> list[list[int]]:
         """``pairs`` cut into those that are read together: they stand next to each other and have one prompt."""
-        found: list[list[int]] = []
-        for pair in pairs:
-            if found and len(found[-1]) < self.group and self._alike(found[-1][0], pair):
-                found[-1].append(pair)
-            else:
-                found.append([pair])
-        return found
+        return runs(pairs, self.group, self._alike)
 
     def _alike(self, one: int, other: int) -> bool:
         return self.labels is not None and self.labels[one] == self.labels[other]

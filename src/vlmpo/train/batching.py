@@ -23,7 +23,7 @@ from vlmpo.data.pixels import PixelScale
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.train.balance import PairCosts, Shape, even_split, lag, plain_split
-from vlmpo.train.order import shuffled, with_groups
+from vlmpo.train.order import runs, shuffled, with_groups
 from vlmpo.train.reference_store import content_key
 from vlmpo.tree.layout import PromptTree, Row, build_row, pack
 
@@ -273,13 +273,7 @@ def lay_out(pairs: Sequence[EncodedPair], shared: bool = True, keyed: bool = Fal
 
 def grouped(pairs: Sequence[EncodedPair], most: int) -> list[list[EncodedPair]]:
     """Pairs next to each other with the same prompt and images, up to ``most`` of them, as one group."""
-    groups: list[list[EncodedPair]] = []
-    for pair in pairs:
-        if groups and len(groups[-1]) < most and _same_prompt(groups[-1][0], pair):
-            groups[-1].append(pair)
-        else:
-            groups.append([pair])
-    return groups
+    return runs(pairs, most, _same_prompt)
 
 
 def _same_prompt(one: EncodedPair, other: EncodedPair) -> bool:

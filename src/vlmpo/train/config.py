@@ -27,13 +27,12 @@ CHOICES = {
 
 # Tokens of a row. A GPU wants many at once; what is read at once on a CPU should stay near its caches (measured there:
 # two pairs of 7 tiles are read a little faster together, two of 13 tiles apart, and apart they take far less memory).
-ROW_TOKENS = {"cpu": 1536}
-_ROW_TOKENS_ELSEWHERE = 16384
+ROW_TOKENS = {"cpu": 1536, "cuda": 16384}
 
 
 def row_tokens(device: str) -> int:
     """``max_tokens_per_row`` where nothing else is asked for, on a ``device`` of that type."""
-    return ROW_TOKENS.get(device, _ROW_TOKENS_ELSEWHERE)
+    return ROW_TOKENS.get(device, ROW_TOKENS["cuda"])
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import nn
 
 from vlmpo.data.cache import Cache, Stamp
 from vlmpo.data.encode import PairEncoder
-from vlmpo.data.estimate import NOTHING, PairSize, Rates, SizeEstimator, sample
+from vlmpo.data.estimate import NOTHING, EstimatedSize, Rates, SizeEstimator, sample
 from vlmpo.data.records import PreferencePair
 from vlmpo.data.sources import PairDataset
 from vlmpo.errors import RecordError
@@ -27,7 +27,7 @@ from vlmpo.train.progress import notice
 from vlmpo.train.rates import part_of
 from vlmpo.train.sharding import gathered, of_first
 
-Sizes = NDArray[np.int32]  # [pairs, 3]: a PairSize each
+Sizes = NDArray[np.int32]  # [pairs, 3]: a EstimatedSize each
 
 _BLOCK = 64  # pairs that a rank sizes up in a row: neighbours share images
 _PATIENCE = 10.0  # seconds between notices
@@ -145,7 +145,7 @@ def _read(pairs: Any, indices: NDArray[np.int64], estimator: SizeEstimator, rank
     return sizes
 
 
-def _size(pairs: Any, index: int, estimator: SizeEstimator) -> PairSize:
+def _size(pairs: Any, index: int, estimator: SizeEstimator) -> EstimatedSize:
     try:
         return estimator.size(pairs[index])
     except RecordError:
@@ -170,9 +170,9 @@ class _Kept:
         found = None if self._stamp is None else self._cache.find("sizes", self._stamp, self._settings)
         if found is None:
             return None
-        return np.stack([found[name] for name in PairSize._fields], axis=1)
+        return np.stack([found[name] for name in EstimatedSize._fields], axis=1)
 
     def keep(self, sizes: Sizes) -> None:
         if self._stamp is not None:
-            named = dict(zip(PairSize._fields, sizes.T, strict=True))
+            named = dict(zip(EstimatedSize._fields, sizes.T, strict=True))
             self._cache.keep("sizes", self._stamp, self._settings, named)

@@ -363,7 +363,7 @@ def _row_bound(recipe: Recipe) -> int | None:
     """As the recipe has it, else what suits the machine this is asked on."""
     if "max_tokens_per_row" not in recipe.training:
         here = torch.accelerator.is_available() and not recipe.training.get("use_cpu")
-        return row_tokens("accelerator" if here else "cpu")
+        return row_tokens("cuda" if here else "cpu")
     unbounded = recipe.training["max_tokens_per_row"] is None
     return None if unbounded else _whole(recipe, "max_tokens_per_row")
 

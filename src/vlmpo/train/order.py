@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from vlmpo.errors import RecordError
+
+Item = TypeVar("Item")
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
@@ -54,6 +56,17 @@ def room_for_groups(most: int, per_device: int) -> str | None:
         f"data.group_by_prompt is {most}, but {have} of a prompt can share its trunk: a micro-batch holds "
         f"{per_device}; raise training.per_device_train_batch_size (max_tokens_per_row bounds the memory, not it)"
     )
+
+
+def runs(items: Sequence[Item], most: int, alike: Callable[[Item, Item], bool]) -> list[list[Item]]:
+    """``items`` cut into runs of up to ``most`` neighbours that are ``alike`` the first of their run."""
+    found: list[list[Item]] = []
+    for item in items:
+        if found and len(found[-1]) < most and alike(found[-1][0], item):
+            found[-1].append(item)
+        else:
+            found.append([item])
+    return found
 
 
 def with_groups(order: Sequence[int], labels: Sequence[bytes], most: int) -> list[int]:

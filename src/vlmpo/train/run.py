@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -215,7 +216,7 @@ def _refuse_to_overwrite(folder: Path, args: MPOConfig) -> None:
     manifest = folder / "manifest.json"
     if args.resume_from_checkpoint or not manifest.exists():
         return
-    if '"status": "running"' in manifest.read_text() and last_complete_checkpoint(folder) is None:
+    if json.loads(manifest.read_text()).get("status") == "running" and last_complete_checkpoint(folder) is None:
         raise RunError(
             f"{folder} already holds a run, which has not come to its first checkpoint: there is nothing to go on "
             "with. If it runs no more, remove the folder, or name another one in training.output_dir"

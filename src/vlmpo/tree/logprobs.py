@@ -7,6 +7,7 @@ so that wrappers which shard or convert weights around a forward (DDP, FSDP2, Ze
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -107,11 +108,8 @@ def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
     if shared:
         # Positions are said only here: a separate row is an ordinary prompt, the model counts it as it always does.
         arguments |= {"position_ids": positions_of(model, row), LAYOUT_ARGUMENT: layout_of(model, row)}
-        with reading_a_row(row.input_ids.device), recomputing(model):
-            hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
-    else:
-        with recomputing(model):
-            hidden = model.base_model(**arguments).last_hidden_state[0]
+    with reading_a_row(row.input_ids.device) if shared else contextlib.nullcontext(), recomputing(model):
+        hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     head = model.get_output_embeddings()
     return token_logps(hidden[row.predictors], head, row.targets, logit_map=logit_map(model.config))
 
