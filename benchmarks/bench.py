@@ -39,6 +39,11 @@ AGREEMENT = 1e-5  # relative, of the losses of their first steps
 FEW = (PEER, "vlmpo, online", "vlmpo, cached", "floor")
 ONLY = {"7 tiles, vocabulary 151k": FEW, "7 tiles of 256 tokens": FEW}
 WARM_UP = 1
+LEGEND = (
+    "Two padded rows: plain code that reads two rows a pair, with the logits of all tokens. Online: the reference is a "
+    "model in memory; cached: its log-probs are in a store already. Grouped by 3, by 5: so many pairs share a prompt, "
+    "and are a step. Floor: a bare forward and backward over the unique tokens, a pair at a time."
+)
 
 
 class Arm:
@@ -176,6 +181,7 @@ def main() -> None:
     (options.output / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [line for name, found in results.items() for line in table(name, found)]
     head = ["# Benchmark", "", f"`{record['command']}` on {machine['cores']} cores, {machine['threads']} threads.", ""]
+    head += [LEGEND, ""]
     (options.output / "bench.md").write_text("\n".join([*head, *lines]))
     apart = {name: value for name, found in results.items() if (value := disagreement(found)) > AGREEMENT}
     if apart:
