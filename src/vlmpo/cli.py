@@ -210,6 +210,7 @@ def _exit_codes() -> Iterator[None]:
         _leave_ranks()
     except VlmpoError as error:
         _complain(error)
+        _let_threads_end()  # the group itself is left: other ranks may be within a collective
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -221,17 +222,24 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _leave_ranks() -> None:
-    """End the process group, if this is a rank.
+    """End the process group, if this is a rank."""
+    if _let_threads_end():
+        sys.modules["torch.distributed"].destroy_process_group()
 
-    One of gloo's threads that lets go of the last collective's tensors while the interpreter ends aborts the process,
-    and the launcher then ends the first rank, which may still be writing the model. For that it needs the interpreter's
-    lock, and gets it while we sleep. (To join the threads by dropping all that holds the group can wait for ever: torch
-    keeps the lock there.)
+
+def _let_threads_end() -> bool:
+    """Whether this is a rank; if so, one of gloo's threads has had time to end its work.
+
+    One that lets go of the last collective's tensors while the interpreter ends aborts the process: the exit code is
+    lost, and the launcher ends the first rank, which may still be writing the model. For that it needs the
+    interpreter's lock, and gets it while we sleep. (To join the threads by dropping all that holds the group can wait
+    for ever: torch keeps the lock there.)
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    found = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if found:
         time.sleep(_THREADS_END)
-        distributed.destroy_process_group()
+    return found
 
 
 def _complain(error: VlmpoError) -> None:
