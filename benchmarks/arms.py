@@ -22,9 +22,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.shapes import SHAPES, Shape, make_checkpoint, make_data
 from vlmpo import MPOConfig, MPOTrainer, mpo_loss
-from vlmpo.data.encode import EncodedPair, PairEncoder
+from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
+from vlmpo.models.loading import load_model, load_processor
 from vlmpo.train.cached_reference import fill
-from vlmpo.tree.loading import load_model, load_processor
 
 PROMPTS = 12
 RATE = 1e-6  # as published; Adam's first steps blow up what rounding does to small gradients, by the rate

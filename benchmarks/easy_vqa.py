@@ -22,18 +22,18 @@ from typing import Any
 import yaml
 
 from vlmpo import Message, MPOConfig, MPOTrainer, PreferencePair
-from vlmpo.build.engines import LocalEngine, Sampling
-from vlmpo.build.pair import PAIRS_FILE, run_correctness
-from vlmpo.build.prompts import prompt_text
-from vlmpo.build.sample import sample
-from vlmpo.data.questions import read_questions
+from vlmpo.commands.sample import sample
+from vlmpo.data.dataset import open_pairs
+from vlmpo.data.readers.questions import read_questions
+from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Question
-from vlmpo.data.sources import open_pairs
-from vlmpo.data.specs import SourceSpec
-from vlmpo.demo.tiny import TinySize, build_model, build_processor, train_tokenizer
-from vlmpo.evaluate.answers import answer_questions, compare, summarise
+from vlmpo.evaluate import answer_questions, compare, summarise
+from vlmpo.generate.local import LocalEngine, Sampling
+from vlmpo.generate.prompts import prompt_text
+from vlmpo.models.loading import load_model, load_processor
+from vlmpo.pairs.correctness import PAIRS_FILE, run_correctness
 from vlmpo.recipe import load_recipe
-from vlmpo.tree.loading import load_model, load_processor
+from vlmpo.testing.tiny import TinySize, build_model, build_processor, train_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data" / "easy_vqa"

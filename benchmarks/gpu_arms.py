@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.gpu_model import VlmSize, forward_flops, make_model, make_pairs, make_processor, peak_flops
 from vlmpo import MPOConfig, MPOTrainer, mpo_loss
-from vlmpo.data.encode import EncodedPair, PairEncoder
+from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 
 GIB = 1024**3
 STEPS_AN_EPOCH = 3  # a cache is full after one

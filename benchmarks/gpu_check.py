@@ -50,9 +50,10 @@ from torch import Tensor
 from benchmarks import gpu_arms, head
 from benchmarks.gpu_model import INTERNVL3_1B, INTERNVL3_8B, MINIATURE, VlmSize, make_pairs
 from vlmpo import MPOConfig, MPOTrainer
-from vlmpo.tree import attention, projection, varlen
+from vlmpo.tree import attention, varlen
+from vlmpo.tree import chunked_logprobs as projection
+from vlmpo.tree.forward import install
 from vlmpo.tree.layout import RowLayout, TreeSpan
-from vlmpo.tree.logprobs import install
 
 ALL_SECONDS = 450.0
 

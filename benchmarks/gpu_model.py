@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vlmpo import Message, PreferencePair
-from vlmpo.demo.tiny import TinySize, build_processor, train_tokenizer
+from vlmpo.testing.tiny import TinySize, build_processor, train_tokenizer
 
 # Dense bf16 without sparsity, from the makers' data sheets, in FLOP/s. H100 PCIe is another card with a lower peak.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

@@ -1,6 +1,6 @@
 """Seconds and memory of the vocabulary head by size of its blocks: ``python -m benchmarks.head [--device cuda]``.
 
-Forward and backward of :func:`vlmpo.tree.projection.linear_token_logps` on random states and targets, for blocks of
+Forward and backward of :func:`vlmpo.tree.chunked_logprobs.linear_token_logps` on random states and targets, for blocks of
 several sizes, with logits kept for the backward pass and without; beside it the plain way, all logits and
 ``cross_entropy``. The arms take turns; reported are medians with minimum and maximum. On a CPU the seconds are those of
 the process on one thread, so that what else the machine does counts little. Memory is what the peak rises beyond
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlmpo.tree import projection
+from vlmpo.tree import chunked_logprobs as projection
 
 RESULTS = Path(__file__).resolve().parent / "results" / "head.json"
 MEBI = 1024 * 1024

@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 
 from vlmpo import Message, PreferencePair
-from vlmpo.data.encode import PairEncoder
-from vlmpo.demo.tiny import TinySize, build_processor, train_tokenizer
+from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.testing.tiny import TinySize, build_processor, train_tokenizer
 from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -89,8 +89,8 @@ def made_pairs(case: Case, count: int) -> list[PreferencePair]:
 
 def real_pairs(prompts: int, together: int) -> list[PreferencePair]:
     """``together`` pairs each of ``prompts`` prompts of ``visonlyqa``, each prompt with an image of its own."""
-    from vlmpo.data.sources import open_pairs
-    from vlmpo.data.specs import SourceSpec
+    from vlmpo.data.dataset import open_pairs
+    from vlmpo.data.readers.spec import SourceSpec
 
     by_prompt: dict[Any, list[PreferencePair]] = {}
     data = open_pairs([SourceSpec(str(VISONLYQA / "meta.json"))])

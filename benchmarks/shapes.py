@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmpo.data.sources import open_pairs
-from vlmpo.data.specs import SourceSpec
-from vlmpo.demo.tiny import CHAT_TEMPLATE, TinySize, build_model, build_processor, train_tokenizer
+from vlmpo.data.dataset import open_pairs
+from vlmpo.data.readers.spec import SourceSpec
+from vlmpo.testing.tiny import CHAT_TEMPLATE, TinySize, build_model, build_processor, train_tokenizer
 
 VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
 

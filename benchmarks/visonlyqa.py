@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from vlmpo.demo.tiny import TinySize, build_model, build_processor, train_tokenizer
-from vlmpo.intervals import wilson
+from vlmpo.stats import wilson
+from vlmpo.testing.tiny import TinySize, build_model, build_processor, train_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data" / "visonlyqa"

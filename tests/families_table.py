@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.paths import REPO
 from tests.zoo import FAMILIES, Family
-from vlmpo.data.processors import tile_kind
-from vlmpo.tree.families import support_for
+from vlmpo.data.encode.processors import tile_kind
+from vlmpo.models.families import support_for
 
 FILE = REPO / "docs" / "families.md"
 

@@ -30,7 +30,7 @@ from torch import distributed
 import tests.conftest  # noqa: F401  torchvision and threads, before anything else
 from tests.ranks import family_trainer, full_weights, make_trainer, sharded_on_cpu
 from vlmpo.errors import RunError
-from vlmpo.train.lockstep import Lockstep
+from vlmpo.train.rank_sync import Lockstep
 from vlmpo.train.trainer import MPOTrainer
 
 

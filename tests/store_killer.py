@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from vlmpo.train.reference_store import ReferenceStore, Scored, content_key
+from vlmpo.train.logps_store import ReferenceStore, Scored, content_key
 
 
 def key(writer: int, number: int) -> bytes:

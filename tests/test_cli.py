@@ -49,7 +49,7 @@ def raising(error: BaseException):
 
 def test_train_gets_the_parsed_recipe(recipe, stage):
     seen = []
-    stage("vlmpo.train.run", "train", seen.append)
+    stage("vlmpo.commands.train", "train", seen.append)
     result = call("train", recipe, "loss.beta=0.2", "training.max_steps=-1")
     assert result.exit_code == 0
     assert seen[0].loss.beta == 0.2
@@ -58,8 +58,8 @@ def test_train_gets_the_parsed_recipe(recipe, stage):
 
 def test_inspect_and_demo_get_their_options(recipe, stage):
     seen = []
-    stage("vlmpo.train.inspect", "inspect", lambda parsed, pairs: seen.append((parsed.model.path, pairs)))
-    stage("vlmpo.demo.run", "demo", lambda output, seed: seen.append((str(output), seed)))
+    stage("vlmpo.commands.inspect", "inspect", lambda parsed, pairs: seen.append((parsed.model.path, pairs)))
+    stage("vlmpo.commands.demo", "demo", lambda output, seed: seen.append((str(output), seed)))
     assert call("inspect", recipe, "--pairs", "3").exit_code == 0
     assert call("inspect", recipe, "model.path=other").exit_code == 0
     assert call("demo").exit_code == 0
@@ -68,7 +68,7 @@ def test_inspect_and_demo_get_their_options(recipe, stage):
 
 
 def test_the_users_mistakes_exit_2_with_one_message(recipe, stage):
-    stage("vlmpo.train.run", "train", raising(RecordError("missing_image", "a.jsonl:3", "no image [x].png")))
+    stage("vlmpo.commands.train", "train", raising(RecordError("missing_image", "a.jsonl:3", "no image [x].png")))
     result = call("train", recipe)
     assert result.exit_code == 2
     assert result.stderr == "error: a.jsonl:3: no image [x].png [missing_image]\n"
@@ -76,7 +76,7 @@ def test_the_users_mistakes_exit_2_with_one_message(recipe, stage):
 
 
 def test_a_wrong_recipe_fails_before_the_stage_is_imported(recipe, stage):
-    stage("vlmpo.train.run", "train", raising(AssertionError("the stage ran")))
+    stage("vlmpo.commands.train", "train", raising(AssertionError("the stage ran")))
     result = call("train", recipe, "loss.bta=1")
     assert result.exit_code == 2
     assert result.stderr == "error: command line: loss.bta: unknown key; did you mean loss.beta?\n"
@@ -91,7 +91,7 @@ def test_argument_errors_exit_2(args):
 
 def test_our_own_faults_exit_1_with_a_traceback(recipe, stage):
     for error in (ZeroDivisionError("ours"), EOFError("ours"), ValueError("ours")):
-        stage("vlmpo.train.run", "train", raising(error))
+        stage("vlmpo.commands.train", "train", raising(error))
         result = call("train", recipe)
         assert result.exit_code == 1
         assert "Traceback" in result.stderr
@@ -99,7 +99,7 @@ def test_our_own_faults_exit_1_with_a_traceback(recipe, stage):
 
 
 def test_interrupting_exits_130(recipe, stage):
-    stage("vlmpo.train.run", "train", raising(KeyboardInterrupt()))
+    stage("vlmpo.commands.train", "train", raising(KeyboardInterrupt()))
     result = call("train", recipe)
     assert result.exit_code == 130
     assert "Traceback" not in result.stderr
@@ -107,10 +107,10 @@ def test_interrupting_exits_130(recipe, stage):
 
 def test_only_rank_0_speaks_for_the_job(recipe, stage, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    stage("vlmpo.train.run", "train", raising(RecipeError("the same on every rank")))
+    stage("vlmpo.commands.train", "train", raising(RecipeError("the same on every rank")))
     result = call("train", recipe)
     assert (result.exit_code, result.stderr) == (2, "")
-    stage("vlmpo.train.run", "train", raising(RecordError("bad_json", "a.jsonl:1", "met by this rank alone")))
+    stage("vlmpo.commands.train", "train", raising(RecordError("bad_json", "a.jsonl:1", "met by this rank alone")))
     assert call("train", recipe).stderr == "error on rank 3: a.jsonl:1: met by this rank alone [bad_json]\n"
 
 

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import StateDictType
 
 from tests.paths import REPO
 from tests.test_run import checkpoint, manifest, records, write_data, write_recipe  # noqa: F401
+from vlmpo.commands.train import training_config
 from vlmpo.recipe import load_recipe
-from vlmpo.train.run import training_config
 
 RECIPES = REPO / "recipes"
 SCRIPTS = sorted((RECIPES / "launch").iterdir())

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.paths import SHARED
-from vlmpo.loss.mpo import MPO_WEIGHTS, check_weights, expected_start, mpo_loss
-from vlmpo.loss.reward_shift import RewardShift
+from vlmpo.loss import MPO_WEIGHTS, RewardShift, check_weights, expected_start, mpo_loss
 
 LN2 = math.log(2.0)
 

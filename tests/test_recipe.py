@@ -340,9 +340,9 @@ def test_what_is_said_twice_is_said_alike():
     """The recipe names loss terms and verifiers itself, since it must not import torch; they are those of the code."""
     from typing import get_args
 
+    from vlmpo import loss as mpo
     from vlmpo import recipe
-    from vlmpo.build.verify import VERIFIERS
-    from vlmpo.loss import mpo
+    from vlmpo.verifiers.verifiers import VERIFIERS
 
     assert recipe.LOSS_TERMS == mpo.TERM_NAMES
     assert dict(mpo.MPO_WEIGHTS) == recipe.MPO_WEIGHTS

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vlmpo.data.records import Message, PreferencePair
-from vlmpo.demo.tiny import TinySize, build_model, build_processor, train_tokenizer
+from vlmpo.testing.tiny import TinySize, build_model, build_processor, train_tokenizer
 from vlmpo.tree.layout import PromptTree
 
 SIZE = TinySize(image_size=56, initializer_range=0.2, position_embedding_std=0.2, max_tiles=2)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmpo.data.records import Message, PreferencePair
     from vlmpo.errors import VlmpoError
-    from vlmpo.loss.mpo import LossOutput, mpo_loss
-    from vlmpo.loss.reward_shift import RewardShift
+    from vlmpo.loss import LossOutput, RewardShift, mpo_loss
     from vlmpo.train.config import MPOConfig
     from vlmpo.train.trainer import MPOTrainer
 
@@ -20,9 +19,9 @@ _HOMES = {
     "Message": "vlmpo.data.records",
     "PreferencePair": "vlmpo.data.records",
     "VlmpoError": "vlmpo.errors",
-    "LossOutput": "vlmpo.loss.mpo",
-    "mpo_loss": "vlmpo.loss.mpo",
-    "RewardShift": "vlmpo.loss.reward_shift",
+    "LossOutput": "vlmpo.loss",
+    "mpo_loss": "vlmpo.loss",
+    "RewardShift": "vlmpo.loss",
     "MPOConfig": "vlmpo.train.config",
     "MPOTrainer": "vlmpo.train.trainer",
 }

@@ -71,12 +71,12 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     with _exit_codes():
         parsed = load_recipe(recipe, overrides or [])
-        from vlmpo.train.run import train as run
+        from vlmpo.commands.train import train as run
 
         if parsed.evaluate is None or parsed.evaluate.questions is None:
             run(parsed)
             return
-        from vlmpo.evaluate.run import ask_while_training
+        from vlmpo.commands.evaluate import ask_while_training
 
         run(parsed, ask_while_training(parsed))
 
@@ -89,7 +89,7 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     with _exit_codes():
         parsed = load_recipe(recipe, overrides or [])
-        from vlmpo.train.run import cache as run
+        from vlmpo.commands.train import cache as run
 
         run(parsed)
 
@@ -102,7 +102,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     with _exit_codes():
         parsed = load_recipe(recipe, overrides or [])
-        from vlmpo.evaluate.run import evaluate as run
+        from vlmpo.commands.evaluate import evaluate as run
 
         run(parsed)
 
@@ -119,7 +119,7 @@ def inspect(
     """
     with _exit_codes():
         parsed = load_recipe(recipe, overrides or [])
-        from vlmpo.train.inspect import inspect as run
+        from vlmpo.commands.inspect import inspect as run
 
         run(parsed, pairs)
 
@@ -133,7 +133,7 @@ def sample(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     with _exit_codes():
         parsed = load_recipe(recipe, overrides or [])
-        from vlmpo.build.sample import sample as run
+        from vlmpo.commands.sample import sample as run
 
         run(parsed)
 
@@ -150,7 +150,7 @@ def pair_correctness(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     with _exit_codes():
         parsed = load_recipe(recipe, overrides or [])
-        from vlmpo.build.pair import run_correctness as run
+        from vlmpo.pairs.correctness import run_correctness as run
 
         run(parsed)
 
@@ -163,7 +163,7 @@ def pair_dropout_ntp(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     with _exit_codes():
         parsed = load_recipe(recipe, overrides or [])
-        from vlmpo.build.dropout import run_dropout_ntp as run
+        from vlmpo.pairs.dropout_ntp import run_dropout_ntp as run
 
         run(parsed)
 
@@ -182,7 +182,7 @@ def merge(
     The output folder holds a whole model and its processor, which load with transformers.
     """
     with _exit_codes():
-        from vlmpo.train.merge import merge as run
+        from vlmpo.commands.merge import merge as run
 
         run(adapter, output, base, dtype.value)
 
@@ -197,7 +197,7 @@ def demo(
     Draws a small visual task, builds a tiny InternVL, warms it up and aligns it with MPO: minutes on two cores.
     """
     with _exit_codes():
-        from vlmpo.demo.run import demo as run
+        from vlmpo.commands.demo import demo as run
 
         run(output, seed)
 

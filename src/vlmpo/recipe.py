@@ -26,7 +26,7 @@ LOSS_TERMS = ("sigmoid", "bco_pair", "nll")
 MPO_WEIGHTS = {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0}
 DataFormat = Literal["auto", "mmpr", "rlaif_v", "rlhf_v", "trl", "trl_implicit", "sharegpt", "alpaca", "swift"]
 Verifier = Literal["auto", "exact", "option", "number", "anls", "vqa", "math"]
-# Ways to put a question; anything else is a template that holds QUESTION_FIELD. vlmpo.build.prompts has their texts.
+# Ways to put a question; anything else is a template that holds QUESTION_FIELD. vlmpo.generate.prompts has their texts.
 PROMPT_STYLES = ("direct", "cot", "boxed")
 QUESTION_FIELD = "{question}"
 # What `training` takes beside the fields of transformers.TrainingArguments.
@@ -109,7 +109,7 @@ class DataSection(_Section):
 
 
 class LossSection(_Section):
-    """The objective; see :func:`vlmpo.loss.mpo.mpo_loss` for the meaning of each setting."""
+    """The objective; see :func:`vlmpo.loss.mpo_loss` for the meaning of each setting."""
 
     weights: dict[str, float] = Field(default_factory=lambda: dict(MPO_WEIGHTS))
     beta: float = Field(default=0.1, gt=0)

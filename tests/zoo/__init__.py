@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.tiny_models import random_pair
-from vlmpo.data.encode import EncodedPair, PairEncoder
+from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.records import PreferencePair
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlmpo.data.chat import content_of
+from vlmpo.data.encode.chat_template import content_of
 from vlmpo.data.records import PreferencePair
 from vlmpo.demo.task import LINES, SOURCE, Question, prompt, render
-from vlmpo.intervals import wilson
+from vlmpo.stats import wilson
 
 MAX_NEW_TOKENS = 48  # the longest worked answer takes 33, end of turn included
 BATCH = 128  # questions generated at a time

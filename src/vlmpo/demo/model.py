@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vlmpo.demo.task import CELLS, IMAGE_PIXELS, KINDS, LARGEST_ANSWER, LINES
-from vlmpo.demo.tiny import SPECIAL_TOKENS, TinySize, build_model, build_processor, wrap_tokenizer
+from vlmpo.testing.tiny import SPECIAL_TOKENS, TinySize, build_model, build_processor, wrap_tokenizer
 
 UNKNOWN = "<unk>"
 

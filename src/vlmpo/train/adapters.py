@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from vlmpo.errors import ModelError, RecipeError
+from vlmpo.models.adapters import active_adapter, adapter_places, check_init, is_adapter, split_name
 from vlmpo.recipe import Recipe, check_lora_keys
 from vlmpo.train.progress import notice
 from vlmpo.train.reference import base_of, is_peft, put_back
-from vlmpo.tree.adapter_loading import active_adapter, adapter_places, check_init, is_adapter, split_name
 
 # Inits under which a fresh LoRA adapter changes nothing: its second factor is 0, and the base stays as it is.
 _STARTS_AT_BASE = (True, "gaussian")

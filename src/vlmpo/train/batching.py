@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlmpo.data.encode import EncodedPair, PairEncoder
-from vlmpo.data.pixels import PixelScale
+from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
+from vlmpo.data.encode.pixels import PixelScale
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.train.balance import PairCosts, Shape, even_split, lag, plain_split
+from vlmpo.train.logps_store import content_key
 from vlmpo.train.order import runs, shuffled, with_groups
-from vlmpo.train.reference_store import content_key
 from vlmpo.tree.layout import PromptTree, Row, build_row, pack
 
 

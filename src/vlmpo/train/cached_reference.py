@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmpo.data.cache import cache_folder
+from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RecordError, RunError
-from vlmpo.files import replace_json
+from vlmpo.fileio import replace_json
+from vlmpo.models.loading import load_model
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.batching import MicroBatch, PairRows
+from vlmpo.train.logps_store import ReferenceStore, Scored, content_key
 from vlmpo.train.progress import notice
 from vlmpo.train.reference import CopyReference, Reference, base_of, freeze, is_peft, weights_hash
-from vlmpo.train.reference_store import ReferenceStore, Scored, content_key
 from vlmpo.train.sharding import gathered, passes_are_shared, prepare_frozen
 from vlmpo.tree.layout import Row
-from vlmpo.tree.loading import load_model
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 

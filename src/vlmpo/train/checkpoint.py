@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmpo.errors import ModelError, RunError
-from vlmpo.files import replace_json
+from vlmpo.fileio import replace_json
+from vlmpo.models.adapters import active_adapter, take_over
 from vlmpo.train.reference import is_peft
-from vlmpo.tree.adapter_loading import active_adapter, take_over
 
 STATE_FILE = "vlmpo_state.json"  # written last: a checkpoint that has it is complete
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from vlmpo.errors import RecipeError, RunError
-from vlmpo.loss.mpo import needs_reference
-from vlmpo.train import rates
-from vlmpo.train.averaging import WeightAverage
+from vlmpo.loss import needs_reference
+from vlmpo.train import param_groups as rates
 from vlmpo.train.best import known_metrics, metrics_of_sets, resolve
-from vlmpo.train.card import CARD_FILE, CardFacts, model_card
 from vlmpo.train.checkpoint import read_state, write_state
+from vlmpo.train.ema import WeightAverage
+from vlmpo.train.model_card import CARD_FILE, CardFacts, model_card
 from vlmpo.train.progress import notice
 from vlmpo.train.ranks import RanksTrainer
 

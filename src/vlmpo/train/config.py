@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmpo.loss.mpo import MPO_WEIGHTS, check_weights
+from vlmpo.loss import MPO_WEIGHTS, check_weights
 from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.best import greater_is_better
-from vlmpo.train.rates import check_values
+from vlmpo.train.param_groups import check_values
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 
@@ -43,7 +43,7 @@ class MPOConfig(TrainingArguments):
         loss_weights: of the terms ``sigmoid``, ``bco_pair``, ``nll``; None: 0.8, 0.2, 1.0. ``{"nll": 1.0}`` is
             supervised fine-tuning: no reference, no rejected response.
         beta: scale of the implicit rewards.
-        reward_shift: how delta moves: ``previous``, ``running`` or ``none`` (see vlmpo.loss.reward_shift).
+        reward_shift: how delta moves: ``previous``, ``running`` or ``none`` (see vlmpo.loss).
         nll_reduction: ``sequence`` (the paper) or ``token``.
         label_smoothing: of the sigmoid term, in [0, 0.5).
         reference_kind: ``copy`` of the initial policy, ``adapter`` switched off, or ``auto``: the adapter where there
@@ -65,7 +65,7 @@ class MPOConfig(TrainingArguments):
         on_bad_record: ``skip`` and count, or ``fail``.
         num_train_epochs, learning_rate: default to 1 and 1e-6 here.
         learning_rates: rates by part, of ``vision``, ``projector`` and ``text``; other parts take ``learning_rate``.
-        ema_decay: of an exponential moving average of the weights (see vlmpo.train.averaging); 0 or None: none.
+        ema_decay: of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: none.
         attention: ``auto`` shares trunks where the model family allows; ``separate`` reads one response a row.
     """
 
@@ -138,7 +138,7 @@ class MPOConfig(TrainingArguments):
 
     @property
     def loss_settings(self) -> dict[str, Any]:
-        """What every call of :func:`vlmpo.loss.mpo.mpo_loss` in a run is told alike."""
+        """What every call of :func:`vlmpo.loss.mpo_loss` in a run is told alike."""
         return {
             "weights": self.weights,
             "beta": self.beta,

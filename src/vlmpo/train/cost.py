@@ -16,16 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from vlmpo.data.cache import Cache, Stamp
-from vlmpo.data.encode import PairEncoder
-from vlmpo.data.estimate import NOTHING, EstimatedSize, Rates, SizeEstimator, sample
+from vlmpo.data.dataset import PairDataset
+from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import PreferencePair
-from vlmpo.data.sources import PairDataset
 from vlmpo.errors import RecordError
 from vlmpo.train.balance import PairCosts
+from vlmpo.train.param_groups import part_of
 from vlmpo.train.progress import notice
-from vlmpo.train.rates import part_of
 from vlmpo.train.sharding import gathered, of_first
+from vlmpo.train.size_estimate import NOTHING, EstimatedSize, Rates, SizeEstimator, sample
 
 Sizes = NDArray[np.int32]  # [pairs, 3]: a EstimatedSize each
 

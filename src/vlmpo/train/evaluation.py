@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vlmpo.intervals import mean_interval, wilson
-from vlmpo.loss.mpo import mpo_loss
+from vlmpo.loss import mpo_loss
+from vlmpo.stats import mean_interval, wilson
 from vlmpo.train.sharding import prepare_to_score
 
 if TYPE_CHECKING:

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from vlmpo.data.encode import PairEncoder
+from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecipeError, RecordError
-from vlmpo.train.accounts import Accounts
 from vlmpo.train.balance import PairCosts
 from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch, PairBatchSampler, PairLoader
 from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.cost import costs_of, patch_pixels, sizes_of_all, tokens_per_patch
-from vlmpo.train.lockstep import Lockstep
+from vlmpo.train.counts import Accounts
 from vlmpo.train.order import prompt_labels, room_for_groups
 from vlmpo.train.progress import StepClock, notice
+from vlmpo.train.rank_sync import Lockstep
 
 _TOLD_STEPS = 100
 

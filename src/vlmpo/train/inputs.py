@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmpo.data.formats import as_pairs
 from vlmpo.errors import RecipeError
-from vlmpo.tree import loading
+from vlmpo.models import loading
 
 _UNUSED = {
     "data_collator": "vlmpo lays pairs out in rows itself",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmpo.errors import ModelError
+from vlmpo.models.adapters import active_adapter, adapter_places, split_name
 from vlmpo.train.batching import PairRows
 from vlmpo.train.sharding import is_partitioned, release, unwrapped, whole
-from vlmpo.tree.adapter_loading import active_adapter, adapter_places, split_name
+from vlmpo.tree.forward import install, uses_shared_rows
 from vlmpo.tree.layout import Row, sum_by_branch
-from vlmpo.tree.logprobs import install, uses_shared_rows
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
 _DROPOUT_RATES = (

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmpo.data.encode import EncodedPair, PairEncoder
+from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.errors import RunError
-from vlmpo.loss.mpo import LossOutput, expected_start, mpo_loss, needs_reference
-from vlmpo.loss.reward_shift import RewardShift
+from vlmpo.loss import LossOutput, RewardShift, expected_start, mpo_loss, needs_reference
+from vlmpo.models.families import check_rows, support_for
 from vlmpo.torchvision_shim import ensure_torchvision
-from vlmpo.train.accounts import Accounts
 from vlmpo.train.adapters import add_frozen_adapter, check_policy_adapter, choose_kind, put_adapter_on
 from vlmpo.train.batching import (
     Collator,
@@ -26,13 +25,14 @@ from vlmpo.train.batching import (
 from vlmpo.train.cached_reference import CachedReference, cached_reference
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
 from vlmpo.train.config import MPOConfig
+from vlmpo.train.counts import Accounts
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.features import share_if_frozen
 from vlmpo.train.feeding import FeedingTrainer
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
-from vlmpo.train.lockstep import AtTrainBegin, Lockstep
 from vlmpo.train.metrics import StepSums, add_up, summarise
 from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock, notice
+from vlmpo.train.rank_sync import AtTrainBegin, Lockstep
 from vlmpo.train.reference import (
     AdapterReference,
     CopyReference,
@@ -42,11 +42,10 @@ from vlmpo.train.reference import (
     frozen_copy,
     switch_dropout_off,
 )
-from vlmpo.train.router_loss import add_router_loss, read_policy
+from vlmpo.train.router_term import add_router_loss, read_policy
 from vlmpo.train.sharding import more_to_come, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
-from vlmpo.tree.families import check_rows, support_for
-from vlmpo.tree.logprobs import install
-from vlmpo.tree.router import router_coefficient
+from vlmpo.tree.forward import install
+from vlmpo.tree.router_loss import router_coefficient
 
 ensure_torchvision()  # before transformers' Trainer, which imports torchvision
 

@@ -4,8 +4,8 @@ A parser is a pure function of one record and where it stands. ``registry`` list
 ``as_pairs`` reads any sequence of records through them.
 """
 
-from vlmpo.data.formats.context import RecordContext
-from vlmpo.data.formats.pairs import RecordPairs, as_pairs
-from vlmpo.data.formats.registry import AUTO, FORMATS, Format, Recognised, recognise
+from vlmpo.data.formats.base import RecordContext
+from vlmpo.data.formats.detect import AUTO, FORMATS, Format, Recognised, recognise
+from vlmpo.data.formats.sequence import RecordPairs, as_pairs
 
 __all__ = ["AUTO", "FORMATS", "Format", "RecordContext", "RecordPairs", "Recognised", "as_pairs", "recognise"]

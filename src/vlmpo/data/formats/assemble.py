@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from vlmpo.data.fields import text_field
-from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.media import is_null, media_of
 from vlmpo.data.formats.turns import Turn, text_turn
 from vlmpo.data.records import Message, PreferencePair

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmpo.data.fields import text_field
 from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
-from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
 from vlmpo.data.records import PreferencePair
 

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.base import RecordContext
 
 _FORMS = "a path, encoded bytes, {bytes, path}, or a list of these"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmpo.data.fields import json_kind, text_field
 from vlmpo.data.formats.assemble import preference_pair, with_system
-from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import text_turn
 from vlmpo.data.records import PreferencePair
 

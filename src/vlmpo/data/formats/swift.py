@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
-from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.media import media_of
 from vlmpo.data.formats.trl import require_same_prompt
 from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response

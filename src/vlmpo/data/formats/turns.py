@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vlmpo.data.fields import checked_text, json_kind
-from vlmpo.data.formats.context import RecordContext
+from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.media import is_null, medium
 from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 

@@ -1,0 +1,166 @@
+"""The formats vlmpo reads, and which of them a data set is in: told by what its first records hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from vlmpo.data.formats.base import RecordContext
+from vlmpo.data.formats.llamafactory import parse_alpaca, parse_sharegpt
+from vlmpo.data.formats.media import is_null
+from vlmpo.data.formats.question import parse_question, parse_question_in_text
+from vlmpo.data.formats.swift import parse_swift
+from vlmpo.data.formats.trl import parse_explicit, parse_implicit
+from vlmpo.data.formats.turns import is_conversation, is_message, message_list
+from vlmpo.data.records import PreferencePair
+from vlmpo.errors import DataError
+
+HEAD = 8  # records looked at
+AUTO = "auto"
+Parse = Callable[[Mapping[str, Any], RecordContext], PreferencePair]
+_MEDIA_KEYS = ("image", "images", "video", "videos")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format of records.
+
+    Attributes:
+        name: what a recipe's ``format`` calls it.
+        title: what people call it.
+        keys: what its records hold, for messages.
+        parse: one record to a pair; raises RecordError.
+    """
+
+    name: str
+    title: str
+    keys: str
+    parse: Parse
+
+
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """The format of a data set, and why it is taken to be that one."""
+
+    format: Format
+    why: str
+
+
+FORMATS: dict[str, Format] = {
+    found.name: found
+    for found in (
+        Format("mmpr", "MMPR", "`question`, `chosen`, `rejected`, `image` or `video` as paths", parse_question),
+        Format("rlaif_v", "RLAIF-V", "`question`, `chosen`, `rejected`, `image` embedded", parse_question),
+        Format(
+            "rlhf_v", "RLHF-V", "`text` with question, chosen and rejected as JSON, `image`", parse_question_in_text
+        ),
+        Format("trl", "TRL, explicit prompt", "`prompt`, `chosen`, `rejected`, `images`", parse_explicit),
+        Format("trl_implicit", "TRL, implicit prompt", "`chosen` and `rejected`, whole conversations", parse_implicit),
+        Format(
+            "sharegpt", "LLaMA-Factory, ShareGPT", "`conversations`, `chosen`, `rejected`, `images`", parse_sharegpt
+        ),
+        Format("alpaca", "LLaMA-Factory, Alpaca", "`instruction`, `input`, `chosen`, `rejected`", parse_alpaca),
+        Format("swift", "ms-swift", "`messages`, `rejected_response` or `rejected_messages`, `images`", parse_swift),
+    )
+}
+
+
+def recognise(records: Sequence[Mapping[str, Any]], asked: str, where: str) -> Recognised:
+    """The one format of a data set.
+
+    Args:
+        records: its first few that could be read at all.
+        asked: a name of FORMATS, or AUTO to tell by the records.
+        where: the data set, for messages.
+
+    Raises:
+        DataError: an unknown name, or records that fit no format.
+    """
+    if asked != AUTO:
+        if asked not in FORMATS:
+            raise DataError(f"{where}: format: {asked!r} is not known; known are {AUTO}, {', '.join(FORMATS)}")
+        return Recognised(FORMATS[asked], "as `format` says")
+    if not records:
+        return Recognised(FORMATS["mmpr"], "taken for granted: none of its first records could be read")
+    sample = _sample(records)
+    name, keys, remark = _fit(sample)
+    if name is None:
+        known = "; ".join(f"{found.name} ({found.keys})" for found in FORMATS.values())
+        held = ", ".join(f"`{key}`" for key in sample) or "nothing"
+        raise DataError(
+            f"{where}: its first records hold {held}, which fits no format; known are: {known}. Rename the keys, or "
+            "name the format under `format`"
+        )
+    shown = [f"`{key}` ({_kind(sample[key])})" for key in (*keys, *_MEDIA_KEYS) if key in sample]
+    return Recognised(FORMATS[name], f"has {', '.join(shown)}{f'; {remark}' if remark else ''}")
+
+
+_LAST_TURN = "the last assistant's turn alone is scored"
+
+
+def _fit(sample: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...], str]:
+    """Name of the format, the keys that decided, and what the user should know of how it is read."""
+    chosen = sample.get("chosen")
+    if "conversations" in sample:
+        remark = "" if chosen is not None else _LAST_TURN
+        return "sharegpt", ("conversations", "system", "chosen", "rejected"), remark
+    if is_conversation(chosen) and not is_conversation(sample.get("prompt")) and _holds_prompt(chosen):
+        return "trl_implicit", ("system", "chosen", "rejected"), ""
+    if "prompt" in sample and ("completion" in sample or chosen is not None):
+        remark = "the prompt is put as the user's turn" if isinstance(sample["prompt"], str) else ""
+        return "trl", ("system", "prompt", "chosen", "rejected", "completion"), remark
+    if "messages" in sample and chosen is not None:
+        return "sharegpt", ("messages", "system", "chosen", "rejected"), ""
+    if "messages" in sample:
+        keys = ("messages", "system", "rejected_response", "rejected_messages")
+        return "swift", keys, "" if any(key in sample for key in keys[2:]) else _LAST_TURN
+    if "instruction" in sample and (chosen is not None or "output" in sample):
+        return "alpaca", ("instruction", "input", "output", "chosen", "rejected", "history", "system"), ""
+    if "question" in sample and chosen is not None:
+        embedded = any(_kind(sample[key]).startswith("embedded") for key in ("image", "images") if key in sample)
+        return ("rlaif_v" if embedded else "mmpr"), ("system", "question", "chosen", "rejected"), ""
+    text = sample.get("text")
+    if isinstance(text, Mapping) or (isinstance(text, str) and text.lstrip().startswith("{") and '"chosen"' in text):
+        return "rlhf_v", ("text",), ""
+    if isinstance(chosen, str) and isinstance(sample.get("rejected"), str):
+        remark = "the words both begin with are the prompt, put as the user's turn"
+        return "trl_implicit", ("chosen", "rejected"), remark
+    return None, (), ""
+
+
+def _holds_prompt(conversation: Any) -> bool:
+    """Whether it is more than the assistant's answer."""
+    messages = message_list(conversation) or []
+    return any((message.get("role") or message.get("from")) in ("user", "human") for message in messages)
+
+
+def _sample(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Its first value for every key that holds any in one of the records; an empty one only for want of others."""
+    sample: dict[str, Any] = {}
+    for record in records:
+        for key, value in record.items():
+            if not is_null(value) and (key not in sample or sample[key] in ("", [])):
+                sample[key] = value
+    return sample
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in a word or two."""
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, bytes):
+        return "embedded"
+    if isinstance(value, Image.Image):
+        return "embedded, PIL"
+    if is_conversation(value):
+        return "messages"
+    if is_message(value):
+        return "a message"
+    if isinstance(value, Mapping):
+        return "embedded" if isinstance(value.get("bytes"), bytes) else "path" if "path" in value else "object"
+    if isinstance(value, list | tuple):
+        return f"{_kind(value[0])}, a list" if value else "list"
+    return type(value).__name__

@@ -1,0 +1,102 @@
+"""Any sequence of records as pairs: what a trainer given a ``datasets.Dataset`` or a list of dicts reads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from vlmpo.data.formats.base import RecordContext
+from vlmpo.data.formats.detect import AUTO, HEAD, Recognised, recognise
+from vlmpo.data.readers.arrow import raw_rows
+from vlmpo.data.records import PreferencePair
+from vlmpo.errors import DataError, RecordError
+
+
+class RecordPairs:
+    """Records of one format, parsed on access. Made by :func:`as_pairs`; picklable where the data set is.
+
+    Attributes:
+        recognised: the format, and why.
+        need_rejected: whether pairs are for preference training. If not, ``rejected`` is not looked at and None.
+    """
+
+    def __init__(self, records: Any, recognised: Recognised, need_rejected: bool, name: str, source: str) -> None:
+        self._records = records
+        self.recognised = recognised
+        self.need_rejected = need_rejected
+        self._name = name
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        """Pair ``index``. Raises RecordError, ``bad_json`` where the item is no record at all."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        item = self._records[index]
+        if isinstance(item, PreferencePair):
+            return item
+        origin = self.origin(index)
+        if not isinstance(item, Mapping):
+            raise RecordError("bad_json", origin, f"must be a mapping of keys or a PreferencePair, not {item!r:.60}")
+        context = RecordContext(origin, self._source, need_rejected=self.need_rejected)
+        return self.recognised.format.parse(item, context)
+
+    def origin(self, index: int) -> str:
+        """``train_dataset[17]``, without reading it."""
+        return f"{self._name}[{range(len(self))[index]}]"
+
+    def source(self, index: int) -> str:
+        """Name of the data set pair ``index`` is counted under, without reading it."""
+        return self._source
+
+
+def as_pairs(
+    dataset: Any,
+    *,
+    need_rejected: bool = True,
+    name: str = "train_dataset",
+    source: str = "data",
+    format: str = AUTO,
+) -> Any:
+    """``dataset`` with PreferencePairs as its items.
+
+    A data set of PreferencePairs, a PairDataset among them, comes back as it is. Of others the first few items tell
+    the format. Images of a ``datasets.Dataset`` stay encoded until they are needed, unless it has a format or
+    transform of its own: what that makes of a record is then read.
+
+    Args:
+        dataset: a ``datasets.Dataset``, a list of dicts, or anything with ``len()`` and ``[i]``.
+        need_rejected: False for supervised fine-tuning, where ``rejected`` is not looked at.
+        name: what messages call the data set.
+        source: name its pairs are counted under.
+        format: the format's name; by default it is told by the items.
+
+    Raises:
+        DataError: it has no length or no items by number, or its first items fit no format.
+    """
+    if isinstance(dataset, Mapping):
+        splits = ", ".join(map(str, dataset))
+        raise DataError(f"{name}: holds several data sets ({splits}); pass one of them, e.g. dataset['train']")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"{name}: {type(dataset).__name__} has no length and no items by number; load it without streaming"
+        )
+    rows = raw_rows(dataset)
+    head: list[Mapping[str, Any]] = []
+    for index in itertools.islice(range(len(rows)), HEAD):
+        try:
+            item = rows[index]
+        except RecordError:
+            return dataset  # it reports its own bad records
+        if isinstance(item, PreferencePair):
+            return (
+                dataset if not head else RecordPairs(rows, recognise(head, format, name), need_rejected, name, source)
+            )
+        if isinstance(item, Mapping):
+            head.append(item)
+    if not len(rows):
+        return dataset
+    return RecordPairs(rows, recognise(head, format, name), need_rejected, name, source)

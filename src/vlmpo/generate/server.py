@@ -1,0 +1,258 @@
+"""Generation through an OpenAI-compatible chat server: vLLM, SGLang, LMDeploy, ``transformers serve``."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import random
+import threading
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
+from typing import Any
+
+from vlmpo.data.encode.chat_template import content_of
+from vlmpo.data.encode.images import open_image
+from vlmpo.data.records import IMAGE_PLACEHOLDER
+from vlmpo.errors import RecordError, RunError
+from vlmpo.generate.local import Generated, GenerationRequest, OnBad, Sampling
+
+API_KEY_VARIABLE = "VLMPO_API_KEY"
+_FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0  # seconds between tries
+_RETRIED = {408, 409, 425, 429}  # and all of 500 and above
+# What a server answers when it is this one request that it cannot take, e.g. one longer than its context.
+_REFUSED = {400, 413, 422}
+
+
+class _PassingError(Exception):
+    """A failure that may pass: try again, after ``wait`` seconds if the server says so."""
+
+    def __init__(self, cause: str, wait: float | None = None) -> None:
+        super().__init__(cause)
+        self.wait = wait
+
+
+class _RefusalError(Exception):
+    """The server cannot take this request."""
+
+
+class ServerEngine:
+    """Generates through a chat server's ``/v1/chat/completions``.
+
+    Every sample is a request of its own, with a seed of its own: not every server knows ``n``, and so nothing hangs on
+    one long answer. Prompts are tokenised and images tiled by the server; images are sent as PNG data URLs, upright
+    and in RGB as training sees them. A key in the environment variable VLMPO_API_KEY is sent along.
+
+    ``prefix`` of a request needs a server that knows ``continue_final_message`` (vLLM, SGLang). Text that the server
+    keeps apart as reasoning would be lost, so it is refused.
+
+    Args:
+        url: of the server, with or without ``/v1``.
+        model: name of the model at the server; None: the only one it has.
+        sampling: how tokens are drawn.
+        concurrency: requests under way at a time.
+        timeout: seconds without a byte after which a try has failed.
+        retries: further tries after a connection error, a time-out, status 408, 409, 425, 429 or 5xx, with delays of
+            about 1, 2, 4, ... seconds, 60 at most, or as the server's Retry-After says.
+
+    Raises:
+        RunError: ``model`` is None, and the server cannot be reached or has not exactly one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        sampling: Sampling,
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        retries: int = 5,
+    ) -> None:
+        self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._sampling = sampling
+        self._concurrency = concurrency
+        self._timeout = timeout
+        self._retries = retries
+        self.batch_size = 1
+        self.notices: list[str] = []
+        self.name = model or self._only_model()
+
+    def generate(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None = None) -> Iterator[list[Generated]]:
+        """The responses to each request, in order. See :class:`vlmpo.generate.local.Engine`.
+
+        At most some twice ``concurrency`` samples are under way or wait for those of an earlier request.
+
+        Raises:
+            RunError: no answer after all tries, an answer that is none, or a status that concerns every request.
+        """
+        pool = ThreadPoolExecutor(self._concurrency)
+        stop = threading.Event()
+        waiting: deque[tuple[GenerationRequest, list[Future[Generated]] | RecordError]] = deque()
+        try:
+            for request in requests:
+                waiting.append((request, self._submit(pool, request, stop)))
+                while sum(r.n for r, _ in waiting) > max(2 * self._concurrency, request.n):
+                    yield _collect(*waiting.popleft(), on_bad)
+            while waiting:
+                yield _collect(*waiting.popleft(), on_bad)
+        finally:
+            stop.set()  # threads that wait for their next try give up
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, request: GenerationRequest, stop: threading.Event
+    ) -> list[Future[Generated]] | RecordError:
+        try:
+            payload = self._payload(request)
+        except RecordError as error:
+            return error
+        seeds = [_sample_seed(request.seed, index) for index in range(request.n)]
+        return [pool.submit(self._sample, {**payload, "seed": seed}, request.origin, stop) for seed in seeds]
+
+    def _payload(self, request: GenerationRequest) -> dict[str, Any]:
+        messages = _messages(request)
+        payload = {
+            "model": self.name,
+            "messages": messages,
+            "temperature": self._sampling.temperature,
+            "top_p": self._sampling.top_p,
+            "max_tokens": self._sampling.max_new_tokens,
+        }
+        if request.prefix:
+            messages.append({"role": "assistant", "content": request.prefix})
+            payload |= {"continue_final_message": True, "add_generation_prompt": False}
+        return payload
+
+    def _sample(self, payload: dict[str, Any], origin: str, stop: threading.Event) -> Generated:
+        try:
+            answer = self._call("chat/completions", payload, stop)
+        except _RefusalError as refusal:
+            detail = f"{self._base} refuses the request ({refusal}); shorten it or change the server's settings"
+            raise RecordError("server_refused", origin, detail) from None
+        try:
+            choice = answer["choices"][0]
+            message = choice["message"]
+            text, reason = message.get("content") or "", choice.get("finish_reason") or "stop"
+        except (TypeError, KeyError, IndexError, AttributeError):
+            raise RunError(f"{self._base} is no OpenAI-compatible chat server: it answers {answer!r:.200}") from None
+        if message.get("reasoning_content") or message.get("reasoning"):
+            raise RunError(
+                f"{self._base} keeps the reasoning apart from the response, and it would be lost; "
+                "start the server without a reasoning parser"
+            )
+        return Generated(text, reason)
+
+    def _only_model(self) -> str:
+        try:
+            names = [str(entry["id"]) for entry in self._call("models", None, threading.Event())["data"]]
+        except (TypeError, KeyError, _RefusalError):
+            names = []
+        if len(names) != 1:
+            have = f"it has {', '.join(names[:8])}" if names else "it names none"
+            raise RunError(f"which model of {self._base}? {have}; set build.model")
+        return names[0]
+
+    def _call(self, path: str, payload: dict[str, Any] | None, stop: threading.Event) -> Any:
+        """What the server answers; tried again after what may pass, until ``stop``."""
+        failure = _PassingError("stopped")
+        for attempt in range(self._retries + 1):
+            if attempt and stop.wait(_delay(attempt, failure.wait)):
+                break
+            try:
+                return self._try(f"{self._base}/{path}", payload)
+            except _PassingError as passing:
+                failure = passing
+        raise RunError(
+            f"no answer from {self._base} in {self._retries + 1} tries (the last: {failure}); "
+            "see to the server, then start again: what is done is kept"
+        )
+
+    def _try(self, url: str, payload: dict[str, Any] | None) -> Any:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key := os.environ.get(API_KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        body = None if payload is None else json.dumps(payload).encode()
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=self._timeout) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise _status_error(url, error) from None
+        except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out
+            raise _PassingError(str(error) or type(error).__name__) from None
+        except ValueError as error:
+            raise RunError(f"{url} does not answer in JSON ({error}); is build.engine the chat server's URL?") from None
+
+
+def _collect(
+    request: GenerationRequest, samples: list[Future[Generated]] | RecordError, on_bad: OnBad | None
+) -> list[Generated]:
+    """The samples of one request once they are all there; what is wrong with it goes to ``on_bad``."""
+    try:
+        if isinstance(samples, RecordError):
+            raise samples
+        return [sample.result() for sample in samples]
+    except RecordError as error:
+        if on_bad is None:
+            raise
+        on_bad(request, error)
+        return []
+
+
+def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
+    """The turns in the server's form, each image where its placeholder stands."""
+    placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in request.messages)
+    if placeholders != len(request.images):
+        detail = f"the prompt has {placeholders} {IMAGE_PLACEHOLDER} for {len(request.images)} images"
+        raise RecordError("placeholder_mismatch", request.origin, f"{detail}; write one where each stands")
+    images = iter(request.images)
+    turns: list[dict[str, Any]] = []
+    for message in request.messages:
+        if IMAGE_PLACEHOLDER not in message.text:
+            turns.append({"role": message.role, "content": message.text})
+            continue
+        items: list[dict[str, Any]] = []
+        for item in content_of(message.text):
+            is_image = item["type"] == "image"
+            items.append(_image_item(next(images), request.origin) if is_image else {**item})
+        turns.append({"role": message.role, "content": items})
+    return turns
+
+
+def _image_item(source: Any, origin: str) -> dict[str, Any]:
+    encoded = io.BytesIO()
+    open_image(source, origin).save(encoded, "PNG", compress_level=1)  # lossless, and quick rather than small
+    url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _sample_seed(seed: int, index: int) -> int:
+    """31 bits, which every server takes."""
+    return int.from_bytes(blake2b(f"{seed}:{index}".encode(), digest_size=4).digest(), "big") >> 1
+
+
+def _delay(attempt: int, asked: float | None) -> float:
+    """Seconds before try ``attempt`` (from 1): doubling, spread so that not all threads come back at once."""
+    if asked is not None:
+        return min(asked, _LONGEST_DELAY) * random.uniform(1.0, 1.2)
+    return min(_FIRST_DELAY * 2 ** (attempt - 1), _LONGEST_DELAY) * random.uniform(0.75, 1.25)
+
+
+def _status_error(url: str, error: urllib.error.HTTPError) -> Exception:
+    try:
+        said = error.read(2000).decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        said = ""
+    cause = f"status {error.code}: {' '.join(said.split())[:300] or error.reason}"
+    if error.code in _RETRIED or error.code >= 500:
+        after = error.headers.get("Retry-After", "")
+        return _PassingError(cause, float(after) if after.isdecimal() else None)
+    if error.code in _REFUSED:
+        return _RefusalError(cause)
+    hints = {401: API_KEY_VARIABLE, 403: API_KEY_VARIABLE, 404: "build.engine and build.model"}
+    return RunError(f"{url}: {cause}; check {hints.get(error.code, 'build.engine')}")

@@ -1,0 +1,113 @@
+"""A checkpoint and its processor, whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vlmpo.errors import ModelError, RecipeError
+from vlmpo.models.adapters import load_adapter, named_base
+from vlmpo.torchvision_shim import ensure_torchvision
+
+ensure_torchvision()  # before transformers' model classes, which import torchvision
+
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+
+def load_processor(path: str) -> Any:
+    """The model's own processor, from a folder or the hub; a text-only model's is its tokenizer.
+
+    An adapter has its own, or its base model's.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks its tokenizer.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        if base := named_base(path):
+            return _base_of_adapter(path, base, load_processor)
+        raise ModelError(f"model.path: no processor can be loaded from {path}: {_first_line(error)}") from error
+    if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):  # whatever part of one is there
+        raise ModelError(
+            f"model.path: {path} has a {type(processor).__name__} but no whole processor; put the model's processor "
+            "and tokenizer files there"
+        )
+    return processor
+
+
+def _model_class(config: Any) -> Any:
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if known else AutoModelForCausalLM
+
+
+def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | None = None) -> Any:
+    """The model at ``path``, a folder or a hub name, with weights of ``dtype``, on the CPU; it may be text-only.
+
+    A PEFT adapter comes on its base model, trainable. ``quantized``: further arguments of ``from_pretrained`` that
+    quantise the weights.
+
+    Raises:
+        ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
+    """
+    if base := named_base(path):
+        return load_adapter(
+            _base_of_adapter(path, base, functools.partial(load_model, dtype=dtype, quantized=quantized)), path
+        )
+    try:
+        model_class = _model_class(AutoConfig.from_pretrained(path))
+        model, info = model_class.from_pretrained(
+            path, dtype=getattr(torch, dtype), output_loading_info=True, **(quantized or {})
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model.path: no model can be loaded from {path}: {_first_line(error)}") from error
+    absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
+    if absent:
+        raise ModelError(
+            f"model.path: {path} lacks {len(absent)} of the model's weights ({', '.join(absent[:3])}, ...); "
+            "they would be random"
+        )
+    if quantized:
+        from peft import prepare_model_for_kbit_training
+
+        # Frozen, and what is not quantised (norms, head, embedding) in float32; checkpointing is the trainer's affair.
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model
+
+
+def _base_of_adapter(adapter: str, base: str, load: Callable[[str], Any]) -> Any:
+    try:
+        return load(base)
+    except ModelError as error:
+        raise ModelError(
+            f"{adapter} is an adapter on the model {base}, which cannot be used; put that model there, or write where "
+            f"it is into base_model_name_or_path of the adapter's adapter_config.json. {error}"
+        ) from error
+
+
+def freeze_parts(model: Any, parts: Sequence[str]) -> None:
+    """Take the named submodules out of training: ``vision_tower`` matches any submodule of that name, at any depth.
+
+    Raises RecipeError for a name that matches none.
+    """
+    for part in parts:
+        found = [m for name, m in model.named_modules() if name == part or name.endswith(f".{part}")]
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if 0 < name.count(".") < 2})
+            raise RecipeError(f"model.freeze: the model has no part {part!r}; it has {', '.join(known)}, among others")
+        for module in found:
+            module.requires_grad_(False)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

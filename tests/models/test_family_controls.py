@@ -1,0 +1,269 @@
+"""Negative controls: what is broken on purpose shows, in the log-probs and in the start-up check."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_families import plain_logps
+from tests.tiny_models import random_pair
+from tests.training import config
+from tests.zoo import FAMILIES, encoded_pairs
+from tests.zoo.text import build
+from vlmpo import MPOTrainer
+from vlmpo.errors import ModelError
+from vlmpo.models.families import check_rows
+from vlmpo.train.batching import lay_out
+from vlmpo.tree import attention, heads, layout, positions
+from vlmpo.tree import forward as logprobs
+from vlmpo.tree.attention import ATTENTION_NAME
+from vlmpo.tree.forward import install, token_logps
+from vlmpo.tree.layout import Row, RowLayout, TreeSpan
+
+SAMPLED = ["internvl-qwen2", "qwen2.5-vl", "llava-1.5"]
+
+
+def sees_its_sibling(row: Row) -> Row:
+    """Both branches are one to the attention: the second reads the first."""
+    spans = tuple(TreeSpan(s.start, s.trunk, (sum(s.branches),)) for s in row.layout.spans)
+    broken = RowLayout(spans)
+    broken.positions = row.layout.positions
+    return dataclasses.replace(row, layout=broken)
+
+
+def goes_on_after_the_sibling(row: Row) -> Row:
+    """The second branch stands behind the first instead of beside it."""
+    changed = row.position_ids.clone()
+    counted = None if row.layout.positions is None else row.layout.positions.clone()
+    for span in row.layout.spans:
+        first, *others = span.branches
+        at = span.start + span.trunk + first
+        changed[0, at : at + sum(others)] += first
+        if counted is not None:
+            counted[..., at : at + sum(others)] += first
+    broken = RowLayout(row.layout.spans)
+    broken.positions = counted
+    return dataclasses.replace(row, position_ids=changed, layout=broken)
+
+
+def one_dimension(row: Row) -> Row:
+    broken = RowLayout(row.layout.spans)
+    broken.positions = row.position_ids.expand(3, 1, -1)
+    return dataclasses.replace(row, layout=broken)
+
+
+FAULTS: list[tuple[str, Callable[[Row], Row]]] = [
+    *((name, fault) for name in SAMPLED for fault in (sees_its_sibling, goes_on_after_the_sibling)),
+    *((name, one_dimension) for name in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")),
+]
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_broken_layout_shows(name: str, fault: Callable[[Row], Row]) -> None:
+    model = FAMILIES[name].model(0)
+    install(model, shared=True)
+    pair = encoded_pairs(name)["one image"]
+    row, separate = lay_out([pair]).rows[0], lay_out([pair], shared=False).rows
+    positions.positions_of(model, row)  # counted, for the faults to change
+    expected = plain_logps(FAMILIES[name].model(0), name, ["one image"])
+    with torch.no_grad():
+        sound, broken = model(branch_rows=[row]), model(branch_rows=[fault(row)])
+    first = pair.chosen_ids.numel()
+    assert (sound - expected).abs().max() < 1e-5
+    assert (broken - expected)[first:].abs().max() > 1e-3
+    if fault is not one_dimension:
+        assert (broken - expected)[:first].abs().max() < 1e-5  # the first branch is not touched
+    assert check_rows(model, [row], separate, half=False) is None
+    assert (check_rows(model, [fault(row)], separate, half=False) or 0.0) > 1e-3
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_run_with_broken_rows_falls_back_with_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also in bfloat16 autocast, whose rounding the check allows for."""
+    monkeypatch.setattr(layout, "RowLayout", _one_branch)
+    run = MPOTrainer(
+        model=FAMILIES[name].model(0),
+        args=config(tmp_path, max_steps=1, bf16=True),
+        train_dataset=[random_pair(1), random_pair(4)],
+        processing_class=FAMILIES[name].processor(),
+    )
+    assert run.shared
+    run.train()
+    assert not run.shared
+    told = [line for line in capsys.readouterr().err.splitlines() if "NOT sharing the prompt" in line]
+    assert len(told) == 1
+    assert "memory:1 shared and separate rows differ by" in told[0]
+
+
+def _one_branch(spans: tuple[TreeSpan, ...]) -> RowLayout:
+    return RowLayout(tuple(TreeSpan(s.start, s.trunk, (sum(s.branches),)) for s in spans))
+
+
+def test_gemma_needs_its_image_blocks_and_its_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without either, the parity of test_families would break."""
+    expected = plain_logps(FAMILIES["gemma3"].model(0), "gemma3", ["two images"]).detach()
+    model = FAMILIES["gemma3"].model(0)
+    install(model, shared=True)
+
+    def off() -> float:
+        with torch.no_grad():
+            got = model(branch_rows=lay_out([encoded_pairs("gemma3")["two images"]]).rows)
+        return float((got - expected).abs().max())
+
+    assert off() < 1e-5
+    with monkeypatch.context() as patch:
+        patch.setattr(positions, "IMAGE_BLOCKS", frozenset())
+        assert off() > 1e-3
+    with monkeypatch.context() as patch:
+        plain = attention._in_segments
+        patch.setattr(attention, "_in_segments", lambda *arguments: plain(*arguments[:-1], None))  # no window
+        assert off() > 1e-3
+    assert off() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["granite-text", "cohere-text", "gemma3-text", "gemma2-text"])
+def test_a_head_that_is_not_known_stops_the_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Were the family's scale or soft cap not applied, every log-prob would be wrong, shared and separate alike."""
+    monkeypatch.setattr(logprobs, "logit_map", lambda config: heads.PLAIN)
+    run = MPOTrainer(
+        model=FAMILIES[name].model(0),
+        args=config(tmp_path, max_steps=1),
+        train_dataset=[random_pair(1, images=0)],
+        processing_class=FAMILIES[name].processor(),
+    )
+    with pytest.raises(ModelError, match=f"{name.removesuffix('-text')}.*differ from the model's own by") as told:
+        run.train()
+    assert "ForCausalLM" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("gemma3_text", {"final_logit_softcapping": 2.0}),
+        ("granite", {"logits_scaling": 3.0}),
+        ("granitemoe", {"logits_scaling": 3.0, "num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("granitemoeshared", {"logits_scaling": 3.0, "num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("cohere2", {"logit_scale": 0.3, "layer_types": ["full_attention", "full_attention"]}),
+    ],
+)
+def test_every_head_on_the_list(kind: str, changes: dict[str, Any]) -> None:
+    model = build(0, kind, **changes)
+    assert heads.logit_map(model.config) != heads.PLAIN
+    install(model, shared=False)
+    rows = lay_out([encoded_pairs("qwen2-text")["text only"]], shared=False).rows
+    assert check_rows(model, None, rows, half=False) is None
+
+
+def test_the_heads_on_the_list_are_all_tested() -> None:
+    listed = heads._SOFT_CAPPED | heads._DIVIDED | heads._MULTIPLIED
+    (marks,) = [mark for mark in test_every_head_on_the_list.pytestmark if mark.name == "parametrize"]
+    assert {kind for kind, _ in marks.args[1]} == listed
+
+
+def test_a_family_off_the_list_is_told_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = MPOTrainer(
+        model=FAMILIES["gemma2-text"].model(0),
+        args=config(tmp_path, max_steps=1),
+        train_dataset=[random_pair(1, images=0)],
+        processing_class=FAMILIES["gemma2-text"].processor(),
+    )
+    run.train()
+    told = [line for line in capsys.readouterr().err.splitlines() if "NOT sharing the prompt" in line]
+    assert len(told) == 1
+    assert "family 'gemma2' is not on the list" in told[0]
+
+
+@pytest.mark.parametrize("map_", [heads.LogitMap(0.3), heads.LogitMap(softcap=2.0), heads.LogitMap(1.7, 5.0)])
+def test_mapped_logits_by_autograd_in_float64(map_: heads.LogitMap) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    head = torch.nn.Linear(5, 32).double()
+    targets = torch.tensor([0, 31, 4, 4, 0, 9, 1])
+    logits = map_.scale * head(hidden)
+    if map_.softcap is not None:
+        logits = map_.softcap * torch.tanh(logits / map_.softcap)
+    expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    inputs = (hidden, head.weight, head.bias)
+    weights = torch.randn(7, dtype=torch.float64)
+    theirs = torch.autograd.grad((expected * weights).sum(), inputs)
+
+    class Other(torch.nn.Linear):
+        """Takes the path of heads that are no plain Linear."""
+
+    other = Other(5, 32).double()
+    other.load_state_dict(head.state_dict())
+    for one, chunk in ((head, 64), (head, 10**9), (other, 64)):
+        got = token_logps(hidden, one, targets, chunk_elements=chunk, logit_map=map_)
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+        mine = torch.autograd.grad((got * weights).sum(), (hidden, one.weight, one.bias))
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+VISION = [name for name, family in FAMILIES.items() if family.images and family.shared]
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_the_attention_never_reads_an_image(name: str) -> None:
+    """Set for the whole model it reaches the vision tower too: refused where the layout does, plain elsewhere."""
+    model = FAMILIES[name].model(0)
+    install(model, shared=True)
+    model.set_attn_implementation(ATTENTION_NAME)
+    rows = lay_out([encoded_pairs(name)["two images"]]).rows
+    if name.startswith(("qwen2", "qwen3-")):  # hands every keyword on to its vision layers
+        with pytest.raises(ModelError, match="VisionAttention is not a causal text layer"):
+            model(branch_rows=rows)
+        return
+    with torch.no_grad():
+        got = model(branch_rows=rows)
+    torch.testing.assert_close(
+        got, plain_logps(FAMILIES[name].model(0), name, ["two images"]).detach(), atol=1e-5, rtol=0
+    )
+
+
+def test_windows_by_hand() -> None:
+    """Trunk of three, branches of two and two, a window of three tokens: who sees whom."""
+    rows = RowLayout((TreeSpan(0, 3, (2, 2)),))
+    here = torch.device("cpu")
+    assert rows.trunk_mask(rows.spans[0], None, here) is None
+    assert rows.trunk_mask(rows.spans[0], 5, here) is None
+    trunk: Any = rows.trunk_mask(rows.spans[0], 3, here)
+    assert trunk.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]
+    # the second branch's keys are the trunk's last two tokens and its own
+    assert rows.branch_mask(2, 4, 3, here).int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
+    assert rows.branch_mask(2, 4, None, here).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_image_blocks_by_hand() -> None:
+    """Text, an image of two tokens, text, an image of two, text: an image sees itself whole and nothing ahead."""
+    rows = RowLayout((TreeSpan(0, 6, (1, 1)),))
+    rows.blocks = torch.tensor([-1, 0, 0, -1, 1, 1, -1, -1])
+    here = torch.device("cpu")
+    seen: Any = rows.trunk_mask(rows.spans[0], None, here)
+    assert seen.int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, 1],
+    ]
+    windowed: Any = rows.trunk_mask(rows.spans[0], 2, here)
+    assert windowed[4].int().tolist() == [0, 0, 0, 1, 1, 1, 0]
+    assert windowed[5].int().tolist() == [0, 0, 0, 0, 1, 1, 0]

@@ -1,0 +1,233 @@
+"""What ranks read only to stay in step: it is never scored, adds exactly nothing, and is as much as the others read."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from tests.ranks import skewed_pairs
+from tests.tiny_models import model as tiny_model
+from tests.tiny_models import processor
+from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.errors import RecipeError, RecordError, RunError
+from vlmpo.train.batching import Collator, MicroBatch, PairRows, Unusable, lay_out, merge
+from vlmpo.train.rank_sync import Lockstep, all_work, work_of
+from vlmpo.train.sharding import more_to_come, settle
+from vlmpo.tree.dummies import append_unscored, trees_of
+from vlmpo.tree.forward import install
+from vlmpo.tree.layout import sum_by_branch
+
+PAIRS = skewed_pairs(8)  # 0, 1, 5 have images; 2, 3, 6, 7 have none; 4 is too long
+
+
+def encoder() -> PairEncoder:
+    return PairEncoder(processor(), max_length=400)
+
+
+def lockstep(kind: DistributedType = DistributedType.FSDP, shared: bool = True, processes: int = 2) -> Lockstep:
+    accelerator = SimpleNamespace(num_processes=processes, distributed_type=kind)
+    return Lockstep(accelerator, encoder(), Collator(None, shared))
+
+
+def micro_batch(*indices: int, shared: bool = True, bound: int | None = 100) -> MicroBatch:
+    return Collator(bound, shared)([encoder().encode(PAIRS[index]) for index in indices])
+
+
+def part_of(index: int, shared: bool = True) -> PairRows:
+    return lay_out([encoder().encode(PAIRS[index])], shared)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    made = tiny_model(dtype=torch.float64)
+    install(made, shared=True)
+    return made
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+def test_an_idle_image_changes_nothing(model: Any, shared: bool) -> None:
+    """Same log-probs, same gradients, and of the tower, which is run through, gradients of exactly 0."""
+    step = lockstep(shared=shared)
+    results = []
+    for rows in (part_of(2, shared).rows, [step._with_image(row) for row in part_of(2, shared).rows]):
+        model.zero_grad()
+        logps = model(branch_rows=rows, branch_shared=shared)
+        (logps.square().sum() / 100).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((logps.detach(), gradients, [sum(row.layout.num_tokens for row in rows)]))
+    (plain, without, [few]), (idle, having, [many]) = results
+    assert many > few
+    assert torch.allclose(idle, plain, rtol=1e-13, atol=0)
+    tower = [name for name in without if "vision_tower" in name or "projector" in name]
+    assert len(tower) > 10
+    for name, gradient in having.items():
+        if name in tower:
+            assert without[name] is None or not without[name].any()
+            if "mask_token" not in name:
+                assert gradient is not None
+                assert not gradient.any()
+        else:
+            assert float((gradient - without[name]).norm()) <= 1e-13 * float(without[name].norm())
+
+
+def test_the_scored_tokens_of_a_row_stay_what_they_were() -> None:
+    part = lay_out([encoder().encode(PAIRS[index]) for index in (2, 3)])
+    (row,) = part.rows
+    longer = append_unscored(row, lockstep()._idle_tree(True))
+    assert torch.equal(longer.targets, row.targets)
+    assert torch.equal(longer.predictors, row.predictors)
+    assert torch.equal(longer.branch_of, row.branch_of)
+    assert longer.num_branches == row.num_branches == 4
+    assert longer.vision
+    assert not row.vision
+    tokens = row.input_ids.shape[1]
+    assert torch.equal(longer.input_ids[:, :tokens], row.input_ids)
+    assert longer.unscored == longer.input_ids.shape[1] - tokens > 0
+
+
+def test_trees_of_undoes_build_row() -> None:
+    pairs = [encoder().encode(PAIRS[index]) for index in (2, 3, 6)]
+    (row,) = lay_out(pairs).rows
+    for tree, pair in zip(trees_of(row), pairs, strict=True):
+        assert torch.equal(tree.trunk_ids, pair.trunk_ids)
+        assert torch.equal(tree.branches[0], pair.chosen_ids)
+        assert pair.rejected_ids is not None
+        assert torch.equal(tree.branches[1], pair.rejected_ids)
+
+
+def test_unscored_tokens_are_in_no_count() -> None:
+    step = lockstep()
+    plain = [part_of(2), part_of(3)]
+    work = all_work([work_of([MicroBatch(plain)]), work_of([micro_batch(0, 1, 5, bound=1)])])
+    (level,) = step.level([MicroBatch(plain)], work, torch.nn.Identity())
+    assert [len(part.rows) for part in level.parts] == [1, 1, 1]
+    assert [len(part) for part in level.parts] == [1, 1, 0]
+    for idle, own in zip(level.parts, [*plain, lay_out([])], strict=True):
+        assert idle.num_tokens == own.num_tokens
+    assert merge(level.parts).branch_lengths[:4] == merge(plain).branch_lengths
+    assert merge(level.parts).chosen.tolist() == [0, 2]
+    assert len(level) == 2
+    assert level.num_chosen_tokens == MicroBatch(plain).num_chosen_tokens
+
+
+@pytest.mark.parametrize(("shared", "rows"), [(True, 1), (False, 2)])
+def test_every_rank_reads_as_many_rows_with_images(shared: bool, rows: int) -> None:
+    """Three parts against one against none: afterwards three each, of equally many rows, each with an image."""
+    batches = [micro_batch(0, 1, 5, shared=shared, bound=1), micro_batch(2, shared=shared), MicroBatch([lay_out([])])]
+    work = all_work([work_of([batch]) for batch in batches])
+    assert work.parts == (3,)
+    step = lockstep(shared=shared)
+    for batch in batches:
+        (level,) = step.level([batch], work, torch.nn.Identity())
+        assert [len(part.rows) for part in level.parts] == [rows] * 3
+        assert all(row.vision for part in level.parts for row in part.rows)
+
+
+def test_without_any_image_no_tower_is_run() -> None:
+    batches = [micro_batch(2, 3, bound=1), micro_batch(6)]
+    work = all_work([work_of([batch]) for batch in batches])
+    for batch in batches:
+        (level,) = lockstep().level([batch], work, torch.nn.Identity())
+        assert not any(row.vision for part in level.parts for row in part.rows)
+    # ZeRO-3 would take an earlier gradient for the tower's: there it always has one.
+    (level,) = lockstep(DistributedType.DEEPSPEED).level([batches[1]], work, torch.nn.Identity())
+    assert all(row.vision for part in level.parts for row in part.rows)
+
+
+def test_a_lone_process_reads_its_own_pairs_only() -> None:
+    batch = micro_batch(2, 0, bound=1)
+    step = lockstep(DistributedType.NO, processes=1)
+    (level,) = step.level([batch], work_of([batch]), torch.nn.Identity())
+    assert [part.rows for part in level.parts] == [part.rows for part in batch.parts]
+    empty = MicroBatch([lay_out([])])
+    (level,) = step.level(
+        [empty], work_of([empty]), torch.nn.Identity()
+    )  # a backward pass needs something to go through
+    assert [row.unscored == row.layout.num_tokens for part in level.parts for row in part.rows] == [True]
+
+
+def test_an_idle_part_has_no_loss_and_no_gradient(model: Any) -> None:
+    (part,) = lockstep().level(
+        [MicroBatch([lay_out([])])], work_of([micro_batch(0)]), torch.nn.Identity()
+    )[0].parts  # fmt: skip
+    logps = sum_by_branch(model(branch_rows=part.rows), part.rows)
+    model.zero_grad()
+    assert logps[part.chosen].sum().item() == 0.0
+    logps[part.chosen].sum().backward()
+    touched = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(touched) > 40
+    assert not any(gradient.any() for gradient in touched)
+
+
+def test_work_adds_up_and_errors_are_told_to_all() -> None:
+    error = RecordError("over_long", "a.jsonl:4", "too long")
+    other = RecordError("empty", "b.jsonl:9", "empty")
+    mine = work_of([micro_batch(0, 1), micro_batch(2)])
+    assert (mine.pairs, mine.images, mine.videos, mine.error) == (3, True, False, None)
+    empty = work_of([MicroBatch([lay_out([])], [Unusable(error, "a")]), micro_batch(3)], error)
+    total = all_work([mine, empty, work_of([micro_batch(6), micro_batch(7)], other)])
+    assert total.pairs == 6
+    assert total.chosen_tokens == sum(int(encoder().encode(PAIRS[i]).chosen_ids.numel()) for i in (0, 1, 2, 3, 6, 7))
+    assert total.parts == (mine.parts[0], 1)
+    assert total.error is error
+    with pytest.raises(RecordError, match="too long") as raised:
+        lockstep(processes=1).agree([micro_batch(2)], error)
+    assert raised.value.met_by == "all"
+
+
+def test_videos_under_a_sharding_wrapper_are_refused() -> None:
+    batch = micro_batch(0)
+    batch.parts[0].rows[0].vision["pixel_values_videos"] = torch.zeros(1)
+    with pytest.raises(RunError, match="videos cannot be trained on under FSDP or DeepSpeed"):
+        lockstep(processes=1).agree([batch])
+    assert lockstep(DistributedType.MULTI_GPU, processes=1).agree([batch]).videos
+
+
+def fsdp(**plugin: Any) -> Any:
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**plugin))
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
+
+
+def test_mixed_precision_rounds_no_log_prob_and_no_sum_of_gradients() -> None:
+    accelerator = fsdp(fsdp_version=2)
+    plugin = accelerator.state.fsdp_plugin
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype is torch.bfloat16  # what accelerate would do
+    settle(accelerator, torch.nn.Identity())
+    expected = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None)
+    assert plugin.mixed_precision_policy == expected
+
+
+def test_layers_to_wrap_are_those_the_model_has() -> None:
+    """LLaVA names layers of CLIP's text model among its own, which it does not have."""
+    made = tiny_model()
+    made._no_split_modules = {*made._no_split_modules, "CLIPTextEmbeddings"}
+    accelerator = fsdp(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    settle(accelerator, made)
+    accelerator.state.fsdp_plugin.set_auto_wrap_policy(made)  # raises for a layer it does not find
+    assert accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == ["InternVLVisionLayer", "Qwen2DecoderLayer"]
+    chosen = fsdp(fsdp_version=2, transformer_cls_names_to_wrap=["Qwen2DecoderLayer"])
+    settle(chosen, made)
+    assert chosen.state.fsdp_plugin.transformer_cls_names_to_wrap == ["Qwen2DecoderLayer"]
+
+
+def test_fsdp1_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"FSDP of version 1 is not supported; set training\.fsdp_config\.version: 2"):
+        settle(fsdp(fsdp_version=1), torch.nn.Identity())
+
+
+def test_gradients_are_not_due_before_the_last_part() -> None:
+    """DeepSpeed would step the optimizer in the backward pass of every part."""
+    seen = []
+    state = SimpleNamespace(sync_gradients=True)
+    state._set_sync_gradients = lambda value: seen.append(value) or setattr(state, "sync_gradients", value)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, gradient_state=state)
+    with more_to_come(accelerator, torch.nn.Identity()):
+        assert not state.sync_gradients
+    assert state.sync_gradients
+    assert seen == [False, True]
