@@ -24,7 +24,7 @@ from benchmarks.shapes import SHAPES, Shape, make_checkpoint, make_data
 from vlmpo import MPOConfig, MPOTrainer, mpo_loss
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.models.loading import load_model, load_processor
-from vlmpo.train.cached_reference import fill
+from vlmpo.train.cached_reference import precompute
 
 PROMPTS = 12
 RATE = 1e-6  # as published; Adam's first steps blow up what rounding does to small gradients, by the rate
@@ -184,16 +184,16 @@ def plain_loop(shape: Shape, folder: Path, turns: Turns, loss_of: PlainLoss, two
 
 def padded_logps(model: Any, pairs: list[EncodedPair]) -> Tensor:
     """Log-prob of each response, ``[2 * pairs]``, chosen ones first: a padded row each, logits of every token."""
-    rows = [(pair, branch) for pair in pairs for branch in (pair.chosen_ids,)]
+    rows = [(pair, response) for pair in pairs for response in (pair.chosen_ids,)]
     rows += [(pair, pair.rejected_ids) for pair in pairs if pair.rejected_ids is not None]
-    length = max(pair.trunk_ids.numel() + branch.numel() for pair, branch in rows)
+    length = max(pair.prompt_ids.numel() + response.numel() for pair, response in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for row, (pair, branch) in enumerate(rows):
-        trunk = pair.trunk_ids.numel()
-        ids[row, : trunk + branch.numel()] = torch.cat([pair.trunk_ids, branch])
-        mask[row, : trunk + branch.numel()] = 1
-        scored[row, trunk : trunk + branch.numel()] = True
+    for row, (pair, response) in enumerate(rows):
+        prompt = pair.prompt_ids.numel()
+        ids[row, : prompt + response.numel()] = torch.cat([pair.prompt_ids, response])
+        mask[row, : prompt + response.numel()] = 1
+        scored[row, prompt : prompt + response.numel()] = True
     vision = {name: torch.cat([pair.vision[name] for pair, _ in rows]) for name in rows[0][0].vision}
     logits = model(input_ids=ids, attention_mask=mask, **vision).logits[:, :-1]
     logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
@@ -215,9 +215,9 @@ def floor_loss(model: Any, reference: Any, pairs: list[EncodedPair]) -> Tensor:
     """(vi) The model's own forward over the unique tokens, logits only where a response token is predicted."""
     total = torch.zeros(())
     for pair in pairs:
-        branches = [ids for ids in (pair.chosen_ids, pair.rejected_ids) if ids is not None]
-        ids = torch.cat([pair.trunk_ids, *branches])
-        at = torch.arange(pair.trunk_ids.numel() - 1, ids.numel() - 1)
+        responses = [ids for ids in (pair.chosen_ids, pair.rejected_ids) if ids is not None]
+        ids = torch.cat([pair.prompt_ids, *responses])
+        at = torch.arange(pair.prompt_ids.numel() - 1, ids.numel() - 1)
         logits = model(input_ids=ids[None], logits_to_keep=at, **pair.vision).logits[0]
         total = total + cross_entropy(logits, ids[at + 1]) / len(pairs)
     return total
@@ -243,7 +243,7 @@ def main() -> None:
     arm, shape, folder = sys.argv[1], SHAPES[sys.argv[2]], Path(sys.argv[3])
     torch.manual_seed(0)
     if sys.argv[4:] == ["fill"]:
-        fill(vlmpo_trainer(shape, folder, arm))
+        precompute(vlmpo_trainer(shape, folder, arm))
     else:
         run(arm, shape, folder, Turns(GROUPS.get(arm, shape.pairs_a_step)))
 

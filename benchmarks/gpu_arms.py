@@ -216,21 +216,21 @@ def _plain_loop(setting: Setting, steps: Steps, loss_of: Callable[..., Tensor], 
             return 1
 
 
-def _branches(pair: EncodedPair) -> list[Tensor]:
+def _responses(pair: EncodedPair) -> list[Tensor]:
     return [ids for ids in (pair.chosen_ids, pair.rejected_ids) if ids is not None]
 
 
 def padded_logps(model: Any, pairs: list[EncodedPair], device: torch.device) -> Tensor:
     """Log-prob of each response, ``[2 * pairs]``, chosen ones first: a padded row each, logits of every token."""
-    rows = [(pair, _branches(pair)[number]) for number in range(2) for pair in pairs]
-    length = max(pair.trunk_ids.numel() + branch.numel() for pair, branch in rows)
+    rows = [(pair, _responses(pair)[number]) for number in range(2) for pair in pairs]
+    length = max(pair.prompt_ids.numel() + response.numel() for pair, response in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for row, (pair, branch) in enumerate(rows):
-        trunk = pair.trunk_ids.numel()
-        ids[row, : trunk + branch.numel()] = torch.cat([pair.trunk_ids, branch])
-        mask[row, : trunk + branch.numel()] = 1
-        scored[row, trunk : trunk + branch.numel()] = True
+    for row, (pair, response) in enumerate(rows):
+        prompt = pair.prompt_ids.numel()
+        ids[row, : prompt + response.numel()] = torch.cat([pair.prompt_ids, response])
+        mask[row, : prompt + response.numel()] = 1
+        scored[row, prompt : prompt + response.numel()] = True
     vision = {name: torch.cat([pair.vision[name] for pair, _ in rows]).to(device) for name in rows[0][0].vision}
     ids, scored = ids.to(device), scored.to(device)
     logits = model(input_ids=ids, attention_mask=mask.to(device), **vision).logits[:, :-1]
@@ -252,8 +252,8 @@ def _floor_loss(model: Any, reference: Any, pairs: list[EncodedPair], device: to
     """The model's own forward over the unique tokens, logits only where a response token is predicted."""
     total = torch.zeros((), device=device)
     for pair in pairs:
-        ids = torch.cat([pair.trunk_ids, *_branches(pair)]).to(device)
-        at = torch.arange(pair.trunk_ids.numel() - 1, ids.numel() - 1, device=device)
+        ids = torch.cat([pair.prompt_ids, *_responses(pair)]).to(device)
+        at = torch.arange(pair.prompt_ids.numel() - 1, ids.numel() - 1, device=device)
         vision = {name: values.to(device) for name, values in pair.vision.items()}
         logits = model(input_ids=ids[None], logits_to_keep=at, **vision).logits[0]
         total = total + cross_entropy(logits.float(), ids[at + 1]) / len(pairs)
@@ -289,8 +289,8 @@ def useful_flops(setting: Setting, pairs_a_prompt: int) -> float:
     pairs = [encoder.encode(pair) for pair in make_pairs(setting.size, STEPS_AN_EPOCH, pairs_a_prompt)]
     total = 0
     for at in range(0, len(pairs), pairs_a_prompt):
-        branches = [ids.numel() for pair in pairs[at : at + pairs_a_prompt] for ids in _branches(pair)]
-        total += 3 * forward_flops(setting.size, pairs[at].trunk_ids.numel(), branches).total
+        responses = [ids.numel() for pair in pairs[at : at + pairs_a_prompt] for ids in _responses(pair)]
+        total += 3 * forward_flops(setting.size, pairs[at].prompt_ids.numel(), responses).total
     return total / STEPS_AN_EPOCH * setting.pairs_a_step
 
 

@@ -4,7 +4,7 @@ Parts, each with a time of its own, each failing alone; DIR/gpu_check.json is wr
 
 - device: what it is, and the versions.
 - alignment: the kernels that read a row in one call, held to SDPA in float32 under an explicit mask, forward and
-  backward, bf16 and fp16, trees of one to six branches; and their milliseconds at InternVL3-1B's shape.
+  backward, bf16 and fp16, trees of one to six responses; and their milliseconds at InternVL3-1B's shape.
 - parity: a small InternVL and Qwen2.5-VL on the GPU against the models' own forward on the CPU: float32 log-probs and
   gradients to 1e-4; bf16 weights to 0.1 nats a token on average and 0.2 relative for gradients.
 - start: step 0 in bf16, the reference online: the sigmoid term is ln 2 and every reward exactly 0.
@@ -125,15 +125,15 @@ def readers() -> dict[str, Callable[[], Reader]]:
 
 
 def layouts(miniature: bool) -> dict[str, RowLayout]:
-    """Rows of two trees, one to six branches each, of uneven lengths."""
+    """Rows of two trees, one to six responses each, of uneven lengths."""
     found = {}
     for count in range(1, 7):
         spans, start = [], 0
-        for trunk in (13, 40) if miniature else (130, 517):
-            branches = tuple(1 + (37 * (number + trunk)) % (20 if miniature else 200) for number in range(count))
-            spans.append(TreeSpan(start, trunk, branches))
-            start += trunk + sum(branches)
-        found[f"{count} branches"] = RowLayout(tuple(spans))
+        for prompt in (13, 40) if miniature else (130, 517):
+            responses = tuple(1 + (37 * (number + prompt)) % (20 if miniature else 200) for number in range(count))
+            spans.append(TreeSpan(start, prompt, responses))
+            start += prompt + sum(responses)
+        found[f"{count} responses"] = RowLayout(tuple(spans))
     return found
 
 
@@ -178,7 +178,7 @@ def densely(states: list[Tensor], layout: RowLayout) -> Tensor:
 
 
 def errors_of(reader: Reader, run: Run) -> dict[str, float]:
-    """Largest relative error of output and gradients, by dtype and branches."""
+    """Largest relative error of output and gradients, by dtype and responses."""
     errors = {}
     for kind in varlen.HALF:
         for label, layout in layouts(run.miniature).items():
@@ -196,8 +196,8 @@ def errors_of(reader: Reader, run: Run) -> dict[str, float]:
 
 def times_of(reader: Reader, run: Run) -> dict[str, float]:
     """Median milliseconds of forward and backward of two pairs with seven tiles, 14 heads of 64 on 2, bf16."""
-    trunk, length = (40, 12) if run.miniature else (1832, 225)
-    spans = tuple(TreeSpan(start, trunk, (length, length)) for start in (0, trunk + 2 * length))
+    prompt, length = (40, 12) if run.miniature else (1832, 225)
+    spans = tuple(TreeSpan(start, prompt, (length, length)) for start in (0, prompt + 2 * length))
     layout = RowLayout(spans)
     states = [state.bfloat16() for state in random_states(layout, 14, 2, 64, run)]
     taken = []
@@ -221,7 +221,7 @@ def flat_gradient(model: Any) -> Tensor:
 def reading(model: Any, rows: list[Any], weights: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Log-probs and gradient of their weighted sum."""
     model.zero_grad()
-    logps = model(branch_rows=[row.to(device) for row in rows])
+    logps = model(packed_rows=[row.to(device) for row in rows])
     (logps * weights.to(device)).sum().backward()
     return logps.detach().float().cpu(), flat_gradient(model)
 
@@ -230,11 +230,11 @@ def own_reading(model: Any, pairs: list[Any], weights: Tensor) -> tuple[Tensor, 
     """The same by the model's own forward and logits, one response at a time, on the CPU."""
     parts = []
     for pair in pairs:
-        for branch in (pair.chosen_ids, pair.rejected_ids):
-            types = {name: torch.cat([t, torch.zeros_like(branch)])[None] for name, t in pair.token_types.items()}
-            ids = torch.cat([pair.trunk_ids, branch])[None]
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            types = {name: torch.cat([t, torch.zeros_like(response)])[None] for name, t in pair.token_types.items()}
+            ids = torch.cat([pair.prompt_ids, response])[None]
             logps = model(input_ids=ids, **types, **pair.vision).logits[0].log_softmax(-1)
-            parts.append(logps[pair.trunk_ids.numel() - 1 : -1].gather(1, branch[:, None]).squeeze(1))
+            parts.append(logps[pair.prompt_ids.numel() - 1 : -1].gather(1, response[:, None]).squeeze(1))
     found = torch.cat(parts)
     (found * weights).sum().backward()
     return found.detach(), flat_gradient(model)

@@ -132,15 +132,15 @@ class Flops:
         return self.products + self.attention
 
 
-def forward_flops(size: VlmSize, trunk: int, branches: Sequence[int]) -> Flops:
+def forward_flops(size: VlmSize, prompt: int, responses: Sequence[int]) -> Flops:
     """A forward of one prompt, every token of it read once, logits of the scored tokens alone.
 
     A weight matrix of n entries costs 2 n a token. Attention costs 4 x width a layer for every (query, key) that sees
     each other: causal halves are not counted, nor is anything that is read twice.
 
     Args:
-        trunk: tokens of the prompt, image tokens included.
-        branches: tokens of each response.
+        prompt: tokens of the prompt, image tokens included.
+        responses: tokens of each response.
     """
     vision, text = size.vision_hidden, size.text_hidden
     patches = (size.image_size // size.patch_size) ** 2
@@ -150,10 +150,10 @@ def forward_flops(size: VlmSize, trunk: int, branches: Sequence[int]) -> Flops:
     products += 2 * size.tiles * size.tokens_per_tile * (4 * vision * text + text**2)  # the projector
     keys = text // size.text_heads * size.text_kv_heads
     layer = 2 * text**2 + 2 * text * keys + 3 * text * size.text_mlp
-    products += 2 * (trunk + sum(branches)) * size.text_layers * layer
-    products += 2 * sum(branches) * size.vocabulary * text
+    products += 2 * (prompt + sum(responses)) * size.text_layers * layer
+    products += 2 * sum(responses) * size.vocabulary * text
     attention = 4 * size.vision_layers * size.tiles * (patches + 1) ** 2 * vision
-    pairs = trunk * (trunk + 1) // 2 + sum(length * trunk + length * (length + 1) // 2 for length in branches)
+    pairs = prompt * (prompt + 1) // 2 + sum(length * prompt + length * (length + 1) // 2 for length in responses)
     return Flops(products, attention + 4 * size.text_layers * pairs * text)
 
 

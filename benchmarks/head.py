@@ -1,7 +1,7 @@
 """Seconds and memory of the vocabulary head by size of its blocks: ``python -m benchmarks.head [--device cuda]``.
 
-Forward and backward of :func:`vlmpo.tree.chunked_logprobs.linear_token_logps` on random states and targets, for blocks of
-several sizes, with logits kept for the backward pass and without; beside it the plain way, all logits and
+Forward and backward of :func:`vlmpo.tree.chunked_logprobs.linear_token_logps` on random states and targets, for blocks
+of several sizes, with logits kept for the backward pass and without; beside it the plain way, all logits and
 ``cross_entropy``. The arms take turns; reported are medians with minimum and maximum. On a CPU the seconds are those of
 the process on one thread, so that what else the machine does counts little. Memory is what the peak rises beyond
 weight, its gradient and the states, each arm in a process of its own. Writes ``benchmarks/results/head.json``.

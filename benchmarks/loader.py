@@ -30,7 +30,7 @@ from PIL import Image
 from vlmpo import Message, PreferencePair
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.testing.tiny import TinySize, build_processor, train_tokenizer
-from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch
+from vlmpo.train.batching import Batch, Collator, EncodedPairs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
@@ -131,13 +131,13 @@ def arms(case: Case, pairs: list[PreferencePair]) -> dict[str, Loading]:
     theirs = DataCollatorForVisionPreference(processor)
     starts = range(0, len(pairs), case.batch)
 
-    def ours() -> Iterator[MicroBatch]:
+    def ours() -> Iterator[Batch]:
         for start in starts:
             yield collate([data[at] for at in range(start, start + case.batch)])
 
-    def whole() -> Iterator[MicroBatch]:
+    def whole() -> Iterator[Batch]:
         for batch in ours():
-            yield MicroBatch([part.with_pixels(encoder.pixel_scale) for part in batch.parts], batch.dropped)
+            yield Batch([part.with_pixels(encoder.pixel_scale) for part in batch.parts], batch.dropped)
 
     def trl() -> Iterator[dict[str, Any]]:
         for start in starts:
@@ -148,7 +148,7 @@ def arms(case: Case, pairs: list[PreferencePair]) -> dict[str, Loading]:
 
 def pixels_of(batch: Any) -> torch.Tensor:
     """``[tiles, 3, side, side]`` of a batch of any arm."""
-    named = batch.parts[0].rows[0].vision if isinstance(batch, MicroBatch) else batch
+    named = batch.parts[0].rows[0].vision if isinstance(batch, Batch) else batch
     return named["pixel_values"]
 
 

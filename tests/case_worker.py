@@ -34,9 +34,10 @@ def two_processes(case: str, folder: Path) -> torch.Tensor:
 
 def main() -> None:
     """Train, and leave the weights of this rank in the folder."""
-    from tests import test_adapters, test_router
+    from tests.train import test_adapters
+    from tests.tree import test_router_loss
 
-    cases: dict[str, Callable[..., Any]] = {"router": test_router.on_ranks, "adapter": test_adapters.on_ranks}
+    cases: dict[str, Callable[..., Any]] = {"router": test_router_loss.on_ranks, "adapter": test_adapters.on_ranks}
     folder = Path(sys.argv[2])
     run = cases[sys.argv[1]](folder, per_device_train_batch_size=2, ddp_backend="gloo")
     run.train()

@@ -21,7 +21,7 @@ stops.
 A family that is not in the table is read in separate rows, under the same check.
 
 Each line is held to the following, with a tiny model of its own class and its real processor, on the CPU in float32
-(`tests/test_families.py`, `test_encode_families.py`, `test_vision_merge.py`, `test_generate_families.py`):
+(`tests/tree/test_families.py`, `test_encode_families.py`, `test_vision_merge.py`, `test_generate_families.py`):
 
 - token ids, vision tensors and token types are those of its processor; counts of tiles and image tokens by hand;
 - log-probabilities of every response within 1e-5 of a plain forward, gradients within 1e-5 relative, for prompts of

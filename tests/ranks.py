@@ -13,7 +13,7 @@ from peft import LoraConfig
 from tests.tiny_models import SIZE, noise_image, random_pair
 from tests.tiny_models import model as tiny_model
 from tests.training import config, pairs, trainer
-from vlmpo.train.sharding import whole
+from vlmpo.train.sharding import full_tensor
 from vlmpo.train.trainer import MPOTrainer
 
 SEQUENTIAL = {"train_sampling_strategy": "sequential", "optim": "sgd", "optim_args": "momentum=0.9"}
@@ -40,7 +40,7 @@ def uneven_pairs(count: int) -> list:
 
 def full_weights(model: torch.nn.Module) -> torch.Tensor:
     """All parameters concatenated, also of a sharded model."""
-    return torch.cat([whole(parameter).flatten() for parameter in model.parameters()])
+    return torch.cat([full_tensor(parameter).flatten() for parameter in model.parameters()])
 
 
 def sharded_on_cpu() -> None:

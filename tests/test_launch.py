@@ -16,8 +16,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.fsdp import StateDictType
 
+from tests.commands.test_train import checkpoint, manifest, records, write_data, write_recipe  # noqa: F401
 from tests.paths import REPO
-from tests.test_run import checkpoint, manifest, records, write_data, write_recipe  # noqa: F401
 from vlmpo.commands.train import training_config
 from vlmpo.recipe import load_recipe
 

@@ -43,14 +43,14 @@ def noise_image(width: int, height: int, seed: int) -> Image.Image:
 def image_tree(
     images: list[Image.Image], lengths: list[int], seed: int, dtype: torch.dtype = torch.float32
 ) -> PromptTree:
-    """A prompt with ``images`` and a few words, and branches of random tokens of the given lengths."""
+    """A prompt with ``images`` and a few words, and responses of random tokens of the given lengths."""
     generator = torch.Generator().manual_seed(seed)
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": f"what is it {seed}?"}]
     text = processor().apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     encoded = processor()(images=images or None, text=text, return_tensors="pt")
     vision = {"pixel_values": encoded.pixel_values.to(dtype)} if images else {}
-    branches = tuple(torch.randint(0, 300, (length,), generator=generator) for length in lengths)
-    return PromptTree(encoded.input_ids[0], branches, vision)
+    responses = tuple(torch.randint(0, 300, (length,), generator=generator) for length in lengths)
+    return PromptTree(encoded.input_ids[0], responses, vision)
 
 
 WORDS = ("red", "blue", "green", "circle", "square", "two", "three", "seven", "not", "the", "picture", "row", "!")

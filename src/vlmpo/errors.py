@@ -67,3 +67,8 @@ def alike_on_a_node() -> Iterator[None]:
     except RecordError as error:
         error.met_by = "node"
         raise
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

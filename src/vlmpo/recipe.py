@@ -92,7 +92,7 @@ class DataSection(_Section):
 
     ``max_length`` bounds the tokens of prompt + longer response (None: no bound), ``video_frames`` the images that a
     video becomes; ``over_long`` says what becomes of a pair above it, ``on_bad_record`` of a record that is no good.
-    Up to ``group_by_prompt`` pairs of one prompt share its trunk. ``balance_ranks`` lets ranks share the pairs of a
+    Up to ``group_by_prompt`` pairs of one prompt share its prompt. ``balance_ranks`` lets ranks share the pairs of a
     step by the work they make.
     """
 

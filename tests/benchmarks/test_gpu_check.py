@@ -38,7 +38,7 @@ def test_the_parts_that_need_no_trainer(tmp_path: Path, monkeypatch: pytest.Monk
     parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
     assert parts["device"]["torch"] == torch.__version__
     errors = parts["alignment"]["segments"]["errors"]
-    assert len(errors) == 12  # two types, one to six branches
+    assert len(errors) == 12  # two types, one to six responses
     assert 1e-5 < max(errors.values()) < 0.01  # rounding shows, and no more
     assert "error" in parts["alignment"]["torch"]  # there is no such kernel on a CPU, and that is said
     for family in ("internvl-qwen2", "qwen2.5-vl"):
@@ -131,14 +131,14 @@ def test_operations_are_those_that_torch_counts() -> None:
     encoder = PairEncoder(processor)
     pairs = [encoder.encode(pair) for pair in make_pairs(MINIATURE, 2)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(branch_rows=lay_out(pairs, True).rows)
+        model(packed_rows=lay_out(pairs, True).rows)
     counted = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
-    sizes = [(p.trunk_ids.numel(), [p.chosen_ids.numel(), p.rejected_ids.numel()]) for p in pairs]
+    sizes = [(p.prompt_ids.numel(), [p.chosen_ids.numel(), p.rejected_ids.numel()]) for p in pairs]
     assert counted == sum(forward_flops(MINIATURE, *size).products for size in sizes)
 
 
 def test_attention_operations_by_hand() -> None:
-    """Trunk 2 and branches of 1 and 2: 3 + 3 + (4 + 3) = 13 pairs see each other, 2 layers of width 32."""
+    """Prompt 2 and responses of 1 and 2: 3 + 3 + (4 + 3) = 13 pairs see each other, 2 layers of width 32."""
     vision = 4 * 2 * 3 * (4 * 4 + 1) ** 2 * 32
     assert forward_flops(MINIATURE, 2, [1, 2]).attention == vision + 4 * 2 * 13 * 32
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_run import call, checkpoint, records, write_data, write_recipe  # noqa: F401  checkpoint is a fixture
+from tests.commands.test_train import call, checkpoint, records, write_data, write_recipe  # noqa: F401  checkpoint is a fixture
 from tests.tiny_models import model as tiny_model
 from tests.training import flat_weights, logged
 from vlmpo.data.records import Question

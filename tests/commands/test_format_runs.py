@@ -10,8 +10,8 @@ from typing import Any
 import datasets
 import pytest
 
-from tests.test_formats import SAME, said
-from tests.test_run import call, manifest, write_recipe
+from tests.commands.test_train import call, manifest, write_recipe
+from tests.data.formats.test_formats import SAME, said
 from tests.tiny_models import model, noise_image, processor
 from vlmpo.recipe import load_recipe
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.test_run import call, records, write_data, write_recipe
+from tests.commands.test_train import call, records, write_data, write_recipe
 from tests.tiny_models import SIZE, image_tree, noise_image, processor
 from tests.tiny_models import model as tiny_model
 from vlmpo.tree.attention import ATTENTION_NAME
@@ -56,7 +56,7 @@ def tree() -> PromptTree:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=tree().trunk_ids[None], **tree().vision).logits
+        return model.eval()(input_ids=tree().prompt_ids[None], **tree().vision).logits
 
 
 KINDS: dict[str, dict[str, Any]] = {

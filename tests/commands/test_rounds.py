@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.test_run import call, checkpoint  # noqa: F401  checkpoint is a fixture
+from tests.commands.test_train import call, checkpoint  # noqa: F401  checkpoint is a fixture
 from tests.tiny_models import noise_image
 from tests.training import logged
 

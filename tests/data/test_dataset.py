@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.paths import SHARED
 from vlmpo.data.dataset import PairDataset, open_pairs
 from vlmpo.data.index.filter import Dropped, SourceCounts, screen, split_hold_out
 from vlmpo.data.readers import json as jsonfiles
@@ -20,7 +21,7 @@ from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import DataError, RecipeError, RecordError
 
-VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
+VISONLYQA = SHARED / "data" / "visonlyqa"
 needs_visonlyqa = pytest.mark.skipif(not VISONLYQA.is_dir(), reason="../shared/data/visonlyqa is not there")
 
 

@@ -47,7 +47,7 @@ def plainly(family: Family, model: Any, images: int, prefix: str = "") -> str:
 @pytest.mark.parametrize("installed", [False, True], ids=["plain", "installed"])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_greedy_answers_are_those_of_plain_generate(family: Family, installed: bool) -> None:
-    """Of the model as it is, and as it is while it trains, with the attention for branches installed."""
+    """Of the model as it is, and as it is while it trains, with the attention for responses installed."""
     model, plain = family.model(0), family.model(0)
     if installed:
         install(model, support_for(model.config).shared)

@@ -10,39 +10,39 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_families import plain_logps
 from tests.tiny_models import random_pair
 from tests.training import config
+from tests.tree.test_families import plain_logps
 from tests.zoo import FAMILIES, encoded_pairs
 from tests.zoo.text import build
 from vlmpo import MPOTrainer
 from vlmpo.errors import ModelError
-from vlmpo.models.families import check_rows
 from vlmpo.train.batching import lay_out
 from vlmpo.tree import attention, heads, layout, positions
 from vlmpo.tree import forward as logprobs
 from vlmpo.tree.attention import ATTENTION_NAME
 from vlmpo.tree.forward import install, token_logps
-from vlmpo.tree.layout import Row, RowLayout, TreeSpan
+from vlmpo.tree.layout import PackedRow, RowLayout, TreeSpan
+from vlmpo.tree.self_check import check_rows
 
 SAMPLED = ["internvl-qwen2", "qwen2.5-vl", "llava-1.5"]
 
 
-def sees_its_sibling(row: Row) -> Row:
-    """Both branches are one to the attention: the second reads the first."""
-    spans = tuple(TreeSpan(s.start, s.trunk, (sum(s.branches),)) for s in row.layout.spans)
+def sees_its_sibling(row: PackedRow) -> PackedRow:
+    """Both responses are one to the attention: the second reads the first."""
+    spans = tuple(TreeSpan(s.start, s.prompt, (sum(s.responses),)) for s in row.layout.spans)
     broken = RowLayout(spans)
     broken.positions = row.layout.positions
     return dataclasses.replace(row, layout=broken)
 
 
-def goes_on_after_the_sibling(row: Row) -> Row:
-    """The second branch stands behind the first instead of beside it."""
+def goes_on_after_the_sibling(row: PackedRow) -> PackedRow:
+    """The second response stands behind the first instead of beside it."""
     changed = row.position_ids.clone()
     counted = None if row.layout.positions is None else row.layout.positions.clone()
     for span in row.layout.spans:
-        first, *others = span.branches
-        at = span.start + span.trunk + first
+        first, *others = span.responses
+        at = span.start + span.prompt + first
         changed[0, at : at + sum(others)] += first
         if counted is not None:
             counted[..., at : at + sum(others)] += first
@@ -51,20 +51,20 @@ def goes_on_after_the_sibling(row: Row) -> Row:
     return dataclasses.replace(row, position_ids=changed, layout=broken)
 
 
-def one_dimension(row: Row) -> Row:
+def one_dimension(row: PackedRow) -> PackedRow:
     broken = RowLayout(row.layout.spans)
     broken.positions = row.position_ids.expand(3, 1, -1)
     return dataclasses.replace(row, layout=broken)
 
 
-FAULTS: list[tuple[str, Callable[[Row], Row]]] = [
+FAULTS: list[tuple[str, Callable[[PackedRow], PackedRow]]] = [
     *((name, fault) for name in SAMPLED for fault in (sees_its_sibling, goes_on_after_the_sibling)),
     *((name, one_dimension) for name in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")),
 ]
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
-def test_a_broken_layout_shows(name: str, fault: Callable[[Row], Row]) -> None:
+def test_a_broken_layout_shows(name: str, fault: Callable[[PackedRow], PackedRow]) -> None:
     model = FAMILIES[name].model(0)
     install(model, shared=True)
     pair = encoded_pairs(name)["one image"]
@@ -72,12 +72,12 @@ def test_a_broken_layout_shows(name: str, fault: Callable[[Row], Row]) -> None:
     positions.positions_of(model, row)  # counted, for the faults to change
     expected = plain_logps(FAMILIES[name].model(0), name, ["one image"])
     with torch.no_grad():
-        sound, broken = model(branch_rows=[row]), model(branch_rows=[fault(row)])
+        sound, broken = model(packed_rows=[row]), model(packed_rows=[fault(row)])
     first = pair.chosen_ids.numel()
     assert (sound - expected).abs().max() < 1e-5
     assert (broken - expected)[first:].abs().max() > 1e-3
     if fault is not one_dimension:
-        assert (broken - expected)[:first].abs().max() < 1e-5  # the first branch is not touched
+        assert (broken - expected)[:first].abs().max() < 1e-5  # the first response is not touched
     assert check_rows(model, [row], separate, half=False) is None
     assert (check_rows(model, [fault(row)], separate, half=False) or 0.0) > 1e-3
 
@@ -87,7 +87,7 @@ def test_a_run_with_broken_rows_falls_back_with_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Also in bfloat16 autocast, whose rounding the check allows for."""
-    monkeypatch.setattr(layout, "RowLayout", _one_branch)
+    monkeypatch.setattr(layout, "RowLayout", _one_response)
     run = MPOTrainer(
         model=FAMILIES[name].model(0),
         args=config(tmp_path, max_steps=1, bf16=True),
@@ -102,8 +102,8 @@ def test_a_run_with_broken_rows_falls_back_with_one_line(
     assert "memory:1 shared and separate rows differ by" in told[0]
 
 
-def _one_branch(spans: tuple[TreeSpan, ...]) -> RowLayout:
-    return RowLayout(tuple(TreeSpan(s.start, s.trunk, (sum(s.branches),)) for s in spans))
+def _one_response(spans: tuple[TreeSpan, ...]) -> RowLayout:
+    return RowLayout(tuple(TreeSpan(s.start, s.prompt, (sum(s.responses),)) for s in spans))
 
 
 def test_gemma_needs_its_image_blocks_and_its_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_gemma_needs_its_image_blocks_and_its_windows(monkeypatch: pytest.Monkey
 
     def off() -> float:
         with torch.no_grad():
-            got = model(branch_rows=lay_out([encoded_pairs("gemma3")["two images"]]).rows)
+            got = model(packed_rows=lay_out([encoded_pairs("gemma3")["two images"]]).rows)
         return float((got - expected).abs().max())
 
     assert off() < 1e-5
@@ -131,7 +131,7 @@ def test_gemma_needs_its_image_blocks_and_its_windows(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["granite-text", "cohere-text", "gemma3-text", "gemma2-text"])
 def test_a_head_that_is_not_known_stops_the_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Were the family's scale or soft cap not applied, every log-prob would be wrong, shared and separate alike."""
-    monkeypatch.setattr(logprobs, "logit_map", lambda config: heads.PLAIN)
+    monkeypatch.setattr(logprobs, "logit_transform", lambda config: heads.PLAIN)
     run = MPOTrainer(
         model=FAMILIES[name].model(0),
         args=config(tmp_path, max_steps=1),
@@ -157,7 +157,7 @@ def test_a_head_that_is_not_known_stops_the_run(name: str, monkeypatch: pytest.M
 )
 def test_every_head_on_the_list(kind: str, changes: dict[str, Any]) -> None:
     model = build(0, kind, **changes)
-    assert heads.logit_map(model.config) != heads.PLAIN
+    assert heads.logit_transform(model.config) != heads.PLAIN
     install(model, shared=False)
     rows = lay_out([encoded_pairs("qwen2-text")["text only"]], shared=False).rows
     assert check_rows(model, None, rows, half=False) is None
@@ -182,8 +182,10 @@ def test_a_family_off_the_list_is_told_with_its_reason(tmp_path: Path, capsys: p
     assert "family 'gemma2' is not on the list" in told[0]
 
 
-@pytest.mark.parametrize("map_", [heads.LogitMap(0.3), heads.LogitMap(softcap=2.0), heads.LogitMap(1.7, 5.0)])
-def test_mapped_logits_by_autograd_in_float64(map_: heads.LogitMap) -> None:
+@pytest.mark.parametrize(
+    "map_", [heads.LogitTransform(0.3), heads.LogitTransform(softcap=2.0), heads.LogitTransform(1.7, 5.0)]
+)
+def test_mapped_logits_by_autograd_in_float64(map_: heads.LogitTransform) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     head = torch.nn.Linear(5, 32).double()
@@ -202,7 +204,7 @@ def test_mapped_logits_by_autograd_in_float64(map_: heads.LogitMap) -> None:
     other = Other(5, 32).double()
     other.load_state_dict(head.state_dict())
     for one, chunk in ((head, 64), (head, 10**9), (other, 64)):
-        got = token_logps(hidden, one, targets, chunk_elements=chunk, logit_map=map_)
+        got = token_logps(hidden, one, targets, chunk_elements=chunk, logit_transform=map_)
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
         mine = torch.autograd.grad((got * weights).sum(), (hidden, one.weight, one.bias))
         for a, b in zip(mine, theirs, strict=True):
@@ -221,32 +223,32 @@ def test_the_attention_never_reads_an_image(name: str) -> None:
     rows = lay_out([encoded_pairs(name)["two images"]]).rows
     if name.startswith(("qwen2", "qwen3-")):  # hands every keyword on to its vision layers
         with pytest.raises(ModelError, match="VisionAttention is not a causal text layer"):
-            model(branch_rows=rows)
+            model(packed_rows=rows)
         return
     with torch.no_grad():
-        got = model(branch_rows=rows)
+        got = model(packed_rows=rows)
     torch.testing.assert_close(
         got, plain_logps(FAMILIES[name].model(0), name, ["two images"]).detach(), atol=1e-5, rtol=0
     )
 
 
 def test_windows_by_hand() -> None:
-    """Trunk of three, branches of two and two, a window of three tokens: who sees whom."""
+    """Prompt of three, responses of two and two, a window of three tokens: who sees whom."""
     rows = RowLayout((TreeSpan(0, 3, (2, 2)),))
     here = torch.device("cpu")
-    assert rows.trunk_mask(rows.spans[0], None, here) is None
-    assert rows.trunk_mask(rows.spans[0], 5, here) is None
-    trunk: Any = rows.trunk_mask(rows.spans[0], 3, here)
-    assert trunk.int().tolist() == [
+    assert rows.prompt_mask(rows.spans[0], None, here) is None
+    assert rows.prompt_mask(rows.spans[0], 5, here) is None
+    prompt: Any = rows.prompt_mask(rows.spans[0], 3, here)
+    assert prompt.int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
         [0, 1, 1, 1, 0],
         [0, 0, 1, 1, 1],
     ]
-    # the second branch's keys are the trunk's last two tokens and its own
-    assert rows.branch_mask(2, 4, 3, here).int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
-    assert rows.branch_mask(2, 4, None, here).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    # the second response's keys are the prompt's last two tokens and its own
+    assert rows.response_mask(2, 4, 3, here).int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
+    assert rows.response_mask(2, 4, None, here).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 def test_image_blocks_by_hand() -> None:
@@ -254,7 +256,7 @@ def test_image_blocks_by_hand() -> None:
     rows = RowLayout((TreeSpan(0, 6, (1, 1)),))
     rows.blocks = torch.tensor([-1, 0, 0, -1, 1, 1, -1, -1])
     here = torch.device("cpu")
-    seen: Any = rows.trunk_mask(rows.spans[0], None, here)
+    seen: Any = rows.prompt_mask(rows.spans[0], None, here)
     assert seen.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],
@@ -264,6 +266,6 @@ def test_image_blocks_by_hand() -> None:
         [1, 1, 1, 1, 1, 1, 0],
         [1, 1, 1, 1, 1, 1, 1],
     ]
-    windowed: Any = rows.trunk_mask(rows.spans[0], 2, here)
+    windowed: Any = rows.prompt_mask(rows.spans[0], 2, here)
     assert windowed[4].int().tolist() == [0, 0, 0, 1, 1, 1, 0]
     assert windowed[5].int().tolist() == [0, 0, 0, 0, 1, 1, 0]

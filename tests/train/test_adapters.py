@@ -17,17 +17,17 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.case_worker import two_processes
-from tests.test_logprobs import separate_logps
-from tests.test_run import call, records, write_data, write_recipe
+from tests.commands.test_train import call, records, write_data, write_recipe
 from tests.tiny_models import SIZE, image_tree, noise_image, processor
 from tests.tiny_models import model as tiny_model
 from tests.training import Gradients, flat_weights, logged, pairs, relative, trainer
+from tests.tree.test_forward import separate_logps
 from vlmpo.errors import ModelError, RecipeError, RunError
 from vlmpo.models.adapters import named_base
 from vlmpo.models.loading import load_model
 from vlmpo.recipe import parse_recipe
 from vlmpo.train.adapters import lora_config, trained_beside_adapter
-from vlmpo.train.reference import AdapterReference, CopyReference, reading_as, weights_hash
+from vlmpo.train.reference import AdapterReference, CopyReference, use_adapter, weights_hash
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, build_row
 
@@ -83,9 +83,9 @@ def test_the_frozen_adapter_is_the_initial_policy_on_the_same_base(tmp_path: Pat
     starts_at_zero(tmp_path)
     rows = [build_row([tree]) for tree in trees()]
     with torch.no_grad():
-        assert torch.equal(run.reference.token_logps(rows), initial(branch_rows=rows))
-        moved = run.model(branch_rows=rows)
-    assert (moved - initial(branch_rows=rows)).abs().max() > 1e-2
+        assert torch.equal(run.reference.token_logps(rows), initial(packed_rows=rows))
+        moved = run.model(packed_rows=rows)
+    assert (moved - initial(packed_rows=rows)).abs().max() > 1e-2
     after = own_weights(run.model)
     for name, weight in before.items():
         assert torch.equal(after[name], weight) != ("lora_" in name), name
@@ -125,7 +125,7 @@ def test_reading_as_another_adapter_leaves_no_trace(tmp_path: Path) -> None:
     flags = [(n, p.requires_grad) for n, p in run.model.named_parameters()]
     assert sum(flag for _, flag in flags) == 8 == 2 * len(frozen)  # the other text layer, and the vision tower's
     for name in ("reference", None):
-        with reading_as(run.model, name):
+        with use_adapter(run.model, name):
             assert [(n, p.requires_grad) for n, p in run.model.named_parameters()] == flags
         assert [(n, p.requires_grad) for n, p in run.model.named_parameters()] == flags
         assert run.model.active_adapters == ["default"]
@@ -162,7 +162,7 @@ def test_modules_to_save_are_switched_with_the_adapter(tmp_path: Path, fresh: bo
     starts_at_zero(tmp_path)
     rows = [build_row([tree]) for tree in trees()]
     with torch.no_grad():
-        torch.testing.assert_close(run.reference.token_logps(rows), initial(branch_rows=rows), atol=0, rtol=0)
+        torch.testing.assert_close(run.reference.token_logps(rows), initial(packed_rows=rows), atol=0, rtol=0)
     head = run.model.get_base_model().lm_head
     assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
     assert weights_hash(run.model, run.reference.frozen) == hashed
@@ -261,13 +261,13 @@ def test_every_kind_of_lora_starts_at_zero_and_keeps_its_reference(
     assert run.reference.frozen == reference
     rows = [build_row([tree]) for tree in trees()]
     with torch.no_grad():
-        before, read = run.reference.token_logps(rows), run.model(branch_rows=rows)
+        before, read = run.reference.token_logps(rows), run.model(packed_rows=rows)
     torch.testing.assert_close(before, read, atol=0, rtol=0)
     run.train()
     starts_at_zero(tmp_path)
     with torch.no_grad():
         assert torch.equal(run.reference.token_logps(rows), before)
-        assert (run.model(branch_rows=rows) - before).abs().max() > 1e-3
+        assert (run.model(packed_rows=rows) - before).abs().max() > 1e-3
 
 
 def test_trained_biases_ask_for_a_whole_copy(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_an_init_that_cannot_be_read_back_is_refused(tmp_path: Path, base: Path)
         load_model(str(tmp_path / "adapter"))
     torch.manual_seed(1)
     again = PeftModel.from_pretrained(load_model(str(base)), tmp_path / "adapter")
-    one = trees()[1].trunk_ids[None]
+    one = trees()[1].prompt_ids[None]
     with torch.no_grad():
         difference = (again(input_ids=one).logits.log_softmax(-1) - model(input_ids=one).logits.log_softmax(-1)).abs()
     assert difference.max() > 0.1
@@ -391,7 +391,7 @@ def test_an_adapter_on_head_and_embedding_reads_alike_in_every_layout(targets: l
         ours.zero_grad()
         install(ours.get_base_model(), shared=shared)
         parts = trees() if shared else [part for tree in trees() for part in tree.separate()]
-        got = ours(branch_rows=[build_row([part]) for part in parts])
+        got = ours(packed_rows=[build_row([part]) for part in parts])
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
         assert relative(gradient(got, ours), wanted) < 1e-5
 

@@ -15,8 +15,8 @@ from vlmpo.train.batching import PairBatchSampler
 from vlmpo.train.order import shuffled, with_groups
 
 
-def costs(*whole: int, trunk: int = 0) -> PairCosts:
-    return PairCosts(np.array(whole, np.int32), np.array([min(trunk, cost) for cost in whole], np.int32))
+def costs(*whole: int, prompt: int = 0) -> PairCosts:
+    return PairCosts(np.array(whole, np.int32), np.array([min(prompt, cost) for cost in whole], np.int32))
 
 
 def test_heaviest_first_to_the_lightest_rank_by_hand() -> None:
@@ -48,12 +48,12 @@ def test_equal_costs_are_dealt_out_in_order() -> None:
 
 
 def test_a_group_goes_as_one_and_reads_its_trunk_once() -> None:
-    """a: 3 x 10 of which 8 are the trunk: 14 together. So the lone 12 and 9 stand against it, not against 30."""
+    """a: 3 x 10 of which 8 are the prompt: 14 together. So the lone 12 and 9 stand against it, not against 30."""
     labels = [b"a", b"a", b"a", b"b", b"c", b"d"]
     shape = Shape(2, 3, labels, 3)
-    found = even_split(range(6), shape, costs(10, 10, 10, 12, 9, 1, trunk=8))
+    found = even_split(range(6), shape, costs(10, 10, 10, 12, 9, 1, prompt=8))
     assert found == [[[0, 1, 2]], [[3, 4, 5]]]
-    assert lag(found, shape, costs(10, 10, 10, 12, 9, 1, trunk=8)) == pytest.approx(22 / 18)
+    assert lag(found, shape, costs(10, 10, 10, 12, 9, 1, prompt=8)) == pytest.approx(22 / 18)
 
 
 def test_a_group_is_divided_only_where_no_rank_has_room() -> None:
@@ -80,7 +80,7 @@ def runs(draw: Any) -> dict[str, Any]:
         "drop_last": draw(st.booleans()),
         "labels": [b"%d" % draw(st.integers(0, 5)) for _ in range(count)] if group > 1 else None,
         "group": group,
-        "costs": costs(*draw(st.lists(st.integers(0, 1000), min_size=count, max_size=count)), trunk=200),
+        "costs": costs(*draw(st.lists(st.integers(0, 1000), min_size=count, max_size=count)), prompt=200),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import Trainer
 
-from tests.test_run import call, checkpoint, manifest, records, write_data, write_recipe  # noqa: F401  a fixture
+from tests.commands.test_train import call, checkpoint, manifest, records, write_data, write_recipe  # noqa: F401  a fixture
 from tests.tiny_models import model as tiny_model
 from tests.tiny_models import random_pair
 from tests.training import flat_weights, pairs, trainer

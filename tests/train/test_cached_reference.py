@@ -13,13 +13,13 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from tests.test_run import call, checkpoint, records, write_data, write_recipe  # noqa: F401  a fixture
+from tests.commands.test_train import call, checkpoint, records, write_data, write_recipe  # noqa: F401  a fixture
 from tests.tiny_models import model as tiny_model
 from tests.tiny_models import noise_image
 from tests.training import flat_weights, logged, pairs, relative, trainer
 from vlmpo.errors import RunError
 from vlmpo.models.loading import load_model
-from vlmpo.train.batching import branch_keys, lay_out
+from vlmpo.train.batching import lay_out, response_keys
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import PromptTree
@@ -49,7 +49,7 @@ def test_a_cached_run_is_the_online_run(tmp_path: Path) -> None:
         run.train()
         reference = run.reference
         assert isinstance(reference, CachedReference)
-        # the second epoch has other micro-batches, but the same branches
+        # the second epoch has other micro-batches, but the same responses
         assert (reference.hits, reference.misses) == ((12, 12) if name == "first" else (24, 0))
         assert relative(flat_weights(run.model), flat_weights(online.model)) < 1e-9
         same_lines(tmp_path / name, tmp_path / "online", 1e-9)
@@ -105,11 +105,11 @@ def test_whatever_decides_a_log_prob_is_in_its_key(tmp_path: Path, what: str) ->
 
 def test_keys_by_hand() -> None:
     tree = PromptTree(torch.tensor([1, 2]), (torch.tensor([3]), torch.tensor([4])), {"pixel_values": torch.zeros(1, 3)})
-    first, second = branch_keys(tree)
+    first, second = response_keys(tree)
     assert first != second
-    assert branch_keys(replace(tree, branches=tree.branches[::-1])) == [second, first]
+    assert response_keys(replace(tree, responses=tree.responses[::-1])) == [second, first]
     others = [
-        replace(tree, trunk_ids=torch.tensor([1, 3])),
+        replace(tree, prompt_ids=torch.tensor([1, 3])),
         replace(tree, vision={"pixel_values": torch.tensor([[0.0, 0.0, 1e-30]])}),
         replace(tree, vision={"pixel_values": torch.zeros(3, 1)}),
         replace(tree, vision={"pixels": torch.zeros(1, 3)}),
@@ -117,7 +117,7 @@ def test_keys_by_hand() -> None:
         replace(tree, token_types={"token_type_ids": torch.tensor([0, 1])}),
         PromptTree(torch.tensor([1, 2, 3]), (torch.tensor([3]),), tree.vision),
     ]
-    assert len({first, *(branch_keys(other)[0] for other in others)}) == 1 + len(others)
+    assert len({first, *(response_keys(other)[0] for other in others)}) == 1 + len(others)
     assert lay_out([], keyed=True).keys == []
 
 

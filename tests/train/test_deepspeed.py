@@ -16,7 +16,7 @@ import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from tests.paths import REPO
-from tests.test_ranks import ACCUMULATED, EVALUATED, events, in_one_process, two_processes
+from tests.train.test_ranks import ACCUMULATED, EVALUATED, events, in_one_process, two_processes
 from tests.training import flat_weights, logged
 
 FILES = {stage: REPO / "recipes" / "deepspeed" / f"zero{stage}.json" for stage in (2, 3)}

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
-from tests.test_ranks import two_processes
-from tests.test_run import call, checkpoint, records, write_data, write_recipe  # noqa: F401  a fixture
+from tests.commands.test_train import call, checkpoint, records, write_data, write_recipe  # noqa: F401  a fixture
 from tests.tiny_models import model as tiny_model
+from tests.train.test_ranks import two_processes
 from tests.training import flat_weights, logged, pairs, relative, trainer
 from vlmpo import MPOTrainer
 from vlmpo.errors import RecipeError, RunError

@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 
 from tests.paths import REPO
-from tests.test_trl_parity import RESPONSES, template_processor
 from tests.tiny_models import model as tiny_model
 from tests.tiny_models import noise_image, pairs_like_trl
+from tests.train.test_trl_parity import RESPONSES, template_processor
 from tests.training import config, flat_weights, logged, trainer
 from vlmpo import MPOTrainer
 from vlmpo.errors import DataError, RecipeError
@@ -65,7 +65,7 @@ def test_names_are_loaded(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(flat_weights(run.model), flat_weights(tiny_model()))
     run.train()
     assert logged(tmp_path)[0]["rewards/chosen"] == 0.0
-    assert run.all_accounts().num_used == 3
+    assert run.all_pair_counts().num_used == 3
 
 
 def test_a_loaded_model_brings_its_processor(folder: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_bad_record_is_counted_by_its_place(folder: Path, tmp_path: Path) -> N
     data[1]["chosen"] = [{"role": "assistant", "content": "  "}]
     run = trainer(tmp_path, data)
     run.train()
-    accounts = run.all_accounts()
+    accounts = run.all_pair_counts()
     assert accounts.num_used == 2
     assert accounts.reasons() == {"empty_response": 1}
     assert accounts.examples["empty_response"][0].startswith("train_dataset[1]: ")

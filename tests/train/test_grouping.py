@@ -1,4 +1,4 @@
-"""Pairs of one prompt on one trunk: the order, the tree, and a step that is the same as without."""
+"""Pairs of one prompt on one prompt: the order, the tree, and a step that is the same as without."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_response_of_several_pairs_is_one_branch() -> None:
     pairs = [encoder.encode(pair) for pair in one_prompt(0, 3)]
     part = lay_out(pairs, group=3)
     (row,) = part.rows
-    assert row.num_branches == 4
+    assert row.num_responses == 4
     assert part.chosen.tolist() == [0, 1, 2]
     assert part.rejected is not None
     assert part.rejected.tolist() == [1, 2, 3]
@@ -122,7 +122,9 @@ def test_a_grouped_step_is_the_same_step(tmp_path: Path, shared: str) -> None:
             num_train_epochs=2,
         )
         run.train()
-        found.append((gradients.steps, logged(tmp_path / name), flat_weights(run.model), run.all_accounts().to_json()))
+        found.append(
+            (gradients.steps, logged(tmp_path / name), flat_weights(run.model), run.all_pair_counts().to_json())
+        )
     for steps, logs, weights, accounts in found[1:]:
         assert [relative(a, b) for a, b in zip(steps, found[0][0], strict=True)] == pytest.approx([0, 0], abs=1e-6)
         for line, plain in zip(logs, found[0][1], strict=True):
@@ -140,7 +142,7 @@ def test_a_shuffled_run_brings_prompts_together(tmp_path: Path) -> None:
         assert len(part.rows[0].layout.spans) == 1
         assert len({origin.partition(".")[0] for origin in part.origins}) == 1
     run.train()
-    assert run.all_accounts().num_used == 12
+    assert run.all_pair_counts().num_used == 12
 
 
 def test_rows_are_bounded_by_what_a_group_takes() -> None:

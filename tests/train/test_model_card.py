@@ -11,14 +11,14 @@ import pytest
 import yaml
 from peft import LoraConfig
 
-from tests.test_evaluate import write_questions
-from tests.test_run import bad_lines, call, checkpoint, manifest, records, write_data, write_recipe  # noqa: F401
+from tests.commands.test_evaluate import write_questions
+from tests.commands.test_train import bad_lines, call, checkpoint, manifest, records, write_data, write_recipe  # noqa: F401
 from tests.tiny_models import random_pair
 from tests.training import logged, pairs, trainer
 from vlmpo.errors import RunError
 from vlmpo.train.checkpoint import STATE_FILE
 from vlmpo.train.citations import citations, method
-from vlmpo.train.model_card import CardFacts, hub_name
+from vlmpo.train.model_card import RunSummary, hub_name
 
 SECRET = "hf_aSecretThatMustNotBeTold"
 
@@ -182,7 +182,7 @@ def test_several_data_sets_and_odd_names(tmp_path: Path) -> None:
 def test_an_adapter_says_so(tmp_path: Path) -> None:
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     run = trainer(tmp_path, pairs(4), peft_config=adapter)
-    run.facts = CardFacts(
+    run.facts = RunSummary(
         base_model="owner/some-model", datasets=["owner/some-data", "pairs.jsonl", "data/pairs.jsonl"]
     )
     run.train()

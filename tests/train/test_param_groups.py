@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.test_run import call, checkpoint, records, write_data, write_recipe  # noqa: F401  a fixture
+from tests.commands.test_train import call, checkpoint, records, write_data, write_recipe  # noqa: F401  a fixture
 from tests.tiny_models import model as tiny_model
 from tests.training import Gradients, config, logged, pairs, trainer
 from tests.zoo import FAMILIES as ZOO

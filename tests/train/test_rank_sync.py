@@ -15,12 +15,12 @@ from tests.tiny_models import model as tiny_model
 from tests.tiny_models import processor
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecipeError, RecordError, RunError
-from vlmpo.train.batching import Collator, MicroBatch, PairRows, Unusable, lay_out, merge
-from vlmpo.train.rank_sync import Lockstep, all_work, work_of
-from vlmpo.train.sharding import more_to_come, settle
-from vlmpo.tree.dummies import append_unscored, trees_of
+from vlmpo.train.batching import Batch, Collator, MicroBatch, Unusable, lay_out, merge
+from vlmpo.train.rank_sync import RankSync, merge_step_info, step_info
+from vlmpo.train.sharding import configure_fsdp, no_gradient_sync
+from vlmpo.tree.dummies import append_dummy, trees_of
 from vlmpo.tree.forward import install
-from vlmpo.tree.layout import sum_by_branch
+from vlmpo.tree.layout import sum_by_response
 
 PAIRS = skewed_pairs(8)  # 0, 1, 5 have images; 2, 3, 6, 7 have none; 4 is too long
 
@@ -29,16 +29,16 @@ def encoder() -> PairEncoder:
     return PairEncoder(processor(), max_length=400)
 
 
-def lockstep(kind: DistributedType = DistributedType.FSDP, shared: bool = True, processes: int = 2) -> Lockstep:
+def rank_sync(kind: DistributedType = DistributedType.FSDP, shared: bool = True, processes: int = 2) -> RankSync:
     accelerator = SimpleNamespace(num_processes=processes, distributed_type=kind)
-    return Lockstep(accelerator, encoder(), Collator(None, shared))
+    return RankSync(accelerator, encoder(), Collator(None, shared))
 
 
-def micro_batch(*indices: int, shared: bool = True, bound: int | None = 100) -> MicroBatch:
+def micro_batch(*indices: int, shared: bool = True, bound: int | None = 100) -> Batch:
     return Collator(bound, shared)([encoder().encode(PAIRS[index]) for index in indices])
 
 
-def part_of(index: int, shared: bool = True) -> PairRows:
+def part_of(index: int, shared: bool = True) -> MicroBatch:
     return lay_out([encoder().encode(PAIRS[index])], shared)
 
 
@@ -52,11 +52,11 @@ def model() -> Any:
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
 def test_an_idle_image_changes_nothing(model: Any, shared: bool) -> None:
     """Same log-probs, same gradients, and of the tower, which is run through, gradients of exactly 0."""
-    step = lockstep(shared=shared)
+    step = rank_sync(shared=shared)
     results = []
     for rows in (part_of(2, shared).rows, [step._with_image(row) for row in part_of(2, shared).rows]):
         model.zero_grad()
-        logps = model(branch_rows=rows, branch_shared=shared)
+        logps = model(packed_rows=rows, share_prompts=shared)
         (logps.square().sum() / 100).backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         results.append((logps.detach(), gradients, [sum(row.layout.num_tokens for row in rows)]))
@@ -78,50 +78,50 @@ def test_an_idle_image_changes_nothing(model: Any, shared: bool) -> None:
 def test_the_scored_tokens_of_a_row_stay_what_they_were() -> None:
     part = lay_out([encoder().encode(PAIRS[index]) for index in (2, 3)])
     (row,) = part.rows
-    longer = append_unscored(row, lockstep()._idle_tree(True))
+    longer = append_dummy(row, rank_sync()._dummy_tree(True))
     assert torch.equal(longer.targets, row.targets)
-    assert torch.equal(longer.predictors, row.predictors)
-    assert torch.equal(longer.branch_of, row.branch_of)
-    assert longer.num_branches == row.num_branches == 4
+    assert torch.equal(longer.logit_positions, row.logit_positions)
+    assert torch.equal(longer.response_index, row.response_index)
+    assert longer.num_responses == row.num_responses == 4
     assert longer.vision
     assert not row.vision
     tokens = row.input_ids.shape[1]
     assert torch.equal(longer.input_ids[:, :tokens], row.input_ids)
-    assert longer.unscored == longer.input_ids.shape[1] - tokens > 0
+    assert longer.dummy_tokens == longer.input_ids.shape[1] - tokens > 0
 
 
 def test_trees_of_undoes_build_row() -> None:
     pairs = [encoder().encode(PAIRS[index]) for index in (2, 3, 6)]
     (row,) = lay_out(pairs).rows
     for tree, pair in zip(trees_of(row), pairs, strict=True):
-        assert torch.equal(tree.trunk_ids, pair.trunk_ids)
-        assert torch.equal(tree.branches[0], pair.chosen_ids)
+        assert torch.equal(tree.prompt_ids, pair.prompt_ids)
+        assert torch.equal(tree.responses[0], pair.chosen_ids)
         assert pair.rejected_ids is not None
-        assert torch.equal(tree.branches[1], pair.rejected_ids)
+        assert torch.equal(tree.responses[1], pair.rejected_ids)
 
 
 def test_unscored_tokens_are_in_no_count() -> None:
-    step = lockstep()
+    step = rank_sync()
     plain = [part_of(2), part_of(3)]
-    work = all_work([work_of([MicroBatch(plain)]), work_of([micro_batch(0, 1, 5, bound=1)])])
-    (level,) = step.level([MicroBatch(plain)], work, torch.nn.Identity())
+    work = merge_step_info([step_info([Batch(plain)]), step_info([micro_batch(0, 1, 5, bound=1)])])
+    (level,) = step.level([Batch(plain)], work, torch.nn.Identity())
     assert [len(part.rows) for part in level.parts] == [1, 1, 1]
     assert [len(part) for part in level.parts] == [1, 1, 0]
     for idle, own in zip(level.parts, [*plain, lay_out([])], strict=True):
         assert idle.num_tokens == own.num_tokens
-    assert merge(level.parts).branch_lengths[:4] == merge(plain).branch_lengths
+    assert merge(level.parts).response_lengths[:4] == merge(plain).response_lengths
     assert merge(level.parts).chosen.tolist() == [0, 2]
     assert len(level) == 2
-    assert level.num_chosen_tokens == MicroBatch(plain).num_chosen_tokens
+    assert level.num_chosen_tokens == Batch(plain).num_chosen_tokens
 
 
 @pytest.mark.parametrize(("shared", "rows"), [(True, 1), (False, 2)])
 def test_every_rank_reads_as_many_rows_with_images(shared: bool, rows: int) -> None:
     """Three parts against one against none: afterwards three each, of equally many rows, each with an image."""
-    batches = [micro_batch(0, 1, 5, shared=shared, bound=1), micro_batch(2, shared=shared), MicroBatch([lay_out([])])]
-    work = all_work([work_of([batch]) for batch in batches])
+    batches = [micro_batch(0, 1, 5, shared=shared, bound=1), micro_batch(2, shared=shared), Batch([lay_out([])])]
+    work = merge_step_info([step_info([batch]) for batch in batches])
     assert work.parts == (3,)
-    step = lockstep(shared=shared)
+    step = rank_sync(shared=shared)
     for batch in batches:
         (level,) = step.level([batch], work, torch.nn.Identity())
         assert [len(part.rows) for part in level.parts] == [rows] * 3
@@ -130,32 +130,32 @@ def test_every_rank_reads_as_many_rows_with_images(shared: bool, rows: int) -> N
 
 def test_without_any_image_no_tower_is_run() -> None:
     batches = [micro_batch(2, 3, bound=1), micro_batch(6)]
-    work = all_work([work_of([batch]) for batch in batches])
+    work = merge_step_info([step_info([batch]) for batch in batches])
     for batch in batches:
-        (level,) = lockstep().level([batch], work, torch.nn.Identity())
+        (level,) = rank_sync().level([batch], work, torch.nn.Identity())
         assert not any(row.vision for part in level.parts for row in part.rows)
     # ZeRO-3 would take an earlier gradient for the tower's: there it always has one.
-    (level,) = lockstep(DistributedType.DEEPSPEED).level([batches[1]], work, torch.nn.Identity())
+    (level,) = rank_sync(DistributedType.DEEPSPEED).level([batches[1]], work, torch.nn.Identity())
     assert all(row.vision for part in level.parts for row in part.rows)
 
 
 def test_a_lone_process_reads_its_own_pairs_only() -> None:
     batch = micro_batch(2, 0, bound=1)
-    step = lockstep(DistributedType.NO, processes=1)
-    (level,) = step.level([batch], work_of([batch]), torch.nn.Identity())
+    step = rank_sync(DistributedType.NO, processes=1)
+    (level,) = step.level([batch], step_info([batch]), torch.nn.Identity())
     assert [part.rows for part in level.parts] == [part.rows for part in batch.parts]
-    empty = MicroBatch([lay_out([])])
+    empty = Batch([lay_out([])])
     (level,) = step.level(
-        [empty], work_of([empty]), torch.nn.Identity()
+        [empty], step_info([empty]), torch.nn.Identity()
     )  # a backward pass needs something to go through
-    assert [row.unscored == row.layout.num_tokens for part in level.parts for row in part.rows] == [True]
+    assert [row.dummy_tokens == row.layout.num_tokens for part in level.parts for row in part.rows] == [True]
 
 
 def test_an_idle_part_has_no_loss_and_no_gradient(model: Any) -> None:
-    (part,) = lockstep().level(
-        [MicroBatch([lay_out([])])], work_of([micro_batch(0)]), torch.nn.Identity()
+    (part,) = rank_sync().level(
+        [Batch([lay_out([])])], step_info([micro_batch(0)]), torch.nn.Identity()
     )[0].parts  # fmt: skip
-    logps = sum_by_branch(model(branch_rows=part.rows), part.rows)
+    logps = sum_by_response(model(packed_rows=part.rows), part.rows)
     model.zero_grad()
     assert logps[part.chosen].sum().item() == 0.0
     logps[part.chosen].sum().backward()
@@ -167,16 +167,16 @@ def test_an_idle_part_has_no_loss_and_no_gradient(model: Any) -> None:
 def test_work_adds_up_and_errors_are_told_to_all() -> None:
     error = RecordError("over_long", "a.jsonl:4", "too long")
     other = RecordError("empty", "b.jsonl:9", "empty")
-    mine = work_of([micro_batch(0, 1), micro_batch(2)])
+    mine = step_info([micro_batch(0, 1), micro_batch(2)])
     assert (mine.pairs, mine.images, mine.videos, mine.error) == (3, True, False, None)
-    empty = work_of([MicroBatch([lay_out([])], [Unusable(error, "a")]), micro_batch(3)], error)
-    total = all_work([mine, empty, work_of([micro_batch(6), micro_batch(7)], other)])
+    empty = step_info([Batch([lay_out([])], [Unusable(error, "a")]), micro_batch(3)], error)
+    total = merge_step_info([mine, empty, step_info([micro_batch(6), micro_batch(7)], other)])
     assert total.pairs == 6
     assert total.chosen_tokens == sum(int(encoder().encode(PAIRS[i]).chosen_ids.numel()) for i in (0, 1, 2, 3, 6, 7))
     assert total.parts == (mine.parts[0], 1)
     assert total.error is error
     with pytest.raises(RecordError, match="too long") as raised:
-        lockstep(processes=1).agree([micro_batch(2)], error)
+        rank_sync(processes=1).agree([micro_batch(2)], error)
     assert raised.value.met_by == "all"
 
 
@@ -184,8 +184,8 @@ def test_videos_under_a_sharding_wrapper_are_refused() -> None:
     batch = micro_batch(0)
     batch.parts[0].rows[0].vision["pixel_values_videos"] = torch.zeros(1)
     with pytest.raises(RunError, match="videos cannot be trained on under FSDP or DeepSpeed"):
-        lockstep(processes=1).agree([batch])
-    assert lockstep(DistributedType.MULTI_GPU, processes=1).agree([batch]).videos
+        rank_sync(processes=1).agree([batch])
+    assert rank_sync(DistributedType.MULTI_GPU, processes=1).agree([batch]).videos
 
 
 def fsdp(**plugin: Any) -> Any:
@@ -198,7 +198,7 @@ def test_mixed_precision_rounds_no_log_prob_and_no_sum_of_gradients() -> None:
     plugin = accelerator.state.fsdp_plugin
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.output_dtype is torch.bfloat16  # what accelerate would do
-    settle(accelerator, torch.nn.Identity())
+    configure_fsdp(accelerator, torch.nn.Identity())
     expected = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None)
     assert plugin.mixed_precision_policy == expected
 
@@ -208,17 +208,17 @@ def test_layers_to_wrap_are_those_the_model_has() -> None:
     made = tiny_model()
     made._no_split_modules = {*made._no_split_modules, "CLIPTextEmbeddings"}
     accelerator = fsdp(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
-    settle(accelerator, made)
+    configure_fsdp(accelerator, made)
     accelerator.state.fsdp_plugin.set_auto_wrap_policy(made)  # raises for a layer it does not find
     assert accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == ["InternVLVisionLayer", "Qwen2DecoderLayer"]
     chosen = fsdp(fsdp_version=2, transformer_cls_names_to_wrap=["Qwen2DecoderLayer"])
-    settle(chosen, made)
+    configure_fsdp(chosen, made)
     assert chosen.state.fsdp_plugin.transformer_cls_names_to_wrap == ["Qwen2DecoderLayer"]
 
 
 def test_fsdp1_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"FSDP of version 1 is not supported; set training\.fsdp_config\.version: 2"):
-        settle(fsdp(fsdp_version=1), torch.nn.Identity())
+        configure_fsdp(fsdp(fsdp_version=1), torch.nn.Identity())
 
 
 def test_gradients_are_not_due_before_the_last_part() -> None:
@@ -227,7 +227,7 @@ def test_gradients_are_not_due_before_the_last_part() -> None:
     state = SimpleNamespace(sync_gradients=True)
     state._set_sync_gradients = lambda value: seen.append(value) or setattr(state, "sync_gradients", value)
     accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, gradient_state=state)
-    with more_to_come(accelerator, torch.nn.Identity()):
+    with no_gradient_sync(accelerator, torch.nn.Identity()):
         assert not state.sync_gradients
     assert state.sync_gradients
     assert seen == [False, True]

@@ -19,9 +19,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from tests.commands.test_train import checkpoint, records, write_data, write_recipe  # noqa: F401
 from tests.paths import REPO
 from tests.ranks import make_trainer
-from tests.test_run import checkpoint, records, write_data, write_recipe  # noqa: F401
 from tests.tiny_models import model as tiny_model
 from tests.training import flat_weights, logged
 from vlmpo.train.trainer import MPOTrainer
@@ -122,7 +122,7 @@ def test_two_ranks_equal_one(tmp_path: Path, exact: tuple[Path, Ranks], name: st
     expected = single.reward_shift.state_dict()
     assert ranks[0]["shift"]["count"] == expected["count"]
     assert ranks[0]["shift"]["sum"] == pytest.approx(expected["sum"], rel=1e-10, abs=1e-12)
-    assert ranks[0]["accounts"] == single.all_accounts().to_json()
+    assert ranks[0]["accounts"] == single.all_pair_counts().to_json()
     mine, others = events(folder / name), events(tmp_path)
     assert len(mine) == len(others)
     for line, other in zip(mine, others, strict=True):

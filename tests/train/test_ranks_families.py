@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ranks import family_trainer
-from tests.test_ranks import Ranks, two_processes
+from tests.train.test_ranks import Ranks, two_processes
 from tests.training import flat_weights
 from tests.zoo import FAMILIES
 

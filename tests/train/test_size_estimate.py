@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from tests.test_run import records, write_data
+from tests.commands.test_train import records, write_data
 from tests.tiny_models import model as tiny_model
 from tests.tiny_models import noise_image, processor, random_pair
 from tests.zoo import FAMILIES, Family
@@ -57,7 +57,7 @@ def test_image_tokens_and_patches_of_every_family(family: Family) -> None:
     guessed = [found.size(pair).prompt for pair in pairs]
     told = count_image_tokens(encoder.processor, 4, [Size(60, 60)])
     assert (told is None) == (family.name == "smolvlm")
-    true = [one.trunk_ids.numel() for one in encoded]
+    true = [one.prompt_ids.numel() for one in encoded]
     assert sum(guessed) == pytest.approx(sum(true), abs=len(true))
     if told is not None:
         assert guessed == pytest.approx(true, rel=0.1, abs=2)
@@ -197,11 +197,11 @@ def test_costs_by_hand() -> None:
     sizes = np.array([[100, 50, 400], [30, 20, 0], [0, 0, 0]], np.int32)
     shared = cost.costs_of(sizes, 0.25, 2, shared=True)
     assert shared.whole.tolist() == [100 + 50 + 100, 50, 0]
-    assert shared.trunk.tolist() == [200, 30, 0]
+    assert shared.prompt.tolist() == [200, 30, 0]
     # each response with a prompt of its own, and nothing saved by standing together
     separate = cost.costs_of(sizes, 0.25, 2, shared=False)
     assert separate.whole.tolist() == [2 * 200 + 50, 2 * 30 + 20, 0]
-    assert separate.trunk.tolist() == [0, 0, 0]
+    assert separate.prompt.tolist() == [0, 0, 0]
 
 
 ALONE: Any = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)

@@ -143,9 +143,9 @@ def test_supervised_fine_tuning_is_the_corner_case(tmp_path: Path) -> None:
     for pair in data:
         encoded = run.encoder.encode(pair)
         assert encoded.rejected_ids is None
-        ids = torch.cat([encoded.trunk_ids, encoded.chosen_ids])[None]
+        ids = torch.cat([encoded.prompt_ids, encoded.chosen_ids])[None]
         labels = ids.clone()
-        labels[0, : encoded.trunk_ids.numel()] = -100
+        labels[0, : encoded.prompt_ids.numel()] = -100
         expected.append(tiny_model()(input_ids=ids, labels=labels, **encoded.vision).loss.item())
     run.train()
     (line,) = logged(tmp_path)
@@ -239,7 +239,7 @@ def test_bad_records_are_dropped_and_counted(tmp_path: Path, reason: str, capsys
     good = pairs(4)
     run = trainer(tmp_path, [*good, BAD[reason]], max_length=300, num_train_epochs=2)
     run.train()
-    accounts = run.all_accounts()
+    accounts = run.all_pair_counts()
     assert accounts.num_used == 4
     assert accounts.reasons() == {reason: 1}
     assert BAD[reason].origin in capsys.readouterr().err
@@ -307,12 +307,16 @@ def test_evaluation_metrics_by_hand(tmp_path: Path) -> None:
     for pair in held_out:
         encoded = run.encoder.encode(pair)
         scores = []
-        for branch in (encoded.chosen_ids, encoded.rejected_ids):
-            ids = torch.cat([encoded.trunk_ids, branch])[None]
-            at = encoded.trunk_ids.numel() - 1
+        for response in (encoded.chosen_ids, encoded.rejected_ids):
+            ids = torch.cat([encoded.prompt_ids, response])[None]
+            at = encoded.prompt_ids.numel() - 1
             with torch.no_grad():
                 logps = [
-                    m(input_ids=ids, **encoded.vision).logits[0, at:-1].log_softmax(-1).gather(1, branch[:, None]).sum()
+                    m(input_ids=ids, **encoded.vision)
+                    .logits[0, at:-1]
+                    .log_softmax(-1)
+                    .gather(1, response[:, None])
+                    .sum()
                     for m in (policy, reference)
                 ]
             scores.append((float(logps[0]), float(logps[1])))
@@ -347,7 +351,7 @@ def test_the_final_model_reloads_and_generates_the_same(tmp_path: Path) -> None:
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is type(processor())
     prompt = run.encoder.encode(pairs(1)[0])
-    arguments = {"input_ids": prompt.trunk_ids[None], **prompt.vision, "max_new_tokens": 5, "do_sample": False}
+    arguments = {"input_ids": prompt.prompt_ids[None], **prompt.vision, "max_new_tokens": 5, "do_sample": False}
     assert model.generate(**arguments).tolist() == run.model.generate(**arguments).tolist()
 
 

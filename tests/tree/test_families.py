@@ -16,15 +16,16 @@ from tests.training import config, flat_weights, logged, relative
 from tests.zoo import FAMILIES, Family, encoded_pairs, sample_pairs
 from vlmpo import MPOTrainer, PreferencePair
 from vlmpo.data.encode.encoder import PairEncoder
-from vlmpo.models.families import CAUSAL_TEXT, SHARED_FAMILIES, check_rows, support_for
-from vlmpo.train.batching import PairRows, lay_out
+from vlmpo.models.families import CAUSAL_TEXT, SHARED_FAMILIES, support_for
+from vlmpo.train.batching import MicroBatch, lay_out
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, build_row
+from vlmpo.tree.self_check import check_rows
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 
 
-def rows_of(family: Family, kinds: Sequence[str]) -> PairRows:
+def rows_of(family: Family, kinds: Sequence[str]) -> MicroBatch:
     pairs = encoded_pairs(family.name)
     return lay_out([pairs[kind] for kind in kinds], family.shared)
 
@@ -34,11 +35,13 @@ def plain_logps(model: torch.nn.Module, name: str, kinds: Sequence[str]) -> torc
     parts = []
     for kind in kinds:
         pair = encoded_pairs(name)[kind]
-        for branch in (pair.chosen_ids, pair.rejected_ids):
-            types = {key: torch.cat([value, torch.zeros_like(branch)])[None] for key, value in pair.token_types.items()}
-            ids = torch.cat([pair.trunk_ids, branch])[None]
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            types = {
+                key: torch.cat([value, torch.zeros_like(response)])[None] for key, value in pair.token_types.items()
+            }
+            ids = torch.cat([pair.prompt_ids, response])[None]
             logps = model(input_ids=ids, **types, **pair.vision).logits[0].log_softmax(-1)
-            parts.append(logps[pair.trunk_ids.numel() - 1 : -1].gather(1, branch[:, None]).squeeze(1))
+            parts.append(logps[pair.prompt_ids.numel() - 1 : -1].gather(1, response[:, None]).squeeze(1))
     return torch.cat(parts)
 
 
@@ -76,7 +79,7 @@ def test_log_probs_and_gradients_are_those_of_the_model_itself(name: str) -> Non
     install(ours, family.shared)
     part = rows_of(family, kinds)
     assert len(part.rows) == (1 if family.shared else 2 * len(kinds))
-    got, expected = ours(branch_rows=part.rows), plain_logps(plain, name, kinds)
+    got, expected = ours(packed_rows=part.rows), plain_logps(plain, name, kinds)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
     (got * weights).sum().backward()
@@ -99,9 +102,9 @@ def test_each_layout_alone_and_in_another_order(name: str) -> None:
     kinds = list(encoded_pairs(name))
     with torch.no_grad():
         for order in ([kind] for kind in kinds):
-            got = ours(branch_rows=rows_of(family, order).rows)
+            got = ours(packed_rows=rows_of(family, order).rows)
             torch.testing.assert_close(got, plain_logps(plain, name, order), atol=1e-5, rtol=0)
-        got = ours(branch_rows=rows_of(family, kinds[::-1]).rows)
+        got = ours(packed_rows=rows_of(family, kinds[::-1]).rows)
         torch.testing.assert_close(got, plain_logps(plain, name, kinds[::-1]), atol=1e-5, rtol=0)
 
 
@@ -111,16 +114,16 @@ def test_many_branches_share_one_trunk(name: str) -> None:
     family = FAMILIES[name]
     pair = encoded_pairs(name)["one image" if family.images else "text only"]
     generator = torch.Generator().manual_seed(3)
-    branches = tuple(torch.randint(5, 250, (length,), generator=generator) for length in (3, 1, 40, 2, 5, 4))
-    tree = PromptTree(pair.trunk_ids, branches, pair.vision, pair.token_types)
+    responses = tuple(torch.randint(5, 250, (length,), generator=generator) for length in (3, 1, 40, 2, 5, 4))
+    tree = PromptTree(pair.prompt_ids, responses, pair.vision, pair.token_types)
     ours = family.model(0)
     install(ours, True)
     shared = [build_row([tree, tree])]
     separate = [build_row([part]) for part in tree.separate()]
     with torch.no_grad():
-        got = ours(branch_rows=shared)
+        got = ours(packed_rows=shared)
         install(ours, False)
-        expected = ours(branch_rows=separate)  # held to the model's own forward above
+        expected = ours(packed_rows=separate)  # held to the model's own forward above
     torch.testing.assert_close(got, expected.repeat(2), atol=1e-5, rtol=0)
 
 
@@ -132,7 +135,7 @@ def test_gradients_are_the_same_in_training_with_activations_recomputed(name: st
     models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for model in models:
         install(model, family.shared)
-        model(branch_rows=rows).sum().backward()
+        model(packed_rows=rows).sum().backward()
     assert models[1].is_gradient_checkpointing
     assert relative(flat_gradient(models[1]), flat_gradient(models[0])) < 1e-6
 
@@ -215,7 +218,7 @@ def test_saved_and_reloaded_it_answers_as_before(trained: Trained) -> None:
     again = PairEncoder(AutoProcessor.from_pretrained(trained.folder))
     for kind, pair in sample_pairs(family).items():
         one, other = again.encode(pair), encoded_pairs(family.name)[kind]
-        for field in ("trunk_ids", "chosen_ids", "rejected_ids"):
+        for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
             assert getattr(one, field).tolist() == getattr(other, field).tolist()
         assert one.vision.keys() == other.vision.keys()
         assert all(torch.equal(one.vision[key], other.vision[key]) for key in one.vision)
@@ -243,12 +246,12 @@ def greedy(model: Any, name: str) -> list[int]:
     types = {key: value[None] for key, value in pair.token_types.items()}
     bad = [token for token in (getattr(model.config, "image_token_id", None),) if token is not None]
     output = model.generate(
-        input_ids=pair.trunk_ids[None],
-        attention_mask=torch.ones_like(pair.trunk_ids)[None],
+        input_ids=pair.prompt_ids[None],
+        attention_mask=torch.ones_like(pair.prompt_ids)[None],
         max_new_tokens=6,
         do_sample=False,
         suppress_tokens=bad or None,
         **types,
         **pair.vision,
     )
-    return output[0, pair.trunk_ids.numel() :].tolist()
+    return output[0, pair.prompt_ids.numel() :].tolist()

@@ -18,7 +18,7 @@ from tests.zoo import FAMILIES, Family, encoded_pairs
 from vlmpo.errors import ModelError
 from vlmpo.train import features as train_features
 from vlmpo.train.batching import lay_out
-from vlmpo.train.reference import base_of
+from vlmpo.train.reference import unwrap_peft
 from vlmpo.tree.features import share_features, tower_of
 from vlmpo.tree.forward import install, score_rows
 
@@ -150,9 +150,9 @@ class Calls:
 
     def __init__(self, run: Any) -> None:
         self.count = 0
-        models = [base_of(run.model)]
+        models = [unwrap_peft(run.model)]
         if hasattr(run.reference, "model"):
-            models.append(base_of(run.reference.model))
+            models.append(unwrap_peft(run.reference.model))
         for model in models:
             model.model.vision_tower.register_forward_hook(self._note)
 

@@ -12,11 +12,11 @@ from tests.tiny_models import image_tree, model, noise_image, processor, tokeniz
 from vlmpo.errors import ModelError
 from vlmpo.models.families import support_for
 from vlmpo.tree import chunked_logprobs as projection
-from vlmpo.tree.attention import ATTENTION_NAME, branch_attention
+from vlmpo.tree.attention import ATTENTION_NAME, shared_prompt_attention
 from vlmpo.tree.chunked_logprobs import linear_token_logps
 from vlmpo.tree.forward import install, token_logps
-from vlmpo.tree.heads import LogitMap
-from vlmpo.tree.layout import PromptTree, Row, RowLayout, TreeSpan, build_row, sum_by_branch
+from vlmpo.tree.heads import LogitTransform
+from vlmpo.tree.layout import PackedRow, PromptTree, RowLayout, TreeSpan, build_row, sum_by_response
 
 
 def one_image(seed: int) -> list:
@@ -35,9 +35,9 @@ def cases() -> dict[str, list[PromptTree]]:
         "several images": [image_tree(two_images(1), [5, 8], 1), image_tree(two_images(3), [2, 4], 3)],
         "text only": [image_tree([], [6, 4], 2), image_tree([], [1, 9], 3)],
         "text and images": [image_tree([], [6, 4], 2), image_tree(one_image(7), [4, 4], 7)],
-        "branches of one token": [image_tree(one_image(4), [1, 1], 4)],
-        "identical branches": [PromptTree(same.trunk_ids, same.branches * 2, same.vision)],
-        "six branches": [image_tree(one_image(6), [3, 1, 8, 2, 5, 4], 6)],
+        "responses of one token": [image_tree(one_image(4), [1, 1], 4)],
+        "identical responses": [PromptTree(same.prompt_ids, same.responses * 2, same.vision)],
+        "six responses": [image_tree(one_image(6), [3, 1, 8, 2, 5, 4], 6)],
     }
 
 
@@ -45,11 +45,11 @@ def separate_logps(plain: torch.nn.Module, trees: list[PromptTree]) -> torch.Ten
     """One forward a response through the model's own head and attention: no code of ours."""
     parts = []
     for tree in trees:
-        for branch in tree.branches:
-            ids = torch.cat([tree.trunk_ids, branch])[None]
+        for response in tree.responses:
+            ids = torch.cat([tree.prompt_ids, response])[None]
             logps = plain(input_ids=ids, **tree.vision).logits[0].log_softmax(-1)
-            at = tree.trunk_ids.numel() - 1
-            parts.append(logps[at:-1].gather(1, branch[:, None]).squeeze(1))
+            at = tree.prompt_ids.numel() - 1
+            parts.append(logps[at:-1].gather(1, response[:, None]).squeeze(1))
     return torch.cat(parts)
 
 
@@ -70,7 +70,7 @@ def test_rows_equal_separate_forwards(name: str, layout: str) -> None:
         rows = [build_row([tree]) for tree in trees]
     else:
         rows = [build_row([part]) for tree in trees for part in tree.separate()]
-    got, expected = ours(branch_rows=rows), separate_logps(plain, trees)
+    got, expected = ours(packed_rows=rows), separate_logps(plain, trees)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
     (got * weights).sum().backward()
@@ -85,15 +85,15 @@ def test_rows_equal_separate_forwards(name: str, layout: str) -> None:
 
 
 def test_branches_that_differ_in_their_first_token_only() -> None:
-    """Peers that shift labels twice lose the first response token: both branches would then be equal."""
+    """Peers that shift labels twice lose the first response token: both responses would then be equal."""
     tree = image_tree(one_image(0), [4], 0)
-    other = tree.branches[0].clone()
+    other = tree.responses[0].clone()
     other[0] = (other[0] + 1) % 300
     ours, plain = model(), model()
     install(ours, shared=True)
-    both = PromptTree(tree.trunk_ids, (tree.branches[0], other), tree.vision)
+    both = PromptTree(tree.prompt_ids, (tree.responses[0], other), tree.vision)
     rows = [build_row([both])]
-    sums = sum_by_branch(ours(branch_rows=rows), rows)
+    sums = sum_by_response(ours(packed_rows=rows), rows)
     expected = separate_logps(plain, [both]).view(2, 4).sum(1)
     torch.testing.assert_close(sums, expected, atol=2e-5, rtol=0)
     assert abs(sums[0] - sums[1]) > 1e-2
@@ -101,36 +101,36 @@ def test_branches_that_differ_in_their_first_token_only() -> None:
 
 def test_token_zero_is_a_token() -> None:
     tree = image_tree(one_image(0), [3], 0)
-    with_zero = PromptTree(tree.trunk_ids, (torch.tensor([0, 7, 0]), torch.tensor([7])), tree.vision)
+    with_zero = PromptTree(tree.prompt_ids, (torch.tensor([0, 7, 0]), torch.tensor([7])), tree.vision)
     ours, plain = model(), model()
     install(ours, shared=True)
-    got = ours(branch_rows=[build_row([with_zero])])
+    got = ours(packed_rows=[build_row([with_zero])])
     torch.testing.assert_close(got, separate_logps(plain, [with_zero]), atol=1e-5, rtol=0)
 
 
-def broken(row: Row, layout: RowLayout | None = None, positions: torch.Tensor | None = None) -> Row:
-    fields = {name: getattr(row, name) for name in Row.__dataclass_fields__}
+def broken(row: PackedRow, layout: RowLayout | None = None, positions: torch.Tensor | None = None) -> PackedRow:
+    fields = {name: getattr(row, name) for name in PackedRow.__dataclass_fields__}
     if layout is not None:
         fields["layout"] = layout
     if positions is not None:
         fields["position_ids"] = positions
-    return Row(**fields)
+    return PackedRow(**fields)
 
 
 @pytest.mark.parametrize("fault", ["sees its sibling", "positions go on after the sibling"])
 def test_a_broken_layout_shows(fault: str) -> None:
-    """Negative control: the parity above would fail if a branch saw its sibling or took later positions."""
+    """Negative control: the parity above would fail if a response saw its sibling or took later positions."""
     trees = [image_tree(one_image(0), [7, 12], 0)]
     row = build_row(trees)
     span = row.layout.spans[0]
     if fault == "sees its sibling":
-        row = broken(row, layout=RowLayout((TreeSpan(0, span.trunk, (7 + 12,)),)))
+        row = broken(row, layout=RowLayout((TreeSpan(0, span.prompt, (7 + 12,)),)))
     else:
         row = broken(row, positions=torch.arange(row.layout.num_tokens)[None])
     ours, plain = model(), model()
     install(ours, shared=True)
-    difference = (ours(branch_rows=[row]) - separate_logps(plain, trees)).abs()
-    assert difference[:7].max() < 1e-5  # the first branch is not touched
+    difference = (ours(packed_rows=[row]) - separate_logps(plain, trees)).abs()
+    assert difference[:7].max() < 1e-5  # the first response is not touched
     assert difference[7:].max() > 1e-3
 
 
@@ -159,7 +159,7 @@ def test_logits_kept_or_computed_again_give_the_same_gradient(kept: int) -> None
     weight = torch.randn(30, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(30, dtype=torch.float64, requires_grad=True)
     targets, inputs = torch.tensor([0, 29, 7, 8, 15, 16, 24]), (hidden, weight, bias)  # at the edges of blocks
-    cap = LogitMap(scale=0.5, softcap=2.0)
+    cap = LogitTransform(scale=0.5, softcap=2.0)
     got = linear_token_logps(hidden, weight, bias, targets, 7 * 8, cap, kept_bytes=kept)
     logits = 2.0 * (0.5 * (hidden @ weight.t() + bias) / 2.0).tanh()
     expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
@@ -276,13 +276,13 @@ def test_a_copy_answers_from_its_own_weights() -> None:
     ours = model()
     install(ours, shared=True)
     rows = [build_row(cases()["one pair"])]
-    before = ours(branch_rows=rows).detach()
+    before = ours(packed_rows=rows).detach()
     frozen = copy.deepcopy(ours)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(0.1)
-    assert torch.equal(frozen(branch_rows=rows), before)
-    assert not torch.equal(ours(branch_rows=rows), before)
+    assert torch.equal(frozen(packed_rows=rows), before)
+    assert not torch.equal(ours(packed_rows=rows), before)
 
 
 def test_the_attention_name_is_set_for_the_text_part_and_not_saved(tmp_path) -> None:
@@ -297,7 +297,7 @@ def test_the_attention_name_is_set_for_the_text_part_and_not_saved(tmp_path) -> 
 def test_nothing_to_read_still_hangs_on_the_weights() -> None:
     ours = model()
     install(ours, shared=True)
-    nothing = ours(branch_rows=[])
+    nothing = ours(packed_rows=[])
     assert nothing.shape == (0,)
     nothing.sum().backward()
     assert ours.lm_head.weight.grad is not None
@@ -309,14 +309,14 @@ def test_attention_refuses_what_would_be_silently_wrong() -> None:
     states = torch.randn(1, 2, 5, 4)
     layout = RowLayout((TreeSpan(0, 3, (1, 1)),))
     with pytest.raises(ModelError, match="dropout"):
-        branch_attention(layer, states, states, states, None, dropout=0.1, vlmpo_layout=layout)
+        shared_prompt_attention(layer, states, states, states, None, dropout=0.1, vlmpo_layout=layout)
     with pytest.raises(ModelError, match="asks for softcap"):
-        branch_attention(layer, states, states, states, None, softcap=3.0, vlmpo_layout=layout)
+        shared_prompt_attention(layer, states, states, states, None, softcap=3.0, vlmpo_layout=layout)
     with pytest.raises(ModelError, match="covers 5 tokens"):
-        branch_attention(layer, states[:, :, :4], states, states, None, vlmpo_layout=layout)
+        shared_prompt_attention(layer, states[:, :, :4], states, states, None, vlmpo_layout=layout)
     layer.is_causal = False
     with pytest.raises(ModelError, match="not a causal text layer"):
-        branch_attention(layer, states, states, states, None, vlmpo_layout=layout)
+        shared_prompt_attention(layer, states, states, states, None, vlmpo_layout=layout)
 
 
 def test_support_is_told_with_its_reason() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmpo.tree.layout import PromptTree, TreeSpan, build_row, pack, sum_by_branch
+from vlmpo.tree.layout import PromptTree, TreeSpan, build_row, pack, sum_by_response
 
 
 def ids(*values: int) -> torch.Tensor:
@@ -20,15 +20,15 @@ def test_two_trees_by_hand() -> None:
     third = PromptTree(ids(60, 61), (ids(0), ids(0)), {"pixel_values": torch.zeros(1, 3)})
     row = build_row([first, second, third])
     assert row.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 40, 50, 51, 52, 60, 61, 0, 0]]
-    # both branches of the first tree start at position 3, after its three trunk tokens
+    # both responses of the first tree start at position 3, after its three prompt tokens
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 0, 1, 2, 2]]
     assert row.layout.spans == (TreeSpan(0, 3, (2, 1)), TreeSpan(6, 1, (3,)), TreeSpan(10, 2, (1, 1)))
     assert row.layout.num_tokens == 14
-    # the trunk's last token (row position 2) predicts the first token of BOTH branches
-    assert row.predictors.tolist() == [2, 3, 2, 6, 7, 8, 11, 11]
+    # the prompt's last token (row position 2) predicts the first token of BOTH responses
+    assert row.logit_positions.tolist() == [2, 3, 2, 6, 7, 8, 11, 11]
     assert row.targets.tolist() == [20, 21, 30, 50, 51, 52, 0, 0]
-    assert row.branch_of.tolist() == [0, 0, 1, 2, 2, 2, 3, 4]
-    assert row.num_branches == 5
+    assert row.response_index.tolist() == [0, 0, 1, 2, 2, 2, 3, 4]
+    assert row.num_responses == 5
     assert row.vision["pixel_values"].tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
 
 
@@ -44,9 +44,9 @@ def test_token_types_are_those_of_the_trunks() -> None:
 
 def test_mask_is_aligned_to_the_lower_right() -> None:
     row = build_row([PromptTree(ids(1, 2), (ids(3), ids(4, 5)))])
-    mask = row.layout.branch_mask(2, 4, None, torch.device("cpu"))
+    mask = row.layout.response_mask(2, 4, None, torch.device("cpu"))
     assert mask.tolist() == [[True, True, True, False], [True, True, True, True]]
-    assert row.layout.branch_mask(2, 4, None, torch.device("cpu")) is mask
+    assert row.layout.response_mask(2, 4, None, torch.device("cpu")) is mask
 
 
 def test_sums_run_through_rows() -> None:
@@ -54,9 +54,9 @@ def test_sums_run_through_rows() -> None:
         build_row([PromptTree(ids(1), (ids(2, 3), ids(4)))]),
         build_row([PromptTree(ids(1), (ids(2, 3, 4),))]),
     ]
-    sums = sum_by_branch(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), rows)
+    sums = sum_by_response(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), rows)
     assert sums.tolist() == [3.0, 4.0, 56.0]
-    assert sum_by_branch(torch.zeros(0), []).shape == (0,)
+    assert sum_by_response(torch.zeros(0), []).shape == (0,)
 
 
 def tree(tokens: int) -> PromptTree:
@@ -106,12 +106,12 @@ def test_packing_loses_nothing_and_never_needs_more_rows(sizes: list[int], max_t
 def test_separate_gives_one_branch_a_tree() -> None:
     tree = PromptTree(ids(1, 2), (ids(3), ids(4, 5)), {"pixel_values": torch.ones(1, 3)})
     parts = tree.separate()
-    assert [part.branches[0].tolist() for part in parts] == [[3], [4, 5]]
+    assert [part.responses[0].tolist() for part in parts] == [[3], [4, 5]]
     assert all(part.vision is tree.vision for part in parts)
     assert tree.num_tokens == 5
 
 
-@pytest.mark.parametrize(("trunk", "branches"), [((), ((1,),)), ((1,), ()), ((1,), ((),))])
-def test_empty_parts_are_refused(trunk: tuple, branches: tuple) -> None:
+@pytest.mark.parametrize(("prompt", "responses"), [((), ((1,),)), ((1,), ()), ((1,), ((),))])
+def test_empty_parts_are_refused(prompt: tuple, responses: tuple) -> None:
     with pytest.raises(ValueError, match="needs"):
-        PromptTree(torch.tensor(trunk, dtype=torch.long), tuple(torch.tensor(b, dtype=torch.long) for b in branches))
+        PromptTree(torch.tensor(prompt, dtype=torch.long), tuple(torch.tensor(b, dtype=torch.long) for b in responses))

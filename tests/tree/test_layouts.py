@@ -58,30 +58,30 @@ def as_chat(messages: tuple[Message, ...]) -> list[dict]:
 
 @pytest.mark.parametrize("name", list(CONVERSATIONS))
 def test_the_last_turn_alone_is_scored(name: str) -> None:
-    """Trunk and branches against the processor's own reading of the whole conversation; log-probs and gradients too."""
+    """Prompt and responses against the processor's own reading of the conversation; log-probs and gradients too."""
     messages, images = CONVERSATIONS[name]
     responses = ("two red circles", "a blue square!")
     encoded = PairEncoder(processor()).encode(PreferencePair(messages, images, *responses))
     plain, ours = model(), model()
     install(ours, shared=True)
     part = lay_out([encoded])
-    got = ours(branch_rows=part.rows)
+    got = ours(packed_rows=part.rows)
     expected = []
-    for response, branch in zip(responses, (encoded.chosen_ids, encoded.rejected_ids), strict=True):
+    for text, response in zip(responses, (encoded.chosen_ids, encoded.rejected_ids), strict=True):
         chat = [
             *as_chat(messages),
-            {"role": "assistant", "content": [{"type": "text", "text": response}]},
+            {"role": "assistant", "content": [{"type": "text", "text": text}]},
         ]
-        text = processor().apply_chat_template(chat)
-        whole = processor()(images=[list(images)] if images else None, text=[text], return_tensors="pt")
+        rendered = processor().apply_chat_template(chat)
+        whole = processor()(images=[list(images)] if images else None, text=[rendered], return_tensors="pt")
         ids = whole.input_ids[0]
-        at = len(encoded.trunk_ids)
-        assert ids[:at].tolist() == encoded.trunk_ids.tolist()
-        assert ids[at : at + len(branch)].tolist() == branch.tolist()
-        assert tokenizer().decode(ids[at + len(branch) :]) == "\n"  # what the template writes after the turn
+        at = len(encoded.prompt_ids)
+        assert ids[:at].tolist() == encoded.prompt_ids.tolist()
+        assert ids[at : at + len(response)].tolist() == response.tolist()
+        assert tokenizer().decode(ids[at + len(response) :]) == "\n"  # what the template writes after the turn
         vision = {"pixel_values": whole.pixel_values} if images else {}
         logps = plain(input_ids=ids[None], **vision).logits[0].log_softmax(-1)
-        expected.append(logps[at - 1 : at - 1 + len(branch)].gather(1, branch[:, None]).squeeze(1))
+        expected.append(logps[at - 1 : at - 1 + len(response)].gather(1, response[:, None]).squeeze(1))
     torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=0)
     got.sum().backward()
     torch.cat(expected).sum().backward()
@@ -96,5 +96,5 @@ def test_an_earlier_answer_is_not_scored() -> None:
         for said in ("yes", "not at all")
     ]
     first, second = (PairEncoder(processor()).encode(pair) for pair in pairs)
-    assert first.trunk_ids.tolist() != second.trunk_ids.tolist()
+    assert first.prompt_ids.tolist() != second.prompt_ids.tolist()
     assert first.chosen_ids.tolist() == second.chosen_ids.tolist() == tokenizer()("two<|im_end|>").input_ids

@@ -27,22 +27,22 @@ every_qwen = pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-v
 def test_positions_by_hand(name: str) -> None:
     """An image of 2 x 3 merged patches between two words, a text-only tree, and an image of 1 x 2 at the front."""
     first = PromptTree(
-        trunk_ids=torch.tensor([5, *[9] * 6, 5]),
-        branches=(torch.tensor([1, 2]), torch.tensor([3, 4, 5])),
+        prompt_ids=torch.tensor([5, *[9] * 6, 5]),
+        responses=(torch.tensor([1, 2]), torch.tensor([3, 4, 5])),
         vision={"image_grid_thw": torch.tensor([[1, 4, 6]])},  # patches; 2 x 2 of them make a token
         token_types={"mm_token_type_ids": torch.tensor([0, *[1] * 6, 0])},
     )
     second = PromptTree(torch.tensor([5, 6]), (torch.tensor([7]), torch.tensor([8, 9])))
     third = PromptTree(
-        trunk_ids=torch.tensor([9, 9]),
-        branches=(torch.tensor([1]), torch.tensor([2, 3])),
+        prompt_ids=torch.tensor([9, 9]),
+        responses=(torch.tensor([1]), torch.tensor([2, 3])),
         vision={"image_grid_thw": torch.tensor([[1, 2, 4]])},
         token_types={"mm_token_type_ids": torch.tensor([1, 1])},
     )
     positions = positions_of(FAMILIES[name].model(0), build_row([first, second, third]))
     assert positions.shape == (3, 1, 13 + 5 + 5)
     # The image starts at 1 and takes as many positions as its longer side, 3: the next word stands at 4.
-    after = [4, 5, 6, 5, 6, 7]  # the word, the first branch, and the second, which restarts where the first did
+    after = [4, 5, 6, 5, 6, 7]  # the word, the first response, and the second, which restarts where the first did
     time = [0, 1, 1, 1, 1, 1, 1, *after]
     height = [0, 1, 1, 1, 2, 2, 2, *after]
     width = [0, 1, 2, 3, 1, 2, 3, *after]
@@ -60,9 +60,9 @@ def test_images_without_token_types_are_refused(name: str, shared: bool) -> None
     install(model, shared)
     pair = replace(encoded_pairs(name)["one image"], token_types={})
     with pytest.raises(ModelError, match="needs mm_token_type_ids"):
-        model(branch_rows=lay_out([pair], shared).rows)
+        model(packed_rows=lay_out([pair], shared).rows)
     text = replace(encoded_pairs(name)["text only"], token_types={})
-    assert model(branch_rows=lay_out([text], shared).rows).isfinite().all()
+    assert model(packed_rows=lay_out([text], shared).rows).isfinite().all()
 
 
 def test_greedy_answers_are_those_of_plain_generate() -> None:

@@ -25,15 +25,15 @@ from transformers import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from tests.case_worker import two_processes
-from tests.test_logprobs import separate_logps
 from tests.tiny_models import image_tree, noise_image, random_pair, tokenizer
 from tests.tiny_models import model as tiny_model
 from tests.training import Gradients, flat_weights, logged, pairs, relative, trainer
+from tests.tree.test_forward import separate_logps
 from vlmpo.errors import ModelError
 from vlmpo.train.reference import switch_dropout_off, weights_hash
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, RowLayout, TreeSpan, build_row
-from vlmpo.tree.router_loss import branch_router_losses, router_coefficient
+from vlmpo.tree.router_loss import response_router_losses, router_coefficient
 
 COEFFICIENT = 0.3  # large, so that a wrong router loss cannot hide in the sum
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "optim": "sgd"}
@@ -111,8 +111,8 @@ def own_losses(model: Any, trees: list[PromptTree]) -> Tensor:
     losses = []
     text = model.config.get_text_config()
     for tree in trees:
-        for branch in tree.branches:
-            heard = router_logits(model, torch.cat([tree.trunk_ids, branch])[None], tree.vision)
+        for response in tree.responses:
+            heard = router_logits(model, torch.cat([tree.prompt_ids, response])[None], tree.vision)
             assert len(heard) == text.num_hidden_layers
             losses.append(load_balancing_loss_func(tuple(heard), 4, 2))
     return torch.stack(losses)
@@ -144,12 +144,12 @@ def test_router_loss_of_a_branch_is_that_of_its_own_forward(family: str, shared:
     install(ours, shared=shared)
     trees = trees_for(family)
     rows = [build_row(trees)] if shared else [build_row([part]) for tree in trees for part in tree.separate()]
-    logps, losses = ours(branch_rows=rows, router_losses=True)
+    logps, losses = ours(packed_rows=rows, router_losses=True)
     expected = own_losses(plain, trees)
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)
-    assert expected.std() > 1e-3  # the branches do differ
+    assert expected.std() > 1e-3  # the responses do differ
     torch.testing.assert_close(logps, separate_logps(plain, trees), atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours(branch_rows=rows), logps, atol=0, rtol=0)
+    torch.testing.assert_close(ours(packed_rows=rows), logps, atol=0, rtol=0)
     weights = torch.randn(losses.shape, generator=torch.Generator().manual_seed(1))
     (losses * weights).sum().backward()
     (expected * weights).sum().backward()
@@ -161,22 +161,22 @@ def test_the_models_own_loss_is_that_of_one_sequence() -> None:
     """What transformers adds to the loss of a forward of one response is what we add for that response."""
     plain = routed("qwen3_moe")
     tree = text_trees()[1]
-    ids = torch.cat([tree.trunk_ids, tree.branches[0]])[None]
+    ids = torch.cat([tree.prompt_ids, tree.responses[0]])[None]
     assert plain(input_ids=ids).aux_loss.item() == pytest.approx(own_losses(plain, [tree])[0].item(), rel=1e-6)
 
 
 def test_by_hand() -> None:
-    """Two experts, one a token; trunk of 2, branches of 1 and 2. Logits of ln 3 against 0 route by 3/4 and 1/4."""
+    """Two experts, one a token; prompt of 2, responses of 1 and 2. Logits of ln 3 against 0 route by 3/4 and 1/4."""
     up, down = [torch.log(torch.tensor(3.0)).item(), 0.0], [0.0, torch.log(torch.tensor(3.0)).item()]
     logits = torch.tensor([up, up, down, up, up])
     layout = RowLayout((TreeSpan(0, 2, (1, 2)),))
-    found = branch_router_losses([logits], layout, top_k=1)
+    found = response_router_losses([logits], layout, top_k=1)
     # first: 3 tokens, up up down: f = (2/3, 1/3), P = (7/12, 5/12)
     # second: 4 tokens, all up: f = (1, 0), P = (3/4, 1/4)
     assert found.tolist() == pytest.approx([2 * (2 / 3 * 7 / 12 + 1 / 3 * 5 / 12), 2 * 3 / 4])
     # two layers, the second perfectly undecided: f and P are means over layers too
     even = torch.zeros(5, 2)
-    half = branch_router_losses([logits, even], layout, top_k=2)
+    half = response_router_losses([logits, even], layout, top_k=2)
     assert half.tolist() == pytest.approx([2.0, 2.0])  # every expert gets every token: 2 * (1 * P_0 + 1 * P_1)
 
 
@@ -185,9 +185,9 @@ def test_a_sibling_does_not_count() -> None:
     model = routed("qwen3_moe")
     tree = text_trees()[0]
     install(model, shared=True)
-    _, losses = model(branch_rows=[build_row([tree])], router_losses=True)
-    longer = PromptTree(tree.trunk_ids, (*tree.branches[:2], torch.randint(0, 300, (40,))))
-    _, others = model(branch_rows=[build_row([longer])], router_losses=True)
+    _, losses = model(packed_rows=[build_row([tree])], router_losses=True)
+    longer = PromptTree(tree.prompt_ids, (*tree.responses[:2], torch.randint(0, 300, (40,))))
+    _, others = model(packed_rows=[build_row([longer])], router_losses=True)
     torch.testing.assert_close(others[:2], losses[:2], atol=1e-6, rtol=0)
     assert abs(others[2] - losses[2]) > 1e-3
 
@@ -231,7 +231,7 @@ def test_the_mean_over_all_responses_is_added(tmp_path: Path, capsys: pytest.Cap
     trees = []
     for pair in data:
         encoded = run.encoder.encode(pair)
-        trees.append(PromptTree(encoded.trunk_ids, (encoded.chosen_ids, encoded.rejected_ids)))
+        trees.append(PromptTree(encoded.prompt_ids, (encoded.chosen_ids, encoded.rejected_ids)))
     expected = own_losses(routed("qwen3_moe"), trees).mean().item()
     run.train()
     (line,) = logged(tmp_path)
@@ -245,7 +245,7 @@ def test_the_mean_over_all_responses_is_added(tmp_path: Path, capsys: pytest.Cap
 def test_supervised_fine_tuning_counts_the_chosen_alone(tmp_path: Path) -> None:
     data = text_pairs(3)
     run = trainer(tmp_path, data, model=routed("qwen3_moe"), per_device_train_batch_size=3, loss_weights={"nll": 1.0})
-    trees = [PromptTree(e.trunk_ids, (e.chosen_ids,)) for e in map(run.encoder.encode, data)]
+    trees = [PromptTree(e.prompt_ids, (e.chosen_ids,)) for e in map(run.encoder.encode, data)]
     expected = own_losses(routed("qwen3_moe"), trees).mean().item()
     run.train()
     assert logged(tmp_path)[0]["loss/router_aux"] == pytest.approx(expected, rel=1e-6)

@@ -40,7 +40,7 @@ def test_ids_by_hand() -> None:
         return own(text, add_special_tokens=False)["input_ids"]
 
     encoded = PairEncoder(own).encode(PAIR)
-    assert encoded.trunk_ids.tolist() == [start, *ids("user\ncolour?"), end, *ids("\n"), start, *ids("assistant\n")]
+    assert encoded.prompt_ids.tolist() == [start, *ids("user\ncolour?"), end, *ids("\n"), start, *ids("assistant\n")]
     assert encoded.chosen_ids.tolist() == [*ids("blue!"), end]
     assert encoded.rejected_ids is not None
     assert encoded.rejected_ids.tolist() == [*ids("red"), end]
@@ -56,8 +56,8 @@ def test_the_start_token_is_the_templates_affair(template_writes_it: bool) -> No
     own.chat_template = ("{{ bos_token }}" if template_writes_it else "") + FAMILY.processor().chat_template
     encoded = PairEncoder(own).encode(PAIR)
     asked = own.apply_chat_template([{"role": "user", "content": "colour?"}], add_generation_prompt=True, tokenize=True)
-    assert encoded.trunk_ids.tolist() == asked["input_ids"]
-    assert encoded.trunk_ids.tolist().count(own.bos_token_id) == template_writes_it
+    assert encoded.prompt_ids.tolist() == asked["input_ids"]
+    assert encoded.prompt_ids.tolist().count(own.bos_token_id) == template_writes_it
     assert own.bos_token_id not in encoded.chosen_ids
 
 
@@ -195,7 +195,9 @@ def test_what_is_at_a_path_is_what_is_loaded(checkpoint: Path) -> None:
     assert type(load_model(str(checkpoint))).__name__ == "LlamaForCausalLM"
     own = load_processor(str(checkpoint))
     assert own.convert_tokens_to_ids("<|im_end|>") == FAMILY.processor().convert_tokens_to_ids("<|im_end|>")
-    assert torch.equal(PairEncoder(own).encode(PAIR).trunk_ids, PairEncoder(FAMILY.processor()).encode(PAIR).trunk_ids)
+    assert torch.equal(
+        PairEncoder(own).encode(PAIR).prompt_ids, PairEncoder(FAMILY.processor()).encode(PAIR).prompt_ids
+    )
 
 
 def test_half_a_processor_is_refused(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from tests.test_logprobs import separate_logps
 from tests.tiny_models import image_tree, model, noise_image
+from tests.tree.test_forward import separate_logps
 from vlmpo.tree.forward import install
-from vlmpo.tree.layout import PromptTree, build_row, sum_by_branch
+from vlmpo.tree.layout import PromptTree, build_row, sum_by_response
 
 SHAPES = [(60, 60), (120, 56), (40, 90)]  # one tile; two beside each other and a thumbnail; two below each other
 
@@ -52,8 +52,8 @@ def test_any_trees_in_any_rows(groups: Sequence[list[PromptTree]]) -> None:
     rows = [build_row(group) for group in groups]
     event(f"{len(rows)} rows of {len(flat)} trees")
     with torch.no_grad():
-        got, expected = ours(branch_rows=rows), separate_logps(plain, flat)
+        got, expected = ours(packed_rows=rows), separate_logps(plain, flat)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
-    lengths = [branch.numel() for tree in flat for branch in tree.branches]
+    lengths = [response.numel() for tree in flat for response in tree.responses]
     sums = torch.stack([part.sum() for part in expected.split(lengths)])
-    torch.testing.assert_close(sum_by_branch(got, rows), sums, atol=1e-8, rtol=0)
+    torch.testing.assert_close(sum_by_response(got, rows), sums, atol=1e-8, rtol=0)

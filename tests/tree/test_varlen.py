@@ -29,13 +29,13 @@ def slow(
 ) -> Tensor:
     """Segment by segment: query i of n sees keys up to ``i + (keys - n)``; up to i where aligned at the upper left."""
     key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
-    q_at, k_at = segments.query_starts.tolist(), segments.key_starts.tolist()
+    q_at, k_at = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
     pieces = []
     for number in range(len(q_at) - 1):
         q = query[q_at[number] : q_at[number + 1]]
         k, v = (t[k_at[number] : k_at[number + 1]] for t in (key, value))
-        assert q.shape[0] <= segments.longest_query
-        assert k.shape[0] <= segments.longest_key
+        assert q.shape[0] <= segments.max_seqlen_q
+        assert k.shape[0] <= segments.max_seqlen_k
         scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[2] ** -0.5)
         last = torch.arange(q.shape[0])[:, None] + (k.shape[0] - q.shape[0] if lower_right else 0)
         scores = scores.masked_fill(torch.arange(k.shape[0]) > last, -torch.inf)
@@ -51,9 +51,9 @@ def upper_left(query: Tensor, key: Tensor, value: Tensor, segments: Segments, sc
 
 def layout_from(trees: list[tuple[int, list[int]]]) -> RowLayout:
     spans, start = [], 0
-    for trunk, branches in trees:
-        spans.append(TreeSpan(start, trunk, tuple(branches)))
-        start += trunk + sum(branches)
+    for prompt, responses in trees:
+        spans.append(TreeSpan(start, prompt, tuple(responses)))
+        start += prompt + sum(responses)
     return RowLayout(tuple(spans))
 
 
@@ -72,21 +72,21 @@ def in_segments(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) ->
 
 
 def test_segments_worked_out_by_hand() -> None:
-    """Trunk 3 with branches of 2, 1 and 2, then trunk 1 with a branch of 4."""
+    """Prompt 3 with responses of 2, 1 and 2, then prompt 1 with a response of 4."""
     segments = layout_from([(3, [2, 1, 2]), (1, [4])]).segments(CPU)
-    assert segments.query_starts.tolist() == [0, 5, 6, 8, 13]
+    assert segments.cu_seqlens_q.tolist() == [0, 5, 6, 8, 13]
     assert segments.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 6, 7, 8, 9, 10, 11, 12]
-    assert segments.key_starts.tolist() == [0, 5, 9, 14, 19]
+    assert segments.cu_seqlens_k.tolist() == [0, 5, 9, 14, 19]
     assert segments.own.tolist() == [0, 1, 2, 3, 4, 8, 12, 13, 14, 15, 16, 17, 18]
     assert segments.repeats == ((0, 5, 3), (0, 9, 3))
-    assert (segments.longest_query, segments.longest_key) == (5, 5)
-    assert segments.query_starts.dtype == segments.key_starts.dtype == torch.int32
+    assert (segments.max_seqlen_q, segments.max_seqlen_k) == (5, 5)
+    assert segments.cu_seqlens_q.dtype == segments.cu_seqlens_k.dtype == torch.int32
 
 
 def test_without_further_branches_nothing_is_gathered() -> None:
     segments = layout_from([(3, [2]), (1, [4])]).segments(CPU)
     assert segments.keys is None
-    assert segments.query_starts.tolist() == segments.key_starts.tolist() == [0, 5, 10]
+    assert segments.cu_seqlens_q.tolist() == segments.cu_seqlens_k.tolist() == [0, 5, 10]
 
 
 def test_who_sees_whom_worked_out_by_hand() -> None:
@@ -168,7 +168,7 @@ def test_off_cuda_there_is_no_kernel() -> None:
 def test_what_one_call_cannot_say_is_left_to_segments() -> None:
     layout = layout_from([(3, [2, 4])])
     assert can_read(layout, torch.bfloat16, 64, None)
-    assert can_read(layout, torch.float16, 64, 7)  # trunk and longest branch just fit into the window
+    assert can_read(layout, torch.float16, 64, 7)  # prompt and longest response just fit into the window
     assert not can_read(layout, torch.float16, 64, 6)
     assert not can_read(layout, torch.float32, 64, None)
     assert not can_read(layout, torch.bfloat16, 60, None)
@@ -195,7 +195,7 @@ def test_a_model_reads_the_same_by_one_call(monkeypatch: pytest.MonkeyPatch, che
         if checkpointing:
             ours.gradient_checkpointing_enable({"use_reentrant": False})
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logps = ours(branch_rows=[build_row(trees)])
+            logps = ours(packed_rows=[build_row(trees)])
         logps.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in ours.parameters()])
         found.append((logps.detach(), gradient))

@@ -1,7 +1,7 @@
 """Every model family vlmpo is held to: a tiny model from its own config class, with its real processor.
 
-A group module (``internvl``, ``qwen``, ...) lists its ``FAMILIES``; they are gathered here by name. Whoever adds a
-family adds it to its group: all tests and the table in the docs go through this list.
+A group module (``internvl``, ``qwen``, ...) lists its ``FAMILIES``; they are gathered here by name. Whoever
+adds a family adds it to its group: all tests and the table in the docs go through this list.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Family:
         processor: builds the real processor (a plain tokenizer for text-only models), with a chat template. Cached:
             nobody may change what it returns.
         model: builds the tiny model from a seed: float32, eval, on the CPU, a new object each call.
-        shared: whether its rows share trunks; False: each response is read in a row of its own.
+        shared: whether its rows share prompts; False: each response is read in a row of its own.
         note: what the table in the docs says beside it, the reason where ``shared`` is False.
         images: the most images the tests put into one prompt: 0 for text-only models.
     """

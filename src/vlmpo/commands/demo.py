@@ -14,19 +14,15 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import set_seed
 
 from vlmpo.data.records import PreferencePair
 from vlmpo.demo.answers import generate, make_pairs, marks
 from vlmpo.demo.model import demo_model, demo_processor
 from vlmpo.demo.task import Lessons, Question, SceneSource
 from vlmpo.errors import RecipeError
-from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.trainer import MPOTrainer
-
-ensure_torchvision()  # before transformers' utilities, which may import torchvision
-
-from transformers import set_seed  # noqa: E402
 
 RESULTS_FILE = "results.json"
 # What is trained from the warm-up, in the order of the table.

@@ -22,11 +22,11 @@ from vlmpo.errors import RecipeError
 from vlmpo.evaluate import FIGURES, Answer, answer_questions, compare, short_name, summarise
 from vlmpo.fileio import replace_json
 from vlmpo.generate.local import LocalEngine, Sampling
+from vlmpo.log import logger
 from vlmpo.loss import needs_reference
 from vlmpo.models import loading
 from vlmpo.recipe import EvaluateSection, Recipe
 from vlmpo.train.evaluation import length_warning
-from vlmpo.train.progress import notice
 from vlmpo.train.trainer import MPOTrainer
 
 RESULTS_FILE = "evaluation.json"
@@ -76,7 +76,7 @@ def evaluation_questions(section: EvaluateSection) -> QuestionSet:
     assert section.questions is not None
     found = read_questions(section.questions, section.image_root, split=section.split)
     for reason, count in found.counts().items():
-        notice(f"note: {count} evaluation questions dropped as {reason}")
+        logger.info(f"note: {count} evaluation questions dropped as {reason}")
     return found
 
 
@@ -132,7 +132,7 @@ def _evaluate_pairs(
         results[name] = found
         warning = length_warning(found, name)
         if warning:
-            notice(f"note: {warning}")
+            logger.info(f"note: {warning}")
     return results
 
 
@@ -141,7 +141,7 @@ def _overlaps(data: RunData, asked: Sequence[Question]) -> dict[str, Any]:
     items = [Item(question.question, question.images, question.origin) for question in asked]
     found = overlaps_with_training(data, {"questions": items} if items else None)
     for message in filter(None, (overlap.message(name) for name, overlap in found.items())):
-        notice(f"note: {message}")
+        logger.info(f"note: {message}")
     return {name: asdict(overlap) for name, overlap in found.items()}
 
 

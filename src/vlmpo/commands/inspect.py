@@ -14,25 +14,21 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.text import Text
+from transformers import AutoConfig, TrainingArguments
 
-from vlmpo.commands.printing import print_line, print_table
 from vlmpo.commands.run_data import RunData, open_run_data
 from vlmpo.commands.train import load_processor
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import image_token_id, tokenizer_of
 from vlmpo.errors import RecipeError, RecordError
+from vlmpo.log import print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.models.families import support_for
 from vlmpo.recipe import Recipe, check_training_keys
-from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.config import MPOConfig, row_tokens
-from vlmpo.train.counts import Accounts
+from vlmpo.train.counts import PairCounts
 from vlmpo.train.order import room_for_groups
 from vlmpo.tree.layout import PromptTree, pack
-
-ensure_torchvision()  # before transformers' model classes, which import torchvision
-
-from transformers import AutoConfig, TrainingArguments  # noqa: E402
 
 MAX_EXAMINED = 2000  # pairs encoded for the distributions; above it a sample, the same each time, speaks for the rest
 _BINS = 8
@@ -74,7 +70,7 @@ class Findings:
 
     data: RunData
     sizes: list[PairSize] = field(default_factory=list)
-    dropped: Accounts = field(default_factory=Accounts)
+    dropped: PairCounts = field(default_factory=PairCounts)
     samples: list[EncodedPair] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -175,7 +171,7 @@ def _sampled(count: int) -> list[int]:
 
 def _size(encoded: EncodedPair) -> PairSize:
     return PairSize(
-        prompt=encoded.trunk_ids.numel(),
+        prompt=encoded.prompt_ids.numel(),
         chosen=encoded.chosen_ids.numel(),
         rejected=0 if encoded.rejected_ids is None else encoded.rejected_ids.numel(),
         image_tokens=encoded.image_tokens,
@@ -192,7 +188,7 @@ def describe(encoded: EncodedPair, processor: Any) -> Text:
     text = Text(f"{encoded.source}, {encoded.origin}\n")
     text.append(f"{size.prompt} prompt tokens, {size.image_tokens} of them from images in {size.tiles} tiles\n")
     text.append("prompt, not scored:\n", style="bold")
-    text.append(_indented(collapse_images(encoded.trunk_ids.tolist(), processor)))
+    text.append(_indented(collapse_images(encoded.prompt_ids.tolist(), processor)))
     responses = [("chosen", encoded.chosen_ids, "green"), ("rejected", encoded.rejected_ids, "red")]
     for name, ids, style in responses:
         if ids is None:
@@ -254,7 +250,7 @@ def show_sources(console: Console, data: RunData) -> None:
 def show_counts(console: Console, found: Findings) -> None:
     """Print pairs read, kept, held out and dropped by reason, for each data set, and examples of what was dropped."""
     data = found.data
-    dropped = Accounts.merged([data.screened, found.dropped])
+    dropped = PairCounts.merged([data.screened, found.dropped])
     reasons = list(dropped.reasons())
     rows: list[list[object]] = [["data set", "read", "kept", "held out", *reasons]]
     for source, read in data.read.items():

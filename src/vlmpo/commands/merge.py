@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmpo.errors import ModelError, RunError
+from vlmpo.errors import ModelError, RunError, first_line
+from vlmpo.log import logger
 from vlmpo.models import loading
 from vlmpo.models.adapters import adapter_places, is_adapter, load_adapter, named_base
 from vlmpo.train.checkpoint import last_complete_checkpoint
-from vlmpo.train.progress import notice
-from vlmpo.train.reference import base_of
+from vlmpo.train.reference import unwrap_peft
 
 
 def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "float32") -> None:
@@ -55,16 +55,16 @@ def merged_model(adapter: Path, base: str | None) -> Any:
     else:
         named = named_base(adapter) if _names_a_base(adapter) else None
         if named != base:
-            notice(f"note: the adapter was trained on {named}, it is merged into {base}")
+            logger.info(f"note: the adapter was trained on {named}, it is merged into {base}")
         model = load_adapter(loading.load_model(base), adapter)
-    was_tied = _is_tied(base_of(model))
+    was_tied = _is_tied(unwrap_peft(model))
     _untie_where_told_apart(model)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # which is what was just mended
             merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise ModelError(f"the adapter in {adapter} cannot be merged: {first}") from error
     if was_tied and not _is_tied(merged):
         _say_untied(merged)
@@ -124,7 +124,7 @@ def _untie_where_told_apart(model: Any) -> None:
 
     Both would be added to the one weight otherwise, and be read by the embedding and the head alike.
     """
-    base = base_of(model)
+    base = unwrap_peft(model)
     places = adapter_places(base)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     names = [name for name, module in base.named_modules() if module in ends]
@@ -138,6 +138,6 @@ def _untie_where_told_apart(model: Any) -> None:
 
 
 def _say_untied(model: Any) -> None:
-    notice("note: the adapter tells word embeddings and head apart; they are no longer tied in the merged model")
+    logger.info("note: the adapter tells word embeddings and head apart; they are no longer tied in the merged model")
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False

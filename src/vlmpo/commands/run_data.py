@@ -12,15 +12,15 @@ import numpy as np
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from vlmpo.commands.printing import print_line, print_table
 from vlmpo.data.dataset import PairDataset, SourceInfo, open_pairs
 from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, Overlap, find_overlaps
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.errors import DataError, RecipeError, RecordError
+from vlmpo.log import logger, print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.recipe import Recipe, Source
-from vlmpo.train.counts import Accounts
+from vlmpo.train.counts import PairCounts
 
 
 @dataclass
@@ -41,8 +41,8 @@ class RunData:
     evaluation: dict[str, PairDataset]
     read: Counter[str]
     held_out: Counter[str]
-    screened: Accounts
-    eval_screened: Accounts
+    screened: PairCounts
+    eval_screened: PairCounts
     notices: list[str] = field(default_factory=list)
 
     def formats(self) -> dict[str, list[SourceInfo]]:
@@ -66,7 +66,7 @@ def open_run_data(recipe: Recipe) -> RunData:
     kept, screened, read = _screen(recipe, whole)
     notices = list(whole.notices)
     evaluation: dict[str, PairDataset] = {}
-    eval_screened = Accounts()
+    eval_screened = PairCounts()
     if recipe.data.eval:
         evaluation["eval"], eval_screened = open_eval(recipe)
         notices += evaluation["eval"].notices
@@ -82,7 +82,7 @@ def open_run_data(recipe: Recipe) -> RunData:
     return RunData(whole.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
 
 
-def open_eval(recipe: Recipe) -> tuple[PairDataset, Accounts]:
+def open_eval(recipe: Recipe) -> tuple[PairDataset, PairCounts]:
     """The pairs of ``data.eval`` that can be used, and what was dropped of them."""
     data = _open(recipe, recipe.data.eval, _seed(recipe))
     kept, screened, _ = _screen(recipe, data)
@@ -100,18 +100,18 @@ def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:
     return open_pairs(specs, seed=seed, need_rejected=needs_reference(recipe.loss.weights))
 
 
-def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, Accounts, Counter[str]]:
+def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, Counter[str]]:
     """Indices of the pairs that can be used, what was dropped of the others, and pairs read by data set."""
     with _reading() as progress:
         found = screen(data, progress=progress, waiting=_waits)
-    accounts = Accounts()
+    pair_counts = PairCounts()
     for drop in found.dropped:
         error = RecordError(drop.reason, drop.origin, drop.detail)
         if recipe.data.on_bad_record == "fail":
             raise error
-        accounts.drop(data.source(drop.index), error)
+        pair_counts.drop(data.source(drop.index), error)
     read = Counter({name: counts.read for name, counts in found.sources.items() if counts.read})
-    return found.kept, accounts, read
+    return found.kept, pair_counts, read
 
 
 @contextmanager
@@ -128,9 +128,7 @@ def _reading() -> Iterator[Callable[[int, int], None]]:
 
 
 def _waits(path: str) -> None:
-    from vlmpo.train.progress import notice  # it imports transformers' Trainer, which `inspect` has no need of
-
-    notice(f"note: another process is reading {path} just now; waiting for what it finds")
+    logger.info(f"note: another process is reading {path} just now; waiting for what it finds")
 
 
 def overlaps_with_training(data: RunData, others: Mapping[str, Sequence[Item]] | None = None) -> dict[str, Overlap]:
@@ -139,9 +137,9 @@ def overlaps_with_training(data: RunData, others: Mapping[str, Sequence[Item]] |
     return find_overlaps(data.train, evaluations) if evaluations else {}
 
 
-def show_accounts(console: Console, data: RunData, trained: Accounts) -> None:
+def show_pair_counts(console: Console, data: RunData, trained: PairCounts) -> None:
     """Print what became of every training pair, by data set, and the first records dropped under each reason."""
-    dropped = Accounts.merged([data.screened, trained])
+    dropped = PairCounts.merged([data.screened, trained])
     reasons = list(dropped.reasons())
     rows: list[list[object]] = [["data set", "read", "used", "held out", *reasons, "not reached"]]
     for source, read in data.read.items():

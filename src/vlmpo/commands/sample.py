@@ -20,10 +20,10 @@ from vlmpo.errors import DataError, RecipeError, RecordError, RunError
 from vlmpo.fileio import replace_json
 from vlmpo.generate.keys import prompt_hash, seed_for
 from vlmpo.generate.local import Engine, Generated, GenerationRequest, LocalEngine, Sampling
-from vlmpo.generate.progress import Progress
 from vlmpo.generate.prompts import prompt_text
 from vlmpo.generate.responses import PROMPT_HASH, RESPONSES_FILE, ResponseFile
 from vlmpo.generate.server import ServerEngine
+from vlmpo.log import Progress
 from vlmpo.models.loading import load_model, load_processor
 from vlmpo.recipe import BuildSection, Recipe
 

@@ -14,32 +14,28 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import TrainingArguments
 
-from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_accounts
+from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_pair_counts
 from vlmpo.data.index.overlap import Overlap
 from vlmpo.errors import RecipeError, RunError, alike_on_a_node
 from vlmpo.fileio import replace_json
+from vlmpo.log import logger
 from vlmpo.loss import needs_reference
 from vlmpo.models import loading
 from vlmpo.recipe import Recipe, check_training_keys
-from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.adapters import check_adapter_settings, lora_config, quantization
 from vlmpo.train.best import of_only_set
-from vlmpo.train.cached_reference import CachedReference, fill
+from vlmpo.train.cached_reference import CachedReference, precompute
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.config import MPOConfig
-from vlmpo.train.counts import Accounts
+from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import AVERAGE_FOLDER
 from vlmpo.train.evaluation import length_warning
-from vlmpo.train.model_card import CardFacts, package_versions
-from vlmpo.train.progress import notice
+from vlmpo.train.model_card import RunSummary, package_versions
 from vlmpo.train.reference import is_peft
 from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
-
-ensure_torchvision()  # before transformers' Trainer, which imports torchvision
-
-from transformers import TrainingArguments  # noqa: E402
 
 _SHOWN = ("accuracies", "accuracies_low", "accuracies_high", "margins", "margins_low", "margins_high")
 # Of `training`, what has no part in an evaluation by itself.
@@ -88,7 +84,7 @@ def _open_data(recipe: Recipe) -> tuple[RunData, dict[str, Overlap]]:
         data = open_run_data(recipe)
     overlaps = overlaps_with_training(data)
     for remark in [*data.notices, *filter(None, (found.message(name) for name, found in overlaps.items()))]:
-        notice(f"note: {remark}")
+        logger.info(f"note: {remark}")
     return data, overlaps
 
 
@@ -125,13 +121,13 @@ def cache(recipe: Recipe) -> None:
     trainer = _build(recipe, args, data)
     if not isinstance(trainer.reference, CachedReference):
         raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
-    parts = trainer._gathered(fill(trainer))
+    parts = trainer._gathered(precompute(trainer))
     known, computed, dropped = (sum(part[name] for part in parts) for name in ("known", "computed", "dropped"))
-    accounts = trainer.all_accounts()
+    pair_counts = trainer.all_pair_counts()
     if trainer.accelerator.is_main_process:
-        show_accounts(Console(), data, accounts)
+        show_pair_counts(Console(), data, pair_counts)
     aside = f", {dropped} evaluation pairs dropped" if dropped else ""
-    notice(
+    logger.info(
         f"reference: {computed} responses computed, {known} known before{aside}; in {trainer.reference.store.folder}"
     )
 
@@ -143,19 +139,19 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
     if trainer.average is not None:
         trainer.save_average(folder / AVERAGE_FOLDER)
     results = {name: trainer.evaluate(part, metric_key_prefix=name) for name, part in data.evaluation.items()}
-    accounts = trainer.all_accounts()
+    pair_counts = trainer.all_pair_counts()
     warnings = [length_warning(metrics, name) for name, metrics in results.items()]
     for remark in [*trainer.encoder.notices, *filter(None, warnings)]:
-        notice(f"note: {remark}")
-    manifest["data"] |= _data_accounts(data, accounts)
+        logger.info(f"note: {remark}")
+    manifest["data"] |= _data_counts(data, pair_counts)
     named = [source.path for source in recipe.data.train]
-    trainer.facts = CardFacts(recipe.model.path, manifest["data"]["sets"], named, results, accounts)
+    trainer.facts = RunSummary(recipe.model.path, manifest["data"]["sets"], named, results, pair_counts)
     if trainer.accelerator.is_main_process:
         final = {"final_model": trainer.final_model(), "evaluation": results}
         replace_json(folder / "manifest.json", {**manifest, "status": "finished", **final})
         trainer.create_model_card()
         console = Console()
-        show_accounts(console, data, accounts)
+        show_pair_counts(console, data, pair_counts)
         show_evaluation(console, results)
         console.print(f"model and processor: {folder}", markup=False, highlight=False, soft_wrap=True)
     if trainer.args.push_to_hub:
@@ -241,7 +237,7 @@ def load_model(recipe: Recipe) -> Any:
     """
     model = loading.load_model(recipe.model.path, recipe.model.dtype, quantization(recipe))
     if recipe.model.dtype == "bfloat16" and recipe.model.lora is None and not is_peft(model):
-        notice(
+        logger.info(
             "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"
         )
     loading.freeze_parts(model, recipe.model.freeze)
@@ -271,7 +267,7 @@ def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData) -> dict[str, A
         "data": {
             "hashes": {path: _file_hash(path) for path in data.train.paths},
             "formats": {name: [dataclasses.asdict(i) for i in infos] for name, infos in data.formats().items()},
-            **_data_accounts(data, Accounts()),
+            **_data_counts(data, PairCounts()),
         },
     }
 
@@ -281,9 +277,9 @@ def _file_hash(path: str) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _data_accounts(data: RunData, trained: Accounts) -> dict[str, Any]:
+def _data_counts(data: RunData, trained: PairCounts) -> dict[str, Any]:
     """``read = used + held_out + dropped + not_reached`` for every data set."""
-    dropped = Accounts.merged([data.screened, trained])
+    dropped = PairCounts.merged([data.screened, trained])
     sets = {}
     for source, read in data.read.items():
         reasons = {reason: n for (name, reason), n in sorted(dropped.dropped.items()) if name == source}

@@ -1,7 +1,7 @@
 """Sets of preference pairs, read where they lie and in whatever format they are, as one data set by index.
 
 A record is read and parsed when it is asked for; ``jsonfiles`` and ``tables`` hold no more of a file than where its
-records are. What a pass over all records found is in :class:`vlmpo.data.index.record_index.Facts`.
+records are. What a pass over all records found is in :class:`vlmpo.data.index.record_index.RecordIndex`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from vlmpo.data.formats import RecordContext, recognise
 from vlmpo.data.index.hashing import stable_hash
-from vlmpo.data.index.record_index import Facts, Indices, distinct
+from vlmpo.data.index.record_index import Indices, RecordIndex, distinct
 from vlmpo.data.index.scan import Progress, Survey, survey
 from vlmpo.data.index.store import Cache
 from vlmpo.data.readers.containers import head, open_records
@@ -57,7 +57,7 @@ class _Source:
     def __init__(self, spec: FileSpec, name: str, cache: Cache) -> None:
         self.name = name
         self._cache = cache
-        self._facts: dict[bool, Facts] = {}  # by need_rejected: the last ones that were asked for
+        self._facts: dict[bool, RecordIndex] = {}  # by need_rejected: the last ones that were asked for
         self._reads_as = (spec.kind, spec.path, spec.split, spec.subset, spec.image_root)
         self.path = spec.path
         self.image_root = spec.image_root
@@ -84,7 +84,7 @@ class _Source:
 
     def facts(
         self, records: Indices, need_rejected: bool, progress: Progress | None, waiting: Callable[[], None] | None
-    ) -> Facts:
+    ) -> RecordIndex:
         """The facts of ``records``, ascending, and perhaps of others."""
         known = self._facts.get(need_rejected)
         if known is None or not known.covers(records):
@@ -106,7 +106,7 @@ class SourceRows(NamedTuple):
     """
 
     name: str
-    facts: Facts
+    facts: RecordIndex
     at: Indices
     records: Indices
 

@@ -10,18 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vlmpo.data.encode.chat_template import PROBE
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import reads_images, tokenizer_of
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import RecordError
-from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.tree.forward import accepted
-
-ensure_torchvision()  # before transformers' model classes, which import torchvision
-
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 # Families whose generate() was tested, token for token, to encode a prompt's images once for all its samples and to
 # batch prompts of different tiles. Text-only models have no images to mix up. Any other gets one prompt a call, its
@@ -103,8 +99,8 @@ class Engine(Protocol):
 class LocalEngine:
     """Generates with a model in this process.
 
-    Prompts become tokens as in training (:class:`vlmpo.data.encode.encoder.PairEncoder`). Tokens that stand for images cannot
-    be drawn. The model's own generation settings, a repetition penalty for example, are not used, except for the
+    Prompts become tokens as in training (:class:`vlmpo.data.encode.encoder.PairEncoder`). Tokens that stand for images
+    cannot be drawn. The model's own generation settings, a repetition penalty for example, are not used, except for the
     tokens that end a turn.
 
     Responses are drawn with random numbers of their own, so neither the other requests nor the global seed change
@@ -171,14 +167,14 @@ class LocalEngine:
         return answers
 
     def _encode(self, request: GenerationRequest) -> EncodedPair:
-        """The prompt as a pair's trunk is encoded; its one response only shows which token ends a turn."""
+        """The prompt as a pair's prompt is encoded; its one response only shows which token ends a turn."""
         pair = PreferencePair(request.messages, request.images, chosen=PROBE, rejected=None, origin=request.origin)
         return self._encoder.encode(pair)
 
     def _ask(self, requests: list[GenerationRequest], encoded: list[EncodedPair]) -> Iterator[list[Generated]]:
         samples = requests[0].n if self._sampling.temperature > 0 else 1  # greedy answers are all the same
         prefixes = [self._tokenizer(r.prefix, add_special_tokens=False)["input_ids"] for r in requests]
-        prompts = [torch.cat([e.trunk_ids, torch.tensor(p).long()]) for e, p in zip(encoded, prefixes, strict=True)]
+        prompts = [torch.cat([e.prompt_ids, torch.tensor(p).long()]) for e, p in zip(encoded, prefixes, strict=True)]
         copies = 1 if self._encodes_once else samples
         ends = self._end_ids(encoded[0])
         config = self._config(ends, samples // copies)
@@ -227,9 +223,9 @@ class LocalEngine:
         for name in dict.fromkeys(name for e in encoded for name in accepted(self._model, e.token_types)):
             inputs[name] = torch.zeros_like(ids)
             for row, (prompt, e) in enumerate(zip(prompts, encoded, strict=True)):
-                if name in e.token_types:  # of the trunk; a begun turn behind it is text, 0
+                if name in e.token_types:  # of the prompt; a begun turn behind it is text, 0
                     start = length - prompt.numel()
-                    inputs[name][row, start : start + e.trunk_ids.numel()] = e.token_types[name]
+                    inputs[name][row, start : start + e.prompt_ids.numel()] = e.token_types[name]
         for key in dict.fromkeys(key for e in encoded for key in e.vision):
             tensor = torch.cat([e.vision[key] for e in encoded if key in e.vision])
             inputs[key] = tensor.to(self._model.dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,5 @@
+"""Model families, checkpoints and adapters."""
+
+from vlmpo.torchvision_shim import ensure_torchvision
+
+ensure_torchvision()  # before any module here imports transformers, which imports torchvision

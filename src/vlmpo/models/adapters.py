@@ -11,12 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from vlmpo.errors import ModelError
-from vlmpo.torchvision_shim import ensure_torchvision
+from transformers.utils.peft_utils import find_adapter_config_file
 
-ensure_torchvision()  # before peft and transformers, which import torchvision
-
-from transformers.utils.peft_utils import find_adapter_config_file  # noqa: E402
+from vlmpo.errors import ModelError, first_line
 
 REPEATABLE_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
 
@@ -151,5 +148,5 @@ def _as_model_error(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise ModelError(f"{what}: {first}") from error

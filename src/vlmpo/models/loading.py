@@ -7,14 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from vlmpo.errors import ModelError, RecipeError
-from vlmpo.models.adapters import load_adapter, named_base
-from vlmpo.torchvision_shim import ensure_torchvision
-
-ensure_torchvision()  # before transformers' model classes, which import torchvision
-
-from transformers import (  # noqa: E402
+from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -22,6 +15,9 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+
+from vlmpo.errors import ModelError, RecipeError, first_line
+from vlmpo.models.adapters import load_adapter, named_base
 
 
 def load_processor(path: str) -> Any:
@@ -37,7 +33,7 @@ def load_processor(path: str) -> Any:
     except (OSError, ValueError, ImportError) as error:
         if base := named_base(path):
             return _base_of_adapter(path, base, load_processor)
-        raise ModelError(f"model.path: no processor can be loaded from {path}: {_first_line(error)}") from error
+        raise ModelError(f"model.path: no processor can be loaded from {path}: {first_line(error)}") from error
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):  # whatever part of one is there
         raise ModelError(
             f"model.path: {path} has a {type(processor).__name__} but no whole processor; put the model's processor "
@@ -70,7 +66,7 @@ def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | No
             path, dtype=getattr(torch, dtype), output_loading_info=True, **(quantized or {})
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(f"model.path: no model can be loaded from {path}: {_first_line(error)}") from error
+        raise ModelError(f"model.path: no model can be loaded from {path}: {first_line(error)}") from error
     absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
     if absent:
         raise ModelError(
@@ -107,7 +103,3 @@ def freeze_parts(model: Any, parts: Sequence[str]) -> None:
             raise RecipeError(f"model.freeze: the model has no part {part!r}; it has {', '.join(known)}, among others")
         for module in found:
             module.requires_grad_(False)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

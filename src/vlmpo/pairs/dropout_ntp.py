@@ -19,8 +19,8 @@ from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question, Response
 from vlmpo.errors import RecordError
 from vlmpo.generate.keys import prompt_hash, seed_for
 from vlmpo.generate.local import Engine, Generated, GenerationRequest
-from vlmpo.generate.progress import Progress
 from vlmpo.generate.responses import RESPONSES_FILE, ResponseFile, read_responses
+from vlmpo.log import Progress
 from vlmpo.pairs.correctness import Record, by_question, image_paths, prompt_of
 from vlmpo.pairs.report import PairingReport
 from vlmpo.recipe import Recipe

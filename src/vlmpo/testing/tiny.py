@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from vlmpo.torchvision_shim import ensure_torchvision
-
-ensure_torchvision()  # before transformers' model classes, which import torchvision
-
-from transformers import (  # noqa: E402
+from transformers import (
     GotOcr2ImageProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,

@@ -1,0 +1,5 @@
+"""The trainer and its parts."""
+
+from vlmpo.torchvision_shim import ensure_torchvision
+
+ensure_torchvision()  # before any module here imports transformers, which imports torchvision

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from vlmpo.errors import ModelError, RecipeError
+from vlmpo.log import logger
 from vlmpo.models.adapters import active_adapter, adapter_places, check_init, is_adapter, split_name
 from vlmpo.recipe import Recipe, check_lora_keys
-from vlmpo.train.progress import notice
-from vlmpo.train.reference import base_of, is_peft, put_back
+from vlmpo.train.reference import is_peft, restore_requires_grad, unwrap_peft
 
 # Inits under which a fresh LoRA adapter changes nothing: its second factor is 0, and the base stays as it is.
 _STARTS_AT_BASE = (True, "gaussian")
@@ -129,7 +129,7 @@ def put_adapter_on(model: Any, peft_config: Any) -> Any:
             "the model already carries an adapter; pass such a model or a peft_config (model.lora), not both"
         )
     if getattr(peft_config, "lora_dropout", 0.0):
-        notice(f"lora_dropout {peft_config.lora_dropout} forced to 0: the rewards would be noise at the start")
+        logger.info(f"lora_dropout {peft_config.lora_dropout} forced to 0: the rewards would be noise at the start")
         peft_config.lora_dropout = 0.0
     check_init(peft_config)
     try:
@@ -163,7 +163,7 @@ def check_policy_adapter(model: Any, args: Any) -> None:
             module.support_avx512bf16_for_cpu = False
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         # Re-entrant checkpointing gives gradients only to what lies behind an input that has one.
-        base_of(model).enable_input_require_grads()
+        unwrap_peft(model).enable_input_require_grads()
 
 
 # ---- the reference ----
@@ -227,7 +227,7 @@ def add_frozen_adapter(policy: Any) -> str:
     policy.add_adapter(name, config)
     _copy_adapter(policy, own, name)
     policy.set_adapter(own)
-    put_back(flags)
+    restore_requires_grad(flags)
     save_only(policy, own)
     return name
 
@@ -249,7 +249,7 @@ def _names(stem: str) -> Any:
 
 def _copy_adapter(policy: Any, source: str, target: str) -> None:
     """Every weight of one adapter into the other, in its own dtype, and frozen."""
-    base = base_of(policy)
+    base = unwrap_peft(policy)
     places = adapter_places(base)
     weights: dict[str, nn.Parameter] = dict(base.named_parameters(remove_duplicate=False))
     copies = 0

@@ -24,15 +24,15 @@ class PairCosts(NamedTuple):
 
     Attributes:
         whole: int32 [pairs], of the pair alone; 0 where it cannot be read.
-        trunk: int32 [pairs], of that, what it saves where it shares another pair's trunk.
+        prompt: int32 [pairs], of that, what it saves where it shares another pair's prompt.
     """
 
     whole: NDArray[np.int32]
-    trunk: NDArray[np.int32]
+    prompt: NDArray[np.int32]
 
     def of(self, pairs: Sequence[int]) -> int:
         """Cost of pairs of one prompt that are read together."""
-        return sum(int(self.whole[pair]) for pair in pairs) - sum(int(self.trunk[pair]) for pair in pairs[1:])
+        return sum(int(self.whole[pair]) for pair in pairs) - sum(int(self.prompt[pair]) for pair in pairs[1:])
 
 
 class Shape(NamedTuple):

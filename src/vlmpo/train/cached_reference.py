@@ -2,7 +2,7 @@
 
 Whatever decides a log-prob is in its key: the reference's weights and config (a rope scaling is no weight), the token
 ids, the image as the model reads it (its pixels after the processor, so the file's bytes and the processor's settings
-too), the precision, and whether trunks are shared. A key that does not match is computed anew, never trusted. Once a
+too), the precision, and whether prompts are shared. A key that does not match is computed anew, never trusted. Once a
 whole epoch is in the store the model is let go; a run that finds its data set complete from an earlier one does not
 load a model at all.
 """
@@ -18,22 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RecordError, RunError
 from vlmpo.fileio import replace_json
+from vlmpo.log import logger
 from vlmpo.models.loading import load_model
-from vlmpo.torchvision_shim import ensure_torchvision
-from vlmpo.train.batching import MicroBatch, PairRows
+from vlmpo.train.batching import Batch, MicroBatch
 from vlmpo.train.logps_store import ReferenceStore, Scored, content_key
-from vlmpo.train.progress import notice
-from vlmpo.train.reference import CopyReference, Reference, base_of, freeze, is_peft, weights_hash
-from vlmpo.train.sharding import gathered, passes_are_shared, prepare_frozen
-from vlmpo.tree.layout import Row
-
-ensure_torchvision()  # before transformers' Trainer, which imports torchvision
-
-from transformers import TrainerCallback  # noqa: E402
+from vlmpo.train.reference import CopyReference, Reference, freeze, is_peft, unwrap_peft, weights_hash
+from vlmpo.train.sharding import all_gather_object, passes_are_shared, prepare_frozen
+from vlmpo.tree.layout import PackedRow
 
 if TYPE_CHECKING:
     from vlmpo.train.trainer import MPOTrainer
@@ -51,12 +47,12 @@ class CachedReference:
     Args:
         store: the log-probs.
         weights: hash of the reference's weights.
-        reading: how log-probs are read at present (config, precision, shared trunks): part of every key.
+        reading: how log-probs are read at present (config, precision, shared prompts): part of every key.
         build: makes the model; called when it is first needed.
         agree: whether some rank says yes: where passes are shared by ranks, all read what one of them lacks.
 
     Attributes:
-        hits, misses: branches that were in the store, and that were not.
+        hits, misses: responses that were in the store, and that were not.
     """
 
     def __init__(
@@ -92,7 +88,7 @@ class CachedReference:
             RunError: what is loaded is not what the log-probs in the store were taken from.
         """
         if self._model is None:
-            notice(f"reference: some log-probs are not in {self.store.folder}; its model is loaded for them")
+            logger.info(f"reference: some log-probs are not in {self.store.folder}; its model is loaded for them")
             self._model = self._build()
             if self._model.weights_hash() != self._weights:
                 raise RunError(
@@ -111,30 +107,30 @@ class CachedReference:
         """What every key starts from."""
         return content_key(self._weights.encode(), self._reading().encode())
 
-    def branch_logps(self, part: PairRows) -> Tensor:
-        """``[branches]``, float64, without gradient."""
+    def response_logps(self, part: MicroBatch) -> Tensor:
+        """``[responses]``, float64, without gradient."""
         context = self.context()
         keys = [content_key(context, key) for key in part.keys]
         known = [self.store.get(key) for key in keys]
         lacking = any(value is None for value in known)
         if self._agree(lacking):
-            logps = self.load().branch_logps(part).double()
+            logps = self.load().response_logps(part).double()
             if lacking:
-                said = zip(logps.tolist(), part.branch_lengths, strict=False)  # idle branches have no key
+                said = zip(logps.tolist(), part.response_lengths, strict=False)  # idle responses have no key
                 self.store.put(keys, [Scored(logp, tokens) for logp, tokens in list(said)[: len(keys)]])
             self.misses += sum(value is None for value in known)
             self.hits += sum(value is not None for value in known)
             return logps
         self.hits += len(keys)
-        lengths = part.branch_lengths
+        lengths = part.response_lengths
         for value, length in zip(known, lengths, strict=False):
             if value is not None and value.tokens != length:
                 raise RunError(f"the reference's log-probs in {self.store.folder} are of other responses; remove it")
         values = [value.logp for value in known if value is not None]
-        idle = [0.0] * (part.num_branches - len(values))
+        idle = [0.0] * (part.num_responses - len(values))
         return torch.tensor([*values, *idle], dtype=torch.float64, device=part.chosen.device)
 
-    def token_logps(self, rows: Sequence[Row]) -> Tensor:
+    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
         """``[scored of all rows]``: the store keeps sums, so this is always the model's."""
         return self.load().token_logps(rows)
 
@@ -189,7 +185,7 @@ class Completeness:
         self._reference.let_go()
         if had_model and self._reference.model is None:
             told = f"{store.damaged} damaged entries were computed anew; " if store.damaged else ""
-            notice(f"reference: its log-probs of all pairs are in {store.folder}; {told}the model is let go")
+            logger.info(f"reference: its log-probs of all pairs are in {store.folder}; {told}the model is let go")
 
     def _write_note(self) -> None:
         note = self._note()
@@ -198,7 +194,9 @@ class Completeness:
         try:
             replace_json(note, {"pairs": len(self._trainer.train_dataset)})
         except OSError as error:
-            notice(f"reference.cache_dir: {note} cannot be written ({error}); the next run will load the reference")
+            logger.info(
+                f"reference.cache_dir: {note} cannot be written ({error}); the next run will load the reference"
+            )
 
     def between_epochs(self) -> None:
         """Let the model go again, where an evaluation had it loaded after training needed it no more."""
@@ -249,7 +247,7 @@ def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[]
         given: a reference model of the user's; None: the initial policy.
         online: makes the reference as it would be without a store, from the policy as it is now.
     """
-    args, source = trainer.args, base_of(trainer.model if given is None else given)
+    args, source = trainer.args, unwrap_peft(trainer.model if given is None else given)
     # Pixels may come as bytes: what is then done to them decides as they do.
     pixels = trainer.loader_encoder.pixel_scale
     precision = f"{next(source.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type} {pixels}"
@@ -265,7 +263,7 @@ def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[]
     def agree(lacking: bool) -> bool:
         if not passes_are_shared(trainer.accelerator):
             return lacking
-        return any(gathered(trainer.accelerator, lacking))
+        return any(all_gather_object(trainer.accelerator, lacking))
 
     first = None if name else online()  # an adapter's model cannot be had again by a name: it stays
     found = CachedReference(
@@ -280,17 +278,17 @@ def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[]
     if first is not None or agree(not completeness.known()):
         found.start_with(first or online(), stays=first is not None)
     else:
-        notice(f"reference: its log-probs of all pairs are in {found.store.folder}; no model is loaded")
+        logger.info(f"reference: its log-probs of all pairs are in {found.store.folder}; no model is loaded")
     trainer.add_callback(EpochWatch(completeness))
     return found
 
 
-def fill(trainer: MPOTrainer) -> dict[str, int]:
+def precompute(trainer: MPOTrainer) -> dict[str, int]:
     """Put the reference's log-probs of all training pairs into the store, and those of the evaluation pairs.
 
     Returns:
-        How many branches were ``known`` and how many ``computed``, on this rank, and evaluation pairs ``dropped``. What
-        became of the training pairs is in the trainer's accounts.
+        How many responses were ``known`` and how many ``computed``, on this rank, and evaluation pairs ``dropped``.
+        What became of the training pairs is in the trainer's pair counts.
     """
     reference = trainer.reference
     assert isinstance(reference, CachedReference)
@@ -308,9 +306,9 @@ def fill(trainer: MPOTrainer) -> dict[str, int]:
     return {"known": reference.hits, "computed": reference.misses, "dropped": dropped}
 
 
-def _read(trainer: MPOTrainer, batch: MicroBatch, error: RecordError | None) -> None:
+def _read(trainer: MPOTrainer, batch: Batch, error: RecordError | None) -> None:
     """Have the reference answer for a micro-batch, in step with the other ranks."""
     assert trainer.reference is not None
-    (level,) = trainer.lockstep.level([batch], trainer.lockstep.agree([batch], error), trainer.model)
+    (level,) = trainer.rank_sync.level([batch], trainer.rank_sync.agree([batch], error), trainer.model)
     for part in level.parts:
-        trainer.reference.branch_logps(trainer._prepare_inputs(part))
+        trainer.reference.response_logps(trainer._prepare_inputs(part))

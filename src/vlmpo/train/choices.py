@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmpo.errors import RecipeError, RunError
+from vlmpo.errors import RecipeError, RunError, first_line
+from vlmpo.log import logger
 from vlmpo.loss import needs_reference
 from vlmpo.train import param_groups as rates
 from vlmpo.train.best import known_metrics, metrics_of_sets, resolve
 from vlmpo.train.checkpoint import read_state, write_state
 from vlmpo.train.ema import WeightAverage
-from vlmpo.train.model_card import CARD_FILE, CardFacts, model_card
-from vlmpo.train.progress import notice
+from vlmpo.train.model_card import CARD_FILE, RunSummary, model_card
 from vlmpo.train.ranks import RanksTrainer
 
 
@@ -33,7 +33,7 @@ class ChoosingTrainer(RanksTrainer):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
-        self.facts = CardFacts()
+        self.facts = RunSummary()
         every, trained = rates.count_by_part(self.model), rates.count_by_part(self.model, trained_only=True)
         self.parameter_counts = {part: (count, trained.get(part, 0)) for part, count in every.items()}
         self._group_parts: list[str] = []
@@ -63,7 +63,7 @@ class ChoosingTrainer(RanksTrainer):
             )
         by_steps = self.args.save_strategy == self.args.eval_strategy == "steps"
         if self.args.load_best_model_at_end and by_steps and self.args.save_steps != self.args.eval_steps:
-            notice("note: the best checkpoint is sought among the evaluations at which one is saved")
+            logger.info("note: the best checkpoint is sought among the evaluations at which one is saved")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As transformers does, of evaluations whose weights are kept: one that is not saved cannot be loaded."""
@@ -129,7 +129,7 @@ class ChoosingTrainer(RanksTrainer):
         asked = self.args.learning_rates
         trained = rates.check_parts(self.model, asked)
         told = (f"{part} {count:,} at {asked.get(part, self.args.learning_rate):g}" for part, count in trained.items())
-        notice(f"parameters that train, and their rates: {', '.join(told)}")
+        logger.info(f"parameters that train, and their rates: {', '.join(told)}")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """transformers' optimizer, its groups split by part where ``learning_rates`` asks for it."""
@@ -170,9 +170,9 @@ class ChoosingTrainer(RanksTrainer):
         if self.average is not None:
             self.average.resume_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.facts.accounts = self.all_accounts()
+        self.facts.pair_counts = self.all_pair_counts()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
-            notice(
+            logger.info(
                 f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
                 f"The model is that of the last step, {self.state.global_step}."
             )
@@ -201,7 +201,7 @@ class ChoosingTrainer(RanksTrainer):
             super().init_hf_repo(token=token, private=private)
         except OSError as error:
             raise RunError(
-                f"training.push_to_hub: {_reason(error)} (log in with `hf auth login`, or set HF_TOKEN)"
+                f"training.push_to_hub: {first_line(error)} (log in with `hf auth login`, or set HF_TOKEN)"
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -219,7 +219,7 @@ class ChoosingTrainer(RanksTrainer):
             return super().push_to_hub(commit_message, **kwargs)
         except OSError as error:
             raise RunError(
-                f"training.push_to_hub: {_reason(error)}; the model is in {self.args.output_dir}, push it from there"
+                f"training.push_to_hub: {first_line(error)}; the model is in {self.args.output_dir}, push it from there"
             ) from error
 
     def create_model_card(
@@ -243,7 +243,3 @@ class ChoosingTrainer(RanksTrainer):
         given = {"language": language, "license": license, "datasets": dataset_tags, "tags": tags}
         text = model_card(self, given, title=model_name, base_model=finetuned_from)
         (Path(self.args.output_dir) / CARD_FILE).write_text(text, encoding="utf-8")
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

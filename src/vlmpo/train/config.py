@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import TrainingArguments
+
 from vlmpo.loss import MPO_WEIGHTS, check_weights
-from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.train.best import greater_is_better
 from vlmpo.train.param_groups import check_values
-
-ensure_torchvision()  # before transformers' Trainer, which imports torchvision
-
-from transformers import TrainingArguments  # noqa: E402
 
 CHOICES = {
     "reward_shift": ("previous", "running", "none"),
@@ -56,7 +53,7 @@ class MPOConfig(TrainingArguments):
         max_tokens_per_row: a micro-batch is read in rows of at most so many tokens, each with its own backward pass,
             so that the longest row decides the memory, not the micro-batch. 0: what suits the device, see ROW_TOKENS;
             None: no bound.
-        group_by_prompt: up to so many pairs of one prompt come next to each other and share its trunk, a response that
+        group_by_prompt: up to so many pairs of one prompt come next to each other and share its prompt, a response that
             several of them hold is read once; 0: pairs come as they are shuffled. Pairs of one prompt then meet in a
             step more often than chance would have it.
         balance_ranks: ranks share the pairs of each step by the work they make, not in order; which pairs make a step
@@ -66,7 +63,7 @@ class MPOConfig(TrainingArguments):
         num_train_epochs, learning_rate: default to 1 and 1e-6 here.
         learning_rates: rates by part, of ``vision``, ``projector`` and ``text``; other parts take ``learning_rate``.
         ema_decay: of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: none.
-        attention: ``auto`` shares trunks where the model family allows; ``separate`` reads one response a row.
+        attention: ``auto`` shares prompts where the model family allows; ``separate`` reads one response a row.
     """
 
     loss_weights: dict[str, float] | None = field(default=None)

@@ -21,10 +21,10 @@ from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
+from vlmpo.log import logger
 from vlmpo.train.balance import PairCosts
 from vlmpo.train.param_groups import part_of
-from vlmpo.train.progress import notice
-from vlmpo.train.sharding import gathered, of_first
+from vlmpo.train.sharding import all_gather_object, broadcast_object
 from vlmpo.train.size_estimate import NOTHING, EstimatedSize, Rates, SizeEstimator, sample
 
 Sizes = NDArray[np.int32]  # [pairs, 3]: a EstimatedSize each
@@ -87,9 +87,11 @@ def costs_of(sizes: Sizes, patch: float, responses: int, shared: bool) -> PairCo
         shared: whether a prompt is read once for all its responses.
     """
     prompt, said, patches = (sizes[:, column].astype(np.float64) for column in range(3))
-    trunk = prompt + patch * patches
-    whole = said + trunk * (1 if shared else responses)
-    return PairCosts(np.rint(whole).astype(np.int32), np.rint(trunk if shared else 0 * trunk).astype(np.int32))
+    shared_cost = prompt + patch * patches
+    whole = said + shared_cost * (1 if shared else responses)
+    return PairCosts(
+        np.rint(whole).astype(np.int32), np.rint(shared_cost if shared else 0 * shared_cost).astype(np.int32)
+    )
 
 
 def sizes_of_all(accelerator: Any, pairs: Any, encoder: PairEncoder, patch: int) -> Sizes:
@@ -107,15 +109,17 @@ def sizes_of_all(accelerator: Any, pairs: Any, encoder: PairEncoder, patch: int)
         DataError: see :meth:`SizeEstimator.measured`.
     """
     measured = SizeEstimator.measured(encoder, list(_readable(pairs, sample(len(pairs)))), patch)
-    rates: Rates = of_first(accelerator, measured.rates)
+    rates: Rates = broadcast_object(accelerator, measured.rates)
     kept = _Kept(pairs, encoder, rates) if accelerator.is_main_process else None
-    found: Sizes | None = of_first(accelerator, None if kept is None else kept.find())
+    found: Sizes | None = broadcast_object(accelerator, None if kept is None else kept.find())
     if found is not None:
         return found
     ranks = accelerator.num_processes
     blocks = np.arange(len(pairs)) // _BLOCK % ranks
     estimator = SizeEstimator(encoder, rates)
-    parts = gathered(accelerator, _read(pairs, np.flatnonzero(blocks == accelerator.process_index), estimator, ranks))
+    parts = all_gather_object(
+        accelerator, _read(pairs, np.flatnonzero(blocks == accelerator.process_index), estimator, ranks)
+    )
     sizes = np.zeros((len(pairs), len(NOTHING)), np.int32)
     for rank, part in enumerate(parts):
         sizes[blocks == rank] = part
@@ -138,7 +142,7 @@ def _read(pairs: Any, indices: NDArray[np.int64], estimator: SizeEstimator, rank
     for at, index in enumerate(indices.tolist()):
         if time.monotonic() - told > _PATIENCE:
             told = time.monotonic()
-            notice(
+            logger.info(
                 f"ranks: sizing up pairs by text and image headers, to share work out evenly: {at / len(indices):.0%}"
             )
         sizes[at] = _size(pairs, index, estimator)

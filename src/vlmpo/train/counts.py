@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from vlmpo.errors import RecordError
 
 if TYPE_CHECKING:
-    from vlmpo.train.batching import MicroBatch
+    from vlmpo.train.batching import Batch
 
 EXAMPLES = 3  # records named per reason; the counts are always whole
 
 
 @dataclass
-class Accounts:
+class PairCounts:
     """Pairs by what became of them.
 
     Attributes:
@@ -37,7 +37,7 @@ class Accounts:
         known.append(str(error))
         return True
 
-    def add(self, batches: Iterable[MicroBatch]) -> None:
+    def add(self, batches: Iterable[Batch]) -> None:
         """Count the pairs of ``batches``."""
         for batch in batches:
             self.used.update(source for part in batch.parts for source in part.sources)
@@ -66,8 +66,8 @@ class Accounts:
         return dict(total.most_common())
 
     @classmethod
-    def merged(cls, parts: Sequence[Accounts]) -> Accounts:
-        """Accounts of several ranks or stages in one."""
+    def merged(cls, parts: Sequence[PairCounts]) -> PairCounts:
+        """PairCounts of several ranks or stages in one."""
         whole = cls()
         for part in parts:
             whole.used.update(part.used)
@@ -85,7 +85,7 @@ class Accounts:
         return {"used": dict(sorted(self.used.items())), "dropped": dropped, "examples": self.examples}
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Accounts:
+    def from_json(cls, record: dict[str, Any]) -> PairCounts:
         """Inverse of :meth:`to_json`."""
         dropped = {(s, reason): n for s, reasons in record["dropped"].items() for reason, n in reasons.items()}
         return cls(Counter(record["used"]), Counter(dropped), {k: list(v) for k, v in record["examples"].items()})

@@ -12,13 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from vlmpo.errors import RunError
-from vlmpo.torchvision_shim import ensure_torchvision
-
-ensure_torchvision()  # before transformers' Trainer, which imports torchvision
-
-from transformers import TrainerCallback  # noqa: E402
 
 AVERAGE_FILE = "ema.safetensors"  # in a checkpoint
 AVERAGE_FOLDER = "ema"  # in a run folder: the averaged model, loadable like any other

@@ -12,7 +12,7 @@ from vlmpo.stats import mean_interval, wilson
 from vlmpo.train.sharding import prepare_to_score
 
 if TYPE_CHECKING:
-    from vlmpo.train.batching import PairLoader, PairRows, Unusable
+    from vlmpo.train.batching import MicroBatch, PairLoader, Unusable
     from vlmpo.train.trainer import MPOTrainer
 
 
@@ -48,8 +48,8 @@ def score_pairs(trainer: MPOTrainer, loader: PairLoader) -> tuple[list[ScoredPai
         for batch in loader:
             fatal = batch.dropped[0].error if trainer.args.on_bad_record == "fail" and batch.dropped else None
             dropped += batch.dropped
-            work = trainer.lockstep.agree([batch], fatal)
-            (level,) = trainer.lockstep.level([batch], work, model)
+            work = trainer.rank_sync.agree([batch], fatal)
+            (level,) = trainer.rank_sync.level([batch], work, model)
             for part in level.parts:
                 scored += _score(trainer, model, trainer._prepare_inputs(part))
     model.train(was_training)
@@ -68,15 +68,15 @@ def _ready(trainer: MPOTrainer) -> torch.nn.Module:
     return model
 
 
-def _score(trainer: MPOTrainer, model: torch.nn.Module, part: PairRows) -> list[ScoredPair]:
-    policy, reference = trainer.branch_logps(model, part)
+def _score(trainer: MPOTrainer, model: torch.nn.Module, part: MicroBatch) -> list[ScoredPair]:
+    policy, reference = trainer.response_logps(model, part)
     nothing: list[float | None] = [None] * len(part)
     rejected = part.rejected if reference is not None else None
-    lengths = part.branch_lengths
+    lengths = part.response_lengths
     columns = (
         part.sources,
         part.chosen_lengths.tolist(),
-        nothing if rejected is None else [lengths[branch] for branch in rejected.tolist()],
+        nothing if rejected is None else [lengths[response] for response in rejected.tolist()],
         policy[part.chosen].tolist(),
         nothing if rejected is None else policy[rejected].tolist(),
         nothing if reference is None else reference[part.chosen].tolist(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmpo.train.progress import notice
-from vlmpo.train.reference import AdapterReference, CopyReference, base_of
+from vlmpo.log import logger
+from vlmpo.train.reference import AdapterReference, CopyReference, unwrap_peft
 from vlmpo.tree.features import share_features
 
 
@@ -18,16 +18,16 @@ def share_if_frozen(trainer: Any) -> bool:
     Returns:
         Whether it does now.
     """
-    policy, reference = base_of(trainer.model), trainer.reference
+    policy, reference = unwrap_peft(trainer.model), trainer.reference
     if isinstance(reference, AdapterReference):
         other = policy
     elif isinstance(reference, CopyReference):
-        other = base_of(trainer.accelerator.unwrap_model(reference.model))
+        other = unwrap_peft(trainer.accelerator.unwrap_model(reference.model))
     else:
         return False
     before = getattr(policy, "_vlmpo_tower", None) is not None
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     shared = share_features(policy, other, share=not sharded)
     if shared and not before:
-        notice("the vision tower is frozen: image features are computed once a step, for policy and reference")
+        logger.info("the vision tower is frozen: image features are computed once a step, for policy and reference")
     return shared

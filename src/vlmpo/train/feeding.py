@@ -9,14 +9,15 @@ import torch
 
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecipeError, RecordError
+from vlmpo.log import logger
 from vlmpo.train.balance import PairCosts
-from vlmpo.train.batching import Collator, EncodedPairs, MicroBatch, PairBatchSampler, PairLoader
+from vlmpo.train.batching import Batch, Collator, EncodedPairs, PairBatchSampler, PairLoader
 from vlmpo.train.choices import ChoosingTrainer
 from vlmpo.train.cost import costs_of, patch_pixels, sizes_of_all, tokens_per_patch
-from vlmpo.train.counts import Accounts
+from vlmpo.train.counts import PairCounts
 from vlmpo.train.order import prompt_labels, room_for_groups
-from vlmpo.train.progress import StepClock, notice
-from vlmpo.train.rank_sync import Lockstep
+from vlmpo.train.progress import StepClock
+from vlmpo.train.rank_sync import RankSync
 
 _TOLD_STEPS = 100
 
@@ -29,16 +30,16 @@ class FeedingTrainer(ChoosingTrainer):
         loader_encoder: the same for the loader's workers, whose pixels are normalised on the device.
         data_collator: encoded pairs to micro-batches.
         clock: of optimizer steps.
-        accounts: what became of the pairs of the first epoch so far, on this rank.
-        lockstep: keeps ranks in step.
+        pair_counts: what became of the pairs of the first epoch so far, on this rank.
+        rank_sync: keeps ranks in step.
     """
 
     encoder: PairEncoder
     loader_encoder: PairEncoder
     data_collator: Collator
     clock: StepClock
-    accounts: Accounts
-    lockstep: Lockstep
+    pair_counts: PairCounts
+    rank_sync: RankSync
     _labels: list[bytes] | None = None  # of the training pairs' prompts, once they are asked for
     _costs: PairCosts | None = None  # of the training pairs, likewise
 
@@ -63,7 +64,7 @@ class FeedingTrainer(ChoosingTrainer):
         lags = None if told else loader.sampler_of_pairs.lags(_TOLD_STEPS)
         if lags is not None:
             figures = "{:.2f} times the mean work of a step ({:.2f} in plain order)".format(*lags)
-            notice(f"ranks: the heaviest has {figures}, by tokens and patches")
+            logger.info(f"ranks: the heaviest has {figures}, by tokens and patches")
         return loader
 
     def check_steps(self) -> None:
@@ -83,7 +84,7 @@ class FeedingTrainer(ChoosingTrainer):
             )
         remark = room_for_groups(self.args.group_by_prompt, per_device)
         if remark is not None:
-            notice(f"note: {remark}")
+            logger.info(f"note: {remark}")
 
     def _shares_evenly(self, order: int | None) -> bool:
         """Whether ranks get equal work; not where the data set's own order is asked for.
@@ -121,23 +122,23 @@ class FeedingTrainer(ChoosingTrainer):
         )
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[MicroBatch], num_batches: int, device: torch.device
-    ) -> tuple[list[MicroBatch], dict[str, float]]:
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[str, float]]:
         """The micro-batches of one optimizer step and its denominators, summed over ranks before any forward."""
         self.clock.start()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.clock.fetched()
-        work = self.lockstep.agree(batches, self._account(batches))
+        work = self.rank_sync.agree(batches, self._account(batches))
         counts = {"pairs": float(work.pairs), "chosen_tokens": float(work.chosen_tokens)}
-        return self.lockstep.level(batches, work, self.model_wrapped), counts
+        return self.rank_sync.level(batches, work, self.model_wrapped), counts
 
-    def _account(self, batches: list[MicroBatch]) -> RecordError | None:
+    def _account(self, batches: list[Batch]) -> RecordError | None:
         """Count what became of the pairs; the error of a bad record where that is to end the run."""
         for unusable in (unusable for batch in batches for unusable in batch.dropped):
             if self.args.on_bad_record == "fail":
                 return unusable.error
-            if self.accounts.is_news(unusable.error):
-                notice(f"dropped: {unusable.error}")
+            if self.pair_counts.is_news(unusable.error):
+                logger.info(f"dropped: {unusable.error}")
         if (self.state.epoch or 0.0) < 1.0:  # every pair comes once an epoch: the first one counts them
-            self.accounts.add(batches)
+            self.pair_counts.add(batches)
         return None

@@ -1,6 +1,6 @@
-"""The reference's log-probs on disk: each branch is scored once, whatever run, epoch or rank asks for it next.
+"""The reference's log-probs on disk: each response is scored once, whatever run, epoch or rank asks for it next.
 
-An entry is 32 bytes: the key of the branch's content, its summed log-prob, the number of its scored tokens, and a
+An entry is 32 bytes: the key of the response's content, its summed log-prob, the number of its scored tokens, and a
 checksum. Every process appends to a shard of its own, so nothing that another one writes or leaves half-written can
 damage it: after a kill at any byte what was acknowledged is there, and a torn or damaged entry is seen by its checksum,
 left out and computed again.
@@ -30,7 +30,8 @@ _CRC_TABLE = np.array([zlib.crc32(bytes([value ^ 0xFF])) ^ 0xFF000000 for value 
 
 
 class Scored(NamedTuple):
-    """What the reference says of one branch: log-probability summed over its scored tokens, and how many these are."""
+    """What the reference says of one response: log-probability summed over its scored tokens, and how many these
+    are."""
 
     logp: float
     tokens: int
@@ -46,7 +47,7 @@ def content_key(*parts: bytes | memoryview) -> bytes:
 
 
 class ReferenceStore:
-    """Log-probs of branches by content key, in the shards of one folder.
+    """Log-probs of responses by content key, in the shards of one folder.
 
     Reads what all processes had written when it was opened (or :meth:`refresh`\\ ed) and what it wrote itself.
 
@@ -101,7 +102,7 @@ class ReferenceStore:
         return len({key.tobytes() for key in self._entries["key"]} | self._mine.keys())
 
     def get(self, key: bytes) -> Scored | None:
-        """What is known of the branch with this content; None where nothing is."""
+        """What is known of the response with this content; None where nothing is."""
         if key in self._mine:
             return self._mine[key]
         head = int.from_bytes(key[:8], "big")
@@ -112,7 +113,7 @@ class ReferenceStore:
         return None
 
     def put(self, keys: Sequence[bytes], scored: Iterable[Scored]) -> None:
-        """Keep what the reference says of some branches. On return it survives the end of this process.
+        """Keep what the reference says of some responses. On return it survives the end of this process.
 
         Raises:
             RunError: the disk does not take it.

@@ -16,8 +16,8 @@ import jinja2
 import yaml
 
 from vlmpo.train.citations import citations, method
-from vlmpo.train.counts import Accounts
-from vlmpo.train.reference import AdapterReference, base_of, is_peft
+from vlmpo.train.counts import PairCounts
+from vlmpo.train.reference import AdapterReference, is_peft, unwrap_peft
 
 if TYPE_CHECKING:
     from vlmpo.train.choices import ChoosingTrainer
@@ -30,23 +30,23 @@ _INTERVALS = (("rewards/accuracies", "{:.3f} [{:.3f}, {:.3f}]"), ("rewards/margi
 
 
 @dataclass
-class CardFacts:
+class RunSummary:
     """What a trainer does not know of its run by itself.
 
     Attributes:
         base_model: path or Hub name; None: as the model's config has it.
         data: by data set, ``read``, ``used``, ``held_out``, ``dropped`` by reason, ``not_reached``; None: from
-            ``accounts``.
+            ``pair_counts``.
         datasets: data sets as the recipe names them; those that are Hub names go into the metadata.
         results: metrics of each evaluation set after training, by its name, which is their prefix.
-        accounts: of the pairs training met.
+        pair_counts: of the pairs training met.
     """
 
     base_model: str | None = None
     data: Mapping[str, Mapping[str, Any]] | None = None
     datasets: Sequence[str] = ()
     results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    accounts: Accounts = field(default_factory=Accounts)
+    pair_counts: PairCounts = field(default_factory=PairCounts)
 
 
 def package_versions() -> dict[str, str | None]:
@@ -82,7 +82,7 @@ def model_card(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string(files("vlmpo.train").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
-    base = base_model or trainer.facts.base_model or getattr(base_of(trainer.model).config, "_name_or_path", None)
+    base = base_model or trainer.facts.base_model or getattr(unwrap_peft(trainer.model).config, "_name_or_path", None)
     base = hub_name(base) or (Path(base).name if base else None)
     final = trainer.final_model()
     return template.render(
@@ -123,7 +123,7 @@ def _metadata(trainer: ChoosingTrainer, given: Mapping[str, Any], base: str | No
 def _reads_images(trainer: ChoosingTrainer) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    return base_of(trainer.model).config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return unwrap_peft(trainer.model).config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _loading(trainer: ChoosingTrainer, base: str | None) -> dict[str, Any]:
@@ -183,10 +183,10 @@ def _data_and_training(trainer: ChoosingTrainer) -> dict[str, Any]:
     }
 
 
-def _data_rows(facts: CardFacts) -> Iterator[dict[str, Any]]:
+def _data_rows(facts: RunSummary) -> Iterator[dict[str, Any]]:
     sets = facts.data
     if sets is None:
-        known = facts.accounts.to_json()
+        known = facts.pair_counts.to_json()
         names = sorted({*known["used"], *known["dropped"]})
         sets = {n: {"used": known["used"].get(n, 0), "dropped": known["dropped"].get(n, {})} for n in names}
     for name, counts in sets.items():

@@ -53,7 +53,7 @@ def room_for_groups(most: int, per_device: int) -> str | None:
         return None
     have = "no two pairs" if per_device == 1 else f"only {per_device} pairs"
     return (
-        f"data.group_by_prompt is {most}, but {have} of a prompt can share its trunk: a micro-batch holds "
+        f"data.group_by_prompt is {most}, but {have} of a prompt can share its prompt: a micro-batch holds "
         f"{per_device}; raise training.per_device_train_batch_size (max_tokens_per_row bounds the memory, not it)"
     )
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from vlmpo.torchvision_shim import ensure_torchvision
+from transformers import ProgressCallback, TrainerCallback
 
-ensure_torchvision()  # before transformers' Trainer, which imports torchvision
-
-from tqdm.auto import tqdm  # noqa: E402
-from transformers import ProgressCallback, TrainerCallback  # noqa: E402
+from vlmpo.log import logger
 
 METRICS_FILE = "metrics.jsonl"
 _SHORT = (
@@ -32,12 +28,6 @@ _SHORT = (
     ("eval_rewards/accuracies", "eval accuracy", ".3f"),
     ("eval_rewards/margins", "eval margin", "+.4f"),
 )
-
-
-def notice(text: str) -> None:
-    """One line for the user, on stderr, above any progress bar; on the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text, file=sys.stderr)
 
 
 def short_line(step: int, logs: dict[str, Any]) -> str:
@@ -133,12 +123,12 @@ class StepClock(TrainerCallback):
         self._logs += 1
         if self._logs > 1 and logs["data_wait_share"] > self.TOO_LONG and not self._told:
             self._told = True
-            notice(waiting_line(logs["data_wait_share"], "of the last steps' time", args.dataloader_num_workers))
+            logger.info(waiting_line(logs["data_wait_share"], "of the last steps' time", args.dataloader_num_workers))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._all_seconds:
             share = self._all_waited / self._all_seconds
-            notice(waiting_line(share, "of all steps' time", args.dataloader_num_workers))
+            logger.info(waiting_line(share, "of all steps' time", args.dataloader_num_workers))
 
 
 def waiting_line(share: float, of_what: str, workers: int) -> str:

@@ -20,25 +20,21 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
 from vlmpo.errors import ModelError, RecordError, RunError, VlmpoError
-from vlmpo.torchvision_shim import ensure_torchvision
-from vlmpo.train.batching import MicroBatch, PairRows, lay_out
-from vlmpo.train.sharding import gathered, passes_are_shared
-from vlmpo.tree.dummies import append_unscored, idle_row
-from vlmpo.tree.layout import PromptTree, Row
-
-ensure_torchvision()  # before transformers' Trainer, which imports torchvision
-
-from transformers import TrainerCallback  # noqa: E402
+from vlmpo.train.batching import Batch, MicroBatch, lay_out
+from vlmpo.train.sharding import all_gather_object, passes_are_shared
+from vlmpo.tree.dummies import append_dummy, dummy_row
+from vlmpo.tree.layout import PackedRow, PromptTree
 
 _VIDEO_TENSORS = "pixel_values_videos"
 
 
 @dataclass(frozen=True)
-class Work:
+class StepInfo:
     """What one rank, or all of them, will read in an optimizer step.
 
     Attributes:
@@ -56,10 +52,10 @@ class Work:
     error: RecordError | None = None
 
 
-def work_of(batches: Sequence[MicroBatch], error: RecordError | None = None) -> Work:
+def step_info(batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
     """This rank's part in an optimizer step of the micro-batches ``batches``."""
     rows = [row for batch in batches for part in batch.parts for row in part.rows]
-    return Work(
+    return StepInfo(
         pairs=sum(len(batch) for batch in batches),
         chosen_tokens=sum(batch.num_chosen_tokens for batch in batches),
         parts=tuple(sum(bool(part.rows) for part in batch.parts) for batch in batches),
@@ -69,9 +65,9 @@ def work_of(batches: Sequence[MicroBatch], error: RecordError | None = None) -> 
     )
 
 
-def all_work(works: Sequence[Work]) -> Work:
+def merge_step_info(works: Sequence[StepInfo]) -> StepInfo:
     """The work of all ranks as one. Ranks have equally many micro-batches a step: the sampler sees to it."""
-    return Work(
+    return StepInfo(
         pairs=sum(work.pairs for work in works),
         chosen_tokens=sum(work.chosen_tokens for work in works),
         parts=tuple(max(counts) for counts in zip(*(work.parts for work in works), strict=True)),
@@ -85,30 +81,30 @@ class _Collation(Protocol):
     shared: bool
 
 
-class Lockstep:
+class RankSync:
     """Keeps this rank in step with the others.
 
     Args:
         accelerator: of the run.
         encoder: of the run; idle rows are made by the model's own processor.
-        collation: knows whether rows share trunks.
+        collation: knows whether rows share prompts.
     """
 
     def __init__(self, accelerator: Any, encoder: PairEncoder, collation: _Collation) -> None:
         self.accelerator = accelerator
         self.encoder = encoder
         self.collation = collation
-        self._idle_trees: dict[bool, PromptTree] = {}
-        self._only_idle_images = False  # in the step under way
+        self._dummy_trees: dict[bool, PromptTree] = {}
+        self._only_dummy_images = False  # in the step under way
 
-    def agree(self, batches: Sequence[MicroBatch], error: RecordError | None = None) -> Work:
+    def agree(self, batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
         """The work of all ranks in the step of ``batches``, known to each of them before any forward.
 
         Raises:
             RecordError: some rank met an error; all of them raise it.
             RunError: videos under a wrapper that shares every pass.
         """
-        work = all_work(gathered(self.accelerator, work_of(batches, error)))
+        work = merge_step_info(all_gather_object(self.accelerator, step_info(batches, error)))
         if work.error is not None:
             raise self.everywhere(work.error)
         if work.videos and passes_are_shared(self.accelerator):
@@ -125,7 +121,7 @@ class Lockstep:
         error.met_by = "all"
         return error
 
-    def level(self, batches: Sequence[MicroBatch], work: Work, model: nn.Module) -> list[MicroBatch]:
+    def level(self, batches: Sequence[Batch], work: StepInfo, model: nn.Module) -> list[Batch]:
         """``batches`` with whatever idle reading ``model``, as it is wrapped, needs of this rank."""
         reads_images = getattr(self.encoder.processor, "image_processor", None) is not None
         if passes_are_shared(self.accelerator) and self.accelerator.num_processes > 1:
@@ -137,7 +133,7 @@ class Lockstep:
             # that did not; and there must be a backward pass.
             strict = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
             images = strict and reads_images
-            self._only_idle_images = images and not work.images
+            self._only_dummy_images = images and not work.images
             counts, last_only = (1,) * len(batches), True
         else:
             return list(batches)
@@ -146,40 +142,42 @@ class Lockstep:
             for batch, count in zip(batches, counts, strict=True)
         ]
 
-    def _level(self, parts: Sequence[PairRows], count: int, images: bool, last_only: bool) -> list[PairRows]:
+    def _level(self, parts: Sequence[MicroBatch], count: int, images: bool, last_only: bool) -> list[MicroBatch]:
         own = [part for part in parts if part.rows]
-        level = own + [self._idle_part(images)] * (max(1, count) - len(own))
+        level = own + [self._dummy_micro_batch(images)] * (max(1, count) - len(own))
         if images:
             for at in (-1,) if last_only else range(len(level)):
                 level[at] = replace(level[at], rows=[self._with_image(row) for row in level[at].rows])
         return level
 
-    def forget_idle_gradients(self, model: nn.Module) -> None:
+    def drop_dummy_gradients(self, model: nn.Module) -> None:
         """Once gradients are summed: where no rank had an image, the tower's are none, not 0.
 
         To an optimizer with momentum or weight decay the two are not the same.
         """
-        if not self._only_idle_images:
+        if not self._only_dummy_images:
             return
         for parameter in model.parameters():
             if parameter.grad is not None and not parameter.grad.any():
                 parameter.grad = None
 
-    def _idle_part(self, images: bool) -> PairRows:
+    def _dummy_micro_batch(self, images: bool) -> MicroBatch:
         """A part of no pair, with as many rows as any other part has."""
         rows = 2 if self.encoder.need_rejected and not self.collation.shared else 1
-        return replace(lay_out([]), rows=[idle_row([self._idle_tree(images)])] * rows)
+        return replace(lay_out([]), rows=[dummy_row([self._dummy_tree(images)])] * rows)
 
-    def _with_image(self, row: Row) -> Row:
-        return row if row.vision else append_unscored(row, self._idle_tree(True))
+    def _with_image(self, row: PackedRow) -> PackedRow:
+        return row if row.vision else append_dummy(row, self._dummy_tree(True))
 
-    def _idle_tree(self, image: bool) -> PromptTree:
-        if image not in self._idle_trees:
-            pair = self._idle_pair(image)
-            self._idle_trees[image] = PromptTree(pair.trunk_ids, (pair.chosen_ids[:1],), pair.vision, pair.token_types)
-        return self._idle_trees[image]
+    def _dummy_tree(self, image: bool) -> PromptTree:
+        if image not in self._dummy_trees:
+            pair = self._dummy_pair(image)
+            self._dummy_trees[image] = PromptTree(
+                pair.prompt_ids, (pair.chosen_ids[:1],), pair.vision, pair.token_types
+            )
+        return self._dummy_trees[image]
 
-    def _idle_pair(self, image: bool) -> EncodedPair:
+    def _dummy_pair(self, image: bool) -> EncodedPair:
         """A short prompt, with one small blank image or none, as this model's processor encodes it."""
         encoder = copy.copy(self.encoder)
         encoder.max_length, encoder.need_rejected = None, False

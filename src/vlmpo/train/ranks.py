@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vlmpo.torchvision_shim import ensure_torchvision
-from vlmpo.train.progress import notice
-from vlmpo.train.reference import base_of
-from vlmpo.train.sharding import gathered, passes_are_shared, settle, whole_state_dict
+from vlmpo.log import logger
+from vlmpo.train.reference import unwrap_peft
+from vlmpo.train.sharding import all_gather_object, configure_fsdp, passes_are_shared, whole_state_dict
 from vlmpo.tree.recompute import keep_all
-
-ensure_torchvision()  # before transformers' Trainer, which imports torchvision
-
-from transformers import Trainer  # noqa: E402
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
 
 class RanksTrainer(Trainer):
@@ -26,15 +22,15 @@ class RanksTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As transformers has it; refuses wrappers that cannot be exact, and has one process use one GPU."""
         if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
-            notice(
+            logger.info(
                 f"one of {self.args.n_gpu} GPUs is used; to use all, start with "
                 f"torchrun --nproc_per_node {self.args.n_gpu} (docs/ranks.md)"
             )
             self.args._n_gpu = 1
         super().create_accelerator_and_postprocess()
-        settle(self.accelerator, self.model)
+        configure_fsdp(self.accelerator, self.model)
         if passes_are_shared(self.accelerator):
-            keep_all(base_of(self.model))
+            keep_all(unwrap_peft(self.model))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model whole, also where checkpoints hold shards: of those transformers would write nothing."""
@@ -45,7 +41,7 @@ class RanksTrainer(Trainer):
 
     def _gathered(self, mine: Any) -> list[Any]:
         """``mine`` of every rank, in order of the ranks."""
-        return gathered(self.accelerator, mine)
+        return all_gather_object(self.accelerator, mine)
 
     def _over_ranks(self, values: list[float], device: torch.device) -> list[float]:
         """Each value summed over ranks, in float64 where the device has it."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from vlmpo.errors import ModelError
 from vlmpo.models.adapters import active_adapter, adapter_places, split_name
-from vlmpo.train.batching import PairRows
-from vlmpo.train.sharding import is_partitioned, release, unwrapped, whole
+from vlmpo.train.batching import MicroBatch
+from vlmpo.train.sharding import full_tensor, is_partitioned, release, unwrapped
 from vlmpo.tree.forward import install, uses_shared_rows
-from vlmpo.tree.layout import Row, sum_by_branch
+from vlmpo.tree.layout import PackedRow, sum_by_response
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
 _DROPOUT_RATES = (
@@ -33,11 +33,11 @@ _DROPOUT_RATES = (
 class Reference(Protocol):
     """Whatever knows the reference's token log-probs of rows."""
 
-    def token_logps(self, rows: Sequence[Row]) -> Tensor:
+    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
 
-    def branch_logps(self, part: PairRows) -> Tensor:
-        """``[branches]`` of ``part``, summed over scored tokens, without gradient."""
+    def response_logps(self, part: MicroBatch) -> Tensor:
+        """``[responses]`` of ``part``, summed over scored tokens, without gradient."""
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -50,16 +50,16 @@ class CopyReference:
         self.model = model
         self._hash: str | None = None
 
-    def token_logps(self, rows: Sequence[Row]) -> Tensor:
+    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
         with torch.no_grad():
-            logps = self.model(branch_rows=rows)
+            logps = self.model(packed_rows=rows)
         release(self.model)
         return logps
 
-    def branch_logps(self, part: PairRows) -> Tensor:
-        """``[branches]`` of ``part``, without gradient."""
-        return sum_by_branch(self.token_logps(part.rows), part.rows)
+    def response_logps(self, part: MicroBatch) -> Tensor:
+        """``[responses]`` of ``part``, without gradient."""
+        return sum_by_response(self.token_logps(part.rows), part.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -82,14 +82,14 @@ class AdapterReference:
         self.frozen = frozen
         self._hash: str | None = None
 
-    def token_logps(self, rows: Sequence[Row]) -> Tensor:
+    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
-        with torch.no_grad(), reading_as(self.policy, self.frozen):
-            return self.policy(branch_rows=rows)
+        with torch.no_grad(), use_adapter(self.policy, self.frozen):
+            return self.policy(packed_rows=rows)
 
-    def branch_logps(self, part: PairRows) -> Tensor:
-        """``[branches]`` of ``part``, without gradient."""
-        return sum_by_branch(self.token_logps(part.rows), part.rows)
+    def response_logps(self, part: MicroBatch) -> Tensor:
+        """``[responses]`` of ``part``, without gradient."""
+        return sum_by_response(self.token_logps(part.rows), part.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -98,7 +98,7 @@ class AdapterReference:
 
 
 @contextmanager
-def reading_as(policy: Any, adapter: str | None) -> Iterator[None]:
+def use_adapter(policy: Any, adapter: str | None) -> Iterator[None]:
     """Read ``policy`` under another of its adapters, or under none; afterwards it is as it was.
 
     PEFT's switches also set ``requires_grad``: that would thaw what was frozen, and FSDP2, which takes note of it in a
@@ -107,10 +107,10 @@ def reading_as(policy: Any, adapter: str | None) -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     try:
         with policy.disable_adapter() if adapter is None else _switched(policy, adapter):
-            put_back(flags)
+            restore_requires_grad(flags)
             yield
     finally:
-        put_back(flags)
+        restore_requires_grad(flags)
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _switched(policy: Any, adapter: str) -> Iterator[None]:
         policy.set_adapter(own)
 
 
-def put_back(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
+def restore_requires_grad(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
     """Give each parameter the ``requires_grad`` beside it."""
     for parameter, wanted in flags:
         if parameter.requires_grad != wanted:
@@ -135,7 +135,7 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
-def base_of(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if is_peft(model) else model
 
@@ -151,7 +151,7 @@ def frozen_copy(policy: Any) -> nn.Module:
             "under DeepSpeed ZeRO-3 the policy cannot be copied for the reference; pass the initial model a second "
             "time as ref_model, or train with model.lora"
         )
-    return freeze(copy.deepcopy(policy), uses_shared_rows(base_of(policy)))
+    return freeze(copy.deepcopy(policy), uses_shared_rows(unwrap_peft(policy)))
 
 
 def freeze(model: Any, shared: bool) -> nn.Module:
@@ -159,7 +159,7 @@ def freeze(model: Any, shared: bool) -> nn.Module:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     switch_dropout_off(model)
-    install(base_of(model), shared)
+    install(unwrap_peft(model), shared)
     return model.eval()
 
 
@@ -186,7 +186,7 @@ def weights_hash(model: Any, adapter: str | None) -> str:
 
     The same for a model whose weights are sharded over ranks, each of which must then ask.
     """
-    base = base_of(model)
+    base = unwrap_peft(model)
     places = adapter_places(base) if is_peft(model) else set()
     weights = {}
     for name, weight in base.state_dict(keep_vars=True).items():
@@ -197,7 +197,7 @@ def weights_hash(model: Any, adapter: str | None) -> str:
             weights[f"{own.place}.{own.rest}"] = weight  # under any name it is the same adapter
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items(), key=lambda item: item[0]):
-        tensor = whole(weight)
+        tensor = full_tensor(weight)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 
 from vlmpo.loss import LossOutput
-from vlmpo.train.batching import PairRows
-from vlmpo.tree.layout import sum_by_branch
-from vlmpo.tree.router_loss import BranchScores
+from vlmpo.train.batching import MicroBatch
+from vlmpo.tree.layout import sum_by_response
+from vlmpo.tree.router_loss import ResponseScores
 
 TERM = "router_aux"
 
 
-def read_policy(model: Any, part: PairRows, router_losses: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each branch of ``part``, ``[branches]``, and its router loss where that is asked for."""
+def read_policy(model: Any, part: MicroBatch, router_losses: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each response of ``part``, ``[responses]``, and its router loss where that is asked for."""
     if not router_losses:
-        return sum_by_branch(model(branch_rows=part.rows), part.rows), None
-    scores = BranchScores(*model(branch_rows=part.rows, router_losses=True))
-    return sum_by_branch(scores.token_logps, part.rows), scores.router_losses
+        return sum_by_response(model(packed_rows=part.rows), part.rows), None
+    scores = ResponseScores(*model(packed_rows=part.rows, router_losses=True))
+    return sum_by_response(scores.token_logps, part.rows), scores.router_losses
 
 
 def add_router_loss(
-    output: LossOutput, losses: Tensor | None, part: PairRows, coefficient: float | None, num_pairs: float | None
+    output: LossOutput, losses: Tensor | None, part: MicroBatch, coefficient: float | None, num_pairs: float | None
 ) -> LossOutput:
     """``output`` with this part's share of the router loss: ``coefficient`` times the mean over all responses.
 
     Args:
-        losses: ``[branches]`` of ``part``; None leaves ``output`` as it is.
-        part: its pairs name the branches that count; whatever else was read does not.
+        losses: ``[responses]`` of ``part``; None leaves ``output`` as it is.
+        part: its pairs name the responses that count; whatever else was read does not.
         coefficient: the config's ``router_aux_loss_coef``.
         num_pairs: of the global batch; None: this part's own.
     """

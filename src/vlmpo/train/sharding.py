@@ -17,8 +17,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from vlmpo.errors import RecipeError, RunError
-from vlmpo.train.batching import PairRows
-from vlmpo.tree.layout import Row
+from vlmpo.train.batching import MicroBatch
+from vlmpo.tree.layout import PackedRow
 
 
 def passes_are_shared(accelerator: Any) -> bool:
@@ -26,7 +26,7 @@ def passes_are_shared(accelerator: Any) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def gathered(accelerator: Any, mine: Any) -> list[Any]:
+def all_gather_object(accelerator: Any, mine: Any) -> list[Any]:
     """``mine``, any object, of every rank, in order of the ranks."""
     if accelerator.num_processes == 1:
         return [mine]
@@ -35,7 +35,7 @@ def gathered(accelerator: Any, mine: Any) -> list[Any]:
     return gather_object([mine])
 
 
-def of_first(accelerator: Any, mine: Any) -> Any:
+def broadcast_object(accelerator: Any, mine: Any) -> Any:
     """The first rank's object, whatever the others have."""
     if accelerator.num_processes == 1:
         return mine
@@ -44,7 +44,7 @@ def of_first(accelerator: Any, mine: Any) -> Any:
     return broadcast_object_list([mine])[0]
 
 
-def settle(accelerator: Any, model: nn.Module) -> None:
+def configure_fsdp(accelerator: Any, model: nn.Module) -> None:
     """Refuse FSDP1; keep FSDP2's mixed precision from rounding log-probs and summed gradients; name the layers to wrap.
 
     A model's own list of layers also names some of its towers' other halves (CLIP's text model in LLaVA), which it has
@@ -74,7 +74,7 @@ def settle(accelerator: Any, model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def more_to_come(accelerator: Any, model: nn.Module) -> Iterator[None]:
+def no_gradient_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
     """Around a backward pass after which the same micro-batch has others.
 
     DDP sums gradients over ranks in the last one only. FSDP2 does so in each: kept back, they would be whole on every
@@ -90,13 +90,13 @@ def more_to_come(accelerator: Any, model: nn.Module) -> Iterator[None]:
         state._set_sync_gradients(due)
 
 
-def to_compute_dtype(accelerator: Any, part: PairRows) -> PairRows:
+def to_compute_dtype(accelerator: Any, part: MicroBatch) -> MicroBatch:
     """Pixels in the type that a sharded model computes in: there is no autocast around it that would convert them."""
     dtype = _compute_dtype(accelerator)
     if dtype is None:
         return part
 
-    def cast(row: Row) -> Row:
+    def cast(row: PackedRow) -> PackedRow:
         vision = {name: value.to(dtype) if value.is_floating_point() else value for name, value in row.vision.items()}
         return replace(row, vision=vision)
 
@@ -210,7 +210,7 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A weight in full, on every rank; all ranks must ask for the same ones in the same order."""
     detached: Any = tensor.detach()
     if hasattr(detached, "full_tensor"):  # a DTensor of FSDP2

@@ -107,14 +107,14 @@ class SizeEstimator:
             return NOTHING
         rates = self.rates
         prompt = max(1, round(rates.overhead + _prompt_bytes(pair) / rates.bytes_per_token + rates.tokens * units))
-        branches = [1 + round(size / rates.bytes_per_token) for size in _response_bytes(pair, self.encoder)]
+        lengths = [1 + round(size / rates.bytes_per_token) for size in _response_bytes(pair, self.encoder)]
         limit = self.encoder.max_length
-        if limit is not None and prompt + max(branches) > limit:
+        if limit is not None and prompt + max(lengths) > limit:
             if self.encoder.over_long == "cut":
-                branches = [min(branch, limit - prompt) for branch in branches]
-            if min(branches) < 1 or (self.encoder.over_long == "drop" and prompt + max(branches) > _SURELY * limit):
+                lengths = [min(length, limit - prompt) for length in lengths]
+            if min(lengths) < 1 or (self.encoder.over_long == "drop" and prompt + max(lengths) > _SURELY * limit):
                 return NOTHING
-        return EstimatedSize(prompt, sum(branches), round(rates.patches * units))
+        return EstimatedSize(prompt, sum(lengths), round(rates.patches * units))
 
     def _units(self, pair: PreferencePair) -> int | None:
         """Image tokens as the processor foretells them, or images where it cannot; None where it reads none."""
@@ -147,7 +147,7 @@ def _rates(
     tokens = sum(one.image_tokens for one in encoded) / known if known else 1.0
     patches = sum(_patches(one, patch_pixels) for one in encoded) / known if known else 0.0
     rest = [
-        one.trunk_ids.numel() - one.image_tokens - _prompt_bytes(pair) / bytes_per_token
+        one.prompt_ids.numel() - one.image_tokens - _prompt_bytes(pair) / bytes_per_token
         for pair, one in zip(pairs, encoded, strict=True)
     ]
     return Rates(bytes_per_token, sum(rest) / len(rest), tokens, patches)

@@ -7,49 +7,47 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.errors import RunError
+from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, expected_start, mpo_loss, needs_reference
-from vlmpo.models.families import check_rows, support_for
-from vlmpo.torchvision_shim import ensure_torchvision
+from vlmpo.models.families import support_for
 from vlmpo.train.adapters import add_frozen_adapter, check_policy_adapter, choose_kind, put_adapter_on
 from vlmpo.train.batching import (
+    Batch,
     Collator,
     EncodedPairs,
     MicroBatch,
-    PairRows,
     lay_out,
     merge,
 )
 from vlmpo.train.cached_reference import CachedReference, cached_reference
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
 from vlmpo.train.config import MPOConfig
-from vlmpo.train.counts import Accounts
+from vlmpo.train.counts import PairCounts
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.features import share_if_frozen
 from vlmpo.train.feeding import FeedingTrainer
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
 from vlmpo.train.metrics import StepSums, add_up, summarise
-from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock, notice
-from vlmpo.train.rank_sync import AtTrainBegin, Lockstep
+from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock
+from vlmpo.train.rank_sync import AtTrainBegin, RankSync
 from vlmpo.train.reference import (
     AdapterReference,
     CopyReference,
     Reference,
-    base_of,
     freeze,
     frozen_copy,
     switch_dropout_off,
+    unwrap_peft,
 )
 from vlmpo.train.router_term import add_router_loss, read_policy
-from vlmpo.train.sharding import more_to_come, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
+from vlmpo.train.sharding import no_gradient_sync, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
 from vlmpo.tree.forward import install
 from vlmpo.tree.router_loss import router_coefficient
-
-ensure_torchvision()  # before transformers' Trainer, which imports torchvision
-
-from transformers import PrinterCallback, ProgressCallback, set_seed  # noqa: E402
+from vlmpo.tree.self_check import check_rows
 
 
 class MPOTrainer(FeedingTrainer):
@@ -99,10 +97,10 @@ class MPOTrainer(FeedingTrainer):
         check_policy_adapter(model, args)
         switched_off = switch_dropout_off(model)
         if switched_off:
-            notice(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
-        self.shared = self._choose_rows(args, base_of(model))
-        install(base_of(model), self.shared)
-        self.router_coefficient = router_coefficient(base_of(model).config)
+            logger.info(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
+        self.shared = self._choose_rows(args, unwrap_peft(model))
+        install(unwrap_peft(model), self.shared)
+        self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
         self.encoder = PairEncoder(
             processing_class,
@@ -116,7 +114,7 @@ class MPOTrainer(FeedingTrainer):
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
         self.clock = StepClock()
-        self.accounts = Accounts()
+        self.pair_counts = PairCounts()
         self._step_rewards = [0.0, 0.0]  # sum and count of the optimizer step under way, this rank
         super().__init__(
             model=model,
@@ -133,7 +131,7 @@ class MPOTrainer(FeedingTrainer):
         self.pop_callback(PrinterCallback)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.check_steps()
-        self.lockstep = Lockstep(self.accelerator, self.encoder, self.data_collator)
+        self.rank_sync = RankSync(self.accelerator, self.encoder, self.data_collator)
         self.reference = self._build_reference(ref_model, peft_config is not None)
         share_if_frozen(self)
 
@@ -143,7 +141,9 @@ class MPOTrainer(FeedingTrainer):
     def _choose_rows(args: MPOConfig, model: Any) -> bool:
         support = support_for(model.config)
         if args.attention == "auto" and not support.shared:
-            notice(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
+            logger.info(
+                f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own."
+            )
         return args.attention == "auto" and support.shared
 
     def _check_rows(self) -> None:
@@ -159,18 +159,18 @@ class MPOTrainer(FeedingTrainer):
         rows, parts = (self._prepare_inputs(lay_out([pair], shared)).rows for shared in (True, False))
         half = self.args.bf16 or self.args.fp16
         wrapped = self.model_wrapped if passes_are_shared(self.accelerator) else None
-        difference = check_rows(base_of(self.model), rows if self.shared else None, parts, half, wrapped)
+        difference = check_rows(unwrap_peft(self.model), rows if self.shared else None, parts, half, wrapped)
         if difference is None:
             return
-        notice(
+        logger.info(
             f"NOT sharing the prompt between responses: on {pair.origin or 'the first pair'} shared and separate rows "
             f"differ by {difference:.3g} nats a token. Each response is read in a row of its own."
         )
         self.shared = self.data_collator.shared = False
-        install(base_of(self.model), shared=False)
+        install(unwrap_peft(self.model), shared=False)
         reference = self.reference.model if isinstance(self.reference, CachedReference) else self.reference
         if isinstance(reference, CopyReference):
-            install(base_of(self.accelerator.unwrap_model(reference.model)), shared=False)
+            install(unwrap_peft(self.accelerator.unwrap_model(reference.model)), shared=False)
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
@@ -188,7 +188,7 @@ class MPOTrainer(FeedingTrainer):
 
     # ---- one step ----
 
-    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch, part by part.
 
         In ``running`` mode all its rewards must be known before any backward, so it is read in one part.
@@ -196,22 +196,22 @@ class MPOTrainer(FeedingTrainer):
         parts = [merge(inputs.parts)] if self.reward_shift.mode == "running" else inputs.parts
         total = torch.zeros((), device=self.args.device)
         for part in parts[:-1]:
-            with more_to_come(self.accelerator, model):
+            with no_gradient_sync(self.accelerator, model):
                 total = total + super().training_step(model, part, num_items_in_batch)
         total = total + super().training_step(model, parts[-1], num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self.lockstep.forget_idle_gradients(model)
+            self.rank_sync.drop_dummy_gradients(model)
             self._end_step()
         return total
 
-    def _prepare_inputs(self, inputs: PairRows) -> PairRows:
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         part = inputs.to(self.args.device).with_pixels(self.loader_encoder.pixel_scale)
         return to_compute_dtype(self.accelerator, part)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: PairRows,
+        inputs: MicroBatch,
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -228,17 +228,17 @@ class MPOTrainer(FeedingTrainer):
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
-    def branch_logps(self, model: nn.Module, part: PairRows) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each branch of ``part``, ``[branches]``: policy's, and reference's where needed."""
+    def response_logps(self, model: nn.Module, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each response of ``part``, ``[responses]``: policy's, and reference's where needed."""
         return self._read(model, part, False)[:2]
 
-    def _read(self, model: nn.Module, part: PairRows, router: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        reference = None if self.reference is None else self.reference.branch_logps(part)
+    def _read(self, model: nn.Module, part: MicroBatch, router: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        reference = None if self.reference is None else self.reference.response_logps(part)
         policy, router_losses = read_policy(model, part, router)
         return policy, None if reference is None else reference.to(policy.dtype), router_losses
 
     def _loss(
-        self, part: PairRows, policy: Tensor, reference: Tensor | None, counts: dict[str, float] | None
+        self, part: MicroBatch, policy: Tensor, reference: Tensor | None, counts: dict[str, float] | None
     ) -> LossOutput:
         counts = counts or {}
         rejected = part.rejected if reference is not None else None
@@ -254,7 +254,7 @@ class MPOTrainer(FeedingTrainer):
             **self.args.loss_settings,
         )
 
-    def _observe_micro_batch(self, part: PairRows, policy: Tensor, reference: Tensor | None) -> None:
+    def _observe_micro_batch(self, part: MicroBatch, policy: Tensor, reference: Tensor | None) -> None:
         """``running``: this micro-batch's mean reward, averaged over the ranks that have one, enters delta at once."""
         if reference is None or part.rejected is None:
             return
@@ -263,7 +263,7 @@ class MPOTrainer(FeedingTrainer):
         total, ranks = self._over_ranks(mine, self.args.device)
         self.reward_shift.observe(total, ranks)
 
-    def _record(self, part: PairRows, policy: Tensor, output: LossOutput) -> None:
+    def _record(self, part: MicroBatch, policy: Tensor, output: LossOutput) -> None:
         logps = policy.detach()
         self.sums.add_losses(output.loss.detach(), output.terms)
         rejected = logps[part.rejected] if part.rejected is not None and self.with_preferences else None
@@ -316,7 +316,7 @@ class MPOTrainer(FeedingTrainer):
         router = (self.router_coefficient or 0.0) * logs.get("loss/router_aux", 0.0)
         logs["start/expected_loss"] = expected = offset + nll + router
         parts = f"{offset:.4f} + nll {nll:.4f}" + (f" + router {router:.4f}" if router else "")
-        notice(f"first loss {logs['loss']:.4f}; expected {parts} = {expected:.4f}")
+        logger.info(f"first loss {logs['loss']:.4f}; expected {parts} = {expected:.4f}")
 
     # ---- evaluation ----
 
@@ -372,13 +372,13 @@ class MPOTrainer(FeedingTrainer):
         return {
             "reward_shift": self.reward_shift.state_dict(),
             "reference_hash": None if self.reference is None else self.reference.weights_hash(),
-            "accounts": self.all_accounts().to_json(),
+            "accounts": self.all_pair_counts().to_json(),
             "learning_rates": self.args.learning_rates or None,
         }
 
-    def all_accounts(self) -> Accounts:
+    def all_pair_counts(self) -> PairCounts:
         """What became of the pairs of the first epoch so far, over all ranks."""
-        return Accounts.merged(self._gathered(self.accounts))
+        return PairCounts.merged(self._gathered(self.pair_counts))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
         self._take_state(resume_from_checkpoint)
@@ -402,7 +402,7 @@ class MPOTrainer(FeedingTrainer):
         except ValueError as error:
             raise RunError(f"{resume_from_checkpoint}: {error}") from error
         if self.accelerator.is_main_process:  # one rank carries the counts on, so that they add up
-            self.accounts = Accounts.from_json(state["accounts"])
+            self.pair_counts = PairCounts.from_json(state["accounts"])
 
     def _load_best_model(self) -> None:
         self.accelerator.wait_for_everyone()  # the first rank may still be writing the last checkpoint

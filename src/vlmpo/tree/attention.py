@@ -1,11 +1,11 @@
-"""The attention that lets a branch see its trunk and itself, nothing else.
+"""The attention that lets a response see its prompt and itself, nothing else.
 
-Trunk and first branch together are plain causal attention. Every further branch attends to ``[trunk, itself]`` with
-lower-right causal alignment. On CUDA, in half precision, that is one call for the whole row; elsewhere one call a
-branch. Either way there is no padding, and no dense mask over the row.
+Prompt and first response together are plain causal attention. Every further response attends to ``[prompt, itself]``
+with lower-right causal alignment. On CUDA, in half precision, that is one call for the whole row; elsewhere one call a
+response. Either way there is no padding, and no dense mask over the row.
 
-Where a layer sees only a window of tokens back, it is a window over logical positions: a branch's first token stands
-right behind the trunk, wherever in the row the branch lies.
+Where a layer sees only a window of tokens back, it is a window over logical positions: a response's first token stands
+right behind the prompt, wherever in the row the response lies.
 """
 
 from __future__ import annotations
@@ -20,19 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from vlmpo.errors import ModelError
-from vlmpo.torchvision_shim import ensure_torchvision
 from vlmpo.tree.layout import RowLayout
 from vlmpo.tree.varlen import attend_in_one_call, can_read, kernel_for
 
-ensure_torchvision()  # before transformers' model code, which imports torchvision
-
-from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
-from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
-from transformers.masking_utils import sdpa_mask  # noqa: E402
-
-ATTENTION_NAME = "vlmpo_branches"
+ATTENTION_NAME = "vlmpo_shared_prompt"
 LAYOUT_ARGUMENT = "vlmpo_layout"  # keyword of the model's forward that reaches every attention layer
 
 # Keywords with which layers of some families change the attention scores.
@@ -52,12 +48,12 @@ def reading_a_row(device: torch.device) -> Iterator[None]:
         _reading_a_row.reset(token)
 
 
-def branch_mask(**arguments: Any) -> Tensor | None:
+def response_mask(**arguments: Any) -> Tensor | None:
     """Mask function of our attention: none while a row is read, otherwise (``generate``) the usual one."""
     return None if _reading_a_row.get() else sdpa_mask(**arguments)
 
 
-def branch_attention(
+def shared_prompt_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -108,36 +104,38 @@ def _in_segments(
     if groups > 1 and not grouped:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     attend = functools.partial(scaled_dot_product_attention, scale=scaling, enable_gqa=grouped)
-    sizes = [size for span in layout.spans for size in (span.trunk + span.branches[0], *span.branches[1:])]
+    sizes = [size for span in layout.spans for size in (span.prompt + span.responses[0], *span.responses[1:])]
     # Split rather than sliced: the gradient of a split is one concatenation, that of a slice a row of zeros.
     segments = iter(zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True))
     pieces = []
     for span in layout.spans:
         own_query, first_key, first_value = next(segments)
-        mask: Any = layout.trunk_mask(span, window, query.device)
+        mask: Any = layout.prompt_mask(span, window, query.device)
         pieces.append(attend(own_query, first_key, first_value, attn_mask=mask, is_causal=mask is None))
-        # A branch's first token sees the last ``window - 1`` tokens of the trunk, those after it fewer.
-        seen = span.trunk if window is None else min(span.trunk, window - 1)
-        trunk_key, trunk_value = (states[:, :, span.trunk - seen : span.trunk] for states in (first_key, first_value))
-        for length in span.branches[1:]:
+        # A response's first token sees the last ``window - 1`` tokens of the prompt, those after it fewer.
+        seen = span.prompt if window is None else min(span.prompt, window - 1)
+        prompt_key, prompt_value = (
+            states[:, :, span.prompt - seen : span.prompt] for states in (first_key, first_value)
+        )
+        for length in span.responses[1:]:
             own_query, own_key, own_value = next(segments)
             pieces.append(
                 attend(
                     own_query,
-                    torch.cat([trunk_key, own_key], dim=2),
-                    torch.cat([trunk_value, own_value], dim=2),
-                    attn_mask=_branch_mask(layout, length, seen + length, window, query.device),
+                    torch.cat([prompt_key, own_key], dim=2),
+                    torch.cat([prompt_value, own_value], dim=2),
+                    attn_mask=_response_mask(layout, length, seen + length, window, query.device),
                 )
             )
     return torch.cat(pieces, dim=2)
 
 
-def _branch_mask(layout: RowLayout, queries: int, keys: int, window: int | None, device: torch.device) -> Any:
+def _response_mask(layout: RowLayout, queries: int, keys: int, window: int | None, device: torch.device) -> Any:
     if window is not None and keys > window:
-        return layout.branch_mask(queries, keys, window, device)
+        return layout.response_mask(queries, keys, window, device)
     if device.type == "cuda":
         return causal_lower_right(queries, keys)  # dispatches to flash attention, which knows this alignment
-    return layout.branch_mask(queries, keys, None, device)
+    return layout.response_mask(queries, keys, None, device)
 
 
 def _refuse_what_would_be_wrong(
@@ -145,7 +143,7 @@ def _refuse_what_would_be_wrong(
 ) -> None:
     if not getattr(module, "is_causal", True):
         raise ModelError(
-            f"{type(module).__name__} is not a causal text layer, yet the attention for branches was called from it; "
+            f"{type(module).__name__} is not a causal text layer, yet the attention for responses was called from it; "
             "set model.attention: separate in the recipe"
         )
     if dropout:
@@ -153,7 +151,7 @@ def _refuse_what_would_be_wrong(
     unknown = sorted(name for name in _CHANGES_SCORES if arguments.get(name) is not None)
     if unknown:
         raise ModelError(
-            f"{type(module).__name__} asks for {', '.join(unknown)}, which the attention for branches does not know; "
+            f"{type(module).__name__} asks for {', '.join(unknown)}, which the attention for responses does not know; "
             "set model.attention: separate in the recipe"
         )
     if query.shape[0] != 1 or query.shape[2] != layout.num_tokens:
@@ -162,5 +160,5 @@ def _refuse_what_would_be_wrong(
 
 def register() -> None:
     """Make the attention known to transformers under ATTENTION_NAME. Harmless when done twice."""
-    AttentionInterface.register(ATTENTION_NAME, branch_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, branch_mask)
+    AttentionInterface.register(ATTENTION_NAME, shared_prompt_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, response_mask)

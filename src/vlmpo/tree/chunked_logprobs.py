@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmpo.tree.heads import PLAIN, LogitMap
+from vlmpo.tree.heads import PLAIN, LogitTransform
 
 # Logits of a block, by device. On a CPU a block should stay in its cache (measured: benchmarks/head.py).
 CHUNK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 8 * 1024 * 1024}
@@ -33,7 +33,7 @@ def linear_token_logps(
     bias: Tensor | None,
     targets: Tensor,
     chunk_elements: int,
-    logit_map: LogitMap = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     kept_bytes: int | None = None,
 ) -> Tensor:
     """``log softmax(map(h W^T + b))[target]`` of each row, computed in float32 or better.
@@ -43,7 +43,7 @@ def linear_token_logps(
         weight, bias: ``[vocabulary, hidden]`` and ``[vocabulary]``, of any floating dtype.
         targets: ``[scored]`` token ids.
         chunk_elements: logits of a block.
-        logit_map: what the family does to the head's output.
+        logit_transform: what the family does to the head's output.
         kept_bytes: logits kept for the backward pass; None: KEPT_BYTES.
 
     Returns:
@@ -51,7 +51,7 @@ def linear_token_logps(
     """
     columns = _columns(chunk_elements // hidden.shape[0], weight.shape[0])
     budget = KEPT_BYTES if kept_bytes is None else kept_bytes
-    logps: Tensor = _TokenLogProbs.apply(hidden, weight, bias, targets, columns, budget, logit_map)
+    logps: Tensor = _TokenLogProbs.apply(hidden, weight, bias, targets, columns, budget, logit_transform)
     return logps
 
 
@@ -76,7 +76,7 @@ class _TokenLogProbs(torch.autograd.Function):
         targets: Tensor,
         columns: int,
         budget: int,
-        logit_map: LogitMap,
+        logit_transform: LogitTransform,
     ) -> Tensor:
         picked = torch.zeros(targets.shape, dtype=wide(hidden.dtype), device=hidden.device)
         total: Tensor | None = None  # log of the sum of exponentials so far
@@ -85,14 +85,14 @@ class _TokenLogProbs(torch.autograd.Function):
             block = slice(at, min(at + columns, weight.shape[0]))
             out = kept[number] if number < len(kept) else None
             projected = _project(hidden, weight[block], bias if bias is None else bias[block], out)
-            logits = logit_map.of(projected.to(picked.dtype))  # [scored, block]
+            logits = logit_transform.of(projected.to(picked.dtype))  # [scored, block]
             inside, column = _place(targets, block)
             picked = torch.where(inside, logits.gather(1, column[:, None]).squeeze(1), picked)
             own = torch.logsumexp(logits, dim=1)
             total = own if total is None else torch.logaddexp(total, own)
         assert total is not None
         ctx.save_for_backward(hidden, weight, bias, targets, total, kept)
-        ctx.columns, ctx.logit_map = columns, logit_map
+        ctx.columns, ctx.logit_transform = columns, logit_transform
         return picked - total
 
     @staticmethod
@@ -109,7 +109,7 @@ class _TokenLogProbs(torch.autograd.Function):
             block = slice(at, min(at + ctx.columns, weight.shape[0]))
             own = None if bias is None else bias[block]
             projected = kept[number] if number < len(kept) else _project(hidden, weight[block], own)
-            excess = _excess(projected, total, targets, block, ctx.logit_map)
+            excess = _excess(projected, total, targets, block, ctx.logit_transform)
             narrow = excess.to(hidden.dtype)
             if grad_hidden is not None:
                 _add_product(grad_hidden, narrow, weight[block].to(hidden.dtype))
@@ -122,13 +122,13 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _excess(projected: Tensor, total: Tensor, targets: Tensor, block: slice, logit_map: LogitMap) -> Tensor:
+def _excess(projected: Tensor, total: Tensor, targets: Tensor, block: slice, logit_transform: LogitTransform) -> Tensor:
     """``-d log p[target] / d projection`` of a block, ``[scored, block]``: softmax less one-hot, through the map."""
-    logits = logit_map.of(projected.to(total.dtype))
+    logits = logit_transform.of(projected.to(total.dtype))
     excess = (logits - total[:, None]).exp_()
     inside, column = _place(targets, block)
     excess.scatter_add_(1, column[:, None], -inside[:, None].to(excess.dtype))
-    return logit_map.backward(excess, logits)
+    return logit_transform.backward(excess, logits)
 
 
 def _place(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:

@@ -11,38 +11,38 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vlmpo.tree.layout import PromptTree, Row, build_row
+from vlmpo.tree.layout import PackedRow, PromptTree, build_row
 
 
-def append_unscored(row: Row, tree: PromptTree) -> Row:
+def append_dummy(row: PackedRow, tree: PromptTree) -> PackedRow:
     """``row``, which holds no vision tensors, with ``tree`` behind it; scored are the same tokens as before."""
     whole = build_row([*trees_of(row), tree])
     scored = row.targets.numel()
     return replace(
         whole,
-        predictors=whole.predictors[:scored],
+        logit_positions=whole.logit_positions[:scored],
         targets=whole.targets[:scored],
-        branch_of=whole.branch_of[:scored],
-        num_branches=row.num_branches,
-        unscored=tree.num_tokens,
+        response_index=whole.response_index[:scored],
+        num_responses=row.num_responses,
+        dummy_tokens=tree.num_tokens,
     )
 
 
-def idle_row(trees: Sequence[PromptTree]) -> Row:
+def dummy_row(trees: Sequence[PromptTree]) -> PackedRow:
     """A row that belongs to no pair: all of its tokens count as unscored."""
     row = build_row(trees)
-    return replace(row, unscored=row.layout.num_tokens)
+    return replace(row, dummy_tokens=row.layout.num_tokens)
 
 
-def trees_of(row: Row) -> list[PromptTree]:
+def trees_of(row: PackedRow) -> list[PromptTree]:
     """The trees that a row without vision tensors was built from."""
     trees = []
     for span in row.layout.spans:
-        ends = [span.start + span.trunk]
-        for length in span.branches:
+        ends = [span.start + span.prompt]
+        for length in span.responses:
             ends.append(ends[-1] + length)
-        trunk = slice(span.start, ends[0])
-        branches = tuple(row.input_ids[0, a:b] for a, b in itertools.pairwise(ends))
-        types = {name: values[0, trunk] for name, values in row.token_types.items()}
-        trees.append(PromptTree(row.input_ids[0, trunk], branches, {}, types))
+        prompt = slice(span.start, ends[0])
+        responses = tuple(row.input_ids[0, a:b] for a, b in itertools.pairwise(ends))
+        types = {name: values[0, prompt] for name, values in row.token_types.items()}
+        trees.append(PromptTree(row.input_ids[0, prompt], responses, {}, types))
     return trees

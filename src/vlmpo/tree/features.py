@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmpo.tree.layout import Row
+from vlmpo.tree.layout import PackedRow
 
 # Families whose log-probs were tested to be the same with features handed over as with pixels (transformers' keyword
 # ``mm_encoder_outputs``).
@@ -85,7 +85,7 @@ def _frozen_alike(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     )
 
 
-def vision_arguments(model: Any, row: Row) -> dict[str, Any]:
+def vision_arguments(model: Any, row: PackedRow) -> dict[str, Any]:
     """What the base model's forward is told of the row's images: vision tensors, or features in the pixels' place.
 
     Reads and changes ``row.layout.features``.

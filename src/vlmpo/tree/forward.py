@@ -1,6 +1,7 @@
-"""Rows to log-probabilities: the one piece of code that answers "how likely is each branch of this tree".
+"""Rows to log-probabilities: the one piece of code that answers "how likely is each response of this tree".
 
-The hidden states that predict scored tokens are gathered first and then projected to the vocabulary in blocks, which
+The hidden states that predict scored tokens are gathered first and then projected to the vocabulary in
+blocks, which
 the backward pass computes again: logits of the whole row never exist. All of it runs inside the model's own forward,
 so that wrappers which shard or convert weights around a forward (DDP, FSDP2, ZeRO-3, autocast, PEFT) do so here too.
 """
@@ -21,17 +22,17 @@ from torch.utils.checkpoint import checkpoint
 from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
 from vlmpo.tree.chunked_logprobs import chunk_elements_for, linear_token_logps, wide
 from vlmpo.tree.features import vision_arguments
-from vlmpo.tree.heads import PLAIN, LogitMap, logit_map
-from vlmpo.tree.layout import Row
+from vlmpo.tree.heads import PLAIN, LogitTransform, logit_transform
+from vlmpo.tree.layout import PackedRow
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 from vlmpo.tree.recompute import prepare, recomputing
 from vlmpo.tree.router_loss import with_router_losses
 from vlmpo.tree.vision import refuse_bytes
 
-ROWS_ARGUMENT = "branch_rows"  # keyword of the model's forward that asks for log-probs instead of logits
-ROUTER_ARGUMENT = "router_losses"  # goes with it: answer with BranchScores
-SHARED_ARGUMENT = "branch_shared"  # goes with it: read the rows with shared trunks, or not, whatever install() said
-TARGETS_ARGUMENT = "branch_targets"  # the same of the vocabulary head's forward
+ROWS_ARGUMENT = "packed_rows"  # keyword of the model's forward that asks for log-probs instead of logits
+ROUTER_ARGUMENT = "router_losses"  # goes with it: answer with ResponseScores
+SHARED_ARGUMENT = "share_prompts"  # goes with it: read the rows with shared prompts, or not, whatever install() said
+TARGETS_ARGUMENT = "head_labels"  # the same of the vocabulary head's forward
 
 
 def token_logps(
@@ -39,7 +40,7 @@ def token_logps(
     head: nn.Module,
     targets: Tensor,
     chunk_elements: int | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> Tensor:
     """Log-probability of each target under the vocabulary head.
 
@@ -51,7 +52,7 @@ def token_logps(
             checkpointing.
         targets: ``[scored]`` token ids.
         chunk_elements: logits alive at once; None: what suits the device (see vlmpo.tree.chunked_logprobs).
-        logit_map: what the family does to the head's output.
+        logit_transform: what the family does to the head's output.
 
     Returns:
         ``[scored]``, float32, or float64 for float64 models.
@@ -60,14 +61,16 @@ def token_logps(
         return hidden.sum(dim=1).to(wide(hidden.dtype))
     chunk_elements = chunk_elements or chunk_elements_for(hidden.device)
     if getattr(head, "_vlmpo_scores", False):
-        return head(hidden, **{TARGETS_ARGUMENT: targets}, chunk_elements=chunk_elements, logit_map=logit_map)
+        return head(
+            hidden, **{TARGETS_ARGUMENT: targets}, chunk_elements=chunk_elements, logit_transform=logit_transform
+        )
     if type(head) is nn.Linear:
-        return _linear_token_logps(head, hidden, targets, chunk_elements, logit_map)
-    return _token_logps_through(hidden, head, targets, chunk_elements, logit_map)
+        return _linear_token_logps(head, hidden, targets, chunk_elements, logit_transform)
+    return _token_logps_through(hidden, head, targets, chunk_elements, logit_transform)
 
 
 def _linear_token_logps(
-    head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_elements: int, logit_map: LogitMap
+    head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_elements: int, logit_transform: LogitTransform
 ) -> Tensor:
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
@@ -75,15 +78,15 @@ def _linear_token_logps(
     else:
         hidden = hidden.to(head.weight.dtype)
     with torch.autocast(kind, enabled=False):
-        return linear_token_logps(hidden, head.weight, head.bias, targets, chunk_elements, logit_map)
+        return linear_token_logps(hidden, head.weight, head.bias, targets, chunk_elements, logit_transform)
 
 
 def _token_logps_through(
-    hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements: int, logit_map: LogitMap
+    hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements: int, logit_transform: LogitTransform
 ) -> Tensor:
     def score(states: Tensor, wanted: Tensor) -> Tensor:
         projected = head(states)
-        logits = logit_map.of(projected.to(wide(projected.dtype)))
+        logits = logit_transform.of(projected.to(wide(projected.dtype)))
         return logits.gather(1, wanted[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
 
     rows = max(1, chunk_elements // int(getattr(head, "out_features", 32768)))
@@ -100,7 +103,7 @@ def accepted(model: Any, token_types: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: types for name, types in token_types.items() if name in named}
 
 
-def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
+def _score_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
     refuse_missing_types(model, row)
     refuse_bytes(row.vision.get("pixel_values"))
     arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **vision_arguments(model, row)}
@@ -111,11 +114,12 @@ def _score_row(model: Any, row: Row, shared: bool) -> Tensor:
     with reading_a_row(row.input_ids.device) if shared else contextlib.nullcontext(), recomputing(model):
         hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     head = model.get_output_embeddings()
-    return token_logps(hidden[row.predictors], head, row.targets, logit_map=logit_map(model.config))
+    return token_logps(hidden[row.logit_positions], head, row.targets, logit_transform=logit_transform(model.config))
 
 
-def score_rows(model: Any, rows: Sequence[Row], shared: bool) -> Tensor:
-    """Log-probability of every scored token of ``rows``, ``[scored of all rows]``, row after row, in order of branches.
+def score_rows(model: Any, rows: Sequence[PackedRow], shared: bool) -> Tensor:
+    """Log-probability of every scored token of ``rows``, ``[scored of all rows]``, row after row, in order of
+    responses.
 
     Without rows it returns an empty tensor that still hangs on a weight: a rank that has nothing to read must join
     the backward pass of the others.
@@ -129,10 +133,10 @@ def score_rows(model: Any, rows: Sequence[Row], shared: bool) -> Tensor:
 
 
 def install(model: Any, shared: bool) -> None:
-    """Teach ``model`` to answer ``model(branch_rows=rows)`` with the rows' token log-probs; all else stays as it was.
+    """Teach ``model`` to answer ``model(packed_rows=rows)`` with the rows' token log-probs; all else stays as it was.
 
     Done on the instance, not by a wrapper, so that saving, generating and every wrapper around the model see the
-    model itself. ``shared`` chooses the attention for branches (text part only) or the model's own. Harmless when
+    model itself. ``shared`` chooses the attention for responses (text part only) or the model's own. Harmless when
     done twice.
     """
     if shared:
@@ -159,14 +163,14 @@ def _install_on_head(head: Any) -> None:
 def _head_forward(
     self: nn.Linear,
     input: Tensor,
-    branch_targets: Tensor | None = None,
+    head_labels: Tensor | None = None,
     chunk_elements: int | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> Tensor:
-    if branch_targets is None:
+    if head_labels is None:
         return nn.functional.linear(input, self.weight, self.bias)
     chunk_elements = chunk_elements or chunk_elements_for(input.device)
-    return _linear_token_logps(self, input, branch_targets, chunk_elements, logit_map)
+    return _linear_token_logps(self, input, head_labels, chunk_elements, logit_transform)
 
 
 def _dispatching(plain: Any) -> Any:
@@ -183,5 +187,5 @@ def _dispatching(plain: Any) -> Any:
 
 
 def uses_shared_rows(model: Any) -> bool:
-    """Whether :func:`install` set this model up to share trunks."""
+    """Whether :func:`install` set this model up to share prompts."""
     return bool(model._vlmpo_shared)

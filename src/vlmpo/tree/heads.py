@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LogitMap:
+class LogitTransform:
     """``softcap * tanh(scale * x / softcap)`` of the projection ``x``; ``scale * x`` where there is no soft cap."""
 
     scale: float = 1.0
@@ -33,20 +33,20 @@ class LogitMap:
         return grad if self.scale == 1.0 else grad * self.scale
 
 
-PLAIN = LogitMap()
+PLAIN = LogitTransform()
 
 _SOFT_CAPPED = frozenset({"gemma2", "gemma3_text"})
 _DIVIDED = frozenset({"granite", "granitemoe", "granitemoeshared"})  # by config.logits_scaling
 _MULTIPLIED = frozenset({"cohere", "cohere2"})  # by config.logit_scale
 
 
-def logit_map(config: Any) -> LogitMap:
+def logit_transform(config: Any) -> LogitTransform:
     """The map of the family that ``config``, a whole model's, belongs to; none for families not listed here."""
     family = config.model_type
     if family in _SOFT_CAPPED:
-        return LogitMap(softcap=config.final_logit_softcapping)
+        return LogitTransform(softcap=config.final_logit_softcapping)
     if family in _DIVIDED:
-        return LogitMap(scale=1.0 / config.logits_scaling)
+        return LogitTransform(scale=1.0 / config.logits_scaling)
     if family in _MULTIPLIED:
-        return LogitMap(scale=config.logit_scale)
+        return LogitTransform(scale=config.logit_scale)
     return PLAIN

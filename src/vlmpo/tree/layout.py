@@ -1,8 +1,8 @@
-"""Trunks and branches laid out in one row.
+"""Prompts and responses laid out in one row.
 
-A prompt (its images included) is a TRUNK, each response to it a BRANCH. A row holds the tokens of one or more trees
-behind one another, without padding: ``trunk branch branch ... | trunk branch ...``. Positions of every branch continue
-from the end of its trunk, so a branch reads exactly as if it were the only response.
+A prompt (its images included) is a PROMPT, each response to it a RESPONSE. A row holds the tokens of one or more trees
+behind one another, without padding: ``prompt response response ... | prompt response ...``. Positions of every
+response continue from the end of its prompt, so a response reads exactly as if it were the only response.
 """
 
 from __future__ import annotations
@@ -24,56 +24,58 @@ class PromptTree:
     """One prompt and the responses to be scored on it.
 
     Attributes:
-        trunk_ids: ``[trunk]``, token ids of the prompt, image tokens expanded; at least one.
-        branches: ids of each response's scored tokens, ``[length]`` each; at least one token each.
+        prompt_ids: ``[prompt]``, token ids of the prompt, image tokens expanded; at least one.
+        responses: ids of each response's scored tokens, ``[length]`` each; at least one token each.
         vision: the processor's vision tensors for this prompt alone (InternVL: ``pixel_values [tiles, 3, h, w]``).
-        token_types: what the processor says of each trunk token beside its id, ``[trunk]`` each; a branch's are 0.
+        token_types: what the processor says of each prompt token beside its id, ``[prompt]`` each; a response's are 0.
     """
 
-    trunk_ids: Tensor
-    branches: tuple[Tensor, ...]
+    prompt_ids: Tensor
+    responses: tuple[Tensor, ...]
     vision: dict[str, Tensor] = field(default_factory=dict)
     token_types: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.trunk_ids.numel() == 0:
-            raise ValueError("a tree needs a trunk of at least one token: the first branch token is predicted from it")
-        if not self.branches or any(branch.numel() == 0 for branch in self.branches):
-            raise ValueError("a tree needs at least one branch, and every branch at least one token")
+        if self.prompt_ids.numel() == 0:
+            raise ValueError(
+                "a tree needs a prompt of at least one token: the first response token is predicted from it"
+            )
+        if not self.responses or any(response.numel() == 0 for response in self.responses):
+            raise ValueError("a tree needs at least one response, and every response at least one token")
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the tree takes in a row: the trunk once, every branch once."""
-        return self.trunk_ids.numel() + sum(branch.numel() for branch in self.branches)
+        """Tokens the tree takes in a row: the prompt once, every response once."""
+        return self.prompt_ids.numel() + sum(response.numel() for response in self.responses)
 
     def separate(self) -> list[PromptTree]:
-        """The same responses as one tree each: what a model reads that cannot share a trunk."""
-        return [replace(self, branches=(branch,)) for branch in self.branches]
+        """The same responses as one tree each: what a model reads that cannot share a prompt."""
+        return [replace(self, responses=(response,)) for response in self.responses]
 
 
 class TreeSpan(NamedTuple):
-    """Where a tree lies in its row: first token, trunk length, lengths of the branches that follow it."""
+    """Where a tree lies in its row: first token, prompt length, lengths of the responses that follow it."""
 
     start: int
-    trunk: int
-    branches: tuple[int, ...]
+    prompt: int
+    responses: tuple[int, ...]
 
 
 class Segments(NamedTuple):
     """A row as one attention call over segments of queries, each with its own stretch of gathered keys.
 
     Attributes:
-        query_starts, key_starts: ``[segments + 1]`` int32, where each begins; the last entry is the end.
-        longest_query, longest_key: tokens of the longest.
+        cu_seqlens_q, cu_seqlens_k: ``[segments + 1]`` int32, where each begins; the last entry is the end.
+        max_seqlen_q, max_seqlen_k: tokens of the longest.
         keys: ``[gathered]``, the token of the row that each key is; None where the keys are the row itself.
         own: ``[tokens]``, where in ``keys`` each token stands in its own segment; None with ``keys``.
-        repeats: trunks once more: first token in the row, first place in ``keys``, length.
+        repeats: prompts once more: first token in the row, first place in ``keys``, length.
     """
 
-    query_starts: Tensor
-    key_starts: Tensor
-    longest_query: int
-    longest_key: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
     keys: Tensor | None
     own: Tensor | None
     repeats: tuple[tuple[int, int, int], ...]
@@ -87,26 +89,26 @@ def _segments(spans: Sequence[TreeSpan], device: torch.device) -> Segments:
     place = 0
     for span in spans:
         at = span.start
-        for number, length in enumerate(span.branches):
+        for number, length in enumerate(span.responses):
             if number:
-                repeats.append((span.start, place, span.trunk))
-                keys.append(torch.arange(span.start, span.start + span.trunk))
-                place += span.trunk
+                repeats.append((span.start, place, span.prompt))
+                keys.append(torch.arange(span.start, span.start + span.prompt))
+                place += span.prompt
             else:
-                length += span.trunk
+                length += span.prompt
             queries.append(length)
             keys.append(torch.arange(at, at + length))
             own.append(torch.arange(place, place + length))
             at, place = at + length, place + length
-    longest = max(span.trunk + max(span.branches) for span in spans)
+    longest = max(span.prompt + max(span.responses) for span in spans)
     starts = torch.tensor([0, *queries]).cumsum(0)
     # A segment's keys end where its own tokens end.
     ends = torch.cat([part[-1:] + 1 for part in own])
     return Segments(
-        query_starts=starts.to(device, torch.int32),
-        key_starts=torch.cat([ends.new_zeros(1), ends]).to(device, torch.int32),
-        longest_query=max(queries),
-        longest_key=longest,
+        cu_seqlens_q=starts.to(device, torch.int32),
+        cu_seqlens_k=torch.cat([ends.new_zeros(1), ends]).to(device, torch.int32),
+        max_seqlen_q=max(queries),
+        max_seqlen_k=longest,
         keys=torch.cat(keys).to(device) if repeats else None,
         own=torch.cat(own).to(device) if repeats else None,
         repeats=tuple(repeats),
@@ -138,7 +140,7 @@ class RowLayout:
     @property
     def num_tokens(self) -> int:
         """Tokens in the row."""
-        return sum(span.trunk + sum(span.branches) for span in self.spans)
+        return sum(span.prompt + sum(span.responses) for span in self.spans)
 
     def segments(self, device: torch.device) -> Segments:
         """The row as one attention call; made once, for all layers."""
@@ -146,19 +148,19 @@ class RowLayout:
             self._segments[device] = _segments(self.spans, device)
         return self._segments[device]
 
-    def trunk_mask(self, span: TreeSpan, window: int | None, device: torch.device) -> Tensor | None:
-        """Who sees whom among the trunk of ``span`` and its first branch, ``[tokens, tokens]`` bool.
+    def prompt_mask(self, span: TreeSpan, window: int | None, device: torch.device) -> Tensor | None:
+        """Who sees whom among the prompt of ``span`` and its first response, ``[tokens, tokens]`` bool.
 
         None where plain causal attention says it all: no block of image tokens, and no more tokens than ``window``.
         """
-        tokens = span.trunk + span.branches[0]
+        tokens = span.prompt + span.responses[0]
         window = None if window is None or tokens <= window else window
-        key = ("trunk", span.start, window, device)
+        key = ("prompt", span.start, window, device)
         if key not in self._masks:
-            self._masks[key] = self._trunk_mask(span.start, tokens, window, device)
+            self._masks[key] = self._prompt_mask(span.start, tokens, window, device)
         return self._masks[key]
 
-    def _trunk_mask(self, start: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+    def _prompt_mask(self, start: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
         blocks = None if self.blocks is None else self.blocks[start : start + tokens].to(device)
         if blocks is not None and not bool((blocks >= 0).any()):
             blocks = None
@@ -170,12 +172,12 @@ class RowLayout:
             seen = seen | ((blocks[:, None] == blocks) & (blocks >= 0))
         return seen if window is None else seen & ones.triu(diagonal=1 - window)
 
-    def branch_mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    def response_mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
         """``[queries, keys]`` bool: the last query sees all keys, each one before it one key less.
 
         With ``window`` it sees the last ``window`` of those only, itself among them.
         """
-        key = ("branch", queries, keys, window, device)
+        key = ("response", queries, keys, window, device)
         if key not in self._masks:
             ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
             mask = ones.tril(diagonal=keys - queries)
@@ -186,38 +188,38 @@ class RowLayout:
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """One row, ready for the model.
 
     Attributes:
         input_ids, position_ids: ``[1, tokens]``.
         layout: the spans, for the attention.
-        predictors: ``[scored]``, for each scored token the position in the row whose hidden state predicts it. The
-            trunk's last position stands there once per branch.
+        logit_positions: ``[scored]``, for each scored token the position in the row whose hidden state predicts it. The
+            prompt's last position stands there once per response.
         targets: ``[scored]``, the scored tokens' ids.
-        branch_of: ``[scored]``, which branch of the row each scored token belongs to, counted through the row.
-        num_branches: branches in the row.
+        response_index: ``[scored]``, which response of the row each scored token belongs to, counted through the row.
+        num_responses: responses in the row.
         vision: the trees' vision tensors, put together in order of the trees.
         token_types: ``[1, tokens]`` each, by the processor's name.
-        unscored: tokens at the row's end that no scored token sees, see :func:`append_unscored`.
+        unscored: tokens at the row's end that no scored token sees, see :func:`append_dummy`.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     layout: RowLayout
-    predictors: Tensor
+    logit_positions: Tensor
     targets: Tensor
-    branch_of: Tensor
-    num_branches: int
+    response_index: Tensor
+    num_responses: int
     vision: dict[str, Tensor]
     token_types: dict[str, Tensor] = field(default_factory=dict)
-    unscored: int = 0
+    dummy_tokens: int = 0
 
-    def to(self, device: torch.device) -> Row:
+    def to(self, device: torch.device) -> PackedRow:
         """The row with its tensors on ``device``."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "predictors", "targets", "branch_of")
+            for name in ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
         }
         vision, token_types = (
             {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
@@ -226,50 +228,50 @@ class Row:
         return replace(self, vision=vision, token_types=token_types, **moved)
 
 
-def build_row(trees: Sequence[PromptTree]) -> Row:
+def build_row(trees: Sequence[PromptTree]) -> PackedRow:
     """Lay ``trees`` out behind one another in one row."""
     ids: list[Tensor] = []
     positions: list[NDArray[np.int64]] = []  # numpy: quicker than torch with a few numbers
-    predictors: list[NDArray[np.int64]] = []
-    branch_of: list[NDArray[np.int64]] = []
+    logit_positions: list[NDArray[np.int64]] = []
+    response_index: list[NDArray[np.int64]] = []
     spans: list[TreeSpan] = []
-    start = num_branches = 0
+    start = num_responses = 0
     for tree in trees:
-        trunk = tree.trunk_ids.numel()
-        lengths = tuple(branch.numel() for branch in tree.branches)
-        ids += [tree.trunk_ids, *tree.branches]
-        positions.append(np.arange(trunk))
-        spans.append(TreeSpan(start, trunk, lengths))
-        at = start + trunk
+        prompt = tree.prompt_ids.numel()
+        lengths = tuple(response.numel() for response in tree.responses)
+        ids += [tree.prompt_ids, *tree.responses]
+        positions.append(np.arange(prompt))
+        spans.append(TreeSpan(start, prompt, lengths))
+        at = start + prompt
         for length in lengths:
-            positions.append(np.arange(trunk, trunk + length))
-            # The first token of EVERY branch is predicted from the trunk's last position, the others from their own.
-            predictors += [np.array([start + trunk - 1]), np.arange(at, at + length - 1)]
-            branch_of.append(np.full(length, num_branches))
+            positions.append(np.arange(prompt, prompt + length))
+            # The first token of EVERY response is predicted from the prompt's last position, the others from their own.
+            logit_positions += [np.array([start + prompt - 1]), np.arange(at, at + length - 1)]
+            response_index.append(np.full(length, num_responses))
             at += length
-            num_branches += 1
+            num_responses += 1
         start = at
-    return Row(
+    return PackedRow(
         input_ids=torch.cat(ids)[None],
         position_ids=torch.from_numpy(np.concatenate(positions))[None],
         layout=RowLayout(tuple(spans)),
-        predictors=torch.from_numpy(np.concatenate(predictors)),
-        targets=torch.cat([branch for tree in trees for branch in tree.branches]),
-        branch_of=torch.from_numpy(np.concatenate(branch_of)),
-        num_branches=num_branches,
+        logit_positions=torch.from_numpy(np.concatenate(logit_positions)),
+        targets=torch.cat([response for tree in trees for response in tree.responses]),
+        response_index=torch.from_numpy(np.concatenate(response_index)),
+        num_responses=num_responses,
         vision=merge_vision([tree.vision for tree in trees]),
         token_types=_token_types(trees),
     )
 
 
 def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:
-    """Types of all tokens of a row: a trunk's as its tree has them, 0 where it has none and in every branch."""
+    """Types of all tokens of a row: a prompt's as its tree has them, 0 where it has none and in every response."""
     types: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for tree in trees for name in tree.token_types):
         parts = []
         for tree in trees:
-            trunk = tree.token_types.get(name, torch.zeros_like(tree.trunk_ids))
-            parts += [trunk, *(torch.zeros_like(branch) for branch in tree.branches)]
+            prompt = tree.token_types.get(name, torch.zeros_like(tree.prompt_ids))
+            parts += [prompt, *(torch.zeros_like(response) for response in tree.responses)]
         types[name] = torch.cat(parts)[None]
     return types
 
@@ -322,13 +324,13 @@ def _evenly(longest_first: Sequence[int], sizes: Sequence[int], count: int) -> l
     return rows
 
 
-def sum_by_branch(token_logps: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Log-probability of each branch: ``[scored]`` of all rows to ``[branches]``, the SUM over its scored tokens."""
+def sum_by_response(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
+    """Log-probability of each response: ``[scored]`` of all rows to ``[responses]``, the SUM over its scored tokens."""
     index: list[Tensor] = []
     seen = 0
     for row in rows:
-        index.append(row.branch_of + seen)
-        seen += row.num_branches
+        index.append(row.response_index + seen)
+        seen += row.num_responses
     sums = token_logps.new_zeros(seen)
     # Without rows the empty input itself is given back: it still hangs on the model's weights.
     return sums.index_add(0, torch.cat(index), token_logps) if index else token_logps

@@ -1,7 +1,7 @@
 """Where a family says its tokens stand, and which of them see each other in both directions.
 
-Positions of the trunk and its first branch are always the model's own count. Every other branch restarts at the first
-branch's first position, as if it were the only response.
+Positions of the prompt and its first response are always the model's own count. Every other response restarts at the
+first response's first position, as if it were the only response.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmpo.errors import ModelError
-from vlmpo.tree.layout import Row, RowLayout
+from vlmpo.tree.layout import PackedRow, RowLayout
 
 # Families that count in three dimensions (time, height, width) through ``get_rope_index``.
 THREE_DIMENSIONAL = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
@@ -23,7 +23,7 @@ TYPES = "mm_token_type_ids"
 _GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
-def refuse_missing_types(model: Any, row: Row) -> None:
+def refuse_missing_types(model: Any, row: PackedRow) -> None:
     """Raise ModelError for images whose tokens nobody marked: some models then count in one dimension, silently."""
     if model.config.model_type not in THREE_DIMENSIONAL or TYPES in row.token_types:
         return
@@ -34,7 +34,7 @@ def refuse_missing_types(model: Any, row: Row) -> None:
         )
 
 
-def positions_of(model: Any, row: Row) -> Tensor:
+def positions_of(model: Any, row: PackedRow) -> Tensor:
     """Position ids of ``row`` for ``model``: ``[1, tokens]``, or ``[3, 1, tokens]`` where it counts so."""
     if model.config.model_type not in THREE_DIMENSIONAL:
         return row.position_ids
@@ -43,9 +43,9 @@ def positions_of(model: Any, row: Row) -> Tensor:
     return row.layout.positions.to(row.input_ids.device)
 
 
-def _three_dimensional(base: Any, row: Row) -> Tensor:
+def _three_dimensional(base: Any, row: PackedRow) -> Tensor:
     """``[3, 1, tokens]``. The trees go in as a padded batch: the model itself hands each its own images."""
-    firsts = [slice(span.start, span.start + span.trunk + span.branches[0]) for span in row.layout.spans]
+    firsts = [slice(span.start, span.start + span.prompt + span.responses[0]) for span in row.layout.spans]
     types = row.token_types.get(TYPES, torch.zeros_like(row.input_ids))  # none: no image in any tree
     counted, _ = base.get_rope_index(
         pad_sequence([row.input_ids[0, first] for first in firsts], batch_first=True),
@@ -55,13 +55,13 @@ def _three_dimensional(base: Any, row: Row) -> Tensor:
     )  # [3, trees, tokens of the longest]
     parts: list[Tensor] = []
     for tree, span in enumerate(row.layout.spans):
-        parts.append(counted[:, tree, : span.trunk + span.branches[0]])
-        start = counted[:, tree, span.trunk, None]  # [3, 1]
-        parts += [start + torch.arange(length, device=start.device) for length in span.branches[1:]]
+        parts.append(counted[:, tree, : span.prompt + span.responses[0]])
+        start = counted[:, tree, span.prompt, None]  # [3, 1]
+        parts += [start + torch.arange(length, device=start.device) for length in span.responses[1:]]
     return torch.cat(parts, dim=1)[:, None]
 
 
-def layout_of(model: Any, row: Row) -> RowLayout:
+def layout_of(model: Any, row: PackedRow) -> RowLayout:
     """The row's layout, with its blocks of image tokens where ``model`` reads those in both directions."""
     types = row.token_types.get("token_type_ids")
     if model.config.model_type in IMAGE_BLOCKS and types is not None and row.layout.blocks is None:

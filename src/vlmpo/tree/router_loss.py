@@ -1,7 +1,7 @@
 """The load-balancing loss of mixture-of-experts routers, per response, whatever row it was read in.
 
 transformers takes this loss over all tokens of a forward: the same pairs give other numbers as other batches. Here it
-is taken over one response's sequence, its trunk and itself, as a forward of that response alone would. So shared rows,
+is taken over one response's sequence, its prompt and itself, as a forward of that response alone would. So shared rows,
 separate rows and every split of the batch agree, and a mean over responses has one global denominator.
 """
 
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from vlmpo.errors import ModelError
-from vlmpo.tree.layout import Row, RowLayout
+from vlmpo.tree.layout import PackedRow, RowLayout
 
 # Text towers whose routers were tested here: softmax over all experts, then the top k of them.
 ROUTED_TEXT = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text"})
 
 
-class BranchScores(NamedTuple):
+class ResponseScores(NamedTuple):
     """What a model answers when it is asked for its router losses too.
 
     Attributes:
         token_logps: ``[scored of all rows]``, as without them.
-        router_losses: ``[branches of all rows]``, float32 or better.
+        router_losses: ``[responses of all rows]``, float32 or better.
     """
 
     token_logps: Tensor
@@ -51,23 +51,26 @@ def router_coefficient(config: Any) -> float | None:
     return coefficient
 
 
-def with_router_losses(model: Any, rows: Sequence[Row], score: Callable[[Sequence[Row]], Tensor]) -> BranchScores:
-    """``score`` (rows to token log-probs) run row by row, and the router loss of every branch beside it."""
+def with_router_losses(
+    model: Any, rows: Sequence[PackedRow], score: Callable[[Sequence[PackedRow]], Tensor]
+) -> ResponseScores:
+    """``score`` (rows to token log-probs) run row by row, and the router loss of every response beside it."""
     logps, losses = [], []
     top_k = int(model.config.get_text_config().num_experts_per_tok)
     for row in rows:
         with _recording(model) as layers:
             logps.append(score([row]))
         _refuse_dead_gradients(model, layers)
-        losses.append(branch_router_losses(layers, row.layout, top_k)[: row.num_branches])
+        losses.append(response_router_losses(layers, row.layout, top_k)[: row.num_responses])
     if not rows:
         empty = score([])
-        return BranchScores(empty, empty)
-    return BranchScores(torch.cat(logps), torch.cat(losses))
+        return ResponseScores(empty, empty)
+    return ResponseScores(torch.cat(logps), torch.cat(losses))
 
 
-def branch_router_losses(layers: Sequence[Tensor], layout: RowLayout, top_k: int) -> Tensor:
-    """Load-balancing loss of each branch's sequence (trunk and branch), Switch Transformer eqs. 4-6 (arXiv 2101.03961).
+def response_router_losses(layers: Sequence[Tensor], layout: RowLayout, top_k: int) -> Tensor:
+    """Load-balancing loss of each response's sequence (prompt and response), Switch Transformer eqs. 4-6 (arXiv
+    2101.03961).
 
     With N experts, ``f_i`` the share of a sequence's tokens sent to expert i and ``P_i`` its mean routing probability,
     ``N sum_i f_i P_i``; as in transformers' ``load_balancing_loss_func`` a token counts once for each of its k experts
@@ -79,10 +82,10 @@ def branch_router_losses(layers: Sequence[Tensor], layout: RowLayout, top_k: int
         top_k: experts a token is sent to.
 
     Returns:
-        ``[branches of the layout]``, float32 or better; the gradient goes through the probabilities alone.
+        ``[responses of the layout]``, float32 or better; the gradient goes through the probabilities alone.
     """
     device, experts = layers[0].device, layers[0].shape[1]
-    segments, trunk_of, branch_of = _segments(layout)
+    segments, prompt_of, response_index = _segments(layout)
     sizes = torch.tensor(segments, device=device)
     wide = torch.promote_types(layers[0].dtype, torch.float32)
     sent = torch.zeros(layout.num_tokens, experts, dtype=wide, device=device)
@@ -93,25 +96,27 @@ def branch_router_losses(layers: Sequence[Tensor], layout: RowLayout, top_k: int
         sent = sent + torch.zeros_like(sent).scatter_(1, routed.topk(top_k, dim=-1).indices, 1.0)
     owner = torch.repeat_interleave(torch.arange(len(segments), device=device), sizes, output_size=layout.num_tokens)
 
-    def by_branch(values: Tensor) -> Tensor:  # [tokens, experts] -> sums over trunk and branch, [branches, experts]
+    def by_response(
+        values: Tensor,
+    ) -> Tensor:  # [tokens, experts] -> sums over prompt and response, [responses, experts]
         sums = values.new_zeros(len(segments), experts).index_add(0, owner, values)
-        return sums[trunk_of] + sums[branch_of]
+        return sums[prompt_of] + sums[response_index]
 
-    rows = len(layers) * (sizes[trunk_of] + sizes[branch_of])[:, None]
-    return experts * ((by_branch(sent) / rows) * (by_branch(probabilities) / rows)).sum(dim=1)
+    rows = len(layers) * (sizes[prompt_of] + sizes[response_index])[:, None]
+    return experts * ((by_response(sent) / rows) * (by_response(probabilities) / rows)).sum(dim=1)
 
 
 def _segments(layout: RowLayout) -> tuple[list[int], list[int], list[int]]:
-    """Lengths of trunks and branches in order of the row; for each branch the index of its trunk, and its own."""
+    """Lengths of prompts and responses in order of the row; for each response the index of its prompt, and its own."""
     lengths: list[int] = []
-    trunk_of: list[int] = []
-    branch_of: list[int] = []
+    prompt_of: list[int] = []
+    response_index: list[int] = []
     for span in layout.spans:
-        trunk = len(lengths)
-        lengths += [span.trunk, *span.branches]
-        trunk_of += [trunk] * len(span.branches)
-        branch_of += range(trunk + 1, len(lengths))
-    return lengths, trunk_of, branch_of
+        prompt = len(lengths)
+        lengths += [span.prompt, *span.responses]
+        prompt_of += [prompt] * len(span.responses)
+        response_index += range(prompt + 1, len(lengths))
+    return lengths, prompt_of, response_index
 
 
 # ---- the routers of a model ----

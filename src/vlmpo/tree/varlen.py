@@ -1,8 +1,9 @@
 """A row's attention in one call: kernels for sequences of differing lengths, and whether they can be trusted here.
 
-Trunk and first branch are one segment with its own keys; every further branch is one whose keys are its trunk's and
-its own. That is right only where a kernel aligns a segment's causal mask at the lower right corner, so that a branch's
-first token sees all of the trunk. Kernels disagree on this between versions; therefore each is tried out once a
+Prompt and first response are one segment with its own keys; every further response is one whose keys are its prompt's
+and its own. That is right only where a kernel aligns a segment's causal mask at the lower right corner, so that a
+response's
+first token sees all of the prompt. Kernels disagree on this between versions; therefore each is tried out once a
 process, forward and backward, before anything is trained with it.
 """
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from vlmpo.errors import first_line
 from vlmpo.tree.layout import RowLayout, Segments, TreeSpan
 
 HALF = (torch.float16, torch.bfloat16)
@@ -30,7 +32,7 @@ class Kernel(Protocol):
     """Attention over segments, causal, aligned at the lower right."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
-        """``[tokens, heads, head]`` from a query of that shape, key and value ``[gathered, kv_heads, head]``.
+        """``[tokens, heads, head]`` from a query of that shape, key and value ``[all_gather_object, kv_heads, head]``.
 
         ``kv_heads`` divides ``heads``. ``scale`` is of the scores; None: ``head ** -0.5``.
         """
@@ -45,8 +47,8 @@ def _torch_kernel() -> Kernel:
     further: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in named else {}
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
-        starts = segments.query_starts, segments.key_starts
-        longest = segments.longest_query, segments.longest_key
+        starts = segments.cu_seqlens_q, segments.cu_seqlens_k
+        longest = segments.max_seqlen_q, segments.max_seqlen_k
         out = varlen_attn(query, key, value, *starts, *longest, scale=scale, window_size=(-1, 0), **further)
         assert isinstance(out, Tensor)  # nothing else was asked for
         return out
@@ -59,8 +61,8 @@ def _flash_attn_kernel() -> Kernel:
     flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
-        starts = segments.query_starts, segments.key_starts
-        longest = segments.longest_query, segments.longest_key
+        starts = segments.cu_seqlens_q, segments.cu_seqlens_k
+        longest = segments.max_seqlen_q, segments.max_seqlen_k
         out: Tensor = flash_attn_varlen_func(query, key, value, *starts, *longest, softmax_scale=scale, causal=True)
         return out
 
@@ -87,13 +89,13 @@ def first_trusted(device: torch.device) -> Kernel | None:
             kernel = load()
             error = misreading(kernel, device)
         except (ImportError, OSError, RuntimeError, TypeError, ValueError) as fault:
-            faults.append(f"{name}: {(str(fault).strip().splitlines() or [type(fault).__name__])[0]}")
+            faults.append(f"{name}: {first_line(fault)}")
             continue
         if error <= _ROUNDING:
             return kernel
         faults.append(f"{name}: off by {error:.2g} where rounding explains {_ROUNDING}")
     warnings.warn(
-        f"no attention kernel for rows of branches can be used on {device} ({'; '.join(faults)}); reading them "
+        f"no attention kernel for rows of responses can be used on {device} ({'; '.join(faults)}); reading them "
         "segment by segment with SDPA: exact, slower",
         RuntimeWarning,
         stacklevel=2,
@@ -140,12 +142,12 @@ def visible(layout: RowLayout) -> Tensor:
     """Who sees whom in a row, ``[tokens, tokens]`` bool: the layout spelt out, for checks."""
     mask = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
     for span in layout.spans:
-        at = span.start + span.trunk
-        for length in span.branches:
-            mask[at : at + length, span.start : span.start + span.trunk] = True
+        at = span.start + span.prompt
+        for length in span.responses:
+            mask[at : at + length, span.start : span.start + span.prompt] = True
             at += length
         owner = torch.repeat_interleave(
-            torch.arange(1 + len(span.branches)), torch.tensor([span.trunk, *span.branches])
+            torch.arange(1 + len(span.responses)), torch.tensor([span.prompt, *span.responses])
         )
         mask[span.start : at, span.start : at] |= owner[:, None] == owner
     return mask.tril()
@@ -155,7 +157,7 @@ def can_read(layout: RowLayout, dtype: torch.dtype, head: int, window: int | Non
     """Whether one call says all: half precision, no image blocks, no window that cuts anything off."""
     if dtype not in HALF or head % 8 or head > _LARGEST_HEAD or layout.blocks is not None:
         return False
-    return window is None or window >= max(span.trunk + max(span.branches) for span in layout.spans)
+    return window is None or window >= max(span.prompt + max(span.responses) for span in layout.spans)
 
 
 def attend_in_one_call(
@@ -173,7 +175,7 @@ def attend_in_one_call(
 
 
 class _Gather(torch.autograd.Function):
-    """Keys (or values) of the row in order of the segments: a trunk's once more for every further branch.
+    """Keys (or values) of the row in order of the segments: a prompt's once more for every further response.
 
     The gradient is added up slice by slice, always in the same order; ``index_select``'s own would add by atomics.
     """

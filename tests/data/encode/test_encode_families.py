@@ -82,8 +82,8 @@ def test_trunk_and_branch_are_the_processors_own_conversation(family: Family, ki
         pair(question, *images)
     )
     asked, whole = by_processor(own, items, answered=False), by_processor(own, items, answered=True)["input_ids"][0]
-    assert asked["input_ids"][0].tolist() == encoded.trunk_ids.tolist()
-    ids, after = torch.cat([encoded.trunk_ids, encoded.chosen_ids]), ""
+    assert asked["input_ids"][0].tolist() == encoded.prompt_ids.tolist()
+    ids, after = torch.cat([encoded.prompt_ids, encoded.chosen_ids]), ""
     if family.name == "llava-1.5":  # its template ends no turn; the tokenizer's end is added
         assert ids[-1] == own.tokenizer.eos_token_id
         ids, after = ids[:-1], " "
@@ -113,7 +113,7 @@ def test_saved_and_reloaded_it_encodes_the_same(family: Family, tmp_path: Path) 
     first = here.encode(asked)
     for other in (PairEncoder(reloaded), pickle.loads(pickle.dumps(here))):
         again = other.encode(asked)
-        assert again.trunk_ids.tolist() == first.trunk_ids.tolist()
+        assert again.prompt_ids.tolist() == first.prompt_ids.tolist()
         assert again.chosen_ids.tolist() == first.chosen_ids.tolist()
         assert again.vision.keys() == first.vision.keys()
         assert all(torch.equal(tensor, again.vision[key]) for key, tensor in first.vision.items())
@@ -300,7 +300,7 @@ def test_a_template_of_strings_around_a_model_that_sees(template: str) -> None:
     encoder = PairEncoder(with_template(template), max_tiles=1)
     encoded: EncodedPair = encoder.encode(pair("first <image>\nthen\n<image> which?", *IMAGES))
     image = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
-    assert tokenizer().decode(encoded.trunk_ids) == (
+    assert tokenizer().decode(encoded.prompt_ids) == (
         f"<|im_start|>user\nfirst {image}\nthen\n{image} which?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert tokenizer().decode(encoded.chosen_ids) == f"{CHOSEN}<|im_end|>"
@@ -316,7 +316,7 @@ def test_a_template_of_lists_around_a_text_only_model() -> None:
     )
     assert ChatTemplate(own)._as_items
     by_list = PairEncoder(own).encode(pair("what is it?"))
-    assert by_list.trunk_ids.tolist() == by_string.trunk_ids.tolist()
+    assert by_list.prompt_ids.tolist() == by_string.prompt_ids.tolist()
     assert by_list.chosen_ids.tolist() == by_string.chosen_ids.tolist()
 
 
@@ -380,11 +380,11 @@ def test_an_image_of_one_token_is_refused_where_the_model_fails_on_it() -> None:
     for images in ((larger,), (small, small)):
         encoded = encoder.encode(pair("<image>" * len(images), *images))
         assert encoded.image_tokens == 2
-        model(input_ids=encoded.trunk_ids[None], **encoded.vision)
+        model(input_ids=encoded.prompt_ids[None], **encoded.vision)
     # Pixtral reads such an image: its own processor, without merging.
     encoded = PairEncoder(FAMILIES["pixtral"].processor()).encode(pair("<image>", noise_image(14, 14, 0)))
     assert encoded.image_tokens == 1
-    FAMILIES["pixtral"].model(0)(input_ids=encoded.trunk_ids[None], **encoded.vision)
+    FAMILIES["pixtral"].model(0)(input_ids=encoded.prompt_ids[None], **encoded.vision)
 
 
 def test_images_no_family_can_do_anything_with_are_records_not_crashes() -> None:

@@ -78,10 +78,10 @@ def test_branches_are_the_responses_and_their_end_of_turn():
     assert text_of(encoded.rejected_ids) == "a blue square" + END
     end = tokenizer().convert_tokens_to_ids(END)
     assert encoded.chosen_ids.tolist().count(end) == 1
-    assert encoded.chosen_ids.dtype == encoded.trunk_ids.dtype == torch.long
+    assert encoded.chosen_ids.dtype == encoded.prompt_ids.dtype == torch.long
     assert (encoded.source, encoded.origin, encoded.cut) == ("charts", "pairs.jsonl:7", False)
-    assert encoded.num_tokens == len(encoded.trunk_ids) + len(encoded.chosen_ids) + len(encoded.rejected_ids)
-    assert encoded.length == len(encoded.trunk_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids))
+    assert encoded.num_tokens == len(encoded.prompt_ids) + len(encoded.chosen_ids) + len(encoded.rejected_ids)
+    assert encoded.length == len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids))
 
 
 def test_a_token_of_id_zero_is_scored_like_any_other():
@@ -113,7 +113,7 @@ def test_a_token_that_would_span_prompt_and_response_is_not_used():
     one, two = tokens.convert_tokens_to_ids(["Ċ", "ĊĊ"])
     assert tokens("\n\n\nnext").input_ids[:2] == [two, one]
     encoded = PairEncoder(with_template(CHAT_TEMPLATE, tokens)).encode(pair(chosen="\n\nnext"))
-    assert encoded.trunk_ids[-1] == one
+    assert encoded.prompt_ids[-1] == one
     assert encoded.chosen_ids[:2].tolist() == [one, one]
     assert tokens.decode(encoded.chosen_ids) == "\n\nnext" + END
 
@@ -124,7 +124,7 @@ def test_supervised_data_needs_no_rejected_response():
         encoded = encoder.encode(pair(rejected=rejected))
         assert encoded.rejected_ids is None
         assert text_of(encoded.chosen_ids) == "two red circles" + END
-        assert encoded.num_tokens == encoded.length == len(encoded.trunk_ids) + len(encoded.chosen_ids)
+        assert encoded.num_tokens == encoded.length == len(encoded.prompt_ids) + len(encoded.chosen_ids)
 
 
 # ---- the prompt ----
@@ -150,7 +150,7 @@ def test_messages_become_content_items(text, items):
 def test_the_prompt_with_an_image():
     encoded = PairEncoder(processor(), max_tiles=2).encode(pair("<image>\nwhat is it?", images=(wide(),)))
     image = "<img>" + "<IMG_CONTEXT>" * 3 * TOKENS_PER_TILE + "</img>\n"
-    assert text_of(encoded.trunk_ids) == f"{USER}{image}what is it?{END}\n{ASSISTANT}"
+    assert text_of(encoded.prompt_ids) == f"{USER}{image}what is it?{END}\n{ASSISTANT}"
     assert (encoded.tiles, encoded.image_tokens) == (3, 12)
     assert encoded.vision.keys() == {"pixel_values"}
     assert encoded.vision["pixel_values"].shape == (3, 3, 56, 56)
@@ -158,7 +158,7 @@ def test_the_prompt_with_an_image():
 
 def test_a_prompt_without_images():
     encoded = PairEncoder(processor()).encode(pair())
-    assert text_of(encoded.trunk_ids) == f"{USER}what is it?{END}\n{ASSISTANT}"
+    assert text_of(encoded.prompt_ids) == f"{USER}what is it?{END}\n{ASSISTANT}"
     assert (encoded.vision, encoded.tiles, encoded.image_tokens) == ({}, 0, 0)
 
 
@@ -176,7 +176,7 @@ def test_images_stand_where_their_placeholders_are():
     def image(tiles: int) -> str:
         return "<img>" + "<IMG_CONTEXT>" * tiles * TOKENS_PER_TILE + "</img>\n"
 
-    assert text_of(encoded.trunk_ids) == (
+    assert text_of(encoded.prompt_ids) == (
         f"<|im_start|>system\nbe brief.{END}\n{USER}look: {image(1)}what is it?{END}\n{ASSISTANT}a circle.{END}\n"
         f"{USER}and {image(3)} this?{END}\n{ASSISTANT}"
     )
@@ -187,7 +187,7 @@ def test_images_stand_where_their_placeholders_are():
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_parity_with_the_processor_on_the_whole_conversation(images):
-    """Trunk and branch together are what the processor makes of the finished conversation, up to its end of turn."""
+    """Prompt and response together are what the processor makes of the finished conversation, up to its end of turn."""
     pictures = tuple(wide(seed) for seed in range(images))
     encoded = PairEncoder(processor(), max_tiles=2 * max(images, 1)).encode(
         pair("<image>\n" * images + "how many are red?", chosen="three! look again", images=pictures)
@@ -200,7 +200,7 @@ def test_parity_with_the_processor_on_the_whole_conversation(images):
     whole = processor().apply_chat_template(
         conversation, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"max_patches": 2}
     )
-    ids = torch.cat([encoded.trunk_ids, encoded.chosen_ids])
+    ids = torch.cat([encoded.prompt_ids, encoded.chosen_ids])
     assert whole.input_ids[0, : len(ids)].tolist() == ids.tolist()
     assert text_of(whole.input_ids[0, len(ids) :]) == "\n"
     if images:
@@ -304,29 +304,29 @@ LONG = pair(chosen="a blue square", rejected="two red circles, not three")
 
 
 def lengths() -> tuple[int, int, int]:
-    """Tokens of trunk, chosen and rejected of LONG, whose rejected response is the longer one."""
+    """Tokens of prompt, chosen and rejected of LONG, whose rejected response is the longer one."""
     encoded = PairEncoder(processor()).encode(LONG)
-    trunk, chosen, rejected = (len(ids) for ids in (encoded.trunk_ids, encoded.chosen_ids, encoded.rejected_ids))
+    prompt, chosen, rejected = (len(ids) for ids in (encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids))
     assert 2 < chosen < rejected
-    return trunk, chosen, rejected
+    return prompt, chosen, rejected
 
 
 def test_an_over_long_pair_is_dropped_with_its_numbers():
-    trunk, _, rejected = lengths()
-    limit = trunk + rejected
+    prompt, _, rejected = lengths()
+    limit = prompt + rejected
     assert not PairEncoder(processor(), max_length=limit).encode(LONG).cut
-    with pytest.raises(RecordError, match=rf"{trunk} \+ {rejected} = {limit} tokens of {limit - 1};") as caught:
+    with pytest.raises(RecordError, match=rf"{prompt} \+ {rejected} = {limit} tokens of {limit - 1};") as caught:
         PairEncoder(processor(), max_length=limit - 1).encode(LONG)
     assert caught.value.reason == "over_long"
 
 
 def test_an_over_long_pair_is_cut_at_its_responses_ends():
     whole = PairEncoder(processor()).encode(LONG)
-    trunk, chosen, _ = lengths()
-    cut = PairEncoder(processor(), max_length=trunk + chosen, over_long="cut").encode(LONG)
+    prompt, chosen, _ = lengths()
+    cut = PairEncoder(processor(), max_length=prompt + chosen, over_long="cut").encode(LONG)
     assert cut.cut
-    assert cut.length == trunk + chosen
-    assert cut.trunk_ids.tolist() == whole.trunk_ids.tolist()
+    assert cut.length == prompt + chosen
+    assert cut.prompt_ids.tolist() == whole.prompt_ids.tolist()
     assert cut.chosen_ids.tolist() == whole.chosen_ids.tolist()  # this one still fits, end of turn included
     assert cut.rejected_ids.tolist() == whole.rejected_ids[:chosen].tolist()
     assert tokenizer().convert_tokens_to_ids(END) not in cut.rejected_ids
@@ -336,14 +336,14 @@ def test_an_over_long_pair_is_cut_at_its_responses_ends():
 
 
 def test_the_rejected_response_does_not_count_in_supervised_training():
-    trunk, chosen, _ = lengths()
-    assert not PairEncoder(processor(), max_length=trunk + chosen, need_rejected=False).encode(LONG).cut
+    prompt, chosen, _ = lengths()
+    assert not PairEncoder(processor(), max_length=prompt + chosen, need_rejected=False).encode(LONG).cut
 
 
 def test_a_prompt_is_never_cut():
-    trunk, _, _ = lengths()
-    assert reason_of(PairEncoder(processor(), max_length=trunk, over_long="cut"), LONG) == "over_long"
-    one_token = PairEncoder(processor(), max_length=trunk + 1, over_long="cut").encode(LONG)
+    prompt, _, _ = lengths()
+    assert reason_of(PairEncoder(processor(), max_length=prompt, over_long="cut"), LONG) == "over_long"
+    one_token = PairEncoder(processor(), max_length=prompt + 1, over_long="cut").encode(LONG)
     assert (len(one_token.chosen_ids), len(one_token.rejected_ids)) == (1, 1)
     with_image = pair("<image>\nwhat?", images=(wide(),))
     assert reason_of(PairEncoder(processor(), max_length=12, over_long="cut"), with_image) == "over_long"
@@ -351,8 +351,8 @@ def test_a_prompt_is_never_cut():
 
 def test_what_a_cut_makes_alike_is_identical():
     alike = pair(chosen="! then blue", rejected="! then red")
-    trunk = len(PairEncoder(processor()).encode(alike).trunk_ids)
-    assert reason_of(PairEncoder(processor(), max_length=trunk + 1, over_long="cut"), alike) == "identical"
+    prompt = len(PairEncoder(processor()).encode(alike).prompt_ids)
+    assert reason_of(PairEncoder(processor(), max_length=prompt + 1, over_long="cut"), alike) == "identical"
 
 
 # ---- templates ----
@@ -393,7 +393,7 @@ def test_a_prompt_that_is_rendered_differently_is_told_once():
     encoder = PairEncoder(with_template(template(generation=generation)))
     for _ in range(2):
         encoded = encoder.encode(pair())
-        assert text_of(encoded.trunk_ids) == f"{USER}what is it?{END}\n{generation}"
+        assert text_of(encoded.prompt_ids) == f"{USER}what is it?{END}\n{generation}"
         assert text_of(encoded.chosen_ids) == "two red circles" + END
     assert len(encoder.notices) == 1
     assert r"'<think>\n\n</think>\n\n' where the model is to answer, '' where the answer is given" in encoder.notices[0]
@@ -401,7 +401,7 @@ def test_a_prompt_that_is_rendered_differently_is_told_once():
 
 def test_only_what_differs_of_the_prompt_is_told():
     encoder = PairEncoder(with_template(template(generation="<|im_start|>model\n")))
-    assert text_of(encoder.encode(pair()).trunk_ids).endswith("<|im_start|>model\n")
+    assert text_of(encoder.encode(pair()).prompt_ids).endswith("<|im_start|>model\n")
     assert len(encoder.notices) == 1
     assert "'model' where the model is to answer, 'assistant' where the answer is given" in encoder.notices[0]
 
@@ -416,7 +416,7 @@ def test_what_the_template_writes_before_a_response_is_scored_and_told():
     """As Qwen3's: empty reasoning is added to an answer without any, and the model has to write it."""
     encoder = PairEncoder(with_template(ADDS_THINKING))
     encoded = encoder.encode(pair(rejected=THINKS))
-    assert text_of(encoded.trunk_ids) == f"{USER}what is it?{END}\n{ASSISTANT}"
+    assert text_of(encoded.prompt_ids) == f"{USER}what is it?{END}\n{ASSISTANT}"
     assert text_of(encoded.chosen_ids) == f"<think>\n\n</think>\n\ntwo red circles{END}"
     assert text_of(encoded.rejected_ids) == THINKS + END
     assert len(encoder.notices) == 1
@@ -428,7 +428,7 @@ def test_reasoning_that_the_prompt_opens_is_not_opened_twice():
     generation = ASSISTANT + "<think>\n"
     encoder = PairEncoder(with_template(ADDS_THINKING.replace(ASSISTANT, generation)))
     encoded = encoder.encode(pair(chosen=THINKS))
-    assert text_of(encoded.trunk_ids).endswith(generation)
+    assert text_of(encoded.prompt_ids).endswith(generation)
     assert text_of(encoded.chosen_ids) == f"red or blue\n</think>\n\nred{END}"
 
 
@@ -453,7 +453,7 @@ def test_the_end_of_turn_where_the_template_writes_none():
     )
     encoder = PairEncoder(with_template(plain))
     encoded = encoder.encode(pair())
-    assert text_of(encoded.trunk_ids) == "user: what is it?\nassistant:"
+    assert text_of(encoded.prompt_ids) == "user: what is it?\nassistant:"
     assert text_of(encoded.chosen_ids) == f" two red circles{END}"
     assert encoder.notices == [
         "the chat template writes no end-of-turn token after a response; the tokenizer's '<|im_end|>' is scored there"
@@ -483,8 +483,8 @@ def test_the_start_token_stands_once(tail):
     )
     assert tokens("red").input_ids[0] == bos
     encoded = PairEncoder(with_template(tail + CHAT_TEMPLATE, tokens)).encode(pair("<image>\nwhat?", images=(wide(),)))
-    assert encoded.trunk_ids.tolist().count(bos) == 1
-    assert encoded.trunk_ids[0] == bos
+    assert encoded.prompt_ids.tolist().count(bos) == 1
+    assert encoded.prompt_ids[0] == bos
     assert bos not in encoded.chosen_ids
     assert tokens.decode(encoded.chosen_ids) == "two red circles" + END
 
@@ -518,7 +518,7 @@ def test_a_llava_processor():
     encoder = PairEncoder(llava)
     encoded = encoder.encode(pair("<image>\nwhat?<image>", images=(wide(1), wide(2))))
     images = ("<image>" * 4 + "\n") * 2
-    assert llava.tokenizer.decode(encoded.trunk_ids) == f"USER: {images}what? ASSISTANT:"
+    assert llava.tokenizer.decode(encoded.prompt_ids) == f"USER: {images}what? ASSISTANT:"
     assert llava.tokenizer.decode(encoded.chosen_ids) == f" two red circles{END}"
     assert (encoded.tiles, encoded.image_tokens) == (2, 8)
     assert encoded.vision["pixel_values"].shape == (2, 3, 28, 28)
@@ -538,7 +538,7 @@ def test_a_pickled_encoder_encodes_the_same(tmp_path):
     again = PairEncoder(with_template(ADDS_THINKING), max_tiles=1)
     again.processor = AutoProcessor.from_pretrained(tmp_path)
     for other in (there, again.encode(asked)):
-        assert torch.equal(here.trunk_ids, other.trunk_ids)
+        assert torch.equal(here.prompt_ids, other.prompt_ids)
         assert torch.equal(here.chosen_ids, other.chosen_ids)
         assert torch.equal(here.rejected_ids, other.rejected_ids)
         assert torch.equal(here.vision["pixel_values"], other.vision["pixel_values"])

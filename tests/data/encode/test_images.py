@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmpo.data.encode.encoder import images
+from tests.paths import SHARED
+from vlmpo.data.encode import images
 from vlmpo.data.encode.images import open_image
 from vlmpo.errors import RecordError
 
-ODD_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "odd_images"
+ODD_IMAGES = SHARED / "data" / "odd_images"
 needs_odd_images = pytest.mark.skipif(not ODD_IMAGES.is_dir(), reason="../shared/data/odd_images is not there")
 
 WHITE, BLACK, RED, GREEN = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 255, 0)

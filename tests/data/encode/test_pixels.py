@@ -69,7 +69,7 @@ def test_restored_bytes_are_the_processors_pixels_bit_by_bit(family: Family, mak
         assert one.vision["pixel_values"].dtype == torch.float32
         assert equal(packed.pixel_scale.restored(other.vision), one.vision)
         assert (one.tiles, one.image_tokens) == (other.tiles, other.image_tokens)
-        assert torch.equal(one.trunk_ids, other.trunk_ids)
+        assert torch.equal(one.prompt_ids, other.prompt_ids)
         assert torch.equal(one.chosen_ids, other.chosen_ids)
     merged = merge_vision([one.vision for one in expected])
     assert equal(packed.pixel_scale.restored(merge_vision([one.vision for one in bytes_])), merged)
@@ -277,10 +277,10 @@ def test_bytes_that_were_not_restored_are_refused(tmp_path: Path) -> None:
     """InternVL would read them as if normalised. The trainer's own encoder gives floats, for whoever asks it."""
     run = trainer(tmp_path, [])
     encoded = run.loader_encoder.encode(pair(noise_image(112, 40, 0)))
-    ids = encoded.trunk_ids[None]
+    ids = encoded.prompt_ids[None]
     for act in (
         lambda: run.model(input_ids=ids, pixel_values=encoded.vision["pixel_values"]),
-        lambda: run.model(branch_rows=lay_out([encoded]).rows),
+        lambda: run.model(packed_rows=lay_out([encoded]).rows),
     ):
         with pytest.raises(ModelError, match="pixels as bytes"):
             act()

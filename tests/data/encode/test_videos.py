@@ -117,9 +117,9 @@ def test_a_video_is_encoded_as_its_frames_are() -> None:
     text = "Frame1: <image>\nFrame2: <image>\nFrame3: <image>\nhow many?"
     same = encoder.encode(PreferencePair((Message("user", text),), frames, "two", "three"))
     encoded = encoder.encode(pair)
-    assert encoded.trunk_ids.tolist() == same.trunk_ids.tolist()
+    assert encoded.prompt_ids.tolist() == same.prompt_ids.tolist()
     assert (encoded.vision["pixel_values"] == same.vision["pixel_values"]).all()
-    assert "Frame3: <img>" in tokenizer().decode(encoded.trunk_ids)
+    assert "Frame3: <img>" in tokenizer().decode(encoded.prompt_ids)
 
 
 def reason(pair: PreferencePair) -> RecordError:

@@ -631,7 +631,7 @@ SAME = {
 
 
 def assert_encoded_alike(one: EncodedPair, other: EncodedPair) -> None:
-    assert torch.equal(one.trunk_ids, other.trunk_ids)
+    assert torch.equal(one.prompt_ids, other.prompt_ids)
     assert torch.equal(one.chosen_ids, other.chosen_ids)
     assert one.rejected_ids is not None
     assert torch.equal(one.rejected_ids, other.rejected_ids)
@@ -679,7 +679,7 @@ def test_a_prompt_is_what_trl_makes_of_it(prompt: list[dict[str, Any]]) -> None:
     messages = prepare_multimodal_messages(prompt, images=images)
     text = processor().apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     theirs = processor()(text=text, images=images, images_kwargs={"max_patches": 1}, return_tensors="pt")
-    assert torch.equal(ours.trunk_ids, theirs["input_ids"][0])
+    assert torch.equal(ours.prompt_ids, theirs["input_ids"][0])
     assert torch.equal(ours.vision["pixel_values"], theirs["pixel_values"])
 
 

@@ -23,7 +23,7 @@ from vlmpo.data.index import scan as survey
 from vlmpo.data.index import store as cache
 from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, Overlap, find_overlaps
-from vlmpo.data.index.record_index import Facts, Strings
+from vlmpo.data.index.record_index import RecordIndex, Strings
 from vlmpo.data.index.store import Cache, Stamp, cache_folder
 from vlmpo.data.readers.spec import SourceSpec
 
@@ -42,7 +42,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = survey._facts
 
-    def counted(source: Any, records: Any, need_rejected: bool) -> Facts:
+    def counted(source: Any, records: Any, need_rejected: bool) -> RecordIndex:
         seen.append(len(records))
         return real(source, records, need_rejected)
 
@@ -290,7 +290,7 @@ def test_images_are_looked_for_as_isfile_does(tmp_path: Path, monkeypatch: pytes
     paths = [os.path.join(tmp_path, name) for name in names]
     for listed_from in (1, 1000):
         monkeypatch.setattr(presence, "MIN_LISTED", listed_from)
-        builder = survey.FactsBuilder()
+        builder = survey.RecordIndexBuilder()
         builder.good(1, 1, [(survey.IMAGE, path, -1) for path in paths])
         facts = builder.facts(np.arange(1))
         found = presence.presence(facts, np.ones(len(paths), np.bool_))
@@ -385,7 +385,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     write(path, [record(question=f"Q{i}") for i in range(10)])
     real = survey._facts
 
-    def touched(*args: Any) -> Facts:
+    def touched(*args: Any) -> RecordIndex:
         os.utime(path, ns=(1, 1))
         return real(*args)
 
@@ -423,7 +423,7 @@ def test_of_several_processes_one_reads_and_all_find_the_same(
     log = tmp_path / "log"
     real = survey._facts
 
-    def logged(*args: Any) -> Facts:
+    def logged(*args: Any) -> RecordIndex:
         with log.open("a") as file:
             file.write("read\n")
         time.sleep(0.05)

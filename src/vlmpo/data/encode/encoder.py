@@ -23,7 +23,7 @@ from vlmpo.data.encode.processors import (
     tile_settings,
     tokenizer_of,
 )
-from vlmpo.data.encode.prompt_cache import LastTrunks, Trunk
+from vlmpo.data.encode.prompt_cache import EncodedPrompt, PromptCache
 from vlmpo.data.encode.response_tokens import ReplyReader, quick_reader
 from vlmpo.data.encode.settings_memory import with_kept_settings
 from vlmpo.data.encode.videos import DEFAULT_FRAMES, with_frames
@@ -38,22 +38,22 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
-    """A pair as the model reads it: ``trunk_ids`` followed by either branch.
+    """A pair as the model reads it: ``prompt_ids`` followed by either response.
 
     Attributes:
-        trunk_ids: ``[trunk]`` int64, the prompt, image tokens expanded.
+        prompt_ids: ``[prompt]`` int64, the prompt, image tokens expanded.
         chosen_ids: ``[chosen]`` int64, exactly the scored tokens: the response and its end-of-turn token.
         rejected_ids: ``[rejected]`` int64, likewise; None in supervised fine-tuning.
         vision: what else the processor gave (InternVL: ``pixel_values [tiles, 3, height, width]``).
-        token_types: what the processor says of each trunk token beside its id, ``[trunk]`` each; a branch's are 0.
+        token_types: what the processor says of each prompt token beside its id, ``[prompt]`` each; a response's are 0.
         source: name of the data set.
         origin: ``file:line`` of the record.
         tiles: pictures the vision tower reads: tiles and thumbnails, or images where the model does not tile.
-        image_tokens: image tokens in the trunk.
+        image_tokens: image tokens in the prompt.
         cut: whether a response's end was cut off; its end-of-turn token is then not scored.
     """
 
-    trunk_ids: Tensor
+    prompt_ids: Tensor
     chosen_ids: Tensor
     rejected_ids: Tensor | None
     vision: dict[str, Tensor]
@@ -65,18 +65,18 @@ class EncodedPair:
     token_types: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def _branch_lengths(self) -> list[int]:
+    def _response_lengths(self) -> list[int]:
         return [ids.numel() for ids in (self.chosen_ids, self.rejected_ids) if ids is not None]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read when the trunk is read once."""
-        return self.trunk_ids.numel() + sum(self._branch_lengths)
+        """Tokens read when the prompt is read once."""
+        return self.prompt_ids.numel() + sum(self._response_lengths)
 
     @property
     def length(self) -> int:
-        """Tokens of the trunk and the longer branch: what ``max_length`` bounds."""
-        return self.trunk_ids.numel() + max(self._branch_lengths)
+        """Tokens of the prompt and the longer response: what ``max_length`` bounds."""
+        return self.prompt_ids.numel() + max(self._response_lengths)
 
 
 class PairEncoder:
@@ -84,7 +84,7 @@ class PairEncoder:
 
     Args:
         processor: the model's own processor, with its chat template; a text-only model's is its tokenizer.
-        max_length: tokens of trunk and longer branch together; None: no limit.
+        max_length: tokens of prompt and longer response together; None: no limit.
         over_long: ``drop`` refuses a longer pair; ``cut`` takes the ends of its responses off, never of the prompt.
         max_tiles: tiles the images of a pair may take together, thumbnails not counted; a pair's own ``max_tiles`` may
             lower it. Each image may take its share, at least one. Where a model reads images whole, at their own shape
@@ -127,7 +127,7 @@ class PairEncoder:
         self._media_tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.media_ids))
         self._tile_notice = tile_notice(processor, max_tiles)
         self.pixel_scale: PixelScale | None = None
-        self._trunks = LastTrunks()
+        self._prompt_cache = PromptCache()
         self._ends: dict[str, list[int]] = {}
 
     @property
@@ -144,7 +144,7 @@ class PairEncoder:
         """
         quick = copy.copy(self)
         quick.pixel_scale = pixel_scale(self.processor)
-        quick._trunks = LastTrunks()
+        quick._prompt_cache = PromptCache()
         quick._read_replies = quick_reader(
             self._tokenizer, self._chat.render([Message("user", "?")], [PROBE], "").prompt
         )
@@ -168,20 +168,20 @@ class PairEncoder:
         responses = self._responses(pair)
         self._check_prompt(pair)
         chat = self._chat.render(pair.prompt, responses, pair.origin)
-        branches = self._branches(chat, pair.origin)
-        trunk, vision, token_types = self._trunks.get(chat.prompt, pair, self.tiles_of(pair), self._trunk)
-        image_tokens = self._count_image_tokens(trunk, pair.origin)
-        whole = [len(ids) for ids in branches]
-        branches = self._fit(branches, trunk.numel(), pair.origin)
-        if len(branches) == 2 and branches[0] == branches[1]:
+        response_ids = self._response_ids(chat, pair.origin)
+        prompt_ids, vision, token_types = self._prompt_cache.get(
+            chat.prompt, pair, self.tiles_of(pair), self._encode_prompt
+        )
+        image_tokens = self._count_image_tokens(prompt_ids, pair.origin)
+        whole = [len(ids) for ids in response_ids]
+        response_ids = self._fit(response_ids, prompt_ids.numel(), pair.origin)
+        if len(response_ids) == 2 and response_ids[0] == response_ids[1]:
             raise RecordError(
                 "identical", pair.origin, "chosen and rejected are the same tokens: no preference to learn"
             )
-        ids = [
-            torch.from_numpy(np.array(branch, dtype=np.int64)) for branch in branches
-        ]  # torch.tensor takes 3x as long
+        ids = [torch.from_numpy(np.array(ids, dtype=np.int64)) for ids in response_ids]  # torch.tensor takes 3x as long
         return EncodedPair(
-            trunk_ids=trunk,
+            prompt_ids=prompt_ids,
             chosen_ids=ids[0],
             rejected_ids=ids[1] if len(ids) == 2 else None,
             vision=vision,
@@ -189,7 +189,7 @@ class PairEncoder:
             origin=pair.origin,
             tiles=self._count_tiles(vision, len(pair.images)),
             image_tokens=image_tokens,
-            cut=[len(branch) for branch in branches] != whole,
+            cut=[len(ids) for ids in response_ids] != whole,
             token_types=token_types,
         )
 
@@ -223,7 +223,7 @@ class PairEncoder:
                 detail = f"the prompt's text holds {found}, which to the model is an image or a video; take it out"
                 raise RecordError("image_token_in_prompt", pair.origin, detail)
 
-    def _branches(self, chat: Rendering, origin: str) -> list[list[int]]:
+    def _response_ids(self, chat: Rendering, origin: str) -> list[list[int]]:
         """Ids of each reply's scored tokens."""
         replies = [reply + chat.end_of_turn for reply in chat.replies]
         found = self._read_replies(chat.prompt, replies, self._adds_special_tokens(chat.prompt))
@@ -262,8 +262,8 @@ class PairEncoder:
         """Tiles that the images of ``pair`` may take together."""
         return self.max_tiles if pair.max_tiles is None else min(self.max_tiles, pair.max_tiles)
 
-    def _trunk(self, prompt: str, pair: PreferencePair) -> Trunk:
-        """The prompt's ids ``[trunk]``, image tokens expanded; the vision tensors; and the tokens' types."""
+    def _encode_prompt(self, prompt: str, pair: PreferencePair) -> EncodedPrompt:
+        """The prompt's ids ``[prompt]``, image tokens expanded; the vision tensors; and the tokens' types."""
         text_kwargs = {"add_special_tokens": self._adds_special_tokens(prompt), "truncation": False, "padding": False}
         if not reads_images(self.processor):
             encoded = self._tokenizer([prompt], return_tensors="pt", **text_kwargs)
@@ -299,25 +299,25 @@ class PairEncoder:
         # Pictures by image or prompt; where there are fewer, zeros fill up.
         return int(pixels[:, :, 0].flatten(2).any(dim=-1).sum())
 
-    def _count_image_tokens(self, trunk: Tensor, origin: str) -> int:
-        count = 0 if self._image_token_id is None else int(np.count_nonzero(trunk.numpy() == self._image_token_id))
+    def _count_image_tokens(self, prompt: Tensor, origin: str) -> int:
+        count = 0 if self._image_token_id is None else int(np.count_nonzero(prompt.numpy() == self._image_token_id))
         if count == 1 and getattr(self.processor, "spatial_merge_size", 1) > 1:
             # transformers 5.23 squeezes the dimension of tokens away where Mistral 3 has one, and then fails.
             detail = "its image is so small that it becomes a single token, which this model cannot read; enlarge it"
             raise RecordError("image_too_small", origin, detail)
         return count
 
-    def _fit(self, branches: Sequence[list[int]], trunk: int, origin: str) -> list[list[int]]:
-        """The branches, their ends cut off where they are too long and that is asked for."""
-        longest = max(len(branch) for branch in branches)
-        if self.max_length is None or trunk + longest <= self.max_length:
-            return list(branches)
-        room = self.max_length - trunk
+    def _fit(self, response_ids: Sequence[list[int]], prompt: int, origin: str) -> list[list[int]]:
+        """The responses' ids, their ends cut off where they are too long and that is asked for."""
+        longest = max(len(ids) for ids in response_ids)
+        if self.max_length is None or prompt + longest <= self.max_length:
+            return list(response_ids)
+        room = self.max_length - prompt
         if self.over_long == "drop" or room < 1:
             remedy = "raise max_length or lower max_tiles" + ("" if room < 1 else ", or set over_long to cut")
-            detail = f"prompt and response take {trunk} + {longest} = {trunk + longest} tokens of {self.max_length}"
+            detail = f"prompt and response take {prompt} + {longest} = {prompt + longest} tokens of {self.max_length}"
             raise RecordError("over_long", origin, f"{detail}; {remedy}")
-        return [branch[:room] for branch in branches]
+        return [ids[:room] for ids in response_ids]
 
 
 def _tensors(encoded: Any) -> dict[str, Tensor]:

@@ -11,23 +11,25 @@ from torch import Tensor
 
 from vlmpo.data.records import PreferencePair
 
-# A prompt's token ids ``[trunk]``, its vision tensors and its tokens' types, ``[trunk]`` each.
-Trunk = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
+# A prompt's token ids ``[prompt]``, its vision tensors and its tokens' types, ``[prompt]`` each.
+EncodedPrompt = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 KEPT = 4  # a prompt of 13 tiles of 448 pixels is 8 MB as bytes, in every worker
 
 
-class LastTrunks:
+class PromptCache:
     """Remembers the last ``KEPT`` prompts whose images, one at least, are all files.
 
-    A file that changes is read again: it is known by path, size and time of its last change. Whoever gets a trunk must
-    not write into its tensors.
+    A file that changes is read again: it is known by path, size and time of its last change. Whoever gets an encoded
+    prompt must not write into its tensors.
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, Trunk] = OrderedDict()
+        self._kept: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
 
-    def get(self, prompt: str, pair: PreferencePair, tiles: int, make: Callable[[str, PreferencePair], Trunk]) -> Trunk:
-        """The trunk of ``prompt`` over the images of ``pair`` within ``tiles``, made where it is not remembered."""
+    def get(
+        self, prompt: str, pair: PreferencePair, tiles: int, make: Callable[[str, PreferencePair], EncodedPrompt]
+    ) -> EncodedPrompt:
+        """``prompt`` encoded with the images of ``pair`` within ``tiles``, made where it is not remembered."""
         files = [_file(image) for image in pair.images]
         if not files or None in files:
             return make(prompt, pair)

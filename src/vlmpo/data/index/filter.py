@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vlmpo.data.dataset import PairDataset, SourceRows
 from vlmpo.data.index.hashing import stable_hash
 from vlmpo.data.index.presence import NO_FILE, presence
-from vlmpo.data.index.record_index import EMBEDDED_IMAGE, IMAGE, Facts, Hashes, Indices, take_pieces
+from vlmpo.data.index.record_index import EMBEDDED_IMAGE, IMAGE, Hashes, Indices, RecordIndex, take_pieces
 from vlmpo.errors import RecipeError
 
 
@@ -94,14 +94,14 @@ class _Faults(NamedTuple):
 
     Attributes:
         at: int64 [dropped], which pairs of the data set, ascending.
-        places: int64 [dropped], of a bad record its place in ``Facts.bad``; else -1 - (number of the first absent
+        places: int64 [dropped], of a bad record its place in ``RecordIndex.bad``; else -1 - (number of the first absent
             image or video).
         facts, presence: of the source.
     """
 
     at: Indices
     places: Indices
-    facts: Facts
+    facts: RecordIndex
     presence: NDArray[np.uint8]
 
     def reason(self, index: int) -> str:
@@ -238,7 +238,7 @@ def _groups(dataset: PairDataset, indices: Indices) -> Hashes:
     return _linked(keys[indices], np.concatenate(links))
 
 
-def _media_keys(facts: Facts, media: NDArray[Any], root: str) -> Hashes:
+def _media_keys(facts: RecordIndex, media: NDArray[Any], root: str) -> Hashes:
     """uint64 [media of the source]: what stands for an image or video that one of ``media`` names; 0 for others.
 
     Its path below ``root``, or its content where it is embedded.

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from vlmpo.data.dataset import PairDataset, SourceRows
 from vlmpo.data.index.hashing import words_hash
-from vlmpo.data.index.record_index import EMBEDDED_IMAGE, IMAGE, Facts, FactsBuilder, Hashes, Indices, take_pieces
+from vlmpo.data.index.record_index import (
+    EMBEDDED_IMAGE,
+    IMAGE,
+    Hashes,
+    Indices,
+    RecordIndex,
+    RecordIndexBuilder,
+    take_pieces,
+)
 
 
 class Item(NamedTuple):
@@ -97,7 +105,7 @@ class _Prompts:
         contents: uint64 [used], what stands for their contents where that matters, else _NO_CONTENT.
     """
 
-    def __init__(self, facts: Facts, positions: Indices, origin: Callable[[int], str]) -> None:
+    def __init__(self, facts: RecordIndex, positions: Indices, origin: Callable[[int], str]) -> None:
         self.facts = facts
         self.positions = positions
         self.origin = origin
@@ -141,7 +149,7 @@ def _counted(flags: NDArray[np.bool_], bounds: Indices) -> Indices:
 def _prompts(items: PairDataset | Iterable[Item]) -> list[_Prompts]:
     if isinstance(items, PairDataset):
         return [_source_prompts(items, rows) for rows in items.surveyed()]
-    found = FactsBuilder()
+    found = RecordIndexBuilder()
     origins: list[str] = []
     for item in items:
         found.good(words_hash(item.text), 0, [_medium(image) for image in item.images])

@@ -8,7 +8,7 @@ from collections.abc import Container
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmpo.data.index.record_index import IMAGE, VIDEO, Facts
+from vlmpo.data.index.record_index import IMAGE, VIDEO, RecordIndex
 
 THERE, ABSENT, NO_FILE = range(3)
 
@@ -16,7 +16,7 @@ THERE, ABSENT, NO_FILE = range(3)
 MIN_LISTED = 32
 
 
-def presence(facts: Facts, wanted: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def presence(facts: RecordIndex, wanted: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """uint8 [media]: THERE (or embedded, or not wanted), ABSENT, or NO_FILE for something else of that name.
 
     As ``os.path.isfile`` has it, looked at now: images come and go without their annotations.

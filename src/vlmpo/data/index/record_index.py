@@ -81,7 +81,7 @@ def take_pieces(bounds: Indices, values: NDArray[Any], indices: Indices) -> tupl
 
 
 @dataclass(frozen=True)
-class Facts:
+class RecordIndex:
     """Records of one source, and the images and videos they name, each once.
 
     Attributes:
@@ -123,7 +123,7 @@ class Facts:
         return found
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> Facts:
+    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> RecordIndex:
         """Inverse of :meth:`arrays`."""
         texts: dict[str, Any] = {
             name: Strings(arrays[f"{name}.data"], arrays[f"{name}.bounds"]) for name in ("names", "reasons", "details")
@@ -149,7 +149,7 @@ class Facts:
         return bool(at[-1] < len(self.records)) and np.array_equal(self.records[at], records)
 
     @classmethod
-    def merged(cls, parts: Sequence[Facts]) -> Facts:
+    def merged(cls, parts: Sequence[RecordIndex]) -> RecordIndex:
         """The facts of several parts of one source, in order."""
         if len(parts) == 1:
             return parts[0]
@@ -178,7 +178,7 @@ class Facts:
 
 
 @dataclass
-class FactsBuilder:
+class RecordIndexBuilder:
     """Gathers the facts of a few records, one after the other."""
 
     words: list[int] = field(default_factory=list)
@@ -205,7 +205,7 @@ class FactsBuilder:
         self.bad.append((len(self.words), reason, detail))
         self.good(0, 0, ())
 
-    def facts(self, records: Indices) -> Facts:
+    def facts(self, records: Indices) -> RecordIndex:
         """The facts of ``records``, as many as were gathered."""
         unsorted = np.array([stable_hash(f"{kind}:{name}") for kind, name in self.known], np.uint64)
         order = np.argsort(unsorted, kind="stable")
@@ -218,8 +218,8 @@ class FactsBuilder:
             sizes=np.array(self.bytes, np.int64)[order],
         )
 
-    def _unordered(self, records: Indices) -> Facts:
-        return Facts(
+    def _unordered(self, records: Indices) -> RecordIndex:
+        return RecordIndex(
             records=records,
             words=np.array(self.words, np.uint64),
             texts=np.array(self.texts, np.uint64),

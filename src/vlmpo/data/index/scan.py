@@ -14,7 +14,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from vlmpo.data.index.hashing import stable_hash, words_hash
-from vlmpo.data.index.record_index import EMBEDDED_IMAGE, EMBEDDED_VIDEO, IMAGE, VIDEO, Facts, FactsBuilder, Indices
+from vlmpo.data.index.record_index import (
+    EMBEDDED_IMAGE,
+    EMBEDDED_VIDEO,
+    IMAGE,
+    VIDEO,
+    Indices,
+    RecordIndex,
+    RecordIndexBuilder,
+)
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
@@ -53,7 +61,7 @@ class Survey(NamedTuple):
     can_fork: bool
 
 
-def survey(asked: Survey, cache: Cache, progress: Progress | None, waiting: Callable[[], None] | None) -> Facts:
+def survey(asked: Survey, cache: Cache, progress: Progress | None, waiting: Callable[[], None] | None) -> RecordIndex:
     """The facts of the records, ascending, from the cache or read now; the same whatever the number of processes.
 
     Args:
@@ -77,15 +85,15 @@ def survey(asked: Survey, cache: Cache, progress: Progress | None, waiting: Call
             done += len(found.records)
             if progress is not None and done < total:
                 progress(done, total)
-        return (Facts.merged(parts) if parts else FactsBuilder().facts(asked.records)).arrays()
+        return (RecordIndex.merged(parts) if parts else RecordIndexBuilder().facts(asked.records)).arrays()
 
-    facts = Facts.from_arrays(cache.arrays("facts", asked.stamp, settings, make, waiting))
+    facts = RecordIndex.from_arrays(cache.arrays("facts", asked.stamp, settings, make, waiting))
     if progress is not None and total:
         progress(total, total)
     return facts
 
 
-def _parts(asked: Survey, each_rank_reads: bool) -> Iterator[Facts]:
+def _parts(asked: Survey, each_rank_reads: bool) -> Iterator[RecordIndex]:
     """The facts of every _CHUNK records, in order."""
     chunks = [asked.records[start : start + _CHUNK] for start in range(0, len(asked.records), _CHUNK)]
     processes = _processes(each_rank_reads) if asked.can_fork and len(asked.records) >= MIN_PARALLEL else 1
@@ -119,14 +127,14 @@ def _set_source(source: Readable, need_rejected: bool) -> None:
     _forked = source, need_rejected
 
 
-def _facts_of_source(records: Indices) -> Facts:
+def _facts_of_source(records: Indices) -> RecordIndex:
     assert _forked is not None
     return _facts(_forked[0], records, _forked[1])
 
 
-def _facts(source: Readable, records: Indices, need_rejected: bool) -> Facts:
+def _facts(source: Readable, records: Indices, need_rejected: bool) -> RecordIndex:
     """The facts of a few records."""
-    found = FactsBuilder()
+    found = RecordIndexBuilder()
     for record in records.tolist():
         try:
             pair = source.pair(record, need_rejected)

@@ -15,10 +15,9 @@ import torch
 from tests.tiny_models import noise_image, processor, tokenizer
 from tests.zoo import FAMILIES, Family
 from vlmpo import Message, PreferencePair
+from vlmpo.data.encode import encoder, prompt_cache, settings_memory
 from vlmpo.data.encode.chat_template import ChatTemplate
-from vlmpo.data.encode.encoder import PairEncoder, settings_memory
-from vlmpo.data.encode.encoder import encoder as encode
-from vlmpo.data.encode.encoder import prompt_cache as trunks
+from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.encode.fast_image_tokens import RunTokenizer, with_quick_runs
 from vlmpo.data.encode.pixels import reads_alike
 from vlmpo.data.encode.settings_memory import MergedSettings
@@ -31,13 +30,13 @@ from vlmpo.errors import RecordError
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every image that an encoder opens, in order."""
     found: list[Any] = []
-    plain = encode.open_image
+    plain = encoder.open_image
 
     def listening(source: Any, origin: str = "") -> Any:
         found.append(source)
         return plain(source, origin)
 
-    monkeypatch.setattr(encode, "open_image", listening)
+    monkeypatch.setattr(encoder, "open_image", listening)
     return found
 
 
@@ -59,7 +58,7 @@ def test_pairs_of_one_prompt_decode_its_images_once(tmp_path: Path, opened: list
     first, second = (encoder.encode(pair(one, two, chosen=text)) for text in ("red", "green"))
     assert opened == [one, two]
     assert first.vision["pixel_values"] is second.vision["pixel_values"]
-    assert first.trunk_ids.tolist() == second.trunk_ids.tolist()
+    assert first.prompt_ids.tolist() == second.prompt_ids.tolist()
     assert first.chosen_ids.tolist() != second.chosen_ids.tolist()
     fresh = PairEncoder(processor()).encode(pair(one, two, chosen="green"))
     assert torch.equal(fresh.vision["pixel_values"], second.vision["pixel_values"])
@@ -98,14 +97,14 @@ def test_images_in_memory_are_always_read(opened: list[Any]) -> None:
 
 
 def test_only_the_last_few_are_kept_and_none_is_sent_to_workers(tmp_path: Path, opened: list[Any]) -> None:
-    paths = files(tmp_path, trunks.KEPT + 1)
+    paths = files(tmp_path, prompt_cache.KEPT + 1)
     encoder = PairEncoder(processor())
     for path in [*paths, *paths[1:], paths[0]]:  # the first one has gone when it is asked for again
         encoder.encode(pair(path))
     assert opened == [*paths, paths[0]]
-    assert len(encoder._trunks._kept) == trunks.KEPT
-    assert not pickle.loads(pickle.dumps(encoder))._trunks._kept
-    assert not encoder.for_loader()._trunks._kept  # its pixels are bytes
+    assert len(encoder._prompts._kept) == prompt_cache.KEPT
+    assert not pickle.loads(pickle.dumps(encoder))._prompts._kept
+    assert not encoder.for_loader()._prompts._kept  # its pixels are bytes
 
 
 # ---- runs of image tokens ----
@@ -238,7 +237,7 @@ def test_families_merge_their_settings_once(family: Family, monkeypatch: pytest.
     sent = pickle.loads(pickle.dumps(encoder))
     for encoded, one in zip(first, asked, strict=True):
         again = sent.encode(one)
-        assert again.trunk_ids.tolist() == encoded.trunk_ids.tolist()
+        assert again.prompt_ids.tolist() == encoded.prompt_ids.tolist()
         assert all(torch.equal(tensor, again.vision[name]) for name, tensor in encoded.vision.items())
     assert "_merge_kwargs" not in vars(family.processor())  # the user's own is left as it was
 

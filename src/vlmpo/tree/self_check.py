@@ -1,0 +1,91 @@
+"""The start-up check: are our log-probabilities those of the model itself, on one real pair?"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmpo.errors import ModelError
+from vlmpo.tree.forward import accepted
+from vlmpo.tree.layout import PackedRow
+
+# Mean difference a token that rounding explains. A response that is read wrongly is off by tenths of a nat.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+def check_rows(
+    model: Any,
+    shared: Sequence[PackedRow] | None,
+    separate: Sequence[PackedRow],
+    half: bool,
+    wrapped: Any | None = None,
+) -> float | None:
+    """The start-up check: are our log-probabilities those of the model itself, on one real pair?
+
+    Args:
+        model: set up by ``install``, under no wrapper.
+        shared: the pair on one prompt; None where the run does not share.
+        separate: the same responses, each on its own.
+        half: whether the run computes in a half-precision type by autocast.
+        wrapped: what to call in the model's place: the wrapper that holds its weights.
+
+    Returns:
+        None where shared and separate rows agree to rounding, else the mean absolute difference in nats a token.
+
+    Raises:
+        ModelError: separate rows already differ from the model's own forward. Its family does something that is not
+            known here, so every number would be wrong.
+    """
+    weight = model.get_output_embeddings().weight
+    bound = max(ROUNDING[weight.dtype], ROUNDING[torch.bfloat16] if half else 0.0)
+    shortest = min(separate, key=lambda row: row.targets.numel())  # the one whose logits exist whole
+    was_training = model.training
+    model.eval()
+    read = model if wrapped is None else wrapped
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=half):
+            ours = {id(row): read(packed_rows=[row], share_prompts=False) for row in separate}
+            own, rounding = own_logps(model, shortest, read)
+            plain = torch.cat([ours[id(row)] for row in separate])
+            together = plain if shared is None else read(packed_rows=shared, share_prompts=True)
+    finally:
+        model.train(was_training)
+    wrong = _mean_difference(ours[id(shortest)], own)
+    if not wrong <= bound + rounding:  # NaN is not within any bound
+        raise ModelError(
+            f"family {model.config.model_type!r} ({type(model).__name__}): log-probabilities read by vlmpo differ from "
+            f"the model's own by {wrong:.3g} nats a token; it does something to its tokens or logits that is not known "
+            "here, and would be trained wrongly. Please report it; a model of another family can be trained"
+        )
+    difference = _mean_difference(together, plain)
+    return None if difference <= bound else difference
+
+
+def own_logps(model: Any, row: PackedRow, read: Any) -> tuple[Tensor, float]:
+    """Log-probabilities of the scored tokens of ``row``, one tree of one response, by the model's own forward.
+
+    Logits and all: no attention, head or positions of ours. ``read`` is the model, or the wrapper that holds its
+    weights.
+
+    Returns:
+        The log-probs ``[scored]``, and what rounding the logits to the model's type may move them by, in nats: in
+        bfloat16 a logit of 60 is only known to a quarter.
+    """
+    scored = row.targets.numel()
+    named = inspect.signature(type(model).forward).parameters
+    arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **row.vision}
+    arguments |= accepted(model, row.token_types)
+    if "logits_to_keep" in named:
+        arguments["logits_to_keep"] = scored + 1
+    logits = read(**arguments).logits[0, -scored - 1 : -1]  # [scored, vocabulary]
+    rounding = float(logits.abs().amax(dim=1).float().mean()) * torch.finfo(logits.dtype).eps
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.gather(1, row.targets[:, None]).squeeze(1) - logits.logsumexp(dim=1), rounding
+
+
+def _mean_difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().mean())
