@@ -102,7 +102,7 @@ def test_only_the_last_few_are_kept_and_none_is_sent_to_workers(tmp_path: Path, 
     for path in [*paths, *paths[1:], paths[0]]:  # the first one has gone when it is asked for again
         encoder.encode(pair(path))
     assert opened == [*paths, paths[0]]
-    assert len(encoder._prompts._kept) == prompt_cache.KEPT
+    assert len(encoder._prompt_cache._kept) == prompt_cache.KEPT
     assert not pickle.loads(pickle.dumps(encoder))._prompts._kept
     assert not encoder.for_loader()._prompts._kept  # its pixels are bytes
 
