@@ -118,6 +118,7 @@ def open_once(recipe_path: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "overlap_seconds": time.perf_counter() - opened,
         "peak_bytes": peak_bytes(),
+        "cpu_seconds": sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
         "reader_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }
     held_out = data.evaluation["held_out"]
@@ -187,6 +188,7 @@ def row(name: str, found: dict[str, Any]) -> str:
     workers = found["workers"]
     figures = [
         f"{found['seconds']:.1f} s",
+        f"{found['cpu_seconds']:.1f} s",
         f"{found['peak_bytes'] / 1e9:.2f} GB",
         f"{found['import_peak_bytes'] / 1e9:.2f} GB",
         f"{workers['peak_bytes'] / 1e9:.2f} GB, {workers['own_bytes'] / 1e9:.2f} GB its own",
@@ -197,7 +199,7 @@ def row(name: str, found: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The results as Markdown."""
-    head = ["opening", "time", "peak memory", "of it, after imports", "DataLoader worker, peak", "pairs/s, 2 workers"]
+    head = ["opening", "time", "CPU time, imports included", "peak memory", "of it, after imports", "DataLoader worker, peak", "pairs/s, 2 workers"]
     return "\n".join(
         [
             f"{result['lines']:,} lines ({result['annotation_bytes'] / 1e9:.2f} GB) on {result['images']:,} images, "

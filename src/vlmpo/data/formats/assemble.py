@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from vlmpo.data.fields import text_field
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.media import is_null, media_of
 from vlmpo.data.formats.turns import Turn, text_turn
-from vlmpo.data.records import Message, PreferencePair
+from vlmpo.data.records import Message, PreferencePair, text_field
 
 # Where no placeholder is written: `all` puts every image before the first user's text, `one` does where there is one.
 Lead = Literal["all", "one"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmpo.data.fields import text_field
 from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
-from vlmpo.data.records import PreferencePair
+from vlmpo.data.records import PreferencePair, text_field
 
 _CONVERSATION_KEYS = frozenset({"conversations", "messages", "chosen", "rejected", "system"})
 _ALPACA_KEYS = frozenset({"instruction", "input", "output", "chosen", "rejected", "history", "system"})

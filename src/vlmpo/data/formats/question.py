@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vlmpo.data.fields import json_kind, text_field
 from vlmpo.data.formats.assemble import preference_pair, with_system
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import text_turn
-from vlmpo.data.records import PreferencePair
+from vlmpo.data.records import PreferencePair, json_kind, text_field
 
 _KEYS = frozenset({"question", "chosen", "rejected", "system"})
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from vlmpo.data.fields import text_field
 from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
-from vlmpo.data.records import PreferencePair
+from vlmpo.data.records import PreferencePair, text_field
 
 _KEYS = frozenset({"prompt", "chosen", "rejected", "completion", "system"})
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vlmpo.data.fields import checked_text, json_kind
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.media import is_null, medium
-from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, checked_text, json_kind
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # Parts of a message that change what a model reads or writes, and that a plain turn has no place for.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmpo.data.fields import json_kind
+from vlmpo.data.records import json_kind
 from vlmpo.errors import DataError
 
 # A file of JSON Lines, an array of records, an MMPR meta.json, Parquet files, a folder save_to_disk wrote, any other
