@@ -11,6 +11,7 @@ from vlmpo.errors import RecordError
 
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
+BOM = b"\xef\xbb\xbf"  # UTF-8 byte order mark, which a JSON file may begin with
 
 
 @dataclass(frozen=True, slots=True)

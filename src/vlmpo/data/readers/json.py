@@ -19,10 +19,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlmpo.data.index.store import Cache, Stamp
-from vlmpo.data.records import json_object
+from vlmpo.data.records import BOM, json_object
 from vlmpo.errors import DataError
 
-BOM = b"\xef\xbb\xbf"
 # An array is read whole to find its records, once if the cache can be written to.
 MAX_ARRAY_BYTES = 2 << 30
 
@@ -115,7 +114,7 @@ def find_lines(path: str) -> pa.Table:
 
     A UTF-8 byte order mark is skipped.
     """
-    columns: list[list[NDArray[np.int64]]] = [[np.empty(0, np.int64)] for _ in range(3)]
+    parts = [_places([], [], [])]
     with open(path, "rb") as file:
         offset = len(BOM) if file.read(len(BOM)) == BOM else 0
         file.seek(offset)
@@ -127,13 +126,15 @@ def find_lines(path: str) -> pa.Table:
             for index in np.flatnonzero(np.isin(np.frombuffer(chunk, np.uint8)[starts], _WHITESPACE)):
                 is_blank[index] = not chunk[starts[index] : ends[index]].strip()
             kept = np.flatnonzero(~is_blank)
-            for column, values in zip(columns, (starts[kept] + offset, ends[kept] + offset, kept + line), strict=True):
-                column.append(values)
+            parts.append(_places(starts[kept] + offset, ends[kept] + offset, kept + line))
             offset += len(chunk)
             line += len(starts)
-    return pa.table(
-        {name: np.concatenate(parts) for name, parts in zip(("start", "end", "line"), columns, strict=True)}
-    )
+    return pa.concat_tables(parts).combine_chunks()
+
+
+def _places(starts: Any, ends: Any, lines: Any) -> pa.Table:
+    columns = {"start": starts, "end": ends, "line": lines}
+    return pa.table({name: pa.array(values, pa.int64()) for name, values in columns.items()})
 
 
 def _chunk_lines(chunk: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -185,9 +186,7 @@ def find_elements(path: str) -> pa.Table:
             f"{path}:{where}: not a valid JSON array ({what}){begins}: look for a bracket, brace, quote or comma that "
             "is missing or too many"
         ) from None  # the error holds the whole text
-    return pa.table(
-        {"start": pa.array(starts, pa.int64()), "end": pa.array(ends, pa.int64()), "line": pa.array(lines, pa.int64())}
-    )
+    return _places(starts, ends, lines)
 
 
 def _end_of_spaces(text: str, at: int) -> int:

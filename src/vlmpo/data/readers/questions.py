@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from vlmpo.data.encode.images import missing_image
-from vlmpo.data.readers.json import BOM
-from vlmpo.data.records import IMAGE_PLACEHOLDER, Question, json_kind, json_object, text_field
+from vlmpo.data.readers.json import JsonRecords
+from vlmpo.data.records import IMAGE_PLACEHOLDER, Question, json_kind, text_field
 from vlmpo.errors import DataError, RecordError
 from vlmpo.hashing import content_hash
 
@@ -64,9 +63,11 @@ def read_questions(
     result = QuestionSet([], [])
     first_seen: dict[str, str] = {}
     splits: Counter[str] = Counter()
-    for origin, line in _lines(path):
+    lines = JsonRecords(path)
+    for number in range(len(lines)):
+        origin = lines.origin(number)
         try:
-            record = json_object(line, origin)
+            record = lines.record(number)
             splits[str(record.get("split"))] += 1
             if split is not None and record.get("split") != split:
                 continue
@@ -87,18 +88,6 @@ def read_questions(
     if not result.questions and not result.dropped:
         raise DataError(f"{path}: no record in it; write one JSON object a line")
     return result
-
-
-def _lines(path: str) -> Iterator[tuple[str, bytes]]:
-    """Yield ``file:line`` and bytes of every line that is not blank."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                content = line.removeprefix(BOM) if number == 1 else line
-                if content.strip():
-                    yield f"{path}:{number}", content
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
 
 
 def _question(record: dict[str, Any], root: str, origin: str, need_answer: bool) -> Question:
