@@ -103,13 +103,13 @@ def _placed(
 
     If no placeholder is written, ``lead`` may put some into ``texts``.
     """
-    flat = [held for turn in slots for held in turn]
+    flat = [medium for turn in slots for medium in turn]
     if not flat and given and (lead == "all" or len(given) == 1):
         texts[first_user] = f"<{kind}>\n" * len(given) + texts[first_user]
         return given
-    unfilled = sum(held is None for held in flat)
+    unfilled = sum(medium is None for medium in flat)
     if unfilled != len(given):
         detail = f"the prompt has {unfilled} <{kind}> for {len(given)} {kind}s; write one where each stands"
         raise context.error("placeholder_mismatch", detail)
     rest = iter(given)
-    return tuple(next(rest) if held is None else held for held in flat)
+    return tuple(next(rest) if medium is None else medium for medium in flat)

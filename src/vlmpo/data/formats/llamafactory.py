@@ -15,9 +15,9 @@ _ALPACA_KEYS = frozenset({"instruction", "input", "output", "chosen", "rejected"
 
 
 def parse_sharegpt(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """``{conversations, chosen, rejected}``; for fine-tuning ``conversations`` alone, whose last turn is scored.
+    """Parse ``{conversations, chosen, rejected}``; for fine-tuning ``conversations`` alone, whose last turn is scored.
 
-    ``messages`` may stand for ``conversations``. The conversation's own system turn goes before the ``system`` key.
+    ``messages`` may replace ``conversations``. The conversation's own system turn takes precedence over ``system``.
     """
     refuse_unsupported(record, context)
     key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
@@ -31,9 +31,9 @@ def parse_sharegpt(record: Mapping[str, Any], context: RecordContext) -> Prefere
 
 
 def parse_alpaca(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """``{instruction, input?, chosen, rejected, history?, system?}``; for fine-tuning ``output`` in place of chosen.
+    """Parse ``{instruction, input?, chosen, rejected, history?, system?}``; for fine-tuning ``output`` replaces chosen.
 
-    The user says the instruction, and on the next line the input.
+    The user's turn is the instruction, and on the next line the input.
     """
     refuse_unsupported(record, context)
     parts = [text_field(record, "instruction", context.origin)]

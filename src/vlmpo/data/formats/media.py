@@ -1,4 +1,4 @@
-"""Images and videos of a record, in every form data sets hold them: paths, bytes, ``datasets``' dicts, PIL images."""
+"""Reads images and videos of a record in all the forms of data sets: paths, bytes, ``{bytes, path}``, PIL images."""
 
 from __future__ import annotations
 
