@@ -12,7 +12,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,39 +21,16 @@ from vlmpo.data.formats import RecordContext, recognise
 from vlmpo.data.formats.detect import HEAD
 from vlmpo.data.index.record_index import Indices, RecordIndex
 from vlmpo.data.index.scan import Progress, scan
-from vlmpo.data.index.store import Cache, Stamp
-from vlmpo.data.readers.arrow import load_named, open_parquet, open_saved
+from vlmpo.data.index.store import Cache
+from vlmpo.data.readers.arrow import TableRecords, load_named, open_parquet, open_saved
 from vlmpo.data.readers.json import JsonRecords
 from vlmpo.data.readers.spec import FileSpec, SourceSpec, file_specs
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import DataError, RecordError
 from vlmpo.hashing import content_hash, stable_hash
 
-
-class Records(Protocol):
-    """Records by index. Picklable; each process opens the files for itself.
-
-    Attributes:
-        kind: what users call the container, e.g. ``JSON Lines``.
-    """
-
-    kind: str
-
-    @property
-    def paths(self) -> list[str]:
-        """List the files behind the records."""
-
-    @property
-    def stamp(self) -> Stamp | None:
-        """Return the files' state when they were opened; None if nothing is to be kept of them."""
-
-    def __len__(self) -> int: ...
-
-    def origin(self, index: int) -> str:
-        """Return ``file:line`` of record ``index``, or what comes nearest, without reading it."""
-
-    def record(self, index: int) -> Mapping[str, Any]:
-        """Read record ``index``. Raises RecordError ``bad_json``."""
+# Both are picklable, and each process opens the files for itself.
+Records = JsonRecords | TableRecords
 
 
 def open_records(spec: FileSpec, cache: Cache) -> Records:
@@ -69,7 +46,7 @@ def open_records(spec: FileSpec, cache: Cache) -> Records:
 
 def _head(records: Records) -> list[Mapping[str, Any]]:
     """Read the first few records, without those that cannot be read."""
-    head = []
+    head: list[Mapping[str, Any]] = []
     for index in range(min(HEAD, len(records))):
         try:
             head.append(records.record(index))
