@@ -179,6 +179,11 @@ class MPOTrainer(Trainer):
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
 
+    @property
+    def shared(self) -> bool:
+        """Whether a prompt is read once for its responses."""
+        return self.data_collator.shared
+
     # ---- set-up ----
 
     def create_accelerator_and_postprocess(self) -> None:
