@@ -9,17 +9,46 @@ is small.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmpo.tree.heads import PLAIN, LogitTransform
-
 # Logits of a block, by device. On a CPU a block should stay in its cache (measured: benchmarks/head.py).
 CHUNK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 8 * 1024 * 1024}
 _ALIGNED = 64  # columns: 128 bytes of bf16
 KEPT_BYTES = 192 * 1024 * 1024  # of logits kept from forward to backward, a call
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """``softcap * tanh(scale * x / softcap)`` of the projection ``x``; ``scale * x`` if there is no soft cap.
+
+    Log-probabilities read from the bare projection of a family that scales or caps it would be silently wrong.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, projected: Tensor) -> Tensor:
+        """Return the family's logits."""
+        logits = projected if self.scale == 1.0 else projected * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Return the gradient with respect to the projection.
+
+        Args:
+            grad: gradient with respect to ``logits``.
+            logits: what ``apply`` returned.
+        """
+        if self.softcap is not None:
+            grad = grad * (1 - (logits / self.softcap) ** 2)  # tanh' = 1 - tanh^2
+        return grad if self.scale == 1.0 else grad * self.scale
+
+
+PLAIN = LogitTransform()
 
 
 def chunk_elements_for(device: torch.device) -> int:
@@ -85,7 +114,7 @@ class _TokenLogProbs(torch.autograd.Function):
             block = slice(at, min(at + columns, weight.shape[0]))
             out = kept[number] if number < len(kept) else None
             projected = _project(hidden, weight[block], bias if bias is None else bias[block], out)
-            logits = logit_transform.of(projected.to(picked.dtype))  # [scored, block]
+            logits = logit_transform.apply(projected.to(picked.dtype))  # [scored, block]
             inside, column = _place(targets, block)
             picked = torch.where(inside, logits.gather(1, column[:, None]).squeeze(1), picked)
             own = torch.logsumexp(logits, dim=1)
@@ -124,7 +153,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 def _excess(projected: Tensor, total: Tensor, targets: Tensor, block: slice, logit_transform: LogitTransform) -> Tensor:
     """``-d log p[target] / d projection`` of a block, ``[scored, block]``: softmax less one-hot, through the map."""
-    logits = logit_transform.of(projected.to(total.dtype))
+    logits = logit_transform.apply(projected.to(total.dtype))
     excess = (logits - total[:, None]).exp_()
     inside, column = _place(targets, block)
     excess.scatter_add_(1, column[:, None], -inside[:, None].to(excess.dtype))

@@ -12,27 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmpo.models.families import family_of
 from vlmpo.tree.layout import PackedRow
 
-# Families whose log-probs were tested to be the same with features handed over as with pixels (transformers' keyword
-# ``mm_encoder_outputs``).
-FEATURE_FAMILIES = frozenset(
-    {
-        "gemma3",
-        "idefics3",
-        "internvl",
-        "llava",
-        "llava_next",
-        "llava_onevision",
-        "mistral3",
-        "qwen2_5_vl",
-        "qwen2_vl",
-        "qwen3_5",
-        "qwen3_vl",
-        "qwen3_vl_moe",
-        "smolvlm",
-    }
-)
 _PIXELS, _OUTPUTS = "pixel_values", "mm_encoder_outputs"
 _ADAPTED = (".base_layer.", ".original_module.")  # how PEFT names what an adapter was put on
 _READ = ("pooler_output", "deepstack_features")  # of a tower's output; layers' states would only take memory
@@ -45,7 +27,7 @@ def tower_of(model: Any) -> dict[str, Tensor] | None:
     take features, or where a tower behaves otherwise in training.
     """
     base = model.base_model
-    known = model.config.model_type in FEATURE_FAMILIES
+    known = family_of(model.config).takes_features
     if not known or _OUTPUTS not in inspect.signature(type(base).forward).parameters:
         return None
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in base.modules()):

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmpo.models.families import logit_scale_and_softcap
 from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
-from vlmpo.tree.chunked_logprobs import chunk_elements_for, linear_token_logps, wide
+from vlmpo.tree.chunked_logprobs import PLAIN, LogitTransform, chunk_elements_for, linear_token_logps, wide
 from vlmpo.tree.features import vision_arguments
-from vlmpo.tree.heads import PLAIN, LogitTransform, logit_transform
 from vlmpo.tree.layout import PackedRow
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 from vlmpo.tree.recompute import prepare, recomputing
@@ -86,7 +86,7 @@ def _token_logps_through(
 ) -> Tensor:
     def score(states: Tensor, wanted: Tensor) -> Tensor:
         projected = head(states)
-        logits = logit_transform.of(projected.to(wide(projected.dtype)))
+        logits = logit_transform.apply(projected.to(wide(projected.dtype)))
         return logits.gather(1, wanted[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
 
     rows = max(1, chunk_elements // int(getattr(head, "out_features", 32768)))
@@ -114,7 +114,8 @@ def _score_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
     with reading_a_row(row.input_ids.device) if shared else contextlib.nullcontext(), recomputing(model):
         hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     head = model.get_output_embeddings()
-    return token_logps(hidden[row.logit_positions], head, row.targets, logit_transform=logit_transform(model.config))
+    transform = LogitTransform(*logit_scale_and_softcap(model.config))
+    return token_logps(hidden[row.logit_positions], head, row.targets, logit_transform=transform)
 
 
 def score_rows(model: Any, rows: Sequence[PackedRow], shared: bool) -> Tensor:

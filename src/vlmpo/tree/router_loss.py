@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmpo.errors import ModelError
+from vlmpo.models.families import family_of
 from vlmpo.tree.layout import PackedRow, RowLayout
-
-# Text towers whose routers were tested here: softmax over all experts, then the top k of them.
-ROUTED_TEXT = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text"})
 
 
 class ResponseScores(NamedTuple):
@@ -43,7 +41,7 @@ def router_coefficient(config: Any) -> float | None:
     coefficient = float(getattr(text, "router_aux_loss_coef", None) or 0.0)
     if not getattr(text, "output_router_logits", False) or not coefficient:
         return None
-    if text.model_type not in ROUTED_TEXT:
+    if not family_of(text).routed:
         raise ModelError(
             f"the model's config asks for the router loss of a {text.model_type!r} text tower, which is not known "
             "here; set output_router_logits to false in its config.json to train without it"
