@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmpo import compat
 from vlmpo.errors import ModelError, RecipeError
 from vlmpo.log import logger
 from vlmpo.models.adapters import active_adapter, adapter_places, check_init, is_adapter, split_name
@@ -147,7 +148,7 @@ def check_policy_adapter(model: Any, args: Any) -> None:
         ModelError: it cannot.
     """
     if not is_peft(model):
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if compat.has_transformers_adapter(model):
             raise ModelError(
                 "the model's adapter was loaded by transformers; load it by peft.PeftModel.from_pretrained"
             )

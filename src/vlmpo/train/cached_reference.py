@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from vlmpo import compat
 from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RecordError, RunError
 from vlmpo.fileio import replace_json
@@ -252,7 +253,7 @@ def cached_reference(trainer: MPOTrainer, given: Any | None, online: Callable[[]
     pixels = trainer.loader_encoder.pixel_scale
     precision = f"{next(source.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type} {pixels}"
     config = config_hash(source.config)
-    name = None if is_peft(trainer.model if given is None else given) else getattr(source.config, "_name_or_path", None)
+    name = None if is_peft(trainer.model if given is None else given) else compat.name_or_path(source.config)
 
     dtype = str(source.dtype).removeprefix("torch.")
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmpo import compat
 from vlmpo.errors import RecipeError, RunError, first_line
 from vlmpo.log import logger
 from vlmpo.loss import needs_reference
@@ -191,7 +192,7 @@ class ChoosingTrainer(RanksTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.average is not None and self.args.should_save:
-            self.average.save(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}")
+            self.average.save(f"{compat.output_folder(self, trial)}/checkpoint-{self.state.global_step}")
 
     # ---- the Hub ----
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from vlmpo import compat
 from vlmpo.loss import mpo_loss
 from vlmpo.stats import mean_interval, wilson
 from vlmpo.train.sharding import prepare_to_score
@@ -60,7 +61,7 @@ def score_pairs(trainer: MPOTrainer, loader: PairLoader) -> tuple[list[ScoredPai
 def _ready(trainer: MPOTrainer) -> torch.nn.Module:
     """The policy as training calls it. Asked before training, it is under no wrapper, autocast or sharding yet."""
     model = trainer.model_wrapped
-    if getattr(model, "_is_accelerate_prepared", False):
+    if compat.is_prepared(model):
         return model
     if not getattr(model, "_vlmpo_ready", False):
         model = prepare_to_score(trainer.accelerator, model)

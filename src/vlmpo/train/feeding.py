@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vlmpo import compat
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.log import logger
@@ -59,7 +60,7 @@ class FeedingTrainer(ChoosingTrainer):
             self._costs = self._costs_of_pairs()
         loader = self._loader(
             self.train_dataset,
-            *(self._train_batch_size, accumulation, order, drop_last, self._labels, group, self._costs),
+            *(compat.batch_size_per_device(self), accumulation, order, drop_last, self._labels, group, self._costs),
         )
         lags = None if told else loader.sampler_of_pairs.lags(_TOLD_STEPS)
         if lags is not None:
@@ -75,7 +76,7 @@ class FeedingTrainer(ChoosingTrainer):
         """
         if self.train_dataset is None:
             return
-        per_device, count = self._train_batch_size, len(self.train_dataset)
+        per_device, count = compat.batch_size_per_device(self), len(self.train_dataset)
         whole = per_device * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         if self.args.dataloader_drop_last and count < whole:
             raise RecipeError(

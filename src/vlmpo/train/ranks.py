@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vlmpo import compat
 from vlmpo.log import logger
 from vlmpo.train.reference import unwrap_peft
 from vlmpo.train.sharding import all_gather_object, configure_fsdp, passes_are_shared, whole_state_dict
@@ -26,7 +27,7 @@ class RanksTrainer(Trainer):
                 f"one of {self.args.n_gpu} GPUs is used; to use all, start with "
                 f"torchrun --nproc_per_node {self.args.n_gpu} (docs/ranks.md)"
             )
-            self.args._n_gpu = 1
+            compat.use_one_gpu(self.args)
         super().create_accelerator_and_postprocess()
         configure_fsdp(self.accelerator, self.model)
         if passes_are_shared(self.accelerator):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vlmpo import compat
 from vlmpo.errors import ModelError
 from vlmpo.models.adapters import active_adapter, adapter_places, split_name
 from vlmpo.train.batching import MicroBatch
@@ -172,7 +173,7 @@ def switch_dropout_off(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         rates = [r for r in _DROPOUT_RATES if isinstance(getattr(module, r, None), float) and getattr(module, r) > 0]
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if compat.is_dropout(module) and module.p > 0:
             rates.append("p")
         for rate in rates:
             setattr(module, rate, 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from vlmpo import compat
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.errors import RunError
 from vlmpo.log import logger
@@ -366,7 +367,7 @@ class MPOTrainer(FeedingTrainer):
         super()._save_checkpoint(model, trial)
         state = self._mpo_state()
         if self.args.should_save:
-            write_state(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}", state)
+            write_state(f"{compat.output_folder(self, trial)}/checkpoint-{self.state.global_step}", state)
 
     def _mpo_state(self) -> dict[str, Any]:
         return {

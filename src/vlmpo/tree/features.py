@@ -10,8 +10,9 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vlmpo import compat
 from vlmpo.models.families import family_of
 from vlmpo.tree.layout import PackedRow
 
@@ -30,7 +31,7 @@ def tower_of(model: Any) -> dict[str, Tensor] | None:
     known = family_of(model.config).takes_features
     if not known or _OUTPUTS not in inspect.signature(type(base).forward).parameters:
         return None
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in base.modules()):
+    if any(compat.is_batch_norm(module) for module in base.modules()):
         return None
     text = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
     own = {id(tensor) for module in text for tensor in (*module.parameters(), *module.buffers())}

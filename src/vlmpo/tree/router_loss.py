@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlmpo import compat
 from vlmpo.errors import ModelError
 from vlmpo.models.families import family_of
 from vlmpo.tree.layout import PackedRow, RowLayout
@@ -142,12 +143,8 @@ def routers_of(model: nn.Module) -> list[nn.Module]:
     Raises:
         ModelError: it has none.
     """
-    kinds = []
-    for module in model.modules():
-        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
-        if recorder is not None:
-            kinds.append(recorder.target_class)
-    routers = [module for module in model.modules() if isinstance(module, tuple(kinds))]
+    kinds = tuple({kind for module in model.modules() if (kind := compat.router_class(module)) is not None})
+    routers = [module for module in model.modules() if isinstance(module, kinds)]
     if not routers:
         raise ModelError("the model's config asks for a router loss (output_router_logits), but it has no router")
     return routers
