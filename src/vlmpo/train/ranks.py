@@ -12,9 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat
 from vlmpo.log import logger
-from vlmpo.train.reference import unwrap_peft
-from vlmpo.train.sharding import all_gather_object, configure_fsdp, passes_are_shared, whole_state_dict
-from vlmpo.tree.recompute import keep_all
+from vlmpo.train.sharding import all_gather_object, configure_fsdp, whole_state_dict
 
 
 class RanksTrainer(Trainer):
@@ -30,8 +28,6 @@ class RanksTrainer(Trainer):
             compat.use_one_gpu(self.args)
         super().create_accelerator_and_postprocess()
         configure_fsdp(self.accelerator, self.model)
-        if passes_are_shared(self.accelerator):
-            keep_all(unwrap_peft(self.model))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model whole, also where checkpoints hold shards: of those transformers would write nothing."""

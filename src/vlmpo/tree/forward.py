@@ -25,7 +25,6 @@ from vlmpo.tree.chunked_logprobs import PLAIN, LogitTransform, chunk_elements_fo
 from vlmpo.tree.features import vision_arguments
 from vlmpo.tree.layout import PackedRow
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
-from vlmpo.tree.recompute import prepare, recomputing
 from vlmpo.tree.router_loss import with_router_losses
 from vlmpo.tree.vision import refuse_bytes
 
@@ -111,7 +110,7 @@ def _score_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
     if shared:
         # Positions are said only here: a separate row is an ordinary prompt, the model counts it as it always does.
         arguments |= {"position_ids": positions_of(model, row), LAYOUT_ARGUMENT: layout_of(model, row)}
-    with reading_a_row(row.input_ids.device) if shared else contextlib.nullcontext(), recomputing(model):
+    with reading_a_row(row.input_ids.device) if shared else contextlib.nullcontext():
         hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     head = model.get_output_embeddings()
     transform = LogitTransform(*logit_scale_and_softcap(model.config))
@@ -145,7 +144,6 @@ def install(model: Any, shared: bool) -> None:
         text_only = model.config.get_text_config() is model.config
         model.set_attn_implementation(ATTENTION_NAME if text_only else {"text_config": ATTENTION_NAME})
     model._vlmpo_shared = shared
-    prepare(model)
     _install_on_head(model.get_output_embeddings())
     if "_vlmpo_plain_forward" not in model.__dict__:
         model._vlmpo_plain_forward = model.forward
