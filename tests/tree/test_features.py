@@ -16,9 +16,9 @@ from tests.tiny_models import random_pair
 from tests.training import flat_weights, logged, pairs, trainer
 from tests.zoo import FAMILIES, Family, encoded_pairs
 from vlmpo.errors import ModelError
+from vlmpo.models.adapters import unwrap_peft
 from vlmpo.train import features as train_features
 from vlmpo.train.batching import lay_out
-from vlmpo.train.reference import unwrap_peft
 from vlmpo.tree.features import share_features, tower_of
 from vlmpo.tree.forward import install, score_rows
 

@@ -17,6 +17,7 @@ from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import reads_images, tokenizer_of
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import RecordError
+from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import family_of
 from vlmpo.tree.forward import accepted
 
@@ -128,7 +129,7 @@ class LocalEngine:
         self.name = name
         self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False)
         # A LoRA wrapper generates through the model it wraps, whose layers hold the adapter.
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = unwrap_peft(model)
         self._tokenizer = tokenizer_of(processor)
         self._sampling = sampling
         # Text-only models have no images to mix up. Any other family without the mark gets one prompt a call, its

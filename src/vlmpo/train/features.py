@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vlmpo.log import logger
-from vlmpo.train.reference import AdapterReference, CopyReference, unwrap_peft
+from vlmpo.models.adapters import unwrap_peft
+from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.features import share_features
 
 

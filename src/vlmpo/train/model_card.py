@@ -16,9 +16,10 @@ import jinja2
 import yaml
 
 from vlmpo import compat
+from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.train.citations import citations, method
 from vlmpo.train.counts import PairCounts
-from vlmpo.train.reference import AdapterReference, is_peft, unwrap_peft
+from vlmpo.train.reference import AdapterReference
 
 if TYPE_CHECKING:
     from vlmpo.train.choices import ChoosingTrainer

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.errors import ModelError
-from vlmpo.models.adapters import active_adapter, adapter_places, split_name
+from vlmpo.models.adapters import active_adapter, adapter_places, is_peft, split_name, unwrap_peft, use_adapter
 from vlmpo.train.batching import MicroBatch
 from vlmpo.train.sharding import full_tensor, is_partitioned, release, unwrapped
 from vlmpo.tree.forward import install, uses_shared_rows
@@ -96,49 +95,6 @@ class AdapterReference:
         """Tells one reference's weights from another's."""
         self._hash = self._hash or weights_hash(self.policy, self.frozen)
         return self._hash
-
-
-@contextmanager
-def use_adapter(policy: Any, adapter: str | None) -> Iterator[None]:
-    """Read ``policy`` under another of its adapters, or under none; afterwards it is as it was.
-
-    PEFT's switches also set ``requires_grad``: that would thaw what was frozen, and FSDP2, which takes note of it in a
-    model's first forward, would never give the adapter a gradient. So every parameter keeps its own, inside too.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    try:
-        with policy.disable_adapter() if adapter is None else _switched(policy, adapter):
-            restore_requires_grad(flags)
-            yield
-    finally:
-        restore_requires_grad(flags)
-
-
-@contextmanager
-def _switched(policy: Any, adapter: str) -> Iterator[None]:
-    own = active_adapter(policy)
-    policy.set_adapter(adapter)
-    try:
-        yield
-    finally:
-        policy.set_adapter(own)
-
-
-def restore_requires_grad(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
-    """Give each parameter the ``requires_grad`` beside it."""
-    for parameter, wanted in flags:
-        if parameter.requires_grad != wanted:
-            parameter.requires_grad_(wanted)
-
-
-def is_peft(model: Any) -> bool:
-    """Whether ``model`` is a PEFT model, without importing peft for those that are not."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-
-
-def unwrap_peft(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if is_peft(model) else model
 
 
 def frozen_copy(policy: Any) -> nn.Module:

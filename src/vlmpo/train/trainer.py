@@ -14,8 +14,14 @@ from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.errors import RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, expected_start, mpo_loss, needs_reference
+from vlmpo.models.adapters import (
+    add_frozen_adapter,
+    choose_kind,
+    prepare_policy_adapter,
+    put_adapter_on,
+    unwrap_peft,
+)
 from vlmpo.models.families import support_for
-from vlmpo.train.adapters import add_frozen_adapter, check_policy_adapter, choose_kind, put_adapter_on
 from vlmpo.train.batching import (
     Batch,
     Collator,
@@ -42,7 +48,6 @@ from vlmpo.train.reference import (
     freeze,
     frozen_copy,
     switch_dropout_off,
-    unwrap_peft,
 )
 from vlmpo.train.router_term import add_router_loss, read_policy
 from vlmpo.train.sharding import no_gradient_sync, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
@@ -95,7 +100,9 @@ class MPOTrainer(FeedingTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # an adapter starts from random numbers: the seed's, not whatever came before
             model = put_adapter_on(model, peft_config)
-        check_policy_adapter(model, args)
+        prepare_policy_adapter(
+            model, args.gradient_checkpointing and bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+        )
         switched_off = switch_dropout_off(model)
         if switched_off:
             logger.info(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
