@@ -25,7 +25,8 @@ from vlmpo.errors import RecordError
 from vlmpo.train.balance import PairCosts, Shape, even_split, lag, plain_split
 from vlmpo.train.logps_store import content_key
 from vlmpo.train.order import runs, shuffled, with_groups
-from vlmpo.tree.layout import PackedRow, PromptTree, build_row, pack
+from vlmpo.tree.layout import PackedRow, PromptTree, build_row
+from vlmpo.tree.packing import pack
 
 
 class PairBatchSampler(Sampler[list[int]]):

@@ -35,7 +35,6 @@ from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.evaluation import evaluate_pairs
-from vlmpo.train.features import share_if_frozen
 from vlmpo.train.feeding import FeedingTrainer
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
 from vlmpo.train.metrics import StepSums, add_up, summarise
@@ -49,10 +48,10 @@ from vlmpo.train.reference import (
     frozen_copy,
     switch_dropout_off,
 )
-from vlmpo.train.router_term import add_router_loss, read_policy
 from vlmpo.train.sharding import no_gradient_sync, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
-from vlmpo.tree.forward import install
-from vlmpo.tree.router_loss import router_coefficient
+from vlmpo.tree.features import share_features
+from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
+from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 from vlmpo.tree.self_check import check_rows
 
 
@@ -100,9 +99,8 @@ class MPOTrainer(FeedingTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # an adapter starts from random numbers: the seed's, not whatever came before
             model = put_adapter_on(model, peft_config)
-        prepare_policy_adapter(
-            model, args.gradient_checkpointing and bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
-        )
+        reentrant = bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+        prepare_policy_adapter(model, reentrant_checkpointing=args.gradient_checkpointing and reentrant)
         switched_off = switch_dropout_off(model)
         if switched_off:
             logger.info(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
@@ -141,7 +139,7 @@ class MPOTrainer(FeedingTrainer):
         self.check_steps()
         self.rank_sync = RankSync(self.accelerator, self.encoder, self.data_collator)
         self.reference = self._build_reference(ref_model, peft_config is not None)
-        share_if_frozen(self)
+        self._share_image_features()
 
     # ---- set-up ----
 
@@ -194,6 +192,15 @@ class MPOTrainer(FeedingTrainer):
         frozen = frozen_copy(self.model) if given is None else freeze(given, self.shared)
         return CopyReference(prepare_frozen(self.accelerator, frozen))
 
+    def _share_image_features(self) -> None:
+        """Let the policy take image features from its reference; a store of log-probs reads no images."""
+        policy, reference = unwrap_peft(self.model), self.reference
+        share = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if isinstance(reference, AdapterReference):
+            share_features(policy, policy, share)
+        elif isinstance(reference, CopyReference):
+            share_features(policy, unwrap_peft(self.accelerator.unwrap_model(reference.model)), share)
+
     # ---- one step ----
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
@@ -228,9 +235,9 @@ class MPOTrainer(FeedingTrainer):
         if self.reward_shift.mode == "running" and model.training:
             self._observe_micro_batch(inputs, policy, reference)
         output = self._loss(inputs, policy, reference, num_items_in_batch)
-        output = add_router_loss(
-            output, router, inputs, self.router_coefficient, (num_items_in_batch or {}).get("pairs")
-        )
+        if router is not None and self.router_coefficient is not None:
+            num_pairs = (num_items_in_batch or {}).get("pairs")
+            output = add_router_loss(output, router, inputs.chosen, inputs.rejected, self.router_coefficient, num_pairs)
         if model.training:
             self._record(inputs, policy, output)
         loss = output.loss * self.accelerator.num_processes
@@ -242,7 +249,9 @@ class MPOTrainer(FeedingTrainer):
 
     def _read(self, model: nn.Module, part: MicroBatch, router: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         reference = None if self.reference is None else self.reference.response_logps(part)
-        policy, router_losses = read_policy(model, part, router)
+        policy, router_losses = (
+            response_logps_and_router_losses(model, part.rows) if router else (response_logps(model, part.rows), None)
+        )
         return policy, None if reference is None else reference.to(policy.dtype), router_losses
 
     def _loss(
@@ -394,7 +403,7 @@ class MPOTrainer(FeedingTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model if model is None else model, resume_from_checkpoint)
-        share_if_frozen(self)
+        self._share_image_features()
 
     def _take_state(self, resume_from_checkpoint: str) -> None:
         """Delta and accounts of a checkpoint; refused where it was trained against another reference."""
