@@ -18,9 +18,9 @@ from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.train.batching import Batch, Collator, MicroBatch, Unusable, lay_out, merge
 from vlmpo.train.rank_sync import RankSync, StepInfo
 from vlmpo.train.sharding import configure_fsdp, no_gradient_sync
-from vlmpo.tree.dummies import append_dummy, trees_of
+from vlmpo.tree.dummies import append_dummy
 from vlmpo.tree.forward import install
-from vlmpo.tree.layout import sum_by_response
+from vlmpo.tree.layout import PromptTree, build_row, sum_by_response
 
 PAIRS = skewed_pairs(8)  # 0, 1, 5 have images; 2, 3, 6, 7 have none; 4 is too long
 
@@ -93,14 +93,20 @@ def test_the_scored_tokens_of_a_row_stay_what_they_were() -> None:
     assert longer.dummy_tokens == longer.input_ids.shape[1] - tokens > 0
 
 
-def test_trees_of_undoes_build_row() -> None:
+def test_a_dummy_behind_a_row_is_the_row_built_with_it() -> None:
     pairs = [encoder().encode(PAIRS[index]) for index in (2, 3, 6)]
-    (row,) = lay_out(pairs).rows
-    for tree, pair in zip(trees_of(row), pairs, strict=True):
-        assert torch.equal(tree.prompt_ids, pair.prompt_ids)
-        assert torch.equal(tree.responses[0], pair.chosen_ids)
-        assert pair.rejected_ids is not None
-        assert torch.equal(tree.responses[1], pair.rejected_ids)
+    dummy = rank_sync()._dummy_tree(True)
+    trees = [PromptTree(p.prompt_ids, (p.chosen_ids, p.rejected_ids), {}, p.token_types) for p in pairs]
+    got, whole = append_dummy(build_row(trees), dummy), build_row([*trees, dummy])
+    assert got.layout.spans == whole.layout.spans
+    assert got.token_types.keys() == whole.token_types.keys()
+    assert got.vision.keys() == whole.vision.keys()
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(getattr(got, name), getattr(whole, name))
+    for name, types in whole.token_types.items():
+        assert torch.equal(got.token_types[name], types)
+    for name, tensor in whole.vision.items():
+        assert torch.equal(got.vision[name], tensor)
 
 
 def test_unscored_tokens_are_in_no_count() -> None:
