@@ -12,7 +12,8 @@ from vlmpo.stats import mean_interval, wilson
 from vlmpo.train.sharding import prepare_to_score
 
 if TYPE_CHECKING:
-    from vlmpo.train.batching import MicroBatch, PairLoader, Unusable
+    from vlmpo.train.batching import MicroBatch, Unusable
+    from vlmpo.train.sampler import PairLoader
     from vlmpo.train.trainer import MPOTrainer
 
 

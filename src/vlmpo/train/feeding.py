@@ -10,14 +10,20 @@ import torch
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.log import logger
-from vlmpo.train.balance import PairCosts
-from vlmpo.train.batching import Batch, Collator, EncodedPairs, PairBatchSampler, PairLoader
+from vlmpo.train.batching import Batch, Collator, EncodedPairs
 from vlmpo.train.choices import ChoosingTrainer
-from vlmpo.train.cost import costs_of, patch_pixels, sizes_of_all, tokens_per_patch
 from vlmpo.train.counts import PairCounts
-from vlmpo.train.order import prompt_labels, room_for_groups
+from vlmpo.train.lengths import count_patch_pixels, estimate_lengths, measure_tokens_per_patch, pair_costs
 from vlmpo.train.progress import StepClock
 from vlmpo.train.rank_sync import RankSync
+from vlmpo.train.sampler import (
+    PairBatchSampler,
+    PairCosts,
+    PairLoader,
+    explain_small_micro_batch,
+    make_loader,
+    prompt_keys,
+)
 
 _TOLD_STEPS = 100
 
@@ -53,17 +59,23 @@ class FeedingTrainer(ChoosingTrainer):
         order = None if self.args.train_sampling_strategy == "sequential" else seed
         accumulation, group = self.args.gradient_accumulation_steps, self.args.group_by_prompt
         if group > 1 and order is not None and self._labels is None:
-            self._labels = prompt_labels(self.train_dataset)
+            self._labels = prompt_keys(self.train_dataset)
         told = self._costs is not None
         if self._shares_evenly(order) and self._costs is None:
             self._costs = self._costs_of_pairs()
         loader = self._loader(
             self.train_dataset,
-            *(self._train_batch_size, accumulation, order, drop_last, self._labels, group, self._costs),
+            per_device=self._train_batch_size,
+            accumulation=accumulation,
+            seed=order,
+            drop_last=drop_last,
+            keys=self._labels,
+            max_group=group,
+            costs=self._costs,
         )
-        lags = None if told else loader.sampler_of_pairs.lags(_TOLD_STEPS)
-        if lags is not None:
-            figures = "{:.2f} times the mean work of a step ({:.2f} in plain order)".format(*lags)
+        if self._costs is not None and not told:
+            balanced, plain = (loader.pair_sampler.mean_imbalance(_TOLD_STEPS, way) for way in (True, False))
+            figures = f"{balanced:.2f} times the mean work of a step ({plain:.2f} in plain order)"
             logger.info(f"ranks: the heaviest has {figures}, by tokens and patches")
         return loader
 
@@ -82,7 +94,7 @@ class FeedingTrainer(ChoosingTrainer):
                 f"training.dataloader_drop_last: leaves out all {count} pairs, as a step takes {whole}; set it to "
                 "false, or lower per_device_train_batch_size or gradient_accumulation_steps"
             )
-        remark = room_for_groups(self.args.group_by_prompt, per_device)
+        remark = explain_small_micro_batch(self.args.group_by_prompt, per_device)
         if remark is not None:
             logger.info(f"note: {remark}")
 
@@ -95,30 +107,39 @@ class FeedingTrainer(ChoosingTrainer):
         return self.args.balance_ranks and self.accelerator.num_processes > 1 and order is not None and not moves
 
     def _costs_of_pairs(self) -> PairCosts:
-        sizes = sizes_of_all(self.accelerator, self.train_dataset, self.encoder, patch_pixels(self.model))
-        responses = 2 if self.encoder.need_rejected else 1
-        return costs_of(sizes, tokens_per_patch(self.model), responses, self.data_collator.shared)
+        return pair_costs(
+            estimate_lengths(
+                self.train_dataset,
+                encoder=self.encoder,
+                patch_pixels=count_patch_pixels(self.model),
+                accelerator=self.accelerator,
+            ),
+            tokens_per_patch=measure_tokens_per_patch(self.model),
+            num_responses=2 if self.encoder.need_rejected else 1,
+            shared=self.data_collator.shared,
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
         """Micro-batches of this rank, in the data set's own order."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, str):
             data = self.eval_dataset[data]
-        return self._loader(data, self.args.eval_batch_size, 1, None, False)
+        return self._loader(data, per_device=self.args.eval_batch_size)
 
-    def _loader(self, data: Any, per_device: int, *order: Any) -> PairLoader:
+    def _loader(self, data: Any, **order: Any) -> PairLoader:
         """Of pairs in the order that PairBatchSampler's further arguments say."""
-        accumulation, seed, drop_last, *grouping = order
-        ranks = (self.accelerator.num_processes, self.accelerator.process_index)
-        workers = self.args.dataloader_num_workers
-        return PairLoader(
+        return make_loader(
             EncodedPairs(data, self.loader_encoder),
-            batch_sampler=PairBatchSampler(len(data), per_device, accumulation, *ranks, seed, drop_last, *grouping),
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            generator=torch.Generator(),  # its own: reading data must not move the random state of training
-            persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            sampler=PairBatchSampler(
+                num_pairs=len(data),
+                num_ranks=self.accelerator.num_processes,
+                rank=self.accelerator.process_index,
+                **order,
+            ),
+            collate=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
     def get_batch_samples(
