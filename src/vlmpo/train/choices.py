@@ -12,11 +12,10 @@ from torch import nn
 
 from vlmpo.errors import RecipeError, RunError, first_line
 from vlmpo.log import logger
-from vlmpo.loss import needs_reference
 from vlmpo.train import param_groups as rates
-from vlmpo.train.best import known_metrics, metrics_of_sets, resolve
 from vlmpo.train.checkpoint import read_state, write_state
 from vlmpo.train.ema import WeightAverage
+from vlmpo.train.metrics import evaluation_metric_names, resolve_metric
 from vlmpo.train.model_card import CARD_FILE, RunSummary, model_card
 from vlmpo.train.ranks import RanksTrainer
 
@@ -53,9 +52,9 @@ class ChoosingTrainer(RanksTrainer):
             raise RecipeError(
                 "training.metric_for_best_model: nothing is evaluated while training; set training.eval_strategy"
             )
-        by_set = metrics_of_sets(self.eval_dataset, list(self.args.weights), needs_reference(self.args.weights))
         extra = [name for one in self.extra_evaluations for name in getattr(one, "metrics", ("*",))]
-        self.args.metric_for_best_model = resolve(asked, known_metrics(by_set, extra))
+        known = evaluation_metric_names(self.eval_dataset, self.args.weights, extra)
+        self.args.metric_for_best_model = resolve_metric(asked, known)
         if self.args.greater_is_better is None:
             raise RecipeError(
                 f"training.metric_for_best_model: is a higher {asked!r} better, or a lower? "

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from vlmpo.loss import MPO_WEIGHTS, check_weights
-from vlmpo.train.best import greater_is_better
+from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
 CHOICES = {

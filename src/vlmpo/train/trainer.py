@@ -31,7 +31,7 @@ from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.features import share_if_frozen
 from vlmpo.train.feeding import FeedingTrainer
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
-from vlmpo.train.metrics import StepSums, add_up, summarise
+from vlmpo.train.metrics import StepSums, add_up, training_metrics
 from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.rank_sync import AtTrainBegin, RankSync
 from vlmpo.train.reference import (
@@ -265,10 +265,14 @@ class MPOTrainer(FeedingTrainer):
 
     def _record(self, part: MicroBatch, policy: Tensor, output: LossOutput) -> None:
         logps = policy.detach()
-        self.sums.add_losses(output.loss.detach(), output.terms)
         rejected = logps[part.rejected] if part.rejected is not None and self.with_preferences else None
-        self.sums.add_pairs(logps[part.chosen], rejected, output.chosen_rewards, output.rejected_rewards, part.sources)
-        self.sums.values["tokens"] += part.num_tokens
+        self.sums.add(
+            output,
+            chosen_logps=logps[part.chosen],
+            rejected_logps=rejected,
+            sources=part.sources,
+            num_tokens=part.num_tokens,
+        )
         if output.chosen_rewards is not None and output.rejected_rewards is not None:
             self._step_rewards[0] += float(output.chosen_rewards.sum()) + float(output.rejected_rewards.sum())
             self._step_rewards[1] += 2.0 * len(part)
@@ -297,7 +301,7 @@ class MPOTrainer(FeedingTrainer):
         waited = total.pop("data_wait") / self.accelerator.num_processes
         steps = max(total.pop("steps", 0.0) / self.accelerator.num_processes, 1.0)
         self.sums = StepSums()
-        logs = summarise(total, steps)
+        logs = training_metrics(total, steps)
         logs["step_seconds"] = seconds / steps
         if seconds > 0:
             logs["data_wait_share"] = waited / seconds
