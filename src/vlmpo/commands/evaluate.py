@@ -26,7 +26,7 @@ from vlmpo.log import logger
 from vlmpo.loss import needs_reference
 from vlmpo.models import loading
 from vlmpo.recipe import EvaluateSection, Recipe
-from vlmpo.train.evaluation import length_warning
+from vlmpo.train.metrics import length_warning
 from vlmpo.train.trainer import MPOTrainer
 
 RESULTS_FILE = "evaluation.json"

@@ -27,7 +27,7 @@ from vlmpo.models.families import support_for
 from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.train.config import MPOConfig, row_tokens
 from vlmpo.train.counts import PairCounts
-from vlmpo.train.order import room_for_groups
+from vlmpo.train.sampler import explain_small_micro_batch
 from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import pack
 
@@ -127,7 +127,7 @@ def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> N
     show_sizes(console, found)
     shared = is_shared(recipe)
     show_plan(console, plan_steps(recipe, len(found.data.train), found.sizes, shared))
-    too_small = room_for_groups(recipe.data.group_by_prompt, _whole(recipe, "per_device_train_batch_size"))
+    too_small = explain_small_micro_batch(recipe.data.group_by_prompt, _whole(recipe, "per_device_train_batch_size"))
     if too_small is not None:
         print_line(console, f"note: {too_small}", style="yellow")
     if shared and found.sizes:

@@ -26,13 +26,12 @@ from vlmpo.loss import needs_reference
 from vlmpo.models import loading
 from vlmpo.models.adapters import is_peft
 from vlmpo.recipe import Recipe, check_training_keys
-from vlmpo.train.best import of_only_set
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import AVERAGE_FOLDER
-from vlmpo.train.evaluation import length_warning
+from vlmpo.train.metrics import length_warning, without_set_name
 from vlmpo.train.model_card import RunSummary, package_versions
 from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
@@ -165,7 +164,7 @@ def _check_evaluation(args: MPOConfig, evaluation: Any) -> None:
             "give data.eval, data.hold_out or evaluate.questions"
         )
     if evaluation and len(evaluation) == 1:
-        args.metric_for_best_model = of_only_set(args.metric_for_best_model, next(iter(evaluation)))
+        args.metric_for_best_model = without_set_name(args.metric_for_best_model, next(iter(evaluation)))
 
 
 def training_config(recipe: Recipe) -> MPOConfig:

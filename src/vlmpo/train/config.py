@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from vlmpo import compat
 from vlmpo.loss import MPO_WEIGHTS, check_weights
-from vlmpo.train.best import greater_is_better
+from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
 CHOICES = {

@@ -23,7 +23,6 @@ from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
 from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch, lay_out, merge
-from vlmpo.train.best import settle_best_metric
 from vlmpo.train.cached_reference import CachedReference, EpochWatch, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
@@ -33,7 +32,7 @@ from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
 from vlmpo.train.loaders import LoaderFactory
-from vlmpo.train.metrics import TrainingMetrics, start_loss
+from vlmpo.train.metrics import StepSums, settle_best_metric, start_loss, window_metrics
 from vlmpo.train.model_card import CARD_FILE, RunSummary, model_card
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.rank_sync import RankSync
@@ -134,7 +133,8 @@ class MPOTrainer(Trainer):
         )
         self.loader_encoder = self.encoder.for_loader()
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
-        self.metrics = TrainingMetrics()
+        self.sums = StepSums()
+        self._step_rewards = [0.0, 0.0]  # sum and count in the optimizer step under way, on this rank
         self.clock = StepClock()
         self.pair_counts = PairCounts()
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
@@ -372,7 +372,7 @@ class MPOTrainer(Trainer):
                 num_pairs=counts.get("pairs"),
             )
         if model.training:
-            self.metrics.update(micro_batch, policy.detach(), output)
+            self._record(micro_batch, policy.detach(), output)
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
@@ -413,19 +413,36 @@ class MPOTrainer(Trainer):
         mean_and_count = [float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0]
         self.reward_shift.observe(*self.ranks.sum_over_ranks(mean_and_count, self.args.device))
 
+    def _record(self, micro_batch: MicroBatch, policy: Tensor, output: LossOutput) -> None:
+        """Add a micro-batch to the sums behind the log and behind delta."""
+        with_rejected = micro_batch.rejected is not None and self.with_preferences
+        self.sums.add(
+            output,
+            chosen_logps=policy[micro_batch.chosen],
+            rejected_logps=policy[micro_batch.rejected] if with_rejected else None,
+            sources=micro_batch.sources,
+            num_tokens=micro_batch.num_tokens,
+        )
+        if output.chosen_rewards is not None and output.rejected_rewards is not None:
+            self._step_rewards[0] += float(output.chosen_rewards.sum()) + float(output.rejected_rewards.sum())
+            self._step_rewards[1] += 2.0 * len(micro_batch)
+
     def _end_step(self) -> None:
         """Move delta, once, by the rewards of all ranks: the optimizer step's losses are all computed."""
         if self.reward_shift.mode == "previous" and self.reference is not None:
-            self.reward_shift.observe(*self.ranks.sum_over_ranks(self.metrics.step_rewards(), self.args.device))
+            self.reward_shift.observe(*self.ranks.sum_over_ranks(self._step_rewards, self.args.device))
         self.reward_shift.step()
-        self.metrics.end_step()
+        self._step_rewards = [0.0, 0.0]
+        self.sums.values["steps"] += 1
 
     # ---- log and evaluation ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add MPO's metrics to a training log, and the rates of parts beside the base one."""
         if "loss" in logs:
-            logs |= self.metrics.take(*self.clock.take(), gather=self.ranks.all_gather)
+            seconds, waited = self.clock.take()
+            logs |= window_metrics(self.ranks.all_gather({**self.sums.values, "data_wait": waited}), seconds)
+            self.sums = StepSums()
             if self.reference is not None:
                 logs["reward_shift"] = self.reward_shift.value
                 if self.state.global_step == 1:
@@ -554,7 +571,7 @@ class MPOTrainer(Trainer):
 
     def settle_best_metric(self) -> None:
         """Give ``metric_for_best_model`` its full name. Raises RecipeError if no evaluation will give it."""
-        settle_best_metric(self.args, self.eval_dataset, self.with_preferences, self.extra_evaluations)
+        settle_best_metric(self.args, self.eval_dataset, self.extra_evaluations)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Do as transformers does, for evaluations whose weights are kept: one that is not saved cannot be loaded."""
