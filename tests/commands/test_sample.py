@@ -26,11 +26,12 @@ from tests.chat_server import chat_server, says
 from tests.paths import REPO
 from tests.tiny_models import model, noise_image, processor
 from vlmpo.cli import app
-from vlmpo.commands.sample import MANIFEST_FILE, RESPONSES_FILE, SampleReport, open_engine, sample
+from vlmpo.commands.sample import MANIFEST_FILE, open_engine, sample
 from vlmpo.data.records import Response
 from vlmpo.errors import DataError, RecipeError, RunError
 from vlmpo.generate import server
-from vlmpo.generate.responses import ResponseFile, read_responses
+from vlmpo.generate.responses import RESPONSES_FILE, ResponseFile, read_responses
+from vlmpo.generate.sample import SampleReport
 from vlmpo.recipe import load_recipe, parse_recipe
 
 
@@ -111,8 +112,8 @@ def test_every_question_gets_its_samples(tmp_path, checkpoint):
 
 def test_the_texts_are_the_engines(tmp_path, checkpoint):
     """The seed reaches the engine, the prompt style the prompt, the records their question."""
-    from vlmpo.commands.sample import generation_request
     from vlmpo.data.readers.questions import read_questions
+    from vlmpo.generate.prompts import request_for, seed_for
 
     recipe = load_recipe(write(tmp_path, checkpoint, count=4))
     sample(recipe)
@@ -120,7 +121,7 @@ def test_the_texts_are_the_engines(tmp_path, checkpoint):
     questions = read_questions(tmp_path / "q.jsonl", tmp_path / "images").questions
     engine = open_engine(recipe)
     for question in questions:
-        request = generation_request(question, recipe.build)
+        request = request_for(question, "direct", n=3, seed=seed_for(0, question.id))
         assert request.messages[0].text.endswith("\nAnswer the question with a single word, number or phrase.")
         (answers,) = engine.generate([request])
         mine = [r for r in stored(tmp_path) if r.question_id == question.id]

@@ -19,7 +19,8 @@ from vlmpo.data.records import Message
 from vlmpo.errors import RecordError, RunError
 from vlmpo.generate import local as engines
 from vlmpo.generate import server
-from vlmpo.generate.local import Generated, GenerationRequest, LocalEngine, Sampling, draw_tokens
+from vlmpo.generate.base import Generated, GenerationRequest, Sampling
+from vlmpo.generate.local import LocalEngine, draw_tokens
 from vlmpo.generate.server import ServerEngine
 from vlmpo.tree.forward import install
 
