@@ -15,7 +15,7 @@ from tests.training import flat_weights, logged
 from vlmpo.data.records import Question
 from vlmpo.errors import RecordError
 from vlmpo.evaluate import answer_questions, compare, short_name, summarise
-from vlmpo.generate.local import Generated
+from vlmpo.generate.base import Generated
 
 
 class Told:

@@ -27,12 +27,12 @@ _MATH_SECONDS = 5
 Judge = Callable[[str, str], bool | None]
 
 
-def verify(response_text: str, answer: str, verifier: str = "auto") -> Verdict:
-    """Hold the final answer of ``response_text`` against ``answer``, the truth.
+def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
+    """Hold the final answer of ``response`` against ``truth``, the truth.
 
     Args:
-        response_text: a whole response; see :func:`vlmpo.verifiers.answer.parse_final_answer` for what is read from it.
-        answer: the truth, on one line.
+        response: a whole response; see :func:`vlmpo.verifiers.answer.parse_final_answer` for what is read from it.
+        truth: the right answer, on one line.
         verifier:
             ``exact``: the same text, but for case, white space and a full stop.
             ``option``: the same letter, ``e``, ``(e)`` or ``e) 46670``; the option's text where the truth has it; the
@@ -53,26 +53,26 @@ def verify(response_text: str, answer: str, verifier: str = "auto") -> Verdict:
         RecipeError: no such verifier.
         RecordError: ``truth_unreadable``: the truth is empty, or not what the verifier is for.
     """
-    name = choose_verifier(answer, verifier)
-    parsed = parse_final_answer(response_text)
-    agrees = None if parsed is None else _JUDGES[name](parsed, answer)
+    name = choose_verifier(truth, verifier)
+    parsed = parse_final_answer(response)
+    agrees = None if parsed is None else _JUDGES[name](parsed, truth)
     if agrees is None:
         return Verdict("unparsed", None, name)
     return Verdict("correct" if agrees else "wrong", parsed, name)
 
 
-def choose_verifier(answer: str, verifier: str = "auto") -> str:
+def choose_verifier(truth: str, verifier: str = "auto") -> str:
     """The verifier that decides for this truth: ``verifier``, or what its form calls for. Raises as :func:`verify`."""
     if verifier not in VERIFIERS:
         raise RecipeError(f"verifier {verifier!r} is not known; use one of {', '.join(VERIFIERS)}")
-    if not answer.strip():
+    if not truth.strip():
         raise RecordError("truth_unreadable", "", "the answer is empty: there is nothing to hold a response against")
-    name = _by_form(answer) if verifier == "auto" else verifier
-    if (name == "number" and read_quantity(answer) is None) or (
-        name == "option" and _option(answer) is None and _letters(answer) is None
+    name = _by_form(truth) if verifier == "auto" else verifier
+    if (name == "number" and read_quantity(truth) is None) or (
+        name == "option" and _option(truth) is None and _letters(truth) is None
     ):
         kind = "number" if name == "number" else "option letter"
-        detail = f"verifier {name}: the answer {answer!r:.80} is no {kind}; name another verifier for this question"
+        detail = f"verifier {name}: the answer {truth!r:.80} is no {kind}; name another verifier for this question"
         raise RecordError("truth_unreadable", "", detail)
     return name
 
