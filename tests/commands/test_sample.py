@@ -199,6 +199,7 @@ def run_in_child(recipe: Path) -> None:
     sample(load_recipe(recipe))
 
 
+@pytest.mark.slow
 def test_killed_at_five_random_moments(tmp_path, checkpoint):
     """SIGKILL leaves what the same run, undisturbed, would have written; the kills hit a run under way."""
     (tmp_path / "calm").mkdir()

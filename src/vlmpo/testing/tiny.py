@@ -1,6 +1,6 @@
-"""A tiny InternVL with its own tokenizer and processor, built on the spot: for the demo, the tests and the benchmarks.
+"""Builds a tiny InternVL with its own tokenizer and processor: for the demo, the tests and the benchmarks.
 
-The classes are transformers' own; only the sizes are small and the weights random. It saves, reloads through
+The classes are transformers' own; only the sizes are small and the weights random. The model saves, reloads through
 ``AutoModelForImageTextToText`` and ``AutoProcessor``, and generates like any checkpoint.
 """
 
