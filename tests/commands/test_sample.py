@@ -273,7 +273,7 @@ def test_other_weights_under_the_same_path_are_noticed(tmp_path):
     recipe = load_recipe(write(tmp_path, tmp_path / "model", 2))
     sample(recipe)
     model(1).save_pretrained(tmp_path / "model")
-    with pytest.raises(RunError, match=r"holds responses of other weights than .*build\.output_dir"):
+    with pytest.raises(RunError, match=r"were sampled from other weights than .*build\.output_dir"):
         sample(recipe)
 
 
@@ -282,7 +282,7 @@ def test_a_question_that_changed_under_its_id_is_noticed(tmp_path, checkpoint):
     sample(recipe)
     text = (tmp_path / "q.jsonl").read_text()
     (tmp_path / "q.jsonl").write_text(text.replace("what is picture 2?", "who is in picture 2?"))
-    with pytest.raises(RunError, match=r"q\.jsonl:3: question 'q2' read otherwise"):
+    with pytest.raises(RunError, match=r"q\.jsonl:3: question 'q2' has changed since"):
         sample(recipe)
     (tmp_path / "q.jsonl").write_text(text.replace('"answer": "red"', '"answer": "blue"'))
     assert sample(recipe).written == 0  # the answer is not part of the prompt
@@ -303,7 +303,7 @@ def test_two_runs_cannot_write_at_once(tmp_path, checkpoint):
     [
         (lambda lines: [lines[0], "{}\n", *lines[1:]], DataError, r"responses\.jsonl:2: not a response"),
         (lambda lines: [lines[0], "what?\n", *lines[1:]], DataError, r"responses\.jsonl:2: not a response"),
-        (lambda lines: [*lines, lines[0]], RunError, r"responses\.jsonl:7: response 0 to question 'q0' is there twice"),
+        (lambda lines: [*lines, lines[0]], RunError, r"responses\.jsonl:7: response 0 to question 'q0' appears twice"),
     ],
 )
 def test_a_file_that_was_tampered_with(tmp_path, checkpoint, change, error, words):

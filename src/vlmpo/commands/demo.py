@@ -151,8 +151,8 @@ class DemoRun:
     def sample_pairs(self) -> tuple[list[PreferencePair], list[PreferencePair]]:
         """Pair the model's own right and wrong responses: to fresh questions, and to validation questions."""
         fresh = self.source.questions(self.settings.questions)
-        asked = len(fresh) + len(self.validation)
-        with self._stage("sampling", f"{self.settings.samples} responses each to {asked} fresh questions"):
+        count = len(fresh) + len(self.validation)
+        with self._stage("sampling", f"{self.settings.samples} responses each to {count} fresh questions"):
             return self.pairs(fresh, self.seed), self.pairs(self.validation, self.seed + 1)
 
     def pairs(self, questions: list[Question], seed: int) -> list[PreferencePair]:

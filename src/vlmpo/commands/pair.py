@@ -107,5 +107,5 @@ def _write_and_show(records: Sequence[Record], report: PairingReport, pairs_file
     print_line(console, f"{report.pairs.total()} pairs in {pairs_file}")
     if not records:
         raise DataError(
-            f"{pairs_file.with_name(RESPONSES_FILE)}: no pair could be made; {report_file.name} there says why"
+            f"{pairs_file.with_name(RESPONSES_FILE)}: no pair could be made; the reasons are in {report_file}"
         )

@@ -140,7 +140,7 @@ def _check_weights(manifest_file: Path, manifest: dict[str, Any], file: Response
         return
     if json.loads(manifest_file.read_text(encoding="utf-8")).get("weights") != manifest["weights"]:
         raise RunError(
-            f"{file.path} holds responses of other weights than {manifest['model']} has now; "
+            f"the responses in {file.path} were sampled from other weights than {manifest['model']} has now; "
             "name another folder in build.output_dir"
         )
 
@@ -153,7 +153,7 @@ def _show(console: Console, report: SampleReport, build: BuildSection, path: Pat
     for reason, count in Counter(error.reason for error in report.dropped).items():
         print_line(console, f"  dropped as {reason}: {count}")
     if report.repaired:
-        print_line(console, f"the file's last line had been cut off and was taken out ({report.repaired} bytes)")
+        print_line(console, f"the file's last line was cut off and has been removed ({report.repaired} bytes)")
     total = report.before + report.written
     rate = f", {report.written / report.seconds:.1f} a second" if report.written and report.seconds else ""
     print_line(console, f"responses: {report.before} were there, {report.written} written{rate}; {total} in {path}")

@@ -30,7 +30,7 @@ def read_responses(path: str | os.PathLike[str]) -> list[Response]:
         with open(path, "rb") as file:
             return [response for _, response in _parse(Path(path), file.read())]
     except OSError as error:
-        raise DataError(f"no responses can be read from {path} ({error.strerror}); run vlmpo sample first") from error
+        raise DataError(f"cannot read responses from {path} ({error.strerror}); run vlmpo sample first") from error
 
 
 def _parse(path: Path, content: bytes) -> Iterator[tuple[str, Response]]:
@@ -39,7 +39,7 @@ def _parse(path: Path, content: bytes) -> Iterator[tuple[str, Response]]:
         try:
             yield f"{path}:{number}", Response.from_json(json.loads(line))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a response ({error}); take the line out") from error
+            raise DataError(f"{path}:{number}: not a response ({error}); remove the line") from error
 
 
 class ResponseFile:
@@ -94,15 +94,15 @@ class ResponseFile:
             if now.get(key) != then.get(key):
                 raise RunError(
                     f"{origin} was sampled with {_RECIPE_KEYS.get(key, f'build.{key}')} {then.get(key)!r}, now it is "
-                    f"{now.get(key)!r}; take the old value to go on, or name another folder in build.output_dir"
+                    f"{now.get(key)!r}; restore the old value to continue, or name another folder in build.output_dir"
                 )
 
     def _note(self, origin: str, response: Response) -> None:
         indices = self.done.setdefault(response.question_id, set())
         if response.sample_index in indices:
             raise RunError(
-                f"{origin}: response {response.sample_index} to question {response.question_id!r} is there twice; "
-                "take one of the lines out"
+                f"{origin}: response {response.sample_index} to question {response.question_id!r} appears twice; "
+                "remove one of the lines"
             )
         indices.add(response.sample_index)
         self.prompt_hashes[response.question_id] = response.settings.get(PROMPT_HASH)

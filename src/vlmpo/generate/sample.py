@@ -68,8 +68,8 @@ def check_prompts(file: ResponseFile, questions: Sequence[Question], style: str)
         stored = file.prompt_hashes.get(question.id)
         if stored is not None and stored != prompt_hash(prompt_text(question, style)):
             raise RunError(
-                f"{question.origin}: question {question.id!r} read otherwise when its responses in {file.path} "
-                "were sampled; give the new one another id, or name another folder in build.output_dir"
+                f"{question.origin}: question {question.id!r} has changed since its responses in {file.path} "
+                "were sampled; give the new question another id, or name another folder in build.output_dir"
             )
 
 

@@ -139,10 +139,12 @@ class ServerEngine:
             message = choice["message"]
             text, reason = message.get("content") or "", choice.get("finish_reason") or "stop"
         except (TypeError, KeyError, IndexError, AttributeError):
-            raise RunError(f"{self._base} is no OpenAI-compatible chat server: it answers {reply!r:.200}") from None
+            raise RunError(
+                f"{self._base} is not an OpenAI-compatible chat server: it answered {reply!r:.200}"
+            ) from None
         if message.get("reasoning_content") or message.get("reasoning"):
             raise RunError(
-                f"{self._base} keeps the reasoning apart from the response, and it would be lost; "
+                f"{self._base} returns the reasoning apart from the response, where it would be lost; "
                 "start the server without a reasoning parser"
             )
         return Generated(text, reason)
@@ -169,7 +171,7 @@ class ServerEngine:
                 failure = error
         raise RunError(
             f"no answer from {self._base} in {self._retries + 1} tries (the last: {failure}); "
-            "see to the server, then start again: what is done is kept"
+            "check the server, then start again: what is done is kept"
         )
 
     def _try(self, url: str, payload: dict[str, Any] | None) -> Any:
@@ -208,7 +210,7 @@ def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
     placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in request.messages)
     if placeholders != len(request.images):
         detail = f"the prompt has {placeholders} {IMAGE_PLACEHOLDER} for {len(request.images)} images"
-        raise RecordError("placeholder_mismatch", request.origin, f"{detail}; write one where each stands")
+        raise RecordError("placeholder_mismatch", request.origin, f"{detail}; write one at the place of each image")
     images = iter(request.images)
     turns: list[dict[str, Any]] = []
     for message in request.messages:

@@ -9,12 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from vlmpo.data.records import Question, Response, Verdict
 from vlmpo.errors import RecipeError, RecordError
-from vlmpo.generate.prompts import seed_for
-from vlmpo.pairs.records import Record, pair_record, prompt_style, responses_by_question
+from vlmpo.pairs.records import Record, draw, pair_record, prompt_style, responses_by_question
 from vlmpo.pairs.report import PairingReport
 from vlmpo.verifiers.verifiers import choose_verifier, verify, words_of
 
@@ -114,11 +111,8 @@ def _question_pairs(
                 continue
             key = (prompt_style(chosen.response), chosen.response.text, rejected.response.text)
             candidates.setdefault(key, (chosen, rejected))
-    pairs = list(candidates.values())
-    drawn = np.random.default_rng(seed_for(seed, question.id)).permutation(len(pairs))[:max_pairs]
-    report.skipped["over_max_pairs"] += len(pairs) - len(drawn)
     records = []
-    for chosen, rejected in (pairs[index] for index in sorted(drawn.tolist())):
+    for chosen, rejected in draw(list(candidates.values()), question, seed, max_pairs, report):
         kind = "wrong" if rejected.verdict.status == "wrong" and not rejected.is_cut else "format"
         report.pairs[kind] += 1
         records.append(

@@ -10,14 +10,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question, Response
 from vlmpo.errors import RecordError
 from vlmpo.generate.base import Engine, Generated, GenerationRequest, incomplete_batches
 from vlmpo.generate.prompts import prompt_hash, seed_for
 from vlmpo.log import Progress, logger
-from vlmpo.pairs.records import Record, pair_record, prompt_of, responses_by_question
+from vlmpo.pairs.records import Record, draw, pair_record, prompt_of, responses_by_question
 from vlmpo.pairs.report import PairingReport
 
 # A word with the white space before it; in scripts written without spaces, a character.
@@ -144,9 +142,7 @@ def _cuts(
             report.dropped["too_short"] += 1
         else:
             cuts.append(_Cut(question, response, kept))
-    drawn = np.random.default_rng(seed_for(seed, question.id)).permutation(len(cuts))[:max_pairs]
-    report.skipped["over_max_pairs"] += len(cuts) - len(drawn)
-    return [cuts[index] for index in sorted(drawn.tolist())]
+    return draw(cuts, question, seed, max_pairs, report)
 
 
 def _records(cut: _Cut, continuation: Generated, continued_by: str, report: PairingReport) -> list[Record]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from vlmpo.data.records import Question, Response
 from vlmpo.errors import RecordError
-from vlmpo.generate.prompts import prompt_hash, prompt_text
+from vlmpo.generate.prompts import prompt_hash, prompt_text, seed_for
 from vlmpo.generate.responses import PROMPT_HASH
 from vlmpo.pairs.report import PairingReport
 from vlmpo.recipe import QUESTION_FIELD
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 def prompt_style(response: Response) -> str:
@@ -63,6 +66,13 @@ def responses_by_question(
     return grouped
 
 
+def draw(items: Sequence[T], question: Question, seed: int, max_pairs: int, report: PairingReport) -> list[T]:
+    """Draw at most ``max_pairs`` of the pairs that a question gives, in order; count the others in ``report``."""
+    drawn = np.random.default_rng(seed_for(seed, question.id)).permutation(len(items))[:max_pairs]
+    report.skipped["over_max_pairs"] += len(items) - len(drawn)
+    return [items[index] for index in sorted(drawn.tolist())]
+
+
 def pair_record(question: Question, response: Response, rejected: str, **details: Any) -> Record:
     """Return the record of a pair file in which ``response`` is chosen; ``details`` are written after the pair.
 
@@ -71,7 +81,7 @@ def pair_record(question: Question, response: Response, rejected: str, **details
     """
     for image in question.images:
         if not isinstance(image, str):
-            detail = f"pairs name their images by path, this question holds a {type(image).__name__}; save it first"
+            detail = f"the images of pairs must be paths, this one is a {type(image).__name__}; save it to a file first"
             raise RecordError("image_not_a_path", question.origin, detail)
     record = {
         "image": _image_field(question),

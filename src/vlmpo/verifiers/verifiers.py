@@ -1,7 +1,7 @@
 """Verifiers: is the final answer of a response the true one?
 
 The verdict is ``unparsed``, neither right nor wrong, if no final answer of the verifier's kind can be read: none is
-stated, a sentence is given where a letter is asked for, or two numbers where there should be one. Nothing is guessed.
+stated, a sentence is given instead of a letter, or two numbers instead of one. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def choose_verifier(truth: str, verifier: str = "auto") -> str:
     if verifier not in VERIFIERS:
         raise RecipeError(f"verifier {verifier!r} is not known; use one of {', '.join(VERIFIERS)}")
     if not truth.strip():
-        raise RecordError("truth_unreadable", "", "the answer is empty: there is nothing to hold a response against")
+        raise RecordError("truth_unreadable", "", "the answer is empty: responses cannot be compared with it")
     name = _by_form(truth) if verifier == "auto" else verifier
     kind = _VERIFIERS[name].kind
     if kind is not None and not _VERIFIERS[name].reads_truth(truth):
-        detail = f"verifier {name}: the answer {truth!r:.80} is no {kind}; name another verifier for this question"
+        detail = f"verifier {name}: the answer {truth!r:.80} is not {kind}; set another verifier for this question"
         raise RecordError("truth_unreadable", "", detail)
     return name
 
@@ -332,8 +332,8 @@ class _Verifier:
 
 _VERIFIERS = {
     "exact": _Verifier(_text_judge(_same_text)),
-    "option": _Verifier(_judge_option, "option letter", lambda truth: _option(truth) or _letters(truth)),
-    "number": _Verifier(_judge_number, "number", read_quantity),
+    "option": _Verifier(_judge_option, "an option letter", lambda truth: _option(truth) or _letters(truth)),
+    "number": _Verifier(_judge_number, "a number", read_quantity),
     "anls": _Verifier(_text_judge(_similar)),
     "vqa": _Verifier(_text_judge(_same_words)),
     "math": _Verifier(_judge_math),
