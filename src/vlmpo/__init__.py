@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmpo.data.records import Message, PreferencePair
+    from vlmpo.data.records import Message, PreferencePair, Verdict
     from vlmpo.errors import VlmpoError
     from vlmpo.loss import LossOutput, RewardShift, mpo_loss
     from vlmpo.train.config import MPOConfig
     from vlmpo.train.trainer import MPOTrainer
+    from vlmpo.verifiers.verifiers import verify
 
 _HOMES = {
     "Message": "vlmpo.data.records",
@@ -24,6 +25,8 @@ _HOMES = {
     "RewardShift": "vlmpo.loss",
     "MPOConfig": "vlmpo.train.config",
     "MPOTrainer": "vlmpo.train.trainer",
+    "Verdict": "vlmpo.data.records",
+    "verify": "vlmpo.verifiers.verifiers",
 }
 __all__ = [
     "LossOutput",
@@ -32,8 +35,10 @@ __all__ = [
     "Message",
     "PreferencePair",
     "RewardShift",
+    "Verdict",
     "VlmpoError",
     "mpo_loss",
+    "verify",
 ]
 
 
