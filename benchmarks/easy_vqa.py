@@ -32,7 +32,7 @@ from vlmpo.generate.local import LocalEngine, Sampling
 from vlmpo.generate.prompts import prompt_text
 from vlmpo.models.loading import load_model, load_processor
 from vlmpo.pairs.correctness import PAIRS_FILE, run_correctness
-from vlmpo.recipe import load_recipe
+from vlmpo.recipe_yaml import load_recipe
 from vlmpo.testing.tiny import TinySize, build_model, build_processor, train_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ from vlmpo.commands.inspect import (
     summary,
 )
 from vlmpo.errors import RecipeError, RecordError
-from vlmpo.recipe import load_recipe, parse_recipe
+from vlmpo.recipe_yaml import load_recipe, parse_recipe
 from vlmpo.testing.tiny import TinySize, build_model, build_processor, train_tokenizer
 
 # 56 px tiles of 14 px patches: 4 x 4 patches, 2 x 2 after the pixel shuffle: 4 tokens a tile.

@@ -25,7 +25,7 @@ from tests.tree.test_forward import separate_logps
 from vlmpo.errors import ModelError, RecipeError, RunError
 from vlmpo.models.adapters import named_base
 from vlmpo.models.loading import load_model
-from vlmpo.recipe import parse_recipe
+from vlmpo.recipe_yaml import parse_recipe
 from vlmpo.train.adapters import lora_config, trained_beside_adapter
 from vlmpo.train.reference import AdapterReference, CopyReference, use_adapter, weights_hash
 from vlmpo.tree.forward import install

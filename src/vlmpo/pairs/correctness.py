@@ -21,7 +21,8 @@ from vlmpo.generate.keys import prompt_hash, seed_for
 from vlmpo.generate.prompts import prompt_text
 from vlmpo.generate.responses import PROMPT_HASH, RESPONSES_FILE, read_responses
 from vlmpo.pairs.report import PairingReport, question_record, write_lines
-from vlmpo.recipe import QUESTION_FIELD, Recipe
+from vlmpo.recipe import Recipe
+from vlmpo.settings import QUESTION_FIELD
 from vlmpo.verifiers.verifiers import choose_verifier, verify, words_of
 
 PAIRS_FILE = "pairs_correctness.jsonl"
