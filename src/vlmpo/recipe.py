@@ -14,21 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vlmpo import settings
 from vlmpo.errors import RecipeError
-from vlmpo.settings import (
-    LOSS_TERMS,
-    MPO_WEIGHTS,
-    PROMPT_STYLES,
-    QUESTION_FIELD,
-    Attention,
-    DataFormat,
-    NllReduction,
-    OnBadRecord,
-    OverLong,
-    ReferenceKind,
-    ShiftMode,
-    Verifier,
-)
 
 # Keys that `training` accepts in addition to the fields of transformers.TrainingArguments.
 EXTRA_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay")
@@ -36,19 +23,21 @@ EXTRA_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay")
 
 def _check_weights(weights: dict[str, float]) -> dict[str, float]:
     for name, weight in weights.items():
-        if name not in LOSS_TERMS:
-            raise ValueError(f"unknown term {name!r}{nearest(name, LOSS_TERMS)}")
+        if name not in settings.LOSS_TERMS:
+            raise ValueError(f"unknown term {name!r}{nearest(name, settings.LOSS_TERMS)}")
         if weight < 0:
             raise ValueError(f"the weight of {name} is {weight}; weights must not be negative")
     if not any(weight > 0 for weight in weights.values()):
-        raise ValueError(f"no term has a weight above 0, so nothing would train (terms: {', '.join(LOSS_TERMS)})")
+        raise ValueError(
+            f"no term has a weight above 0, so nothing would train (terms: {', '.join(settings.LOSS_TERMS)})"
+        )
     return weights
 
 
 def _check_prompt(prompt: str) -> str:
-    if prompt not in PROMPT_STYLES and QUESTION_FIELD not in prompt:
-        hint = nearest(prompt, PROMPT_STYLES)
-        raise ValueError(f"{prompt!r} is neither a style nor a template that contains {QUESTION_FIELD}{hint}")
+    if prompt not in settings.PROMPT_STYLES and settings.QUESTION_FIELD not in prompt:
+        hint = nearest(prompt, settings.PROMPT_STYLES)
+        raise ValueError(f"{prompt!r} is neither a style nor a template that contains {settings.QUESTION_FIELD}{hint}")
     return prompt
 
 
@@ -84,7 +73,7 @@ class ModelSection(_Section):
     freeze: tuple[str, ...] = Field(default=(), strict=False)
     lora: dict[str, Any] | None = None
     quantize: Literal["4bit", "8bit"] | None = None
-    attention: Attention = "auto"
+    attention: settings.Attention = "auto"
 
 
 class ReferenceSection(_Section):
@@ -93,7 +82,7 @@ class ReferenceSection(_Section):
     ``cache`` stores its log-probs in ``cache_dir`` (by default in the user's cache folder) for later epochs and runs.
     """
 
-    kind: ReferenceKind = "auto"
+    kind: settings.ReferenceKind = "auto"
     cache_dir: NonEmpty | None = None
 
 
@@ -112,7 +101,7 @@ class Source(_Section):
     repeat: float = Field(default=1.0, gt=0)
     max_tiles: int | None = Field(default=None, ge=1)
     name: str | None = None
-    format: DataFormat = "auto"
+    format: settings.DataFormat = "auto"
     split: NonEmpty | None = None
     subset: NonEmpty | None = None
 
@@ -143,8 +132,8 @@ class DataSection(_Section):
     max_length: int | None = Field(default=8192, ge=1)
     max_tiles: int = Field(default=12, ge=1)
     video_frames: int = Field(default=8, ge=1)
-    on_bad_record: OnBadRecord = "skip"
-    over_long: OverLong = "drop"
+    on_bad_record: settings.OnBadRecord = "skip"
+    over_long: settings.OverLong = "drop"
     group_by_prompt: int = Field(default=0, ge=0)
     balance_ranks: bool = True
 
@@ -153,11 +142,11 @@ class LossSection(_Section):
     """The objective; see :func:`vlmpo.loss.mpo_loss` for the meaning of each setting. All are fields of MPOConfig."""
 
     weights: Annotated[dict[str, float], AfterValidator(_check_weights)] = Field(
-        default_factory=lambda: dict(MPO_WEIGHTS)
+        default_factory=lambda: dict(settings.MPO_WEIGHTS)
     )
     beta: float = Field(default=0.1, gt=0)
-    reward_shift: ShiftMode = "previous"
-    nll_reduction: NllReduction = "sequence"
+    reward_shift: settings.ShiftMode = "previous"
+    nll_reduction: settings.NllReduction = "sequence"
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
 
 
@@ -169,7 +158,7 @@ class BuildSection(_Section):
         engine: ``local`` (the model of ``model.path``, run with transformers) or the URL of an OpenAI-compatible chat
             server, which then serves ``model``.
         samples: responses to each question.
-        prompt: a style of PROMPT_STYLES or a template.
+        prompt: a style of settings.PROMPT_STYLES or a template.
         verifier: how responses are judged.
         max_pairs: pairs of one question at most.
         keep: the part of a response that DropoutNTP keeps.
@@ -189,7 +178,7 @@ class BuildSection(_Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0)
-    verifier: Verifier = "auto"
+    verifier: settings.Verifier = "auto"
     max_pairs: int = Field(default=15, ge=1)
     keep: float = Field(default=0.5, gt=0, lt=1)
     batch_size: int = Field(default=8, ge=1)
@@ -217,7 +206,7 @@ class EvaluateSection(_Section):
     split: str | None = None
     prompt: Prompt = "direct"
     max_new_tokens: int = Field(default=256, ge=1)
-    verifier: Verifier = "auto"
+    verifier: settings.Verifier = "auto"
     batch_size: int = Field(default=16, ge=1)
     output_dir: NonEmpty | None = None
 
