@@ -33,7 +33,7 @@ from vlmpo.generate.base import Sampling
 from vlmpo.generate.local import LocalEngine
 from vlmpo.generate.prompts import prompt_text
 from vlmpo.models.loading import load_model, load_processor
-from vlmpo.recipe import load_recipe
+from vlmpo.recipe_yaml import load_recipe
 from vlmpo.testing.tiny import TinySize, build_model, build_processor, train_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent

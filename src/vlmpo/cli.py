@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vlmpo.errors import VlmpoError
-from vlmpo.recipe import load_recipe
+from vlmpo.recipe_yaml import load_recipe
 
 app = typer.Typer(
     help="Mixed Preference Optimization for vision-language models.",

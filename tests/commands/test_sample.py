@@ -32,7 +32,7 @@ from vlmpo.errors import DataError, RecipeError, RunError
 from vlmpo.generate import server
 from vlmpo.generate.responses import RESPONSES_FILE, ResponseFile, read_responses
 from vlmpo.generate.sample import SampleReport
-from vlmpo.recipe import load_recipe, parse_recipe
+from vlmpo.recipe_yaml import dump_recipe, load_recipe, parse_recipe
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_a_file_that_was_tampered_with(tmp_path, checkpoint, change, error, word
 def test_a_recipe_that_only_builds_does_not_train(tmp_path, checkpoint):
     recipe = write(tmp_path, checkpoint)
     parsed = load_recipe(recipe)
-    assert parse_recipe(parsed.to_yaml()) == parsed
+    assert parse_recipe(dump_recipe(parsed)) == parsed
     result = CliRunner().invoke(app, ["train", str(recipe), f"training.output_dir={tmp_path / 'run'}"])
     assert result.exit_code == 2, result.output
     assert "data.train: names no data set to train on" in result.output
@@ -345,7 +345,10 @@ def test_the_folder_is_named_after_the_recipe(tmp_path):
     ("line", "message"),
     [
         ("engine: localhost", "build.engine: expected local or the http(s) URL of a chat server, got 'localhost'"),
-        ("prompt: cott", "build.prompt: 'cott' is neither a style nor a template that holds {question}; did you mean"),
+        (
+            "prompt: cott",
+            "build.prompt: 'cott' is neither a style nor a template that contains {question}; did you mean",
+        ),
         ("samples: 0", "build.samples: expected greater than or equal to 1, got 0"),
         ("sample: 3", "build.sample: unknown key; did you mean build.samples?"),
         ("top_p: 0", "build.top_p: expected greater than 0, got 0"),

@@ -35,7 +35,7 @@ from vlmpo.generate.prompts import prompt_hash, prompt_text
 from vlmpo.generate.responses import read_responses
 from vlmpo.pairs.correctness import pair_correctness
 from vlmpo.pairs.dropout_ntp import cut_words, pair_dropout_ntp
-from vlmpo.recipe import load_recipe
+from vlmpo.recipe_yaml import load_recipe
 from vlmpo.verifiers.verifiers import verify
 
 NUMBERS = "one two three four five six seven eight nine ten".split()  # noqa: SIM905

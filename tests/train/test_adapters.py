@@ -26,7 +26,7 @@ from vlmpo.commands.adapter_settings import lora_config
 from vlmpo.errors import ModelError, RecipeError, RunError
 from vlmpo.models.adapters import named_base, trained_beside_adapter, use_adapter
 from vlmpo.models.loading import load_model
-from vlmpo.recipe import parse_recipe
+from vlmpo.recipe_yaml import parse_recipe
 from vlmpo.train.reference import AdapterReference, CopyReference, weights_hash
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, build_row

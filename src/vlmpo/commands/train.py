@@ -26,6 +26,7 @@ from vlmpo.loss import needs_reference
 from vlmpo.models import loading
 from vlmpo.models.adapters import is_peft
 from vlmpo.recipe import Recipe, check_training_keys
+from vlmpo.recipe_yaml import dump_recipe
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.config import MPOConfig
@@ -69,7 +70,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     manifest["overlap"] = {name: dataclasses.asdict(found) for name, found in overlaps.items()}
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         replace_json(folder / "manifest.json", {**manifest, "status": "running"})
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
     _finish(recipe, trainer, data, manifest)
@@ -176,26 +177,7 @@ def training_config(recipe: Recipe) -> MPOConfig:
             "log in with `hf auth login`, or set HF_TOKEN"
         )
     try:
-        return MPOConfig(
-            **{
-                **recipe.training,
-                "loss_weights": dict(recipe.loss.weights),
-                "beta": recipe.loss.beta,
-                "reward_shift": recipe.loss.reward_shift,
-                "nll_reduction": recipe.loss.nll_reduction,
-                "label_smoothing": recipe.loss.label_smoothing,
-                "reference_kind": recipe.reference.kind,
-                "reference_cache_dir": recipe.reference.cache_dir,
-                "max_length": recipe.data.max_length,
-                "over_long": recipe.data.over_long,
-                "max_tiles": recipe.data.max_tiles,
-                "video_frames": recipe.data.video_frames,
-                "on_bad_record": recipe.data.on_bad_record,
-                "group_by_prompt": recipe.data.group_by_prompt,
-                "balance_ranks": recipe.data.balance_ranks,
-                "attention": recipe.model.attention,
-            }
-        )
+        return MPOConfig(**recipe.trainer_settings())
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
 

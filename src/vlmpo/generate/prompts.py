@@ -8,7 +8,7 @@ import re
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question
 from vlmpo.errors import RecipeError
 from vlmpo.generate.base import GenerationRequest
-from vlmpo.recipe import PROMPT_STYLES, QUESTION_FIELD
+from vlmpo.settings import PROMPT_STYLES, QUESTION_FIELD
 
 _TEMPLATES = {
     "direct": f"{QUESTION_FIELD}\nAnswer the question with a single word, number or phrase.",

@@ -13,7 +13,7 @@ from vlmpo.errors import RecordError
 from vlmpo.generate.prompts import prompt_hash, prompt_text, seed_for
 from vlmpo.generate.responses import PROMPT_HASH
 from vlmpo.pairs.report import PairingReport
-from vlmpo.recipe import QUESTION_FIELD
+from vlmpo.settings import QUESTION_FIELD
 
 Record = dict[str, Any]
 T = TypeVar("T")
