@@ -17,6 +17,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+import vlmpo
 from tests.paths import REPO
 from tests.test_architecture import FLOORS
 from vlmpo.cli import app
@@ -292,6 +293,11 @@ def test_the_modules_in_the_changelog_exist() -> None:
     assert [name for name in now if importlib.util.find_spec(name) is None] == []
 
 
+def test_every_public_name_is_documented() -> None:
+    text = "\n".join(prose(page) for page in PAGES)
+    assert [name for name in vlmpo.__all__ if f"`{name}`" not in text] == []
+
+
 # ---- English ----
 
 # Words that the pages avoid, each with what to write instead.
@@ -303,6 +309,8 @@ AVOIDED = {
     r"\balike\b": "equal, the same",
     r"\bheld against\b": "compared with",
     r"\bgoes on with\b": "continues with",
+    r"\banew\b": "again",
+    r"\bthe run says\b": "the run prints",
 }
 
 
