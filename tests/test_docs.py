@@ -91,9 +91,6 @@ def test_every_recipe_parses(tmp_path: Path, text: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(text if whole else yaml.safe_dump(merged(BASE, block)), encoding="utf-8")
     recipe = load_recipe(file, [])
-    again = tmp_path / "again.yaml"
-    again.write_text(recipe.to_yaml(), encoding="utf-8")
-    assert load_recipe(again, []) == recipe
     assert recipe.training.keys() <= training_keys()
 
 

@@ -24,7 +24,7 @@ class RanksTrainer(Trainer):
         if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
             logger.info(
                 f"one of {self.args.n_gpu} GPUs is used; to use all, start with "
-                f"torchrun --nproc_per_node {self.args.n_gpu} (docs/distributed.md)"
+                f"torchrun --nproc_per_node {self.args.n_gpu} (docs/ranks.md)"
             )
             self.args._n_gpu = 1
         super().create_accelerator_and_postprocess()
