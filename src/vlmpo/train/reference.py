@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmpo.errors import ModelError
 from vlmpo.models.adapters import active_adapter, adapter_places, split_name
 from vlmpo.train.batching import MicroBatch
-from vlmpo.train.sharding import full_tensor, is_partitioned, release, unwrapped
+from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
 from vlmpo.tree.forward import install, uses_shared_rows
 from vlmpo.tree.layout import PackedRow, sum_by_response
 
@@ -36,7 +36,7 @@ class Reference(Protocol):
     def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """``[responses]`` of ``part``, summed over scored tokens, without gradient."""
 
     def weights_hash(self) -> str:
@@ -57,9 +57,9 @@ class CopyReference:
         release(self.model)
         return logps
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(part.rows), part.rows)
+        return sum_by_response(self.token_logps(micro_batch.rows), micro_batch.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -87,9 +87,9 @@ class AdapterReference:
         with torch.no_grad(), use_adapter(self.policy, self.frozen):
             return self.policy(packed_rows=rows)
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(part.rows), part.rows)
+        return sum_by_response(self.token_logps(micro_batch.rows), micro_batch.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -138,6 +138,27 @@ def is_peft(model: Any) -> bool:
 def unwrap_peft(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if is_peft(model) else model
+
+
+def online_reference(
+    kind: str, *, policy: Any, given: Any | None, fresh_adapter: bool, shared: bool, accelerator: Any
+) -> Reference:
+    """Build the reference that is read in this process.
+
+    Args:
+        kind: ``auto``, ``copy`` or ``adapter``, see :func:`choose_kind`.
+        policy: the initial policy.
+        given: a reference model of the user's, or None.
+        fresh_adapter: whether the policy's adapter was put on for this run.
+        shared: whether rows share prompts.
+        accelerator: of the run.
+    """
+    from vlmpo.train.adapters import add_frozen_adapter, choose_kind
+
+    kind = choose_kind(kind, policy, given, fresh_adapter)
+    if kind != "copy":
+        return AdapterReference(policy, add_frozen_adapter(policy) if kind == "frozen_adapter" else None)
+    return CopyReference(prepare_frozen(accelerator, frozen_copy(policy) if given is None else freeze(given, shared)))
 
 
 def frozen_copy(policy: Any) -> nn.Module:
