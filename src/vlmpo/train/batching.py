@@ -205,7 +205,7 @@ class MicroBatch:
         """The same with pixels as the processor gives them, where they came as bytes (``scale`` of their encoder)."""
         if scale is None:
             return self
-        return replace(self, rows=[replace(row, vision=scale.restored(row.vision)) for row in self.rows])
+        return replace(self, rows=[replace(row, vision=scale.normalise(row.vision)) for row in self.rows])
 
 
 @dataclass(frozen=True)
