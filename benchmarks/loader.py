@@ -151,7 +151,7 @@ def normalised(micro_batch: MicroBatch, scale: PixelScale | None) -> MicroBatch:
     """Make the processor's pixels of bytes, as the trainer does on the device."""
     if scale is None:
         return micro_batch
-    return replace(micro_batch, rows=[replace(row, vision=scale.restored(row.vision)) for row in micro_batch.rows])
+    return replace(micro_batch, rows=[replace(row, vision=scale.normalise(row.vision)) for row in micro_batch.rows])
 
 
 def pixels_of(batch: Any) -> torch.Tensor:

@@ -334,7 +334,7 @@ class MPOTrainer(Trainer):
         for row in inputs.rows:
             vision = {name: tensor.to(device, non_blocking=True) for name, tensor in row.vision.items()}
             if scale is not None:
-                vision = scale.restored(vision)
+                vision = scale.normalise(vision)
             if dtype is not None:
                 vision = {name: t.to(dtype) if t.is_floating_point() else t for name, t in vision.items()}
             rows.append(replace(row.to(device), vision=vision))
