@@ -205,7 +205,7 @@ def test_resume_of_an_adapter_that_came_with_the_policy(tmp_path: Path, adapter_
     lines = [logged(tmp_path / name) for name in ("cut", "whole")]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
     assert [line["rewards/margins"] for line in lines[0]] == [line["rewards/margins"] for line in lines[1]]
-    with pytest.raises(RunError, match="another reference"):
+    with pytest.raises(RunError, match="a different reference model"):
         trainer(tmp_path / "cut", pairs(6), model=whole.model, **CHECKPOINTS).train(resume_from_checkpoint=True)
 
 

@@ -258,7 +258,7 @@ def test_nothing_is_kept_between_steps(tmp_path: Path) -> None:
 
     def listening(*args: Any) -> Any:
         found = plain(*args)
-        kept.extend(row.layout for batch in found[0] for part in batch.parts for row in part.rows)
+        kept.extend(row.layout for batch in found[0] for part in batch.micro_batches for row in part.rows)
         return found
 
     run.get_batch_samples = listening

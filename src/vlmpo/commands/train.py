@@ -27,7 +27,7 @@ from vlmpo.models import loading
 from vlmpo.models.adapters import is_peft
 from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.train.best import of_only_set
-from vlmpo.train.cached_reference import CachedReference, precompute
+from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
@@ -119,10 +119,9 @@ def cache(recipe: Recipe) -> None:
     args = training_config(recipe)
     data, _ = _open_data(recipe)
     trainer = _build(recipe, args, data)
-    if not isinstance(trainer.reference, CachedReference):
-        raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
-    parts = trainer._gathered(precompute(trainer))
-    known, computed, dropped = (sum(part[name] for part in parts) for name in ("known", "computed", "dropped"))
+    counts = trainer.precompute_reference()
+    assert isinstance(trainer.reference, CachedReference)
+    known, computed, dropped = counts["known"], counts["computed"], counts["dropped"]
     pair_counts = trainer.all_pair_counts()
     if trainer.accelerator.is_main_process:
         show_pair_counts(Console(), data, pair_counts)

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from vlmpo.errors import RecipeError
+from vlmpo.log import logger
 
 _BOUNDS = ("", "_low", "_high")
 # Searched for in a metric's name, in this order.
@@ -101,3 +102,34 @@ def _sources(data: Any) -> list[str] | None:
     """Names of the data sets in ``data``, where it tells them without opening every record."""
     tell = getattr(data, "source", None)
     return sorted({tell(index) for index in range(len(data))}) if callable(tell) else None
+
+
+def settle_best_metric(args: Any, eval_dataset: Any, with_rewards: bool, extra_evaluations: Sequence[Any]) -> None:
+    """Give ``args.metric_for_best_model`` its full name.
+
+    Args:
+        args: MPOConfig of the run.
+        eval_dataset: one set, several by name, or None.
+        with_rewards: whether there is a reference.
+        extra_evaluations: further evaluations; their ``metrics`` name what they give, if they have it.
+
+    Raises:
+        RecipeError: no evaluation will give that metric, or it is unknown which way it is better.
+    """
+    metric = args.metric_for_best_model
+    if metric is None:
+        return
+    if args.eval_strategy == "no":
+        raise RecipeError(
+            "training.metric_for_best_model: nothing is evaluated while training; set training.eval_strategy"
+        )
+    by_set = metrics_of_sets(eval_dataset, list(args.weights), with_rewards)
+    extra = [name for one in extra_evaluations for name in getattr(one, "metrics", ("*",))]
+    args.metric_for_best_model = resolve(metric, known_metrics(by_set, extra))
+    if args.greater_is_better is None:
+        raise RecipeError(
+            f"training.metric_for_best_model: is a higher {metric!r} better, or a lower? Set training.greater_is_better"
+        )
+    by_steps = args.save_strategy == args.eval_strategy == "steps"
+    if args.load_best_model_at_end and by_steps and args.save_steps != args.eval_steps:
+        logger.info("note: the best checkpoint is sought among the evaluations at which one is saved")

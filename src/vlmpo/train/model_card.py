@@ -22,7 +22,7 @@ from vlmpo.train.counts import PairCounts
 from vlmpo.train.reference import AdapterReference
 
 if TYPE_CHECKING:
-    from vlmpo.train.choices import ChoosingTrainer
+    from vlmpo.train.trainer import MPOTrainer as ChoosingTrainer
 
 CARD_FILE = "README.md"
 _TEMPLATE = "model_card.md.jinja"

@@ -12,9 +12,18 @@ from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.errors import ModelError
-from vlmpo.models.adapters import active_adapter, adapter_places, is_peft, split_name, unwrap_peft, use_adapter
+from vlmpo.models.adapters import (
+    active_adapter,
+    adapter_places,
+    add_frozen_adapter,
+    choose_kind,
+    is_peft,
+    split_name,
+    unwrap_peft,
+    use_adapter,
+)
 from vlmpo.train.batching import MicroBatch
-from vlmpo.train.sharding import full_tensor, is_partitioned, release, unwrapped
+from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
 from vlmpo.tree.forward import install, uses_shared_rows
 from vlmpo.tree.layout import PackedRow, sum_by_response
 
@@ -36,7 +45,7 @@ class Reference(Protocol):
     def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """``[responses]`` of ``part``, summed over scored tokens, without gradient."""
 
     def weights_hash(self) -> str:
@@ -57,9 +66,9 @@ class CopyReference:
         release(self.model)
         return logps
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(part.rows), part.rows)
+        return sum_by_response(self.token_logps(micro_batch.rows), micro_batch.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -87,14 +96,33 @@ class AdapterReference:
         with torch.no_grad(), use_adapter(self.policy, self.frozen):
             return self.policy(packed_rows=rows)
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(part.rows), part.rows)
+        return sum_by_response(self.token_logps(micro_batch.rows), micro_batch.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
         self._hash = self._hash or weights_hash(self.policy, self.frozen)
         return self._hash
+
+
+def online_reference(
+    kind: str, *, policy: Any, given: Any | None, fresh_adapter: bool, shared: bool, accelerator: Any
+) -> Reference:
+    """Build the reference that is read in this process.
+
+    Args:
+        kind: ``auto``, ``copy`` or ``adapter``, see :func:`choose_kind`.
+        policy: the initial policy.
+        given: a reference model of the user's, or None.
+        fresh_adapter: whether the policy's adapter was put on for this run.
+        shared: whether rows share prompts.
+        accelerator: of the run.
+    """
+    kind = choose_kind(kind, policy, given, fresh_adapter)
+    if kind != "copy":
+        return AdapterReference(policy, add_frozen_adapter(policy) if kind == "frozen_adapter" else None)
+    return CopyReference(prepare_frozen(accelerator, frozen_copy(policy) if given is None else freeze(given, shared)))
 
 
 def frozen_copy(policy: Any) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.errors import RecipeError, RunError
-from vlmpo.train.batching import MicroBatch
-from vlmpo.tree.layout import PackedRow
 
 
 def passes_are_shared(accelerator: Any) -> bool:
@@ -90,20 +87,8 @@ def no_gradient_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
         compat.set_gradient_sync(accelerator, due)
 
 
-def to_compute_dtype(accelerator: Any, part: MicroBatch) -> MicroBatch:
-    """Pixels in the type that a sharded model computes in: there is no autocast around it that would convert them."""
-    dtype = _compute_dtype(accelerator)
-    if dtype is None:
-        return part
-
-    def cast(row: PackedRow) -> PackedRow:
-        vision = {name: value.to(dtype) if value.is_floating_point() else value for name, value in row.vision.items()}
-        return replace(row, vision=vision)
-
-    return replace(part, rows=[cast(row) for row in part.rows])
-
-
-def _compute_dtype(accelerator: Any) -> torch.dtype | None:
+def compute_dtype(accelerator: Any) -> torch.dtype | None:
+    """Return the type that a sharded model computes in: no autocast around it converts pixels. None: not sharded."""
     if accelerator.distributed_type == DistributedType.FSDP:
         policy = accelerator.state.fsdp_plugin.mixed_precision_policy
         return None if policy is None else policy.param_dtype
@@ -157,19 +142,6 @@ def whole_state_dict(accelerator: Any) -> Iterator[None]:
         yield
     finally:
         plugin.state_dict_type = kind
-
-
-def refuse_if_scored(accelerator: Any, model: nn.Module) -> None:
-    """Refuse to train what was sharded to be scored: accelerate finds the optimizer's weights only before sharding.
-
-    Raises:
-        RunError: FSDP, and evaluated before training.
-    """
-    if accelerator.distributed_type == DistributedType.FSDP and getattr(model, "_vlmpo_ready", False):
-        raise RunError(
-            "under FSDP a model that was evaluated cannot be trained any more; "
-            "to evaluate at the start set training.eval_on_start: true"
-        )
 
 
 def _deepspeed_engine(accelerator: Any, model: nn.Module) -> nn.Module:
