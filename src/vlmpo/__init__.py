@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vlmpo.data.records import Message, PreferencePair, Verdict
     from vlmpo.errors import VlmpoError
     from vlmpo.loss import LossOutput, RewardShift, mpo_loss
+    from vlmpo.scoring import response_logps
     from vlmpo.train.config import MPOConfig
     from vlmpo.train.trainer import MPOTrainer
     from vlmpo.verifiers.verifiers import verify
@@ -23,6 +24,7 @@ _HOMES = {
     "LossOutput": "vlmpo.loss",
     "mpo_loss": "vlmpo.loss",
     "RewardShift": "vlmpo.loss",
+    "response_logps": "vlmpo.scoring",
     "MPOConfig": "vlmpo.train.config",
     "MPOTrainer": "vlmpo.train.trainer",
     "Verdict": "vlmpo.data.records",
@@ -38,6 +40,7 @@ __all__ = [
     "Verdict",
     "VlmpoError",
     "mpo_loss",
+    "response_logps",
     "verify",
 ]
 

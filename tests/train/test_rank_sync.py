@@ -95,7 +95,7 @@ def test_the_scored_tokens_of_a_row_stay_what_they_were() -> None:
 
 def test_a_dummy_behind_a_row_is_the_row_built_with_it() -> None:
     pairs = [encoder().encode(PAIRS[index]) for index in (2, 3, 6)]
-    dummy = rank_sync()._dummy_tree(True)
+    dummy = rank_sync().dummy_tree(True)
     trees = [PromptTree(p.prompt_ids, (p.chosen_ids, p.rejected_ids), {}, p.token_types) for p in pairs]
     got, whole = append_dummy(build_row(trees), dummy), build_row([*trees, dummy])
     assert got.layout.spans == whole.layout.spans

@@ -145,8 +145,8 @@ def active_adapter(model: Any) -> str:
 def use_adapter(model: Any, adapter: str | None) -> Iterator[None]:
     """Read a PEFT model under another of its adapters, or under none (None); afterwards it is as it was.
 
-    PEFT freezes whatever adapter is not on, and marks the weights of the one it switches on as trainable. Under either,
-    DDP would hear of parameters that have no gradient. So every parameter keeps its ``requires_grad``, inside too.
+    PEFT's switches also set ``requires_grad``: that would thaw what was frozen, and FSDP2, which takes note of it in a
+    model's first forward, would never give the adapter a gradient. So every parameter keeps its own, inside too.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = None if adapter is None else active_adapter(model)

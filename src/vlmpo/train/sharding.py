@@ -78,7 +78,7 @@ def no_gradient_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
     DDP sums gradients over ranks in the last one only. FSDP2 does so in each: kept back, they would be whole on every
     rank. DeepSpeed steps the optimizer in the backward pass unless told that no gradients are due yet.
     """
-    due = accelerator.sync_gradients
+    due = accelerator.gradient_state.sync_gradients
     compat.set_gradient_sync(accelerator, False)
     try:
         with contextlib.nullcontext() if passes_are_shared(accelerator) else accelerator.no_sync(model):

@@ -366,8 +366,8 @@ class MPOTrainer(Trainer):
             output = add_router_loss(
                 output,
                 router_losses,
-                micro_batch.chosen,
-                micro_batch.rejected,
+                chosen=micro_batch.chosen,
+                rejected=micro_batch.rejected,
                 coefficient=self.router_coefficient,
                 num_pairs=counts.get("pairs"),
             )

@@ -90,16 +90,19 @@ def install(model: Any, shared: bool) -> None:
 
 
 @contextmanager
-def installed(model: Any, shared: bool) -> Iterator[None]:
-    """Patch ``model`` for the time of a ``with`` block; a model that is patched already is left as it is."""
+def installed(model: Any, shared: bool) -> Iterator[bool]:
+    """Patch ``model`` for the time of a ``with`` block, and yield whether its rows share prompts.
+
+    A model that is patched already is left as it is, whatever ``shared`` says.
+    """
     if "_vlmpo" in vars(model):
-        yield
+        yield uses_shared_rows(model)
         return
     forward = vars(model).get("forward")  # of the instance; None: the class's
     attention = compat.attention_implementation(model.config.get_text_config())
     install(model, shared)
     try:
-        yield
+        yield shared
     finally:
         del model._vlmpo, model.forward
         if forward is not None:
