@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlmpo.errors import RecipeError, RunError, first_line
 from vlmpo.log import logger
 from vlmpo.train import param_groups as rates
 from vlmpo.train.checkpoint import read_state, write_state
+from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.metrics import evaluation_metric_names, resolve_metric
-from vlmpo.train.model_card import CARD_FILE, RunSummary, model_card
+from vlmpo.train.model_card import CARD_FILE, RunSummary, model_card, training_settings
 from vlmpo.train.ranks import RanksTrainer
+from vlmpo.train.reference import AdapterReference, is_peft, unwrap_peft
 
 
 class ChoosingTrainer(RanksTrainer):
@@ -26,13 +29,15 @@ class ChoosingTrainer(RanksTrainer):
     Attributes:
         average: of the weights, where ``ema_decay`` is set.
         parameter_counts: numbers of (all, trained) parameters by part.
-        facts: what the model card shall tell beyond what the trainer knows itself.
+        trained_pairs: what became of the pairs of all ranks, once training is over.
+        card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
     """
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
-        self.facts = RunSummary()
+        self.card_fields: dict[str, Any] = {}
+        self.trained_pairs = PairCounts()
         every, trained = rates.count_by_part(self.model), rates.count_by_part(self.model, trained_only=True)
         self.parameter_counts = {part: (count, trained.get(part, 0)) for part, count in every.items()}
         self._group_parts: list[str] = []
@@ -169,7 +174,7 @@ class ChoosingTrainer(RanksTrainer):
         if self.average is not None:
             self.average.resume_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.facts.pair_counts = self.all_pair_counts()
+        self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             logger.info(
                 f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
@@ -240,5 +245,43 @@ class ChoosingTrainer(RanksTrainer):
         if not self.is_world_process_zero():
             return
         given = {"language": language, "license": license, "datasets": dataset_tags, "tags": tags}
-        text = model_card(self, given, title=model_name, base_model=finetuned_from)
+        named = {"title": model_name, "base_model": finetuned_from}
+        summary = self.run_summary(**{name: value for name, value in named.items() if value})
+        text = model_card(summary, given)
         (Path(self.args.output_dir) / CARD_FILE).write_text(text, encoding="utf-8")
+
+    def run_summary(self, **fields: Any) -> RunSummary:
+        """Summarise the run for its model card; ``card_fields`` and ``fields`` go before what the trainer knows."""
+        args, state, policy, adapter = self.args, self.state, unwrap_peft(self.model), is_peft(self.model)
+        folder, final = Path(args.output_dir).absolute().name, self.final_model()
+        reference = "a frozen model"
+        if isinstance(used := getattr(self, "reference", None), AdapterReference):
+            reference = "the model with its adapter off" if used.frozen is None else "the model under its first adapter"
+        settings = training_settings(
+            args,
+            pairs_per_step=self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            num_steps=state.global_step,
+            num_epochs=state.epoch or 0.0,
+            weights_dtype=next((p.dtype for p in self.model.parameters() if p.requires_grad), None),
+            parameter_counts=self.parameter_counts,
+            adapter=self.model.peft_config[self.model.active_adapter] if adapter else None,
+            shared=getattr(self, "shared", False),
+        )
+        known = {
+            "title": folder,
+            "location": getattr(self, "hub_model_id", None) or folder,
+            "base_model": getattr(policy.config, "_name_or_path", None),
+            "adapter": adapter,
+            "reads_images": policy.config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+            "processor_class": "AutoProcessor" if hasattr(self.processing_class, "tokenizer") else "AutoTokenizer",
+            **{name: getattr(args, name) for name in ("beta", "reward_shift", "nll_reduction", "label_smoothing")},
+            "weights": args.weights,
+            "reference": reference,
+            "settings": settings,
+            "log_history": state.log_history,
+            "final_step": final["step"],
+            "best_by": next(iter(final.get("best_by", {}).items()), None),
+            "ema": final.get("ema"),
+            "data": self.trained_pairs.by_source(),
+        }
+        return RunSummary(**{**known, **self.card_fields, **fields})

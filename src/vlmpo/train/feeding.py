@@ -158,8 +158,11 @@ class FeedingTrainer(ChoosingTrainer):
         for unusable in (unusable for batch in batches for unusable in batch.dropped):
             if self.args.on_bad_record == "fail":
                 return unusable.error
-            if self.pair_counts.is_news(unusable.error):
+            if self.pair_counts.add_example(unusable.error.reason, str(unusable.error)):
                 logger.info(f"dropped: {unusable.error}")
         if (self.state.epoch or 0.0) < 1.0:  # every pair comes once an epoch: the first one counts them
-            self.pair_counts.add(batches)
+            for batch in batches:
+                self.pair_counts.used.update(source for part in batch.parts for source in part.sources)
+                for unusable in batch.dropped:
+                    self.pair_counts.drop(unusable.source, unusable.error)
         return None
