@@ -38,8 +38,8 @@ MAY_PRINT = {"log", "commands", "cli"}
 MAY_PRINT_TOO = {"train.callbacks"}  # the line a log on the screen, if there is no progress bar
 # Commands build the trainer and see it through; compat.py reads what transformers' Trainer keeps private.
 MAY_TAKE_THE_TRAINER = {"commands", "compat"}
-ALLOWED_CYCLES: list[set[str]] = [{"train.model_card", "train.trainer"}]
-ALLOWED_TO_TAKE_THE_TRAINER = {"train.model_card"}
+ALLOWED_CYCLES: list[set[str]] = []
+ALLOWED_TO_TAKE_THE_TRAINER: set[str] = set()
 
 
 # ---- reading the source ----

@@ -173,12 +173,10 @@ def test_no_average_no_folder(tmp_path: Path) -> None:
         trainer(tmp_path, pairs(2), ema_decay=0.5).save_average(tmp_path / "ema")
 
 
-@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_weights_are_refused(tmp_path: Path, flag: str) -> None:
-    run = trainer(tmp_path, pairs(2), ema_decay=0.5)
-    setattr(run, flag, True)
+def test_sharded_weights_are_refused() -> None:
     with pytest.raises(RecipeError, match="FSDP and DeepSpeed hold parts of them"):
-        run._start_average()
+        WeightAverage.for_run(0.5, sharded=True)
+    assert WeightAverage.for_run(0.0, sharded=True) is None
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, "0.9", True])
