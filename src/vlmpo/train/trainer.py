@@ -767,4 +767,4 @@ def _hub_errors(remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"training.push_to_hub: {first_line(error)}; {remedy}") from error
+        raise RunError(f"training.push_to_hub: {first_line(error)} ({remedy})") from error
