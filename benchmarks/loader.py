@@ -19,7 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from PIL import Image
 
 from vlmpo import Message, PreferencePair
 from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.data.encode.pixels import PixelScale
 from vlmpo.testing.tiny import TinySize, build_processor, train_tokenizer
-from vlmpo.train.batching import Batch, Collator, EncodedPairs
+from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
@@ -137,7 +138,7 @@ def arms(case: Case, pairs: list[PreferencePair]) -> dict[str, Loading]:
 
     def whole() -> Iterator[Batch]:
         for batch in ours():
-            yield Batch([part.with_pixels(encoder.pixel_scale) for part in batch.parts], batch.dropped)
+            yield Batch([normalised(part, encoder.pixel_scale) for part in batch.micro_batches], batch.dropped)
 
     def trl() -> Iterator[dict[str, Any]]:
         for start in starts:
@@ -146,9 +147,16 @@ def arms(case: Case, pairs: list[PreferencePair]) -> dict[str, Loading]:
     return {PEER: trl, OURS: ours, WHOLE: whole}
 
 
+def normalised(micro_batch: MicroBatch, scale: PixelScale | None) -> MicroBatch:
+    """Make the processor's pixels of bytes, as the trainer does on the device."""
+    if scale is None:
+        return micro_batch
+    return replace(micro_batch, rows=[replace(row, vision=scale.restored(row.vision)) for row in micro_batch.rows])
+
+
 def pixels_of(batch: Any) -> torch.Tensor:
     """``[tiles, 3, side, side]`` of a batch of any arm."""
-    named = batch.parts[0].rows[0].vision if isinstance(batch, Batch) else batch
+    named = batch.micro_batches[0].rows[0].vision if isinstance(batch, Batch) else batch
     return named["pixel_values"]
 
 

@@ -72,6 +72,7 @@ def test_names_of_models_and_configs() -> None:
     assert compat.is_image_text_config(tiny_models.model().config)
     assert not compat.is_image_text_config(LlamaConfig())
     assert {"_no_split_modules", "_can_record_outputs", "_hf_peft_config_loaded"} <= set(dir(PreTrainedModel))
+    assert compat.attention_implementation(build(0, "llama").config) == "sdpa"
     assert compat.layers_to_wrap(build(0, "llama")) == {"LlamaDecoderLayer"}
     assert not compat.has_transformers_adapter(build(0, "llama"))
 

@@ -28,6 +28,14 @@ def is_image_text_config(config: Any) -> bool:
     return type(config) in AutoModelForImageTextToText._model_mapping
 
 
+def attention_implementation(config: Any) -> str:
+    """Return the name of the attention that models of ``config`` use; there is only a setter that is public.
+
+    ``PreTrainedModel.set_attn_implementation`` sets it (``_attn_implementation``).
+    """
+    return str(config._attn_implementation)
+
+
 def layers_to_wrap(model: Any) -> set[str]:
     """Return the class names of the layers that must stay whole when a model is sharded (``_no_split_modules``)."""
     return set(getattr(model, "_no_split_modules", None) or ())

@@ -22,6 +22,7 @@ from vlmpo.generate import server
 from vlmpo.generate.base import Generated, GenerationRequest, Sampling
 from vlmpo.generate.local import LocalEngine, draw_tokens
 from vlmpo.generate.server import ServerEngine
+from vlmpo.models.families import Family
 from vlmpo.tree.forward import install
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -93,7 +94,7 @@ def test_every_family_can_generate(monkeypatch):
     """Families that are not on the list go prompt by prompt, inputs repeated: slower, and the same responses."""
     sampling = Sampling(max_new_tokens=8)
     expected = list(engine(sampling=sampling, batch_size=1).generate(requests(3)))
-    monkeypatch.setattr(engines, "ENCODE_ONCE_FAMILIES", frozenset())
+    monkeypatch.setattr(engines, "family_of", lambda config: Family(config.model_type))
     other = engine(sampling=sampling)
     assert other.batch_size == 1
     assert list(other.generate(requests(3))) == expected

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmpo.train.balance import PairCosts, Shape, even_split, lag, plain_split
-from vlmpo.train.batching import PairBatchSampler
 from vlmpo.train.order import shuffled, with_groups
+from vlmpo.train.sampler import PairBatchSampler
 
 
 def costs(*whole: int, prompt: int = 0) -> PairCosts:

@@ -175,7 +175,7 @@ def test_sharded_weights_are_refused(tmp_path: Path, flag: str) -> None:
     run = trainer(tmp_path, pairs(2), ema_decay=0.5)
     setattr(run, flag, True)
     with pytest.raises(RecipeError, match="FSDP and DeepSpeed hold parts of them"):
-        run._new_average()
+        run._start_average()
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, "0.9", True])

@@ -15,8 +15,9 @@ from tests.tiny_models import processor, random_pair
 from tests.training import Gradients, config, flat_weights, logged, relative, trainer
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecordError
-from vlmpo.train.batching import Collator, PairBatchSampler, grouped, lay_out
+from vlmpo.train.batching import Collator, lay_out
 from vlmpo.train.order import prompt_labels, shuffled, with_groups
+from vlmpo.train.sampler import PairBatchSampler
 
 WORDS = ("red", "blue circle", "two", "the picture", "green square")
 
@@ -100,7 +101,7 @@ def test_only_the_same_prompt_and_image_are_grouped() -> None:
     other_image = replace(second, images=(first.images[0].rotate(180),))
     other_words = replace(second, prompt=(replace(first.prompt[0], text="<image>\nand now?"),))
     encoded = [encoder.encode(pair) for pair in (first, second, other_image, other_words, first)]
-    assert [len(group) for group in grouped(encoded, 5)] == [2, 1, 1, 1]
+    assert [len(part) for part in Collator(None, False, group=5)(encoded).micro_batches] == [2, 1, 1, 1]
 
 
 @pytest.mark.parametrize("shared", ["auto", "separate"])
@@ -138,7 +139,7 @@ def test_a_shuffled_run_brings_prompts_together(tmp_path: Path) -> None:
     data = [pair for seed in range(4) for pair in one_prompt(seed, 3)]
     run = trainer(tmp_path, data, group_by_prompt=3, per_device_train_batch_size=3)
     for batch in run.get_train_dataloader():
-        (part,) = batch.parts
+        (part,) = batch.micro_batches
         assert len(part.rows[0].layout.spans) == 1
         assert len({origin.partition(".")[0] for origin in part.origins}) == 1
     run.train()
@@ -149,8 +150,8 @@ def test_rows_are_bounded_by_what_a_group_takes() -> None:
     encoder = PairEncoder(processor())
     pairs = [encoder.encode(pair) for seed in (0, 1) for pair in one_prompt(seed, 3)]
     tokens = [lay_out(pairs[at : at + 3], group=3).num_tokens for at in (0, 3)]
-    assert [len(part) for part in Collator(sum(tokens), True, group=3)(pairs).parts] == [6]
-    assert [len(part) for part in Collator(max(tokens), True, group=3)(pairs).parts] == [3, 3]
+    assert [len(part) for part in Collator(sum(tokens), True, group=3)(pairs).micro_batches] == [6]
+    assert [len(part) for part in Collator(max(tokens), True, group=3)(pairs).micro_batches] == [3, 3]
 
 
 def test_a_negative_group_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from vlmpo.recipe import Recipe, check_training_keys
 from vlmpo.train.config import MPOConfig, row_tokens
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.order import room_for_groups
-from vlmpo.tree.layout import PromptTree, pack
+from vlmpo.tree.layout import PromptTree
+from vlmpo.tree.packing import pack
 
 MAX_EXAMINED = 2000  # pairs encoded for the distributions; above it a sample, the same each time, speaks for the rest
 _BINS = 8

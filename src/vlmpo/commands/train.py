@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainingArguments
 
+from vlmpo.commands.adapter_settings import check_adapter_settings, lora_config, quantization
 from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_pair_counts
 from vlmpo.data.index.overlap import Overlap
 from vlmpo.errors import RecipeError, RunError, alike_on_a_node
@@ -23,8 +24,8 @@ from vlmpo.fileio import replace_json
 from vlmpo.log import logger
 from vlmpo.loss import needs_reference
 from vlmpo.models import loading
+from vlmpo.models.adapters import is_peft
 from vlmpo.recipe import Recipe, check_training_keys
-from vlmpo.train.adapters import check_adapter_settings, lora_config, quantization
 from vlmpo.train.best import of_only_set
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
@@ -33,7 +34,6 @@ from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import AVERAGE_FOLDER
 from vlmpo.train.evaluation import length_warning
 from vlmpo.train.model_card import RunSummary, package_versions
-from vlmpo.train.reference import is_peft
 from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 

@@ -20,12 +20,9 @@ from vlmpo.data.encode.processors import reads_images, tokenizer_of
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.generate.base import Generated, GenerationRequest, OnBad, Sampling
+from vlmpo.models.adapters import unwrap_peft
+from vlmpo.models.families import family_of
 from vlmpo.tree.forward import accepted
-
-# Families whose generate() was tested, token for token, to encode a prompt's images once for all its samples and to
-# batch prompts of different tiles. Text-only models have no images to mix up. Every other model gets one prompt a call,
-# its inputs repeated for every sample.
-ENCODE_ONCE_FAMILIES = frozenset({"internvl"})
 
 
 class LocalEngine:
@@ -64,11 +61,13 @@ class LocalEngine:
         self.name = name
         self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False)
         # A LoRA wrapper generates through the model it wraps, whose layers contain the adapter.
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = unwrap_peft(model)
         self._tokenizer = tokenizer_of(processor)
         self._sampling = sampling
-        once = self._model.config.model_type in ENCODE_ONCE_FAMILIES
-        self._encodes_once = once or not reads_images(processor)
+        # Text-only models have no images to mix up. Any other family without the mark gets one prompt a call, its
+        # inputs repeated for every sample.
+        batches_images = family_of(self._model.config).batches_images
+        self._encodes_once = batches_images or not reads_images(processor)
         self.batch_size = batch_size if self._encodes_once else 1
 
     @property

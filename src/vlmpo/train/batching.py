@@ -16,7 +16,8 @@ from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.train.logps_store import content_key
 from vlmpo.train.order import runs
-from vlmpo.tree.layout import PackedRow, PromptTree, build_row, pack
+from vlmpo.tree.layout import PackedRow, PromptTree, build_row
+from vlmpo.tree.packing import pack
 
 
 class Unusable(NamedTuple):

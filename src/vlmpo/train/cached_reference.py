@@ -24,10 +24,11 @@ from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RunError
 from vlmpo.fileio import replace_json
 from vlmpo.log import logger
+from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import Batch, MicroBatch
 from vlmpo.train.logps_store import ReferenceStore, Scored, content_key
-from vlmpo.train.reference import CopyReference, Reference, freeze, is_peft, unwrap_peft, weights_hash
+from vlmpo.train.reference import CopyReference, Reference, freeze, weights_hash
 from vlmpo.train.sharding import all_gather_object, passes_are_shared, prepare_frozen
 from vlmpo.tree.layout import PackedRow
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from vlmpo import compat
 from vlmpo.loss import MPO_WEIGHTS, check_weights
 from vlmpo.train.best import greater_is_better
 from vlmpo.train.param_groups import check_values
@@ -92,7 +93,7 @@ class MPOConfig(TrainingArguments):
     logging_first_step: bool = True
     report_to: Any = "none"
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_weights", "learning_rates"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*compat.fields_given_as_json(), "loss_weights", "learning_rates"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         direction = (

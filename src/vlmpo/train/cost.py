@@ -22,8 +22,8 @@ from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.log import logger
+from vlmpo.models.families import part_of
 from vlmpo.train.balance import PairCosts
-from vlmpo.train.param_groups import part_of
 from vlmpo.train.sharding import all_gather_object, broadcast_object
 from vlmpo.train.size_estimate import NOTHING, EstimatedSize, Rates, SizeEstimator, sample
 

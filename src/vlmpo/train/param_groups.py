@@ -10,32 +10,9 @@ from torch import nn
 
 from vlmpo.errors import RecipeError
 from vlmpo.log import logger
+from vlmpo.models.families import part_of
 
 PARTS = ("vision", "projector", "text")
-# Names of submodules, over all families that transformers loads as image-text-to-text models.
-_VISION = {
-    *("vision_tower", "vision_model", "vision_encoder", "vision_backbone", "vision", "visual", "vit"),
-    *("image_tower", "image_encoder", "video_tower", "high_res_vision_model", "vision_embed_tokens"),
-}
-_PROJECTOR = {
-    *("multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "mlp1", "modality_projection"),
-    *("merger", "merger_list", "deepstack_merger_list", "resampler", "resampler_model", "perceiver_resampler"),
-    *("qformer", "query_tokens", "language_projection", "visual_projection", "vision_projection", "vision_adapter"),
-    *("image_to_text_projection", "embed_vision", "visual_embeddings_table", "image_newline", "view_separator"),
-    *("high_res_vision_neck", "high_res_vision_proj", "high_res_vision_alpha"),
-}
-
-
-def part_of(name: str) -> str:
-    """The part a parameter belongs to, by its dotted name.
-
-    ``projector`` goes first, for a merger that sits inside the vision tower; what is neither is ``text``. LoRA's
-    parameters belong where they sit.
-    """
-    modules = set(name.split("."))
-    if modules & _PROJECTOR:
-        return "projector"
-    return "vision" if modules & _VISION else "text"
 
 
 def count_by_part(model: nn.Module, trained_only: bool = False) -> dict[str, int]:

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from vlmpo import compat
 from vlmpo.errors import RecipeError, RunError
 
 
@@ -60,7 +61,7 @@ def configure_fsdp(accelerator: Any, model: nn.Module) -> None:
         )
     if plugin.transformer_cls_names_to_wrap is None:
         present = {type(module).__name__ for module in model.modules()}
-        plugin.transformer_cls_names_to_wrap = sorted(present & set(getattr(model, "_no_split_modules", None) or ()))
+        plugin.transformer_cls_names_to_wrap = sorted(present & compat.layers_to_wrap(model))
     policy = plugin.mixed_precision_policy
     if policy is not None:
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -77,14 +78,13 @@ def no_gradient_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
     DDP sums gradients over ranks in the last one only. FSDP2 does so in each: kept back, they would be whole on every
     rank. DeepSpeed steps the optimizer in the backward pass unless told that no gradients are due yet.
     """
-    state = accelerator.gradient_state
-    due = state.sync_gradients
-    state._set_sync_gradients(False)
+    due = accelerator.sync_gradients
+    compat.set_gradient_sync(accelerator, False)
     try:
         with contextlib.nullcontext() if passes_are_shared(accelerator) else accelerator.no_sync(model):
             yield
     finally:
-        state._set_sync_gradients(due)
+        compat.set_gradient_sync(accelerator, due)
 
 
 def compute_dtype(accelerator: Any) -> torch.dtype | None:
@@ -104,8 +104,7 @@ def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
     if accelerator.distributed_type == DistributedType.FSDP:
         return shard(accelerator, model)
     prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
-    # accelerate would hold on to it as to a model in training: in memory for good, and written with saved states.
-    accelerator._models[:] = [other for other in accelerator._models if other is not prepared]
+    compat.forget_model(accelerator, prepared)
     return prepared
 
 

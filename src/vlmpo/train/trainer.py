@@ -20,8 +20,8 @@ from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.errors import RecipeError, RecordError, RunError, first_line
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
+from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
-from vlmpo.train.adapters import check_policy_adapter, put_adapter_on
 from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch, lay_out, merge
 from vlmpo.train.best import settle_best_metric
 from vlmpo.train.cached_reference import CachedReference, EpochWatch, open_cached_reference, precompute
@@ -43,9 +43,7 @@ from vlmpo.train.reference import (
     Reference,
     online_reference,
     switch_dropout_off,
-    unwrap_peft,
 )
-from vlmpo.train.router_term import add_router_loss
 from vlmpo.train.sampler import PairLoader
 from vlmpo.train.sharding import (
     compute_dtype,
@@ -55,9 +53,8 @@ from vlmpo.train.sharding import (
     whole_state_dict,
 )
 from vlmpo.tree.features import share_features
-from vlmpo.tree.forward import install
-from vlmpo.tree.layout import sum_by_response
-from vlmpo.tree.router_loss import ResponseScores, router_coefficient
+from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
+from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 from vlmpo.tree.self_check import check_rows
 
 
@@ -118,7 +115,8 @@ class MPOTrainer(Trainer):
         if peft_config is not None:
             set_seed(args.seed)  # an adapter starts from random numbers: the seed's, not whatever came before
             model = put_adapter_on(model, peft_config)
-        check_policy_adapter(model, args)
+        reentrant = bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+        prepare_policy_adapter(model, reentrant_checkpointing=args.gradient_checkpointing and reentrant)
         dropouts = switch_dropout_off(model)
         if dropouts:
             logger.info(f"dropout switched off in {len(dropouts)} modules: policy and reference must read alike")
@@ -179,6 +177,11 @@ class MPOTrainer(Trainer):
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
 
+    @property
+    def shared(self) -> bool:
+        """Whether a prompt is read once for its responses."""
+        return self.data_collator.shared
+
     # ---- set-up ----
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -235,9 +238,7 @@ class MPOTrainer(Trainer):
             other = unwrap_peft(self.accelerator.unwrap_model(self.reference.model))
         else:
             return
-        before = getattr(policy, "_vlmpo_tower", None) is not None
-        if share_features(policy, other, share=not self.ranks.share_passes) and not before:
-            logger.info("the vision tower is frozen: image features are computed once a step, for policy and reference")
+        share_features(policy, other, share=not self.ranks.share_passes)
 
     def _check_rows(self) -> None:
         """Read one real pair as the run does and as the model does; if shared rows differ, share no more.
@@ -362,7 +363,14 @@ class MPOTrainer(Trainer):
             self._observe_running(micro_batch, policy, reference)
         output = self._loss(micro_batch, policy, reference, counts)
         if router_losses is not None and self.router_coefficient is not None:
-            output = add_router_loss(output, router_losses, micro_batch, self.router_coefficient, counts.get("pairs"))
+            output = add_router_loss(
+                output,
+                router_losses,
+                micro_batch.chosen,
+                micro_batch.rejected,
+                coefficient=self.router_coefficient,
+                num_pairs=counts.get("pairs"),
+            )
         if model.training:
             self.metrics.update(micro_batch, policy.detach(), output)
         loss = output.loss * self.accelerator.num_processes
@@ -373,12 +381,11 @@ class MPOTrainer(Trainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return log-probs of policy and reference, and router losses if the model trains by them, ``[responses]``."""
         reference = None if self.reference is None else self.reference.response_logps(micro_batch)
-        rows, router_losses = micro_batch.rows, None
+        router_losses = None
         if with_router and self.router_coefficient is not None:
-            token_logps, router_losses = ResponseScores(*model(packed_rows=rows, router_losses=True))
+            policy, router_losses = response_logps_and_router_losses(model, micro_batch.rows)
         else:
-            token_logps = model(packed_rows=rows)
-        policy = sum_by_response(token_logps, rows)
+            policy = response_logps(model, micro_batch.rows)
         return policy, None if reference is None else reference.to(policy.dtype), router_losses
 
     def _loss(

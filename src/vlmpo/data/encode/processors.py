@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+from vlmpo import compat
 from vlmpo.errors import ModelError
 
 # InternVL's tile, 256 tokens there; 256 tokens too in the Qwen-VL families of 28-pixel tokens, which read images whole.
@@ -148,7 +149,7 @@ def tile_settings(processor: Any, tiles: int, images: Sequence[Sized]) -> dict[s
 def count_image_tokens(processor: Any, tiles: int, images: Sequence[Sized]) -> int | None:
     """Tokens that ``images`` of one prompt become, frames between them perhaps included; None where its processor
     cannot tell it from their sizes."""
-    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    count = compat.image_token_counter(processor)
     if not images or count is None:
         return None if images else 0
     sizes = [[image.height, image.width] for image in images]

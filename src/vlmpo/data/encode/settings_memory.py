@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+from vlmpo import compat
 from vlmpo.data.encode.processors import reads_images
 
 KEPT = 64  # sets of settings: one to each number of tiles an image may take
@@ -40,8 +41,9 @@ class MergedSettings:
 
 def with_kept_settings(processor: Any) -> Any:
     """``processor`` with its settings merged once; it itself where it does not merge them as transformers does."""
-    if not reads_images(processor) or not hasattr(processor, "_merge_kwargs"):
+    if not reads_images(processor) or compat.settings_merger(processor) is None:
         return processor
-    quick = copy.copy(processor)
-    quick._merge_kwargs = MergedSettings(processor._merge_kwargs)
+    quick, merge = copy.copy(processor), compat.settings_merger(processor)
+    assert merge is not None
+    compat.replace_settings_merger(quick, MergedSettings(merge))
     return quick
