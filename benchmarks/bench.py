@@ -22,8 +22,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,7 +32,8 @@ from benchmarks.arms import ARMS, CACHED, GROUPS
 from benchmarks.gpu_check import check
 from benchmarks.shapes import SHAPES, VISONLYQA, Shape
 
-RESULTS = Path(__file__).resolve().parent / "results"
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "benchmarks" / "results"
 PEER = "TRL 1.16"
 SAME_STEPS = (PEER, "two padded rows", "vlmpo, online", "vlmpo, cached")  # the same pairs in the same steps
 AGREEMENT = 1e-5  # relative, of the losses of their first steps
@@ -46,53 +48,75 @@ LEGEND = (
 )
 
 
-class Arm:
-    """One arm's process."""
+class Worker:
+    """A process that takes a step for each line it is given, and writes its peak memory when no more lines come.
 
-    def __init__(self, name: str, shape: Shape, folder: str) -> None:
+    Attributes:
+        name: of the arm.
+        steps: the record of each step; ``cpu_seconds`` are those that the process computed, on all cores.
+    """
+
+    def __init__(self, name: str, command: list[str], folder: str, root: Path = REPO) -> None:
+        """Start Python with ``command`` on the source tree at ``root``; what goes wrong is logged in ``folder``."""
         self.name = name
         self.steps: list[dict[str, Any]] = []
-        self._log = open(Path(folder) / "log.txt", "ab")  # noqa: SIM115  closed with the process
-        command = [sys.executable, "-m", "benchmarks.arms", name, shape.name, folder]
-        if name in CACHED and subprocess.run([*command, "fill"], stdout=self._log, stderr=self._log).returncode:
-            raise SystemExit(f"arm {name!r}, filling its store:\n{self._tail()}")
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
+        self._log = Path(folder) / "log.txt"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=root,
+                env={**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"},
+            )
 
-    def step(self, keep: bool = True) -> None:
-        """Take one step; its record is kept."""
+    def step(self) -> None:
+        """Take one step and keep its record."""
         assert self._process.stdin is not None
+        started = self._cpu_seconds()
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        found = self._read()
-        if keep:
-            self.steps.append(found)
-        else:
-            self.first = found
+        record = self._read()
+        self.steps.append({**record, "cpu_seconds": self._cpu_seconds() - started})
+
+    def end(self) -> float:
+        """End the process and return its peak memory in MiB."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        peak = self._read()["peak_mib"]
+        self._process.wait()
+        return float(peak)
+
+    def wait(self) -> None:
+        """Wait for a process that takes no steps, or raise SystemExit with the end of its log."""
+        if self._process.wait():
+            self._fail()
+
+    def _cpu_seconds(self) -> float:
+        return time.clock_gettime((~self._process.pid << 3) | 2)  # on Linux, the CPU clock of another process
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"arm {self.name!r} ended early:\n{self._tail()}")
+            self._fail()
         return json.loads(line)
 
-    def _tail(self) -> str:
-        return Path(self._log.name).read_text()[-3000:]
+    def _fail(self) -> NoReturn:
+        raise SystemExit(f"arm {self.name!r} ended early:\n{self._log.read_text()[-3000:]}")
 
-    def end(self) -> float:
-        """Let it end; its peak memory in MiB."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        peak = self._read()["peak_mib"]
-        self._process.wait()
-        self._log.close()
-        return float(peak)
+
+def start_arm(name: str, shape: Shape, folder: str, root: Path = REPO) -> Worker:
+    """Start an arm of the source tree at ``root`` and take its warm-up steps; a cached arm's store is filled first."""
+    command = ["-m", "benchmarks.arms", name, shape.name, folder]
+    if name in CACHED:
+        Worker(name, [*command, "fill"], folder, root).wait()
+    arm = Worker(name, command, folder, root)
+    for _ in range(WARM_UP):
+        arm.step()
+    return arm
 
 
 def arms_of(shape: Shape, asked: list[str] | None) -> list[str]:
@@ -105,11 +129,7 @@ def arms_of(shape: Shape, asked: list[str] | None) -> list[str]:
 def measure(shape: Shape, names: list[str], repeats: int) -> dict[str, Any]:
     """All arms at one shape, taking turns."""
     with tempfile.TemporaryDirectory() as folder:
-        arms = []
-        for name in names:  # one after the other: start-up and warm-up
-            arms.append(Arm(name, shape, folder))
-            for _ in range(WARM_UP):
-                arms[-1].step(keep=False)
+        arms = [start_arm(name, shape, folder) for name in names]
         for _ in range(repeats):
             for arm in arms:
                 for _ in range(shape.steps):
@@ -118,9 +138,9 @@ def measure(shape: Shape, names: list[str], repeats: int) -> dict[str, Any]:
     return {arm.name: summary(arm, peaks[arm.name]) for arm in arms}
 
 
-def summary(arm: Arm, peak: float) -> dict[str, Any]:
-    """What is reported of an arm."""
-    seconds = [step["seconds"] for step in arm.steps]
+def summary(arm: Worker, peak: float) -> dict[str, Any]:
+    """Return the figures of an arm."""
+    seconds = [step["seconds"] for step in arm.steps[WARM_UP:]]
     pairs = arm.steps[0]["pairs"]
     return {
         "seconds": statistics.median(seconds),
@@ -128,7 +148,7 @@ def summary(arm: Arm, peak: float) -> dict[str, Any]:
         "max": max(seconds),
         "pairs_per_second": pairs / statistics.median(seconds),
         "peak_mib": peak,
-        "first_losses": [arm.first["loss"], *(step["loss"] for step in arm.steps[:2])],
+        "first_losses": [step["loss"] for step in arm.steps[:3]],
     }
 
 
