@@ -24,7 +24,6 @@ from benchmarks.shapes import SHAPES, Shape, make_checkpoint, make_data
 from vlmpo import MPOConfig, MPOTrainer, mpo_loss
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.models.loading import load_model, load_processor
-from vlmpo.train.cached_reference import precompute
 
 PROMPTS = 12
 RATE = 1e-6  # as published; Adam's first steps blow up what rounding does to small gradients, by the rate
@@ -243,7 +242,7 @@ def main() -> None:
     arm, shape, folder = sys.argv[1], SHAPES[sys.argv[2]], Path(sys.argv[3])
     torch.manual_seed(0)
     if sys.argv[4:] == ["fill"]:
-        precompute(vlmpo_trainer(shape, folder, arm))
+        vlmpo_trainer(shape, folder, arm).precompute_reference()
     else:
         run(arm, shape, folder, Turns(GROUPS.get(arm, shape.pairs_a_step)))
 

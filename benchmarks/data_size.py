@@ -106,7 +106,7 @@ def open_once(recipe_path: str) -> dict[str, Any]:
     """Open the recipe's data as ``vlmpo train`` does."""
     started = time.perf_counter()
     from vlmpo.commands.run_data import open_run_data, overlaps_with_training
-    from vlmpo.recipe import load_recipe
+    from vlmpo.recipe_yaml import load_recipe
 
     recipe = load_recipe(recipe_path)
     result: dict[str, Any] = {"import_seconds": time.perf_counter() - started, "import_peak_bytes": peak_bytes()}

@@ -22,17 +22,18 @@ from typing import Any
 import yaml
 
 from vlmpo import Message, MPOConfig, MPOTrainer, PreferencePair
+from vlmpo.commands.pair import CORRECTNESS_PAIRS, correctness
 from vlmpo.commands.sample import sample
 from vlmpo.data.dataset import open_pairs
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Question
 from vlmpo.evaluate import answer_questions, compare, summarise
-from vlmpo.generate.local import LocalEngine, Sampling
+from vlmpo.generate.base import Sampling
+from vlmpo.generate.local import LocalEngine
 from vlmpo.generate.prompts import prompt_text
 from vlmpo.models.loading import load_model, load_processor
-from vlmpo.pairs.correctness import PAIRS_FILE, run_correctness
-from vlmpo.recipe import load_recipe
+from vlmpo.recipe_yaml import load_recipe
 from vlmpo.testing.tiny import TinySize, build_model, build_processor, train_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -183,8 +184,8 @@ def make_pairs(folder: Path, questions: list[Question], seed: int) -> tuple[dict
     recipe_file.write_text(yaml.safe_dump({"model": {"path": str(folder / "warm_up")}, "build": build}))
     recipe = load_recipe(recipe_file)
     sample(recipe)
-    report = run_correctness(recipe)
-    pairs = open_pairs([SourceSpec(str(folder / "build" / PAIRS_FILE))], seed=seed)
+    report = correctness(recipe)
+    pairs = open_pairs([SourceSpec(str(folder / "build" / CORRECTNESS_PAIRS))], seed=seed)
     wrong = [pair.origin for pair in (pairs[i] for i in range(len(pairs))) if not _is_right(pair)]
     if wrong:
         raise AssertionError(f"{len(wrong)} pairs whose chosen response is not the truth, e.g. {wrong[0]}")

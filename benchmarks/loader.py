@@ -19,7 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ from PIL import Image
 
 from vlmpo import Message, PreferencePair
 from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.data.encode.pixels import PixelScale
 from vlmpo.data.encode.response_tokens import ResponseTokenizer
 from vlmpo.testing.tiny import TinySize, build_processor, train_tokenizer
-from vlmpo.train.batching import Batch, Collator, EncodedPairs
+from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
@@ -146,15 +147,15 @@ def arms(case: Case, pairs: list[PreferencePair], shortcuts: bool = False) -> di
             yield collate([data[at] for at in range(start, start + case.batch)])
 
     def normalised(encoder: PairEncoder) -> Iterator[Batch]:
+        assert encoder.pixel_scale is not None
         for batch in ours(encoder):
-            yield Batch([part.with_pixels(encoder.pixel_scale) for part in batch.parts], batch.dropped)
+            yield Batch([normalise(part, encoder.pixel_scale) for part in batch.micro_batches], batch.dropped)
 
     def trl() -> Iterator[dict[str, Any]]:
         for start in starts:
             yield collate_trl([of_trl(pair) for pair in pairs[start : start + case.batch]])
 
     encoder = make_encoder()
-    assert encoder.pixel_scale is not None
     found: dict[str, Loading] = {PEER: trl, OURS: partial(ours, encoder), NORMALISED: partial(normalised, encoder)}
     for name, (function, substitute) in SHORTCUTS.items() if shortcuts else ():
         with mock.patch(f"vlmpo.data.encode.{function}", substitute):
@@ -162,9 +163,14 @@ def arms(case: Case, pairs: list[PreferencePair], shortcuts: bool = False) -> di
     return found
 
 
+def normalise(micro_batch: MicroBatch, scale: PixelScale) -> MicroBatch:
+    """Turn bytes into the processor's pixels, as the trainer does on the device."""
+    return replace(micro_batch, rows=[replace(row, vision=scale.normalise(row.vision)) for row in micro_batch.rows])
+
+
 def pixels_of(batch: Any) -> torch.Tensor:
     """Return ``[tiles, 3, side, side]`` of a batch of any arm."""
-    named = batch.parts[0].rows[0].vision if isinstance(batch, Batch) else batch
+    named = batch.micro_batches[0].rows[0].vision if isinstance(batch, Batch) else batch
     return named["pixel_values"]
 
 

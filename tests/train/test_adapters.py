@@ -22,12 +22,12 @@ from tests.tiny_models import SIZE, image_tree, noise_image, processor
 from tests.tiny_models import model as tiny_model
 from tests.training import Gradients, flat_weights, logged, pairs, relative, trainer
 from tests.tree.test_forward import separate_logps
+from vlmpo.commands.adapter_settings import lora_config
 from vlmpo.errors import ModelError, RecipeError, RunError
-from vlmpo.models.adapters import named_base
+from vlmpo.models.adapters import named_base, trained_beside_adapter, use_adapter
 from vlmpo.models.loading import load_model
-from vlmpo.recipe import parse_recipe
-from vlmpo.train.adapters import lora_config, trained_beside_adapter
-from vlmpo.train.reference import AdapterReference, CopyReference, use_adapter, weights_hash
+from vlmpo.recipe_yaml import parse_recipe
+from vlmpo.train.reference import AdapterReference, CopyReference, weights_hash
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, build_row
 
@@ -205,7 +205,7 @@ def test_resume_of_an_adapter_that_came_with_the_policy(tmp_path: Path, adapter_
     lines = [logged(tmp_path / name) for name in ("cut", "whole")]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
     assert [line["rewards/margins"] for line in lines[0]] == [line["rewards/margins"] for line in lines[1]]
-    with pytest.raises(RunError, match="another reference"):
+    with pytest.raises(RunError, match="a different reference model"):
         trainer(tmp_path / "cut", pairs(6), model=whole.model, **CHECKPOINTS).train(resume_from_checkpoint=True)
 
 
@@ -568,13 +568,13 @@ def test_where_bitsandbytes_knows_no_device_its_own_words_are_passed_on(
     """transformers raises a bare RuntimeError where bitsandbytes supports none of the machine's devices."""
     from transformers import AutoModelForImageTextToText
 
-    from vlmpo.train import adapters
+    from vlmpo.commands import adapter_settings
 
     def refuse(*arguments: Any, **keywords: Any) -> None:
         assert keywords["quantization_config"].load_in_4bit
         raise RuntimeError("None of the available devices are supported by the bitsandbytes version you have installed")
 
-    monkeypatch.setattr(adapters, "find_spec", lambda name: object())
+    monkeypatch.setattr(adapter_settings, "find_spec", lambda name: object())
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", refuse)
     write_data(tmp_path, records(2))
     result = call("train", write_recipe(tmp_path, base, model=quantised("4bit")))

@@ -14,8 +14,7 @@ from typing import Any
 
 from vlmpo.errors import ModelError, RunError
 from vlmpo.fileio import replace_json
-from vlmpo.models.adapters import active_adapter, take_over
-from vlmpo.train.reference import is_peft
+from vlmpo.models.adapters import active_adapter, is_peft, take_over
 
 STATE_FILE = "vlmpo_state.json"  # written last: a checkpoint that has it is complete
 

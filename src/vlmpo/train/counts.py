@@ -40,7 +40,7 @@ class PairCounts:
     def add(self, batches: Iterable[Batch]) -> None:
         """Count the pairs of ``batches``."""
         for batch in batches:
-            self.used.update(source for part in batch.parts for source in part.sources)
+            self.used.update(source for part in batch.micro_batches for source in part.sources)
             self.dropped.update((unusable.source, unusable.error.reason) for unusable in batch.dropped)
 
     def drop(self, source: str, error: RecordError, count: int = 1) -> None:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
+from vlmpo import compat
+from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.train.citations import citations, method
 from vlmpo.train.counts import PairCounts
-from vlmpo.train.reference import AdapterReference, is_peft, unwrap_peft
+from vlmpo.train.reference import AdapterReference
 
 if TYPE_CHECKING:
-    from vlmpo.train.choices import ChoosingTrainer
+    from vlmpo.train.trainer import MPOTrainer as ChoosingTrainer
 
 CARD_FILE = "README.md"
 _TEMPLATE = "model_card.md.jinja"
@@ -82,7 +84,7 @@ def model_card(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string(files("vlmpo.train").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
-    base = base_model or trainer.facts.base_model or getattr(unwrap_peft(trainer.model).config, "_name_or_path", None)
+    base = base_model or trainer.facts.base_model or compat.name_or_path(unwrap_peft(trainer.model).config)
     base = hub_name(base) or (Path(base).name if base else None)
     final = trainer.final_model()
     return template.render(
@@ -204,7 +206,7 @@ def _data_rows(facts: RunSummary) -> Iterator[dict[str, Any]]:
 
 def _settings(trainer: ChoosingTrainer) -> Iterator[tuple[str, Any]]:
     args, state = trainer.args, trainer.state
-    batch = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = compat.batch_size_per_device(trainer) * args.gradient_accumulation_steps * args.world_size
     yield "global batch", f"{batch} pairs ({args.world_size} ranks)" if args.world_size > 1 else f"{batch} pairs"
     yield "optimizer steps", state.global_step
     yield "epochs", f"{state.epoch or 0.0:.4g}"

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vlmpo import compat
 from vlmpo.errors import ModelError
-from vlmpo.models.adapters import active_adapter, adapter_places, split_name
+from vlmpo.models.adapters import (
+    active_adapter,
+    adapter_places,
+    add_frozen_adapter,
+    choose_kind,
+    is_peft,
+    split_name,
+    unwrap_peft,
+    use_adapter,
+)
 from vlmpo.train.batching import MicroBatch
-from vlmpo.train.sharding import full_tensor, is_partitioned, release, unwrapped
+from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
 from vlmpo.tree.forward import install, uses_shared_rows
 from vlmpo.tree.layout import PackedRow, sum_by_response
 
@@ -36,7 +45,7 @@ class Reference(Protocol):
     def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
         """``[scored of all rows]``, without gradient."""
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """``[responses]`` of ``part``, summed over scored tokens, without gradient."""
 
     def weights_hash(self) -> str:
@@ -57,9 +66,9 @@ class CopyReference:
         release(self.model)
         return logps
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(part.rows), part.rows)
+        return sum_by_response(self.token_logps(micro_batch.rows), micro_batch.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -87,9 +96,9 @@ class AdapterReference:
         with torch.no_grad(), use_adapter(self.policy, self.frozen):
             return self.policy(packed_rows=rows)
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(part.rows), part.rows)
+        return sum_by_response(self.token_logps(micro_batch.rows), micro_batch.rows)
 
     def weights_hash(self) -> str:
         """Tells one reference's weights from another's."""
@@ -97,47 +106,23 @@ class AdapterReference:
         return self._hash
 
 
-@contextmanager
-def use_adapter(policy: Any, adapter: str | None) -> Iterator[None]:
-    """Read ``policy`` under another of its adapters, or under none; afterwards it is as it was.
+def online_reference(
+    kind: str, *, policy: Any, given: Any | None, fresh_adapter: bool, shared: bool, accelerator: Any
+) -> Reference:
+    """Build the reference that is read in this process.
 
-    PEFT's switches also set ``requires_grad``: that would thaw what was frozen, and FSDP2, which takes note of it in a
-    model's first forward, would never give the adapter a gradient. So every parameter keeps its own, inside too.
+    Args:
+        kind: ``auto``, ``copy`` or ``adapter``, see :func:`choose_kind`.
+        policy: the initial policy.
+        given: a reference model of the user's, or None.
+        fresh_adapter: whether the policy's adapter was put on for this run.
+        shared: whether rows share prompts.
+        accelerator: of the run.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    try:
-        with policy.disable_adapter() if adapter is None else _switched(policy, adapter):
-            restore_requires_grad(flags)
-            yield
-    finally:
-        restore_requires_grad(flags)
-
-
-@contextmanager
-def _switched(policy: Any, adapter: str) -> Iterator[None]:
-    own = active_adapter(policy)
-    policy.set_adapter(adapter)
-    try:
-        yield
-    finally:
-        policy.set_adapter(own)
-
-
-def restore_requires_grad(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
-    """Give each parameter the ``requires_grad`` beside it."""
-    for parameter, wanted in flags:
-        if parameter.requires_grad != wanted:
-            parameter.requires_grad_(wanted)
-
-
-def is_peft(model: Any) -> bool:
-    """Whether ``model`` is a PEFT model, without importing peft for those that are not."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-
-
-def unwrap_peft(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if is_peft(model) else model
+    kind = choose_kind(kind, policy, given, fresh_adapter)
+    if kind != "copy":
+        return AdapterReference(policy, add_frozen_adapter(policy) if kind == "frozen_adapter" else None)
+    return CopyReference(prepare_frozen(accelerator, frozen_copy(policy) if given is None else freeze(given, shared)))
 
 
 def frozen_copy(policy: Any) -> nn.Module:
@@ -172,7 +157,7 @@ def switch_dropout_off(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         rates = [r for r in _DROPOUT_RATES if isinstance(getattr(module, r, None), float) and getattr(module, r) > 0]
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if compat.is_dropout(module) and module.p > 0:
             rates.append("p")
         for rate in rates:
             setattr(module, rate, 0.0)

@@ -258,7 +258,8 @@ def test_training_checking_and_evaluating_read_the_processors_pixels(name: str, 
 
 
 def test_generating_reads_the_same_pixels() -> None:
-    from vlmpo.generate.local import GenerationRequest, LocalEngine, Sampling
+    from vlmpo.generate.base import GenerationRequest, Sampling
+    from vlmpo.generate.local import LocalEngine
 
     family, image = FAMILIES["internvl-qwen2"], noise_image(112, 40, 0)
     model = family.model(0)
