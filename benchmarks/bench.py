@@ -1,15 +1,15 @@
-"""Seconds a step and peak memory, side by side in one run: vlmpo against TRL, plain code, and the floor.
+"""Seconds a step and peak memory of vlmpo, TRL, plain code and the floor, side by side in one run.
 
     python -m benchmarks.bench [--shapes "7 tiles" ...] [--arms "TRL 1.16" ...] [--repeats 3]
 
 Every arm trains the same weights on the same pairs in the same precision (float32 on a CPU), optimizer step and data
-feeding included, in a process of its own. The arms of a shape take turns, a few steps each, so that whatever else the
-machine does meets all of them alike. Reported: the median of all steps with minimum and maximum, pairs a second as a
-ratio to TRL's in the same run, peak memory of the process. TRL leaves the reward shift out, so vlmpo runs without it
-here, and the losses of the first steps must agree. Writes ``benchmarks/results/bench.json`` and ``bench.md``.
+loading included, in a process of its own. The arms of a shape take turns, a few steps each, so that other work on the
+machine slows all of them alike. Reported are the median of all steps with minimum and maximum, pairs a second as a
+ratio to TRL's in the same run, and the process's peak memory. TRL leaves the reward shift out, so vlmpo runs without
+it here, and the losses of the first steps must agree. Writes ``benchmarks/results/bench.json`` and ``bench.md``.
 
-Where there is a CUDA device the arms are those of ``benchmarks/gpu_check.py``, at the shapes of InternVL3-1B and 8B
-with random weights; shapes and arms cannot be chosen there.
+On a CUDA device the arms are those of ``benchmarks/gpu_check.py``, at the shapes of InternVL3-1B and 8B with random
+weights; shapes and arms cannot be chosen there.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
 PEER = "TRL 1.16"
 SAME_STEPS = (PEER, "two padded rows", "vlmpo, online", "vlmpo, cached")  # the same pairs in the same steps
-AGREEMENT = 1e-5  # relative, of the losses of their first steps
-# A step of the padded arms takes up to half a minute at the largest shapes: not every arm at every shape.
+AGREEMENT = 1e-5  # largest relative difference between the losses of their first steps
+# A step of the padded arms takes up to half a minute at the largest shapes, so these run fewer arms.
 FEW = (PEER, "vlmpo, online", "vlmpo, cached", "floor")
 ONLY = {"7 tiles, vocabulary 151k": FEW, "7 tiles of 256 tokens": FEW}
 WARM_UP = 1
@@ -119,15 +119,15 @@ def start_arm(name: str, shape: Shape, folder: str, root: Path = REPO) -> Worker
     return arm
 
 
-def arms_of(shape: Shape, asked: list[str] | None) -> list[str]:
-    """The arms that run at ``shape``."""
-    most = 3 if shape.real else 5 if shape.tiles else 1  # grouping is about images; no real prompt has more pairs
-    names = [name for name in ONLY.get(shape.name, ARMS) if GROUPS.get(name, 1) <= most]
-    return [name for name in names if asked is None or name in asked]
+def arms_of(shape: Shape, names: list[str] | None) -> list[str]:
+    """Return the arms that run at ``shape``, or those of ``names`` among them."""
+    most = 3 if shape.real else 5 if shape.tiles else 1  # grouping pays with images; no real prompt has more pairs
+    possible = [name for name in ONLY.get(shape.name, ARMS) if GROUPS.get(name, 1) <= most]
+    return [name for name in possible if names is None or name in names]
 
 
 def measure(shape: Shape, names: list[str], repeats: int) -> dict[str, Any]:
-    """All arms at one shape, taking turns."""
+    """Measure the arms at one shape, taking turns."""
     with tempfile.TemporaryDirectory() as folder:
         arms = [start_arm(name, shape, folder) for name in names]
         for _ in range(repeats):
@@ -152,30 +152,31 @@ def summary(arm: Worker, peak: float) -> dict[str, Any]:
     }
 
 
-def disagreement(found: dict[str, Any]) -> float:
-    """How far the losses of the first steps are apart between arms that took the same pairs, relative."""
-    losses = [found[name]["first_losses"] for name in SAME_STEPS if name in found]
+def disagreement(figures: dict[str, Any]) -> float:
+    """Return the largest relative difference between the first losses of arms that took the same pairs."""
+    losses = [figures[name]["first_losses"] for name in SAME_STEPS if name in figures]
     return max((max(step) - min(step)) / abs(min(step)) for step in zip(*losses, strict=True)) if losses else 0.0
 
 
-def table(shape: str, found: dict[str, Any]) -> list[str]:
-    """One shape as Markdown."""
-    peer = found.get(PEER)
+def table(shape: str, figures: dict[str, Any]) -> list[str]:
+    """Return one shape as lines of Markdown."""
+    peer = figures.get(PEER)
     lines = [f"### {shape}", "", "| arm | s a step (min - max) | pairs/s | to TRL | peak MiB | to TRL |"]
     lines.append("|---|---|---|---|---|---|")
-    for name, arm in found.items():
+    for name, arm in figures.items():
         speed = f"{arm['pairs_per_second'] / peer['pairs_per_second']:.2f}x" if peer else "-"
         memory = f"{arm['peak_mib'] / peer['peak_mib']:.2f}x" if peer else "-"
         spread = f"{arm['seconds']:.3f} ({arm['min']:.3f} - {arm['max']:.3f})"
         lines.append(
             f"| {name} | {spread} | {arm['pairs_per_second']:.2f} | {speed} | {arm['peak_mib']:.0f} | {memory} |"
         )
-    told = f"Losses of the first {len(next(iter(found.values()))['first_losses'])} steps agree to"
-    return [*lines, "", f"{told} {disagreement(found):.1e} (TRL, two padded rows, online, cached).", ""]
+    steps = len(next(iter(figures.values()))["first_losses"])
+    agreement = f"{disagreement(figures):.1e} (TRL, two padded rows, online, cached)"
+    return [*lines, "", f"Losses of the first {steps} steps agree to {agreement}.", ""]
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=None)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=None)
@@ -199,11 +200,11 @@ def main() -> None:
     command = "python -m benchmarks.bench " + " ".join(f'"{arg}"' if " " in arg else arg for arg in sys.argv[1:])
     record = {"command": command.strip(), "machine": machine, "shapes": results}
     (options.output / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [line for name, found in results.items() for line in table(name, found)]
+    lines = [line for name, figures in results.items() for line in table(name, figures)]
     head = ["# Benchmark", "", f"`{record['command']}` on {machine['cores']} cores, {machine['threads']} threads.", ""]
     head += [LEGEND, ""]
     (options.output / "bench.md").write_text("\n".join([*head, *lines]))
-    apart = {name: value for name, found in results.items() if (value := disagreement(found)) > AGREEMENT}
+    apart = {name: value for name, figures in results.items() if (value := disagreement(figures)) > AGREEMENT}
     if apart:
         raise SystemExit(f"losses of the arms are more than {AGREEMENT} apart: {apart}")
 
