@@ -64,7 +64,7 @@ def test_pairs_of_one_prompt_decode_its_images_once(tmp_path: Path, opened: list
     assert fresh.chosen_ids.tolist() == second.chosen_ids.tolist()
 
 
-def test_whatever_changes_the_trunk_makes_it_anew(tmp_path: Path, opened: list[Any]) -> None:
+def test_whatever_changes_the_prompt_encodes_it_again(tmp_path: Path, opened: list[Any]) -> None:
     one, two = files(tmp_path, 2)
     encoder = PairEncoder(processor())
     asked = [pair(one), pair(two), pair(one, question="which?"), pair(one, tiles=1), pair(one, one)]
@@ -120,14 +120,16 @@ TEXTS = [
 ]
 
 
-def quick() -> RunTokenizer:
+def run_tokenizer() -> RunTokenizer:
     return RunTokenizer(tokenizer(), tokenizer().convert_tokens_to_ids(IMAGE))
 
 
 @pytest.mark.parametrize("kind", [None, "pt", "np"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_of_runs_becomes_the_same_tokens(text: str, kind: str | None) -> None:
-    plain, found = (each([text], return_tensors=kind, add_special_tokens=False) for each in (tokenizer(), quick()))
+    plain, found = (
+        each([text], return_tensors=kind, add_special_tokens=False) for each in (tokenizer(), run_tokenizer())
+    )
     assert plain.keys() == found.keys()
     for name, values in plain.items():
         assert type(found[name]) is type(values)
@@ -140,12 +142,12 @@ def test_a_text_of_runs_becomes_the_same_tokens(text: str, kind: str | None) -> 
 def test_several_texts_padding_and_cutting_are_the_tokenizers_own() -> None:
     texts = [f"a {IMAGE * 3}", f"{IMAGE * 9} b"]
     for settings in ({}, {"padding": True}, {"padding": "max_length", "max_length": 20}):
-        assert quick()(texts, **settings).data == tokenizer()(texts, **settings).data
+        assert run_tokenizer()(texts, **settings).data == tokenizer()(texts, **settings).data
     cut = {"truncation": True, "max_length": 4}
-    assert quick()(texts[:1], **cut).data == tokenizer()(texts[:1], **cut).data
-    offsets = quick()(texts[:1], return_offsets_mapping=True)
+    assert run_tokenizer()(texts[:1], **cut).data == tokenizer()(texts[:1], **cut).data
+    offsets = run_tokenizer()(texts[:1], return_offsets_mapping=True)
     assert offsets.data == tokenizer()(texts[:1], return_offsets_mapping=True).data
-    assert quick()(texts[0]).data == tokenizer()(texts[0]).data
+    assert run_tokenizer()(texts[0]).data == tokenizer()(texts[0]).data
 
 
 def test_a_run_is_read_as_one_token() -> None:
@@ -166,8 +168,8 @@ def test_a_run_is_read_as_one_token() -> None:
 
 
 def test_it_is_its_tokenizer_in_every_other_respect() -> None:
-    again = pickle.loads(pickle.dumps(quick()))
-    assert again.pad_token_id == quick().pad_token_id == tokenizer().pad_token_id
+    again = pickle.loads(pickle.dumps(run_tokenizer()))
+    assert again.pad_token_id == run_tokenizer().pad_token_id == tokenizer().pad_token_id
     assert again.decode([1, 2, 3]) == tokenizer().decode([1, 2, 3])
     assert again(TEXTS[3:4]).data == tokenizer()(TEXTS[3:4]).data
 
@@ -232,7 +234,7 @@ def test_families_merge_their_settings_once(family: Family, monkeypatch: pytest.
     assert "_merge_kwargs" not in vars(family.processor())  # the user's own is left as it was
 
 
-# ---- what the template writes after a response is asked once ----
+# ---- the end of a turn is looked up once ----
 
 TAILED = (  # the end of a turn depends on the question
     "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}"

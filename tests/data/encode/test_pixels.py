@@ -226,6 +226,7 @@ def seen_by(model: Any, act: Any) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "workers"),
     [("internvl-qwen2", 0), ("internvl-qwen2", 1), ("idefics3", 0), ("pixtral", 0), ("qwen2.5-vl", 0)],

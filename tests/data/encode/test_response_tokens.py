@@ -112,14 +112,14 @@ def test_a_prompt_without_the_seam_is_read_whole() -> None:
     assert fast("how many? ", ["two", "three"], True) == plain("how many? ", ["two", "three"], True)
 
 
-def test_padding_and_cutting_asked_for_before_or_after_are_left_out_and_kept() -> None:
+def test_padding_and_cutting_of_other_calls_have_no_effect_and_are_kept() -> None:
     words = made("first")
-    asked: dict[str, Any] = {"padding": "max_length", "max_length": 6, "truncation": True}
-    padded = words(["red", PROMPT], **asked).data
+    cutting: dict[str, Any] = {"padding": "max_length", "max_length": 6, "truncation": True}
+    padded = words(["red", PROMPT], **cutting).data
     plain = ResponseTokenizer(made("first"))(PROMPT, ["red"], True)
-    words(["red"], **asked)
+    words(["red"], **cutting)
     assert ResponseTokenizer(words, fast=True, seam=START)(PROMPT, ["red"], True) == plain
-    assert words(["red", PROMPT], **asked).data == padded
+    assert words(["red", PROMPT], **cutting).data == padded
 
 
 # ---- tokenizers that are left alone ----
@@ -134,7 +134,7 @@ class Contextual(PreTrainedTokenizerFast):
         )
 
 
-def test_a_tokenizer_to_which_more_matters_reads_whole_prompts() -> None:
+def test_a_tokenizer_that_depends_on_earlier_text_reads_whole_prompts() -> None:
     odd = Contextual(tokenizer_object=tokenizer().backend_tokenizer, eos_token=END, pad_token="<|endoftext|>")
     assert response_tokenizer(odd, PROMPT) == ResponseTokenizer(odd)
 
@@ -176,5 +176,5 @@ def encoders(family: str) -> tuple[PairEncoder, PairEncoder]:
     return plain, fast
 
 
-def test_the_users_tokenizer_is_the_one_that_is_asked() -> None:
+def test_it_reads_through_the_users_tokenizer() -> None:
     assert PairEncoder(processor())._tokenize_responses.tokenizer is processor().tokenizer
