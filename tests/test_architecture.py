@@ -17,7 +17,7 @@ SOURCE = REPO / "src" / "vlmpo"
 # A module imports from its own floor and lower ones, and no two packages need each other. `vlmpo/__init__.py` only
 # gathers the public names: it is the top floor, and no other module imports from it.
 FLOORS = [
-    {"compat", "settings", "errors", "fileio", "log", "stats", "recipe", "recipe_yaml", "torchvision_shim"},
+    {"compat", "errors", "fileio", "hashing", "log", "recipe", "recipe_yaml", "settings", "stats", "torchvision_shim"},
     {"data", "verifiers", "loss"},
     {"models"},
     {"tree"},
