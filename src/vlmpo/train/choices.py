@@ -115,7 +115,7 @@ class ChoosingTrainer(RanksTrainer):
         """Save the model with the averaged weights, and the processor, as a model folder of its own."""
         if self.average is None or not self.average.averages:
             raise RunError("there is no average to save: set ema_decay, and train")
-        with self.average.in_place_of(self.model):
+        with self.average.applied_to(self.model):
             self.save_model(os.fspath(folder), _internal_call=True)
         if self.args.should_save:
             (Path(folder) / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which is a form to fill in
@@ -172,7 +172,7 @@ class ChoosingTrainer(RanksTrainer):
         if isinstance(resume_from_checkpoint, str):
             self._check_checkpoint(resume_from_checkpoint)
         if self.average is not None:
-            self.average.resume_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+            self.average.start_from(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
@@ -183,8 +183,6 @@ class ChoosingTrainer(RanksTrainer):
         return output
 
     def _check_checkpoint(self, checkpoint: str) -> None:
-        if self.average is not None:
-            self.average.check(checkpoint)
         before, now = read_state(checkpoint).get("learning_rates"), self.args.learning_rates or None
         if before != now:
             raise RunError(
