@@ -553,7 +553,7 @@ class MPOTrainer(Trainer):
         """Save the model with the averaged weights, and the processor, as a model folder of its own."""
         if self.average is None or not self.average.averages:
             raise RunError("there is no average to save: set ema_decay, and train")
-        with self.average.in_place_of(self.model):
+        with self.average.applied_to(self.model):
             self.save_model(os.fspath(folder), _internal_call=True)
         if self.args.should_save:
             (Path(folder) / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which is a form to fill in
@@ -622,10 +622,8 @@ class MPOTrainer(Trainer):
             self._check_rows()
         self.settle_best_metric()
         if self.average is not None:
-            self.average.resume_from = checkpoint
+            self.average.start_from(checkpoint)
         if checkpoint:
-            if self.average is not None:
-                self.average.check(checkpoint)
             check_rates(checkpoint, self.args.learning_rates)
         output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.trained_pairs = self.all_pair_counts()
