@@ -30,7 +30,7 @@ from torch import distributed
 import tests.conftest  # noqa: F401  torchvision and threads, before anything else
 from tests.ranks import family_trainer, full_weights, make_trainer, sharded_on_cpu
 from vlmpo.errors import RunError
-from vlmpo.train.rank_sync import RankSync
+from vlmpo.train import rank_sync
 from vlmpo.train.trainer import MPOTrainer
 
 
@@ -52,7 +52,7 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
     """Train, and say what this rank knows afterwards."""
     resume, save, score_only = run.pop("resume", None), run.pop("save", False), run.pop("score_only", False)
     if run.pop("out_of_step", False):
-        RankSync._with_image = lambda self, row: row  # type: ignore[method-assign]
+        rank_sync.append_dummy = lambda row, tree: row  # type: ignore[assignment]
     if run.pop("garbage", False) and os.environ["RANK"] != "0":
         run["model_seed"] = 99
     make = family_trainer if "family" in run else make_trainer
@@ -65,7 +65,7 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
     made.train(resume_from_checkpoint=True if resume else None)
     if save:
         made.save_model(str(folder / name / "final"))
-    sampler = made.get_train_dataloader().sampler_of_pairs
+    sampler = made.get_train_dataloader().pair_sampler
     return {
         "rank": made.accelerator.process_index,
         "steps": made.state.global_step - made._initial_global_step,
@@ -76,7 +76,7 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
         "reference_wrapper": [kind.__name__ for kind in type(getattr(made.reference, "model", None)).__mro__],
         "accounts": made.all_pair_counts().to_json(),
         "batches": list(sampler),
-        "costs": None if sampler.costs is None else sampler.costs.whole.tolist(),
+        "costs": None if sampler.costs is None else sampler.costs.pair.tolist(),
     }
 
 

@@ -19,8 +19,10 @@ from vlmpo.data.records import Message
 from vlmpo.errors import RecordError, RunError
 from vlmpo.generate import local as engines
 from vlmpo.generate import server
-from vlmpo.generate.local import Generated, GenerationRequest, LocalEngine, Sampling, draw_tokens
+from vlmpo.generate.base import Generated, GenerationRequest, Sampling
+from vlmpo.generate.local import LocalEngine, draw_tokens
 from vlmpo.generate.server import ServerEngine
+from vlmpo.models.families import Family
 from vlmpo.tree.forward import install
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -92,7 +94,7 @@ def test_every_family_can_generate(monkeypatch):
     """Families that are not on the list go prompt by prompt, inputs repeated: slower, and the same responses."""
     sampling = Sampling(max_new_tokens=8)
     expected = list(engine(sampling=sampling, batch_size=1).generate(requests(3)))
-    monkeypatch.setattr(engines, "ENCODE_ONCE_FAMILIES", frozenset())
+    monkeypatch.setattr(engines, "family_of", lambda config: Family(config.model_type))
     other = engine(sampling=sampling)
     assert other.batch_size == 1
     assert list(other.generate(requests(3))) == expected
@@ -395,7 +397,7 @@ def test_a_server_that_stays_away():
         (Reply({"error": "no key"}, 401), "status 401: .*no key.*; check VLMPO_API_KEY"),
         (Reply({"error": "no such model"}, 404), "no such model.*; check build.engine and build.model"),
         (Reply(b"<html>"), "does not answer in JSON"),
-        (Reply({"hello": 1}), "is no OpenAI-compatible chat server: it answers {'hello': 1}"),
+        (Reply({"hello": 1}), "is not an OpenAI-compatible chat server: it answered {'hello': 1}"),
         (says("3", reasoning_content="so it must be"), "without a reasoning parser"),
     ],
 )

@@ -17,10 +17,13 @@ from tests.zoo import FAMILIES, encoded_pairs
 from tests.zoo.text import build
 from vlmpo import MPOTrainer
 from vlmpo.errors import ModelError
+from vlmpo.models import families
+from vlmpo.models.families import Family, logit_scale_and_softcap
 from vlmpo.train.batching import lay_out
-from vlmpo.tree import attention, heads, layout, positions
+from vlmpo.tree import attention, layout, positions
 from vlmpo.tree import forward as logprobs
 from vlmpo.tree.attention import ATTENTION_NAME
+from vlmpo.tree.chunked_logprobs import LogitTransform
 from vlmpo.tree.forward import install, token_logps
 from vlmpo.tree.layout import PackedRow, RowLayout, TreeSpan
 from vlmpo.tree.self_check import check_rows
@@ -119,7 +122,7 @@ def test_gemma_needs_its_image_blocks_and_its_windows(monkeypatch: pytest.Monkey
 
     assert off() < 1e-5
     with monkeypatch.context() as patch:
-        patch.setattr(positions, "IMAGE_BLOCKS", frozenset())
+        patch.setattr(positions, "family_of", lambda config: Family(config.model_type))
         assert off() > 1e-3
     with monkeypatch.context() as patch:
         plain = attention._in_segments
@@ -131,7 +134,7 @@ def test_gemma_needs_its_image_blocks_and_its_windows(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["granite-text", "cohere-text", "gemma3-text", "gemma2-text"])
 def test_a_head_that_is_not_known_stops_the_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Were the family's scale or soft cap not applied, every log-prob would be wrong, shared and separate alike."""
-    monkeypatch.setattr(logprobs, "logit_transform", lambda config: heads.PLAIN)
+    monkeypatch.setattr(logprobs, "logit_scale_and_softcap", lambda config: (1.0, None))
     run = MPOTrainer(
         model=FAMILIES[name].model(0),
         args=config(tmp_path, max_steps=1),
@@ -157,14 +160,14 @@ def test_a_head_that_is_not_known_stops_the_run(name: str, monkeypatch: pytest.M
 )
 def test_every_head_on_the_list(kind: str, changes: dict[str, Any]) -> None:
     model = build(0, kind, **changes)
-    assert heads.logit_transform(model.config) != heads.PLAIN
+    assert logit_scale_and_softcap(model.config) != (1.0, None)
     install(model, shared=False)
     rows = lay_out([encoded_pairs("qwen2-text")["text only"]], shared=False).rows
     assert check_rows(model, None, rows, half=False) is None
 
 
 def test_the_heads_on_the_list_are_all_tested() -> None:
-    listed = heads._SOFT_CAPPED | heads._DIVIDED | heads._MULTIPLIED
+    listed = {row.model_type for row in families.FAMILIES.values() if row.logits}
     (marks,) = [mark for mark in test_every_head_on_the_list.pytestmark if mark.name == "parametrize"]
     assert {kind for kind, _ in marks.args[1]} == listed
 
@@ -182,10 +185,8 @@ def test_a_family_off_the_list_is_told_with_its_reason(tmp_path: Path, capsys: p
     assert "family 'gemma2' is not on the list" in told[0]
 
 
-@pytest.mark.parametrize(
-    "map_", [heads.LogitTransform(0.3), heads.LogitTransform(softcap=2.0), heads.LogitTransform(1.7, 5.0)]
-)
-def test_mapped_logits_by_autograd_in_float64(map_: heads.LogitTransform) -> None:
+@pytest.mark.parametrize("map_", [LogitTransform(0.3), LogitTransform(softcap=2.0), LogitTransform(1.7, 5.0)])
+def test_mapped_logits_by_autograd_in_float64(map_: LogitTransform) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     head = torch.nn.Linear(5, 32).double()

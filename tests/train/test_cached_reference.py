@@ -202,7 +202,7 @@ def test_the_first_epoch_fills_and_the_second_needs_no_model(
     result = call("train", recipe(tmp_path, checkpoint, training={"num_train_epochs": 2}))
     assert result.exit_code == 0, result.output
     assert "log-probs of all pairs are in" in result.output
-    assert "the model is let go" in result.output
+    assert "the model is freed" in result.output
     assert len(made) == 1
     again = call("train", recipe(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "again")}))
     assert again.exit_code == 0, again.output
@@ -220,7 +220,7 @@ def test_a_model_that_is_let_go_is_not_in_memory(tmp_path: Path, checkpoint: Pat
     assert first() is None
     again = weakref.ref(run.reference.load().model)  # for pairs that were not among them
     assert again() is not None
-    run.reference.let_go()
+    run.reference.free()
     assert again() is None
 
 

@@ -15,8 +15,8 @@ from tests.tiny_models import processor, random_pair
 from tests.training import Gradients, config, flat_weights, logged, relative, trainer
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecordError
-from vlmpo.train.batching import Collator, PairBatchSampler, grouped, lay_out
-from vlmpo.train.order import prompt_labels, shuffled, with_groups
+from vlmpo.train.batching import Collator, lay_out
+from vlmpo.train.sampler import PairBatchSampler, bring_prompts_together, prompt_keys, shuffle
 
 WORDS = ("red", "blue circle", "two", "the picture", "green square")
 
@@ -30,18 +30,18 @@ def one_prompt(seed: int, count: int) -> list:
 
 def test_the_order_by_hand() -> None:
     labels = [b"a", b"b", b"a", b"c", b"a", b"b"]
-    assert with_groups([3, 0, 1, 2, 5, 4], labels, 2) == [3, 0, 2, 1, 5, 4]
-    assert with_groups([3, 0, 1, 2, 5, 4], labels, 3) == [3, 0, 2, 4, 1, 5]
-    assert with_groups([3, 0, 1, 2, 5, 4], labels, 1) == [3, 0, 1, 2, 5, 4]
+    assert bring_prompts_together([3, 0, 1, 2, 5, 4], labels, 2) == [3, 0, 2, 1, 5, 4]
+    assert bring_prompts_together([3, 0, 1, 2, 5, 4], labels, 3) == [3, 0, 2, 4, 1, 5]
+    assert bring_prompts_together([3, 0, 1, 2, 5, 4], labels, 1) == [3, 0, 1, 2, 5, 4]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 9))
 def test_every_pair_comes_once_and_groups_are_as_large_as_they_may(prompts: list, most: int, seed: int) -> None:
     labels = [b"%d" % prompt for prompt in prompts]
-    order = with_groups(shuffled(len(labels), seed, 0), labels, most)
+    order = bring_prompts_together(shuffle(len(labels), seed=seed, epoch=0), labels, most)
     assert sorted(order) == list(range(len(labels)))
-    assert order == with_groups(shuffled(len(labels), seed, 0), labels, most)
+    assert order == bring_prompts_together(shuffle(len(labels), seed=seed, epoch=0), labels, most)
     for prompt in set(prompts):
         # where groups of a prompt stand next to each other they are one run of several
         places = [at for at, index in enumerate(order) if prompts[index] == prompt]
@@ -51,8 +51,9 @@ def test_every_pair_comes_once_and_groups_are_as_large_as_they_may(prompts: list
 
 def test_ranks_and_steps_take_the_grouped_order_whole() -> None:
     labels = [b"%d" % (i % 3) for i in range(11)]
-    expected = with_groups(shuffled(11, 5, 0), labels, 3)
-    samplers = [PairBatchSampler(11, 2, 1, 2, rank, 5, False, labels, 3) for rank in (0, 1)]
+    expected = bring_prompts_together(shuffle(11, seed=5, epoch=0), labels, 3)
+    shape = {"num_pairs": 11, "per_device": 2, "num_ranks": 2, "seed": 5}
+    samplers = [PairBatchSampler(**shape, rank=rank, keys=labels, max_group=3) for rank in (0, 1)]
     batches = zip(*samplers, strict=True)
     assert [index for both in batches for batch in both for index in batch] == expected
 
@@ -67,7 +68,7 @@ def test_labels_tell_prompts_and_images_apart() -> None:
         replace(pair, images=("a.png",)),
         replace(pair, videos=("a.png",), images=()),
     ]
-    labels = prompt_labels([pair, same, *others])
+    labels = prompt_keys([pair, same, *others])
     assert labels[0] == labels[1]
     assert len(set(labels)) == 1 + len(others)
 
@@ -75,7 +76,7 @@ def test_labels_tell_prompts_and_images_apart() -> None:
         def __getitem__(self, index):
             raise RecordError("bad_json", "x:1", "no")
 
-    assert len(set(prompt_labels(Bad([1, 2])))) == 2
+    assert len(set(prompt_keys(Bad([1, 2])))) == 2
 
 
 def test_a_response_of_several_pairs_is_one_branch() -> None:
@@ -100,9 +101,10 @@ def test_only_the_same_prompt_and_image_are_grouped() -> None:
     other_image = replace(second, images=(first.images[0].rotate(180),))
     other_words = replace(second, prompt=(replace(first.prompt[0], text="<image>\nand now?"),))
     encoded = [encoder.encode(pair) for pair in (first, second, other_image, other_words, first)]
-    assert [len(group) for group in grouped(encoded, 5)] == [2, 1, 1, 1]
+    assert [len(part) for part in Collator(None, False, group=5)(encoded).micro_batches] == [2, 1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", ["auto", "separate"])
 def test_a_grouped_step_is_the_same_step(tmp_path: Path, shared: str) -> None:
     """Six pairs of two prompts, one step a time: loss, gradient and weights as without grouping; the order too."""
@@ -134,11 +136,12 @@ def test_a_grouped_step_is_the_same_step(tmp_path: Path, shared: str) -> None:
         assert accounts == found[0][3]
 
 
+@pytest.mark.slow
 def test_a_shuffled_run_brings_prompts_together(tmp_path: Path) -> None:
     data = [pair for seed in range(4) for pair in one_prompt(seed, 3)]
     run = trainer(tmp_path, data, group_by_prompt=3, per_device_train_batch_size=3)
     for batch in run.get_train_dataloader():
-        (part,) = batch.parts
+        (part,) = batch.micro_batches
         assert len(part.rows[0].layout.spans) == 1
         assert len({origin.partition(".")[0] for origin in part.origins}) == 1
     run.train()
@@ -149,8 +152,8 @@ def test_rows_are_bounded_by_what_a_group_takes() -> None:
     encoder = PairEncoder(processor())
     pairs = [encoder.encode(pair) for seed in (0, 1) for pair in one_prompt(seed, 3)]
     tokens = [lay_out(pairs[at : at + 3], group=3).num_tokens for at in (0, 3)]
-    assert [len(part) for part in Collator(sum(tokens), True, group=3)(pairs).parts] == [6]
-    assert [len(part) for part in Collator(max(tokens), True, group=3)(pairs).parts] == [3, 3]
+    assert [len(part) for part in Collator(sum(tokens), True, group=3)(pairs).micro_batches] == [6]
+    assert [len(part) for part in Collator(max(tokens), True, group=3)(pairs).micro_batches] == [3, 3]
 
 
 def test_a_negative_group_is_refused(tmp_path: Path) -> None:

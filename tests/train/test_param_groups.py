@@ -18,8 +18,9 @@ from tests.zoo import FAMILIES as ZOO
 from tests.zoo import sample_pairs
 from vlmpo import MPOTrainer
 from vlmpo.errors import RecipeError, RunError
+from vlmpo.models.families import part_of
 from vlmpo.train.config import MPOConfig
-from vlmpo.train.param_groups import PARTS, check_parts, count_by_part, part_of
+from vlmpo.train.param_groups import PARTS, check_parts, count_by_part
 
 RATES = {"vision": 1e-3, "projector": 1e-2, "text": 1e-4}
 

@@ -16,11 +16,11 @@ from tests.tiny_models import processor
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.train.batching import Batch, Collator, MicroBatch, Unusable, lay_out, merge
-from vlmpo.train.rank_sync import RankSync, merge_step_info, step_info
+from vlmpo.train.rank_sync import RankSync, StepInfo
 from vlmpo.train.sharding import configure_fsdp, no_gradient_sync
-from vlmpo.tree.dummies import append_dummy, trees_of
+from vlmpo.tree.dummies import append_dummy
 from vlmpo.tree.forward import install
-from vlmpo.tree.layout import sum_by_response
+from vlmpo.tree.layout import PromptTree, build_row, sum_by_response
 
 PAIRS = skewed_pairs(8)  # 0, 1, 5 have images; 2, 3, 6, 7 have none; 4 is too long
 
@@ -54,7 +54,10 @@ def test_an_idle_image_changes_nothing(model: Any, shared: bool) -> None:
     """Same log-probs, same gradients, and of the tower, which is run through, gradients of exactly 0."""
     step = rank_sync(shared=shared)
     results = []
-    for rows in (part_of(2, shared).rows, [step._with_image(row) for row in part_of(2, shared).rows]):
+    for rows in (
+        part_of(2, shared).rows,
+        [append_dummy(row, step.dummy_tree(True)) for row in part_of(2, shared).rows],
+    ):
         model.zero_grad()
         logps = model(packed_rows=rows, share_prompts=shared)
         (logps.square().sum() / 100).backward()
@@ -78,7 +81,7 @@ def test_an_idle_image_changes_nothing(model: Any, shared: bool) -> None:
 def test_the_scored_tokens_of_a_row_stay_what_they_were() -> None:
     part = lay_out([encoder().encode(PAIRS[index]) for index in (2, 3)])
     (row,) = part.rows
-    longer = append_dummy(row, rank_sync()._dummy_tree(True))
+    longer = append_dummy(row, rank_sync().dummy_tree(True))
     assert torch.equal(longer.targets, row.targets)
     assert torch.equal(longer.logit_positions, row.logit_positions)
     assert torch.equal(longer.response_index, row.response_index)
@@ -90,27 +93,33 @@ def test_the_scored_tokens_of_a_row_stay_what_they_were() -> None:
     assert longer.dummy_tokens == longer.input_ids.shape[1] - tokens > 0
 
 
-def test_trees_of_undoes_build_row() -> None:
+def test_a_dummy_behind_a_row_is_the_row_built_with_it() -> None:
     pairs = [encoder().encode(PAIRS[index]) for index in (2, 3, 6)]
-    (row,) = lay_out(pairs).rows
-    for tree, pair in zip(trees_of(row), pairs, strict=True):
-        assert torch.equal(tree.prompt_ids, pair.prompt_ids)
-        assert torch.equal(tree.responses[0], pair.chosen_ids)
-        assert pair.rejected_ids is not None
-        assert torch.equal(tree.responses[1], pair.rejected_ids)
+    dummy = rank_sync().dummy_tree(True)
+    trees = [PromptTree(p.prompt_ids, (p.chosen_ids, p.rejected_ids), {}, p.token_types) for p in pairs]
+    got, whole = append_dummy(build_row(trees), dummy), build_row([*trees, dummy])
+    assert got.layout.spans == whole.layout.spans
+    assert got.token_types.keys() == whole.token_types.keys()
+    assert got.vision.keys() == whole.vision.keys()
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(getattr(got, name), getattr(whole, name))
+    for name, types in whole.token_types.items():
+        assert torch.equal(got.token_types[name], types)
+    for name, tensor in whole.vision.items():
+        assert torch.equal(got.vision[name], tensor)
 
 
 def test_unscored_tokens_are_in_no_count() -> None:
     step = rank_sync()
     plain = [part_of(2), part_of(3)]
-    work = merge_step_info([step_info([Batch(plain)]), step_info([micro_batch(0, 1, 5, bound=1)])])
-    (level,) = step.level([Batch(plain)], work, torch.nn.Identity())
-    assert [len(part.rows) for part in level.parts] == [1, 1, 1]
-    assert [len(part) for part in level.parts] == [1, 1, 0]
-    for idle, own in zip(level.parts, [*plain, lay_out([])], strict=True):
+    work = StepInfo.merge([StepInfo.of([Batch(plain)]), StepInfo.of([micro_batch(0, 1, 5, bound=1)])])
+    (level,) = step.add_dummies([Batch(plain)], work, torch.nn.Identity())
+    assert [len(part.rows) for part in level.micro_batches] == [1, 1, 1]
+    assert [len(part) for part in level.micro_batches] == [1, 1, 0]
+    for idle, own in zip(level.micro_batches, [*plain, lay_out([])], strict=True):
         assert idle.num_tokens == own.num_tokens
-    assert merge(level.parts).response_lengths[:4] == merge(plain).response_lengths
-    assert merge(level.parts).chosen.tolist() == [0, 2]
+    assert merge(level.micro_batches).response_lengths[:4] == merge(plain).response_lengths
+    assert merge(level.micro_batches).chosen.tolist() == [0, 2]
     assert len(level) == 2
     assert level.num_chosen_tokens == Batch(plain).num_chosen_tokens
 
@@ -119,42 +128,42 @@ def test_unscored_tokens_are_in_no_count() -> None:
 def test_every_rank_reads_as_many_rows_with_images(shared: bool, rows: int) -> None:
     """Three parts against one against none: afterwards three each, of equally many rows, each with an image."""
     batches = [micro_batch(0, 1, 5, shared=shared, bound=1), micro_batch(2, shared=shared), Batch([lay_out([])])]
-    work = merge_step_info([step_info([batch]) for batch in batches])
-    assert work.parts == (3,)
+    work = StepInfo.merge([StepInfo.of([batch]) for batch in batches])
+    assert work.micro_batches == (3,)
     step = rank_sync(shared=shared)
     for batch in batches:
-        (level,) = step.level([batch], work, torch.nn.Identity())
-        assert [len(part.rows) for part in level.parts] == [rows] * 3
-        assert all(row.vision for part in level.parts for row in part.rows)
+        (level,) = step.add_dummies([batch], work, torch.nn.Identity())
+        assert [len(part.rows) for part in level.micro_batches] == [rows] * 3
+        assert all(row.vision for part in level.micro_batches for row in part.rows)
 
 
 def test_without_any_image_no_tower_is_run() -> None:
     batches = [micro_batch(2, 3, bound=1), micro_batch(6)]
-    work = merge_step_info([step_info([batch]) for batch in batches])
+    work = StepInfo.merge([StepInfo.of([batch]) for batch in batches])
     for batch in batches:
-        (level,) = rank_sync().level([batch], work, torch.nn.Identity())
-        assert not any(row.vision for part in level.parts for row in part.rows)
+        (level,) = rank_sync().add_dummies([batch], work, torch.nn.Identity())
+        assert not any(row.vision for part in level.micro_batches for row in part.rows)
     # ZeRO-3 would take an earlier gradient for the tower's: there it always has one.
-    (level,) = rank_sync(DistributedType.DEEPSPEED).level([batches[1]], work, torch.nn.Identity())
-    assert all(row.vision for part in level.parts for row in part.rows)
+    (level,) = rank_sync(DistributedType.DEEPSPEED).add_dummies([batches[1]], work, torch.nn.Identity())
+    assert all(row.vision for part in level.micro_batches for row in part.rows)
 
 
 def test_a_lone_process_reads_its_own_pairs_only() -> None:
     batch = micro_batch(2, 0, bound=1)
     step = rank_sync(DistributedType.NO, processes=1)
-    (level,) = step.level([batch], step_info([batch]), torch.nn.Identity())
-    assert [part.rows for part in level.parts] == [part.rows for part in batch.parts]
+    (level,) = step.add_dummies([batch], StepInfo.of([batch]), torch.nn.Identity())
+    assert [part.rows for part in level.micro_batches] == [part.rows for part in batch.micro_batches]
     empty = Batch([lay_out([])])
-    (level,) = step.level(
-        [empty], step_info([empty]), torch.nn.Identity()
+    (level,) = step.add_dummies(
+        [empty], StepInfo.of([empty]), torch.nn.Identity()
     )  # a backward pass needs something to go through
-    assert [row.dummy_tokens == row.layout.num_tokens for part in level.parts for row in part.rows] == [True]
+    assert [row.dummy_tokens == row.layout.num_tokens for part in level.micro_batches for row in part.rows] == [True]
 
 
 def test_an_idle_part_has_no_loss_and_no_gradient(model: Any) -> None:
-    (part,) = rank_sync().level(
-        [Batch([lay_out([])])], step_info([micro_batch(0)]), torch.nn.Identity()
-    )[0].parts  # fmt: skip
+    (part,) = rank_sync().add_dummies(
+        [Batch([lay_out([])])], StepInfo.of([micro_batch(0)]), torch.nn.Identity()
+    )[0].micro_batches  # fmt: skip
     logps = sum_by_response(model(packed_rows=part.rows), part.rows)
     model.zero_grad()
     assert logps[part.chosen].sum().item() == 0.0
@@ -167,25 +176,25 @@ def test_an_idle_part_has_no_loss_and_no_gradient(model: Any) -> None:
 def test_work_adds_up_and_errors_are_told_to_all() -> None:
     error = RecordError("over_long", "a.jsonl:4", "too long")
     other = RecordError("empty", "b.jsonl:9", "empty")
-    mine = step_info([micro_batch(0, 1), micro_batch(2)])
+    mine = StepInfo.of([micro_batch(0, 1), micro_batch(2)])
     assert (mine.pairs, mine.images, mine.videos, mine.error) == (3, True, False, None)
-    empty = step_info([Batch([lay_out([])], [Unusable(error, "a")]), micro_batch(3)], error)
-    total = merge_step_info([mine, empty, step_info([micro_batch(6), micro_batch(7)], other)])
+    empty = StepInfo.of([Batch([lay_out([])], [Unusable(error, "a")]), micro_batch(3)], error)
+    total = StepInfo.merge([mine, empty, StepInfo.of([micro_batch(6), micro_batch(7)], other)])
     assert total.pairs == 6
     assert total.chosen_tokens == sum(int(encoder().encode(PAIRS[i]).chosen_ids.numel()) for i in (0, 1, 2, 3, 6, 7))
-    assert total.parts == (mine.parts[0], 1)
+    assert total.micro_batches == (mine.micro_batches[0], 1)
     assert total.error is error
     with pytest.raises(RecordError, match="too long") as raised:
-        rank_sync(processes=1).agree([micro_batch(2)], error)
+        rank_sync(processes=1).all_reduce([micro_batch(2)], error)
     assert raised.value.met_by == "all"
 
 
 def test_videos_under_a_sharding_wrapper_are_refused() -> None:
     batch = micro_batch(0)
-    batch.parts[0].rows[0].vision["pixel_values_videos"] = torch.zeros(1)
+    batch.micro_batches[0].rows[0].vision["pixel_values_videos"] = torch.zeros(1)
     with pytest.raises(RunError, match="videos cannot be trained on under FSDP or DeepSpeed"):
-        rank_sync(processes=1).agree([batch])
-    assert rank_sync(DistributedType.MULTI_GPU, processes=1).agree([batch]).videos
+        rank_sync(processes=1).all_reduce([batch])
+    assert rank_sync(DistributedType.MULTI_GPU, processes=1).all_reduce([batch]).videos
 
 
 def fsdp(**plugin: Any) -> Any:

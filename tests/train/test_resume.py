@@ -99,7 +99,7 @@ def test_another_reference_is_refused(tmp_path: Path) -> None:
     """A resumed policy must not become its own reference."""
     run = trainer(tmp_path, pairs(4), save_strategy="steps", save_steps=1)
     run.train()
-    with pytest.raises(RunError, match="another reference"):
+    with pytest.raises(RunError, match="a different reference model"):
         trainer(tmp_path, pairs(4), model=run.model).train(resume_from_checkpoint=True)
 
 

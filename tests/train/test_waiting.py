@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.training import logged, pairs, trainer
-from vlmpo.train import progress
-from vlmpo.train.progress import StepClock, short_line, waiting_line
+from vlmpo.train import callbacks
+from vlmpo.train.callbacks import StepClock, short_line, waiting_line
 
 ARGS = SimpleNamespace(dataloader_num_workers=3)
 
@@ -33,14 +33,14 @@ class Slow:
 @pytest.fixture(autouse=True)
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever machine this is."""
-    monkeypatch.setattr(progress.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(callbacks.os, "cpu_count", lambda: 8)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A clock that is set by hand: ``clock.now``."""
     hand = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: hand.now)
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: hand.now)
     return hand
 
 
@@ -48,7 +48,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The notices."""
     lines: list[str] = []
-    monkeypatch.setattr(progress, "notice", lines.append)
+    monkeypatch.setattr(
+        callbacks.logger, "info", lambda text: lines.append(text) if "waiting for data" in text else None
+    )
     return lines
 
 

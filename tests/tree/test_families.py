@@ -16,7 +16,8 @@ from tests.training import config, flat_weights, logged, relative
 from tests.zoo import FAMILIES, Family, encoded_pairs, sample_pairs
 from vlmpo import MPOTrainer, PreferencePair
 from vlmpo.data.encode.encoder import PairEncoder
-from vlmpo.models.families import CAUSAL_TEXT, SHARED_FAMILIES, support_for
+from vlmpo.models import families
+from vlmpo.models.families import support_for
 from vlmpo.train.batching import MicroBatch, lay_out
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, build_row
@@ -67,7 +68,7 @@ def test_whatever_may_share_is_in_the_zoo() -> None:
     """No family is put on the list, or forgotten here, without being held to parity."""
     configs = [family.model(0).config for family in FAMILIES.values() if family.shared]
     tested = {config.model_type for config in configs} | {config.get_text_config().model_type for config in configs}
-    assert tested == SHARED_FAMILIES | CAUSAL_TEXT
+    assert tested == {row.model_type for row in families.FAMILIES.values() if row.shared or row.causal_text}
 
 
 @every_family

@@ -16,11 +16,11 @@ from tests.tiny_models import random_pair
 from tests.training import flat_weights, logged, pairs, trainer
 from tests.zoo import FAMILIES, Family, encoded_pairs
 from vlmpo.errors import ModelError
-from vlmpo.train import features as train_features
+from vlmpo.models.adapters import unwrap_peft
+from vlmpo.train import trainer as trainer_module
 from vlmpo.train.batching import lay_out
-from vlmpo.train.reference import unwrap_peft
 from vlmpo.tree.features import share_features, tower_of
-from vlmpo.tree.forward import install, score_rows
+from vlmpo.tree.forward import install
 
 SEEING = [family for family in FAMILIES.values() if family.images]
 TEXT_ONLY = r".*language_model.*\.(q|v)_proj"
@@ -48,13 +48,13 @@ def test_log_probs_and_gradients_are_what_they_were_bit_by_bit(family: Family) -
         rows = lay_out([encoded], family.shared).rows
 
         def policy(rows: Any = rows) -> tuple[torch.Tensor, tuple[Any, ...]]:
-            logps = score_rows(model, rows, family.shared)
+            logps = model(packed_rows=rows)
             return logps.detach(), torch.autograd.grad(logps.sum(), trained, allow_unused=True)
 
         alone, gradients = policy()
         assert share_features(model, reference)
         with torch.no_grad():
-            assert torch.equal(score_rows(reference, rows, family.shared), alone)
+            assert torch.equal(reference(packed_rows=rows), alone)
         assert all((row.layout.features is not None) == (kind != "text only") for row in rows)
         taken, same = policy()
         assert torch.equal(taken, alone)
@@ -72,12 +72,12 @@ def test_features_that_are_handed_over_are_the_ones_that_are_read(family: Family
     share_features(model, reference)
     rows = lay_out([encoded_pairs(family.name)["one image"]], family.shared).rows
     with torch.no_grad():
-        right = score_rows(reference, rows, family.shared)
+        right = reference(packed_rows=rows)
         for row in rows:
             found = row.layout.features.pooler_output
             for part in [found] if isinstance(found, torch.Tensor) else found:
                 part.mul_(-1.0)
-        wrong = score_rows(model, rows, family.shared)
+        wrong = model(packed_rows=rows)
     assert (right - wrong).abs().max() > 1e-3
 
 
@@ -126,6 +126,7 @@ def test_families_and_towers_that_are_not_known_are_not_shared() -> None:
     policy.config.model_type = reference.config.model_type = "unheard_of"
     assert not share_features(policy, reference)
     text = FAMILIES["llama-text"].model(0)
+    install(text, True)
     assert not share_features(text, copy.deepcopy(text))
 
 
@@ -136,8 +137,8 @@ def test_a_tower_that_is_thawed_later_is_the_policys_own_again() -> None:
     for parameter in policy.model.vision_tower.parameters():
         parameter.requires_grad_(True)
     with torch.no_grad():
-        score_rows(reference, [row], True)
-    score_rows(policy, [row], True).sum().backward()
+        reference(packed_rows=[row])
+    policy(packed_rows=[row]).sum().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.model.vision_tower.parameters())
     assert row.layout.features is None
 
@@ -213,7 +214,7 @@ def test_a_step_runs_the_tower_once_where_it_may(name: str, tmp_path: Path, monk
 
     mine, metrics, calls = run("mine")
     assert calls == 3 * calls_a_step  # three steps of two pairs in one row
-    monkeypatch.setattr(train_features, "share_features", lambda *_, **__: False)
+    monkeypatch.setattr(trainer_module, "share_features", lambda *_, **__: False)
     theirs, expected, plain = run("theirs", 2) if calls_a_step == 1 else (mine, metrics, calls)
     assert plain == 6
     assert torch.equal(flat_weights(mine.model), flat_weights(theirs.model))
@@ -257,7 +258,7 @@ def test_nothing_is_kept_between_steps(tmp_path: Path) -> None:
 
     def listening(*args: Any) -> Any:
         found = plain(*args)
-        kept.extend(row.layout for batch in found[0] for part in batch.parts for row in part.rows)
+        kept.extend(row.layout for batch in found[0] for part in batch.micro_batches for row in part.rows)
         return found
 
     run.get_batch_samples = listening
@@ -272,9 +273,9 @@ def test_a_checkpoint_of_another_tower_is_noticed(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     trainer(tmp_path, data, model=tiny_model(), **settings).train()
     run = trainer(tmp_path, data, model=frozen(), **settings)
-    assert run.model._vlmpo_tower is not None
+    assert run.model._vlmpo.frozen_tower is not None
     run._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
-    assert run.model._vlmpo_tower is None
+    assert run.model._vlmpo.frozen_tower is None
     calls = Calls(run)
     run.evaluate(data[:2])
     assert calls.count == 2

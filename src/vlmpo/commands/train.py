@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainingArguments
 
+from vlmpo.commands.adapter_settings import check_adapter_settings, lora_config, quantization
 from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_pair_counts
 from vlmpo.data.index.overlap import Overlap
 from vlmpo.errors import RecipeError, RunError, alike_on_a_node
@@ -23,17 +24,16 @@ from vlmpo.fileio import replace_json
 from vlmpo.log import logger
 from vlmpo.loss import needs_reference
 from vlmpo.models import loading
+from vlmpo.models.adapters import is_peft
 from vlmpo.recipe import Recipe, check_training_keys
-from vlmpo.train.adapters import check_adapter_settings, lora_config, quantization
-from vlmpo.train.best import of_only_set
-from vlmpo.train.cached_reference import CachedReference, precompute
+from vlmpo.recipe_yaml import dump_recipe
+from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import AVERAGE_FOLDER
-from vlmpo.train.evaluation import length_warning
-from vlmpo.train.model_card import RunSummary, package_versions
-from vlmpo.train.reference import is_peft
+from vlmpo.train.metrics import length_warning, without_set_name
+from vlmpo.train.model_card import package_versions
 from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 
@@ -70,7 +70,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     manifest["overlap"] = {name: dataclasses.asdict(found) for name, found in overlaps.items()}
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         replace_json(folder / "manifest.json", {**manifest, "status": "running"})
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
     _finish(recipe, trainer, data, manifest)
@@ -119,10 +119,9 @@ def cache(recipe: Recipe) -> None:
     args = training_config(recipe)
     data, _ = _open_data(recipe)
     trainer = _build(recipe, args, data)
-    if not isinstance(trainer.reference, CachedReference):
-        raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
-    parts = trainer._gathered(precompute(trainer))
-    known, computed, dropped = (sum(part[name] for part in parts) for name in ("known", "computed", "dropped"))
+    counts = trainer.precompute_reference()
+    assert isinstance(trainer.reference, CachedReference)
+    known, computed, dropped = counts["known"], counts["computed"], counts["dropped"]
     pair_counts = trainer.all_pair_counts()
     if trainer.accelerator.is_main_process:
         show_pair_counts(Console(), data, pair_counts)
@@ -145,7 +144,8 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
         logger.info(f"note: {remark}")
     manifest["data"] |= _data_counts(data, pair_counts)
     named = [source.path for source in recipe.data.train]
-    trainer.facts = RunSummary(recipe.model.path, manifest["data"]["sets"], named, results, pair_counts)
+    trainer.card_fields |= {"base_model": recipe.model.path, "datasets": named, "results": results}
+    trainer.card_fields["data"] = manifest["data"]["sets"]
     if trainer.accelerator.is_main_process:
         final = {"final_model": trainer.final_model(), "evaluation": results}
         replace_json(folder / "manifest.json", {**manifest, "status": "finished", **final})
@@ -166,7 +166,7 @@ def _check_evaluation(args: MPOConfig, evaluation: Any) -> None:
             "give data.eval, data.hold_out or evaluate.questions"
         )
     if evaluation and len(evaluation) == 1:
-        args.metric_for_best_model = of_only_set(args.metric_for_best_model, next(iter(evaluation)))
+        args.metric_for_best_model = without_set_name(args.metric_for_best_model, next(iter(evaluation)))
 
 
 def training_config(recipe: Recipe) -> MPOConfig:
@@ -178,26 +178,7 @@ def training_config(recipe: Recipe) -> MPOConfig:
             "log in with `hf auth login`, or set HF_TOKEN"
         )
     try:
-        return MPOConfig(
-            **{
-                **recipe.training,
-                "loss_weights": dict(recipe.loss.weights),
-                "beta": recipe.loss.beta,
-                "reward_shift": recipe.loss.reward_shift,
-                "nll_reduction": recipe.loss.nll_reduction,
-                "label_smoothing": recipe.loss.label_smoothing,
-                "reference_kind": recipe.reference.kind,
-                "reference_cache_dir": recipe.reference.cache_dir,
-                "max_length": recipe.data.max_length,
-                "over_long": recipe.data.over_long,
-                "max_tiles": recipe.data.max_tiles,
-                "video_frames": recipe.data.video_frames,
-                "on_bad_record": recipe.data.on_bad_record,
-                "group_by_prompt": recipe.data.group_by_prompt,
-                "balance_ranks": recipe.data.balance_ranks,
-                "attention": recipe.model.attention,
-            }
-        )
+        return MPOConfig(**recipe.trainer_settings())
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
 

@@ -1,25 +1,36 @@
-"""A PEFT adapter on disk, put on its base model whole or not at all; and which weights of a model are an adapter's.
+"""PEFT adapters: read from disk, put on a model, switched, copied for a frozen reference.
 
-``PeftModel.from_pretrained`` only warns where the adapter lacks weights the model has a place for, and says nothing of
-weights it has no place for. Here both are errors.
+``PeftModel.from_pretrained`` only warns about weights the adapter lacks, and says nothing of weights the model has no
+place for. Here both are errors.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from vlmpo.errors import ModelError, first_line
+from vlmpo import compat
+from vlmpo.errors import ModelError, RecipeError, first_line
+from vlmpo.log import logger
 
 REPEATABLE_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
+# Inits under which a fresh LoRA adapter changes nothing: its second factor is 0, and the base stays as it is.
+_STARTS_AT_BASE = (True, "gaussian")
+
+
+# ---- on disk ----
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder or hub name holds a PEFT adapter."""
+    """Return whether a folder or hub name holds a PEFT adapter."""
     try:
         return find_adapter_config_file(os.fspath(path)) is not None
     except (OSError, ValueError):  # no such folder or repository: whoever loads the model says so
@@ -27,9 +38,13 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 def named_base(path: str | os.PathLike[str]) -> str | None:
-    """The base model that the adapter at ``path`` (a folder or a hub name) names; None: ``path`` is no adapter.
+    """Return the base model that the adapter at ``path`` names, or None if ``path`` is no adapter.
 
-    Raises ModelError where the adapter names none.
+    Args:
+        path: a folder or a hub name.
+
+    Raises:
+        ModelError: the adapter names no base model, or its config cannot be read.
     """
     if not is_adapter(path):
         return None
@@ -46,7 +61,7 @@ def named_base(path: str | os.PathLike[str]) -> str | None:
 
 
 def load_adapter(base: Any, path: str | os.PathLike[str]) -> Any:
-    """``base`` (a transformers model) under the adapter at ``path``, trainable.
+    """Put the adapter at ``path`` on ``base`` (a transformers model), trainable.
 
     Raises:
         ModelError: the adapter was not made for this base: other modules or shapes, weights missing or left over.
@@ -65,7 +80,7 @@ def check_init(config: Any) -> None:
     """Raise ModelError for a ``LoraConfig.init_lora_weights`` under which an adapter cannot be read back.
 
     Some change the base model too, by chance or by data; it is changed anew, and otherwise, whenever the adapter is
-    loaded, and the model that was trained is gone. EVA is left a random start where nobody feeds it data.
+    loaded, and the model that was trained is gone. EVA keeps a random start if nobody feeds it data.
     """
     init = getattr(config, "init_lora_weights", True)
     if init not in REPEATABLE_INITS:
@@ -90,34 +105,87 @@ def take_over(model: Any, path: str | os.PathLike[str]) -> None:
     with _as_model_error(f"the adapter in {path} does not fit the model"):
         result = set_peft_model_state_dict(model, saved, adapter_name=name)
     places = adapter_places(model)
-    absent = [key for key in result.missing_keys if (own := split_name(key, places)) and own.adapter == name]
+    absent = [key for key in result.missing_keys if (weight := split_name(key, places)) and weight.adapter == name]
     for kind, keys in (("lacks", absent), ("has no place in the model for", list(result.unexpected_keys))):
         if keys:
             raise ModelError(f"the adapter in {path} does not fit the model: it {kind} {', '.join(sorted(keys)[:5])}")
 
 
+@contextmanager
+def _as_model_error(what: str) -> Iterator[None]:
+    """Turn whatever PEFT raises over files and weights that do not fit into one line for the user."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{what}: {first_line(error)}") from error
+
+
+# ---- on a model ----
+
+
+def is_peft(model: Any) -> bool:
+    """Return whether ``model`` is a PEFT model, without importing peft for those that are not."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def unwrap_peft(model: Any) -> Any:
+    """Return the transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if is_peft(model) else model
+
+
 def active_adapter(model: Any) -> str:
-    """The name of the one adapter of a PEFT model that is on. Raises ModelError where several are."""
+    """Return the name of the one adapter of a PEFT model that is on. Raise ModelError if several are."""
     active = model.active_adapters
     if len(active) != 1:
         raise ModelError(f"one adapter can be trained at a time, the model has {len(active)} switched on: {active}")
     return str(active[0])
 
 
+@contextmanager
+def use_adapter(model: Any, adapter: str | None) -> Iterator[None]:
+    """Read a PEFT model under another of its adapters, or under none (None); afterwards it is as it was.
+
+    PEFT's switches also set ``requires_grad``: that would thaw what was frozen, and FSDP2, which takes note of it in a
+    model's first forward, would never give the adapter a gradient. So every parameter keeps its own, inside too.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = None if adapter is None else active_adapter(model)
+    try:
+        if adapter is None:
+            with model.disable_adapter():
+                restore_requires_grad(flags)
+                yield
+        else:
+            model.set_adapter(adapter)
+            restore_requires_grad(flags)
+            yield
+    finally:
+        if before is not None:
+            model.set_adapter(before)
+        restore_requires_grad(flags)
+
+
+def restore_requires_grad(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    """Give each parameter the ``requires_grad`` beside it."""
+    for parameter, wanted in flags:
+        if parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)
+
+
 class AdapterWeight(NamedTuple):
-    """The name of an adapter's weight: ``place`` . ``adapter`` . ``rest`` (which may be empty)."""
+    """Names an adapter's weight: ``place`` . ``adapter`` . ``rest`` (which may be empty)."""
 
     place: str
     adapter: str
     rest: str
 
     def under(self, adapter: str) -> str:
-        """The same weight's name under another adapter."""
+        """Return the same weight's name under another adapter."""
         return ".".join(part for part in (self.place, adapter, self.rest) if part)
 
 
 def adapter_places(model: Any) -> set[str]:
-    """Where in ``model`` adapters keep their weights, e.g. ``layers.0.q_proj.lora_A``; all else is the base's."""
+    """Return where in ``model`` adapters keep their weights, e.g. ``layers.0.q_proj.lora_A``."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -128,12 +196,13 @@ def adapter_places(model: Any) -> set[str]:
             places.add(f"{prefix}modules_to_save")
         elif isinstance(module, BaseTunerLayer):  # all that hangs on such a layer but the layer it wraps
             children = [child for child, _ in module.named_children() if child != "base_layer"]
-            places |= {prefix + own for own in [*children, *(p for p, _ in module.named_parameters(recurse=False))]}
+            parameters = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+            places |= {prefix + place for place in (*children, *parameters)}
     return places
 
 
 def split_name(name: str, places: set[str]) -> AdapterWeight | None:
-    """Take the name of a weight apart, where it is an adapter's; None for a weight of the base model."""
+    """Take the name of an adapter's weight apart; return None for a weight of the base model."""
     parts = name.split(".")
     for at in range(len(parts) - 1, 0, -1):
         place = ".".join(parts[:at])
@@ -142,11 +211,144 @@ def split_name(name: str, places: set[str]) -> AdapterWeight | None:
     return None
 
 
-@contextmanager
-def _as_model_error(what: str) -> Iterator[None]:
-    """Whatever PEFT raises over files and weights that do not fit, as one line for the user."""
+# ---- on the policy ----
+
+
+def put_adapter_on(model: Any, peft_config: Any) -> Any:
+    """Return ``model`` under a fresh adapter, without dropout.
+
+    Raises:
+        ModelError: it carries an adapter already, or the config fits no part of it.
+    """
+    from peft import get_peft_model
+
+    if is_peft(model):
+        raise ModelError(
+            "the model already carries an adapter; pass such a model or a peft_config (model.lora), not both"
+        )
+    if getattr(peft_config, "lora_dropout", 0.0):
+        logger.info(f"lora_dropout {peft_config.lora_dropout} forced to 0: the rewards would be noise at the start")
+        peft_config.lora_dropout = 0.0
+    check_init(peft_config)
     try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
-        first = first_line(error)
-        raise ModelError(f"{what}: {first}") from error
+        return get_peft_model(model, peft_config)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the adapter cannot be put on the model (model.lora): {first_line(error)}") from error
+
+
+def prepare_policy_adapter(model: Any, reentrant_checkpointing: bool) -> None:
+    """Check that the policy's adapter, if it has one, can be trained, and make its base ready for it.
+
+    Args:
+        model: the policy, a transformers or PEFT model.
+        reentrant_checkpointing: whether gradient checkpointing is on, in its re-entrant form.
+
+    Raises:
+        ModelError: the adapter cannot be trained.
+    """
+    if not is_peft(model):
+        if compat.has_transformers_adapter(model):
+            raise ModelError(
+                "the model's adapter was loaded by transformers; load it by peft.PeftModel.from_pretrained"
+            )
+        return
+    config = model.peft_config[active_adapter(model)]
+    if config.is_prompt_learning:
+        raise ModelError(f"{config.peft_type.value} puts virtual tokens before the prompt; only LoRA and its kin train")
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise ModelError("the model's adapter is merged into its base; call unmerge_adapter() before training")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU bitsandbytes would repack its weights in evaluation into a form that gives no gradient.
+            module.support_avx512bf16_for_cpu = False
+    if reentrant_checkpointing:
+        # Re-entrant checkpointing gives gradients only to what lies behind an input that has one.
+        unwrap_peft(model).enable_input_require_grads()
+
+
+# ---- the reference ----
+
+
+def choose_kind(kind: str, policy: Any, ref_model: Any | None, fresh_adapter: bool) -> str:
+    """Return what the reference is to be: ``copy``, ``adapter`` (off) or ``frozen_adapter``, as asked or as fits.
+
+    The adapter is switched off only if it was put on for this run and starts by changing nothing. One that came with
+    the policy is part of what was trained before: the reference keeps a frozen copy of it. If more than a LoRA adapter
+    trains, only a copy of the whole model stays as it is.
+
+    Args:
+        kind: ``reference.kind``: ``auto``, ``copy`` or ``adapter``.
+        policy: a transformers or PEFT model.
+        ref_model: the user's own reference model, or None.
+        fresh_adapter: whether the policy's adapter was put on for this run.
+
+    Raises:
+        RecipeError: ``adapter`` without an adapter, beside a reference model, or if it would not be the initial
+            policy, or not stay it.
+    """
+    adapter_asked = kind == "adapter"
+    if adapter_asked and not is_peft(policy):
+        raise RecipeError("reference.kind is 'adapter', but the policy carries none; set model.lora or kind: copy")
+    if adapter_asked and ref_model is not None:
+        raise RecipeError("reference.kind is 'adapter', but a reference model was given too; leave one of them out")
+    if ref_model is not None or not is_peft(policy):
+        return "copy"
+    config = policy.peft_config[active_adapter(policy)]
+    if loose := trained_beside_adapter(policy):
+        if adapter_asked:
+            raise RecipeError(
+                f"reference.kind is 'adapter', but weights outside the adapter train too ({', '.join(loose[:3])}): the "
+                "reference would move with them; use kind: copy, or model.lora.bias: none"
+            )
+        return "copy"
+    neutral = getattr(config, "init_lora_weights", True) in _STARTS_AT_BASE
+    if adapter_asked and fresh_adapter and not neutral:
+        raise RecipeError(
+            "reference.kind is 'adapter', but under model.lora.init_lora_weights: "
+            f"{config.init_lora_weights} the fresh adapter already changes the model; use kind: auto"
+        )
+    if adapter_asked or (kind == "auto" and fresh_adapter and neutral):
+        return "adapter"
+    return "frozen_adapter" if config.peft_type.value == "LORA" else "copy"
+
+
+def trained_beside_adapter(policy: Any) -> list[str]:
+    """Return the names of the parameters that train and belong to no adapter, e.g. biases under ``bias: all``."""
+    places = adapter_places(policy)
+    named = policy.named_parameters()
+    return [name for name, parameter in named if parameter.requires_grad and split_name(name, places) is None]
+
+
+def add_frozen_adapter(policy: Any) -> str:
+    """Put a frozen copy of the policy's adapter beside it, on the same base model, and return the copy's name.
+
+    The policy goes on reading and training its own adapter, and saves that one alone.
+    """
+    active = active_adapter(policy)
+    names = itertools.chain(["reference"], (f"reference_{number}" for number in itertools.count(2)))
+    name = next(name for name in names if name not in policy.peft_config)
+    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    config = copy.deepcopy(policy.peft_config[active])
+    config.lora_dropout = 0.0
+    config.init_lora_weights = True  # PiSSA and its like would change the base model a second time
+    policy.add_adapter(name, config)
+    _copy_adapter(policy, active, name)
+    policy.set_adapter(active)
+    restore_requires_grad(flags)
+    # Saved is the policy's adapter, without the reference's beside it.
+    policy.save_pretrained = functools.partial(type(policy).save_pretrained.__get__(policy), selected_adapters=[active])
+    return name
+
+
+def _copy_adapter(policy: Any, source: str, target: str) -> None:
+    """Copy every weight of one adapter into the other, in its own dtype, and freeze it."""
+    base = unwrap_peft(policy)
+    places = adapter_places(base)
+    parameters: dict[str, nn.Parameter] = dict(base.named_parameters(remove_duplicate=False))
+    weights = {name: weight for name in parameters if (weight := split_name(name, places)) is not None}
+    targets = {name: weight for name, weight in weights.items() if weight.adapter == target}
+    for name, weight in targets.items():
+        parameters[name].data = parameters[weight.under(source)].detach().clone()
+        parameters[name].requires_grad_(False)
+    if len(targets) != sum(weight.adapter == source for weight in weights.values()):
+        raise ModelError("the policy's adapter could not be copied whole for the reference; set reference.kind: copy")

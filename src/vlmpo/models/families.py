@@ -1,75 +1,160 @@
-"""Which model families can share a prompt, and what each needs.
+"""Everything vlmpo knows about model families: one row a family, and the functions that look it up.
 
-A family is on the list only when shared rows were tested against separate forwards. Every other one is read by
-separate rows, one response a row: exact for any causal model, only slower.
+A family gets a mark only if a test holds it to the model's own numbers. A family without a row, or without a mark, is
+read in separate rows, one response a row: exact for any causal model, only slower.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-# Text towers whose layers attend causally, over everything or a window, with nothing else done to the scores.
-CAUSAL_TEXT = frozenset(
-    {
-        "cohere",
-        "gemma3_text",
-        "granite",
-        "llama",
-        "ministral3",
-        "mistral",
-        "mixtral",
-        "qwen2",
-        "qwen2_5_vl_text",
-        "qwen2_moe",
-        "qwen2_vl_text",
-        "qwen3",
-        "qwen3_moe",
-        "qwen3_vl_moe_text",
-        "qwen3_vl_text",
-    }
+
+@dataclass(frozen=True)
+class Family:
+    """Describes one ``model_type`` of transformers: a whole model, or the text tower inside one.
+
+    Attributes:
+        model_type: the config's ``model_type``.
+        shared: prompts may be shared between responses: the vision tower sees nothing of the row.
+        causal_text: text tower whose layers attend causally, over everything or a window, and change the attention
+            scores in no other way.
+        three_dimensional: counts positions by time, height and width, through ``get_rope_index``.
+        image_blocks: image tokens attend to their whole image, in both directions.
+        takes_features: reads image features (keyword ``mm_encoder_outputs``) exactly as it reads pixels.
+        routed: text tower with a softmax over all experts, then the top k of them.
+        batches_images: ``generate`` encodes a prompt's images once for all its samples, and batches prompts with
+            different numbers of tiles.
+        logits: how the family changes the output of its vocabulary head. The names in configs are no guide:
+            ``logits_scaling`` divides in one family and multiplies in the next, and a vision-language model may ignore
+            the soft cap of its text tower.
+    """
+
+    model_type: str
+    shared: bool = False
+    causal_text: bool = False
+    three_dimensional: bool = False
+    image_blocks: bool = False
+    takes_features: bool = False
+    routed: bool = False
+    batches_images: bool = False
+    logits: Literal["softcap", "divide", "multiply"] | None = None
+
+
+_ROWS = (
+    # Text models and text towers.
+    Family("cohere", causal_text=True, logits="multiply"),
+    Family("cohere2", logits="multiply"),
+    Family("gemma2", logits="softcap"),
+    Family("gemma3_text", causal_text=True, logits="softcap"),
+    Family("granite", causal_text=True, logits="divide"),
+    Family("granitemoe", logits="divide"),
+    Family("granitemoeshared", logits="divide"),
+    Family("llama", causal_text=True),
+    Family("ministral3", causal_text=True),
+    Family("mistral", causal_text=True),
+    Family("mixtral", causal_text=True, routed=True),
+    Family("qwen2", causal_text=True),
+    Family("qwen2_5_vl_text", causal_text=True),
+    Family("qwen2_moe", causal_text=True, routed=True),
+    Family("qwen2_vl_text", causal_text=True),
+    Family("qwen3", causal_text=True),
+    Family("qwen3_moe", causal_text=True, routed=True),
+    Family("qwen3_vl_moe_text", causal_text=True, routed=True),
+    Family("qwen3_vl_text", causal_text=True),
+    # Vision-language models.
+    Family("gemma3", shared=True, takes_features=True, image_blocks=True),
+    Family("idefics3", shared=True, takes_features=True),
+    Family("internvl", shared=True, takes_features=True, batches_images=True),
+    Family("llava", shared=True, takes_features=True),
+    Family("llava_next", shared=True, takes_features=True),
+    Family("llava_onevision", shared=True, takes_features=True),
+    Family("mistral3", shared=True, takes_features=True),
+    Family("qwen2_5_vl", shared=True, takes_features=True, three_dimensional=True),
+    Family("qwen2_vl", shared=True, takes_features=True, three_dimensional=True),
+    Family("qwen3_5", takes_features=True),
+    Family("qwen3_vl", shared=True, takes_features=True, three_dimensional=True),
+    Family("qwen3_vl_moe", shared=True, takes_features=True, three_dimensional=True),
+    Family("smolvlm", shared=True, takes_features=True),
 )
-# Families whose vision tower sees nothing of the row, and whose text tower is one of those above.
-SHARED_FAMILIES = frozenset(
-    {
-        "gemma3",
-        "idefics3",
-        "internvl",
-        "llava",
-        "llava_next",
-        "llava_onevision",
-        "mistral3",
-        "qwen2_5_vl",
-        "qwen2_vl",
-        "qwen3_vl",
-        "qwen3_vl_moe",
-        "smolvlm",
-    }
-)
+FAMILIES = {row.model_type: row for row in _ROWS}
+
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
+# Names of submodules, over all families that transformers loads as image-text-to-text models.
+_VISION_MODULES = frozenset(
+    {
+        *("vision_tower", "vision_model", "vision_encoder", "vision_backbone", "vision", "visual", "vit"),
+        *("image_tower", "image_encoder", "video_tower", "high_res_vision_model", "vision_embed_tokens"),
+    }
+)
+_PROJECTOR_MODULES = frozenset(
+    {
+        *("multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "mlp1", "modality_projection"),
+        *("merger", "merger_list", "deepstack_merger_list", "resampler", "resampler_model", "perceiver_resampler"),
+        *("qformer", "query_tokens", "language_projection", "visual_projection", "vision_projection", "vision_adapter"),
+        *("image_to_text_projection", "embed_vision", "visual_embeddings_table", "image_newline", "view_separator"),
+        *("high_res_vision_neck", "high_res_vision_proj", "high_res_vision_alpha"),
+    }
+)
+
+
+def family_of(config: Any) -> Family:
+    """Return the row of the family that ``config`` belongs to; a row without any mark if the family is unknown."""
+    return FAMILIES.get(config.model_type, Family(config.model_type))
 
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a model's rows may share prompts, and why not where they may not."""
+    """Says whether the rows of a model may share prompts, and why or why not."""
 
     shared: bool
     reason: str
 
 
 def support_for(config: Any) -> Support:
-    """Judge a model by its config: ``shared`` rows, or separate ones with the reason."""
-    family = config.model_type
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or []) - _KNOWN_LAYERS
-    if kinds:
+    """Decide from a model's config whether its rows may share prompts."""
+    family, text_config = family_of(config), config.get_text_config()
+    text = family_of(text_config)
+    unknown_layers = set(getattr(text_config, "layer_types", None) or []) - _KNOWN_LAYERS
+    if unknown_layers:
         return Support(
-            False, f"its text tower has layers of kind {', '.join(sorted(kinds))}, whose state runs from token to token"
+            False,
+            f"its text tower has layers of kind {', '.join(sorted(unknown_layers))}, whose state runs from token to "
+            "token",
         )
-    if family not in SHARED_FAMILIES and family not in CAUSAL_TEXT:
-        return Support(False, f"family {family!r} is not on the list of those tested with shared rows")
-    if text.model_type not in CAUSAL_TEXT:
+    if not family.shared and not family.causal_text:
+        return Support(False, f"family {family.model_type!r} is not on the list of those tested with shared rows")
+    if not text.causal_text:
         return Support(False, f"text tower {text.model_type!r} is not on the list of those tested with shared rows")
-    if getattr(text, "use_bidirectional_attention", None):
+    if getattr(text_config, "use_bidirectional_attention", None):
         return Support(False, "its text tower attends in both directions")
-    return Support(True, f"{family} with a {text.model_type} text tower")
+    return Support(True, f"{family.model_type} with a {text.model_type} text tower")
+
+
+def logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
+    """Return how a model changes its projected logits ``x``: the scale of ``x``, and the soft cap after it or None.
+
+    Args:
+        config: the whole model's config, not its text tower's.
+    """
+    match family_of(config).logits:
+        case "softcap":
+            return 1.0, config.final_logit_softcapping
+        case "divide":
+            return 1.0 / config.logits_scaling, None
+        case "multiply":
+            return config.logit_scale, None
+    return 1.0, None
+
+
+def part_of(parameter_name: str) -> Literal["vision", "projector", "text"]:
+    """Return the part of the model that a parameter belongs to, by its dotted name.
+
+    The projector is looked for first, because a merger may sit inside the vision tower. LoRA's parameters belong to
+    the part they sit in.
+    """
+    modules = set(parameter_name.split("."))
+    if modules & _PROJECTOR_MODULES:
+        return "projector"
+    return "vision" if modules & _VISION_MODULES else "text"

@@ -16,6 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from vlmpo import compat
 from vlmpo.errors import ModelError, RecipeError, first_line
 from vlmpo.models.adapters import load_adapter, named_base
 
@@ -42,11 +43,6 @@ def load_processor(path: str) -> Any:
     return processor
 
 
-def _model_class(config: Any) -> Any:
-    known = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if known else AutoModelForCausalLM
-
-
 def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | None = None) -> Any:
     """The model at ``path``, a folder or a hub name, with weights of ``dtype``, on the CPU; it may be text-only.
 
@@ -61,7 +57,8 @@ def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | No
             _base_of_adapter(path, base, functools.partial(load_model, dtype=dtype, quantized=quantized)), path
         )
     try:
-        model_class = _model_class(AutoConfig.from_pretrained(path))
+        has_images = compat.is_image_text_config(AutoConfig.from_pretrained(path))
+        model_class: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
         model, info = model_class.from_pretrained(
             path, dtype=getattr(torch, dtype), output_loading_info=True, **(quantized or {})
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlmpo import compat
 from vlmpo.data.formats import as_pairs
 from vlmpo.errors import RecipeError
 from vlmpo.models import loading
@@ -32,7 +33,7 @@ def load_named(model: Any, ref_model: Any, processing_class: Any) -> tuple[Any, 
         ModelError: there is no such model, or no processor for it.
         RecipeError: no processor is given, nor a name under which one could be found.
     """
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = model if isinstance(model, str) else compat.name_or_path(getattr(model, "config", None))
     if isinstance(model, str):
         model = loading.load_model(model)
     if isinstance(ref_model, str):

@@ -9,32 +9,10 @@ import torch
 from torch import nn
 
 from vlmpo.errors import RecipeError
+from vlmpo.log import logger
+from vlmpo.models.families import part_of
 
 PARTS = ("vision", "projector", "text")
-# Names of submodules, over all families that transformers loads as image-text-to-text models.
-_VISION = {
-    *("vision_tower", "vision_model", "vision_encoder", "vision_backbone", "vision", "visual", "vit"),
-    *("image_tower", "image_encoder", "video_tower", "high_res_vision_model", "vision_embed_tokens"),
-}
-_PROJECTOR = {
-    *("multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "mlp1", "modality_projection"),
-    *("merger", "merger_list", "deepstack_merger_list", "resampler", "resampler_model", "perceiver_resampler"),
-    *("qformer", "query_tokens", "language_projection", "visual_projection", "vision_projection", "vision_adapter"),
-    *("image_to_text_projection", "embed_vision", "visual_embeddings_table", "image_newline", "view_separator"),
-    *("high_res_vision_neck", "high_res_vision_proj", "high_res_vision_alpha"),
-}
-
-
-def part_of(name: str) -> str:
-    """The part a parameter belongs to, by its dotted name.
-
-    ``projector`` goes first, for a merger that sits inside the vision tower; what is neither is ``text``. LoRA's
-    parameters belong where they sit.
-    """
-    modules = set(name.split("."))
-    if modules & _PROJECTOR:
-        return "projector"
-    return "vision" if modules & _VISION else "text"
 
 
 def count_by_part(model: nn.Module, trained_only: bool = False) -> dict[str, int]:
@@ -103,3 +81,61 @@ def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapp
                 order.append(part)
     optimizer.param_groups[:] = groups
     return order
+
+
+class PartRates:
+    """Learning rates by part of the model, beside transformers' one base rate.
+
+    Args:
+        model: whose parameters train.
+        rates: by part; a part without one takes the base rate.
+        base: ``learning_rate``.
+
+    Attributes:
+        latest: the parts' rates as last scheduled, by their names in the log.
+
+    Raises:
+        RecipeError: see :func:`check_parts`.
+    """
+
+    def __init__(self, model: nn.Module, rates: Mapping[str, float], base: float) -> None:
+        self.rates = rates
+        self.base = base
+        self.latest: dict[str, float] = {}
+        self._part_of_group: list[str] = []
+        trained = check_parts(model, rates)
+        parts = (f"{part} {count:,} at {rates.get(part, base):g}" for part, count in trained.items())
+        logger.info(f"parameters that train, and their rates: {', '.join(parts)}")
+
+    @classmethod
+    def for_run(cls, args: Any, model: nn.Module, optimizer: Any, deepspeed_plugin: Any) -> PartRates | None:
+        """Return the rates that ``args.learning_rates`` asks for; None without.
+
+        Raises:
+            RecipeError: an optimizer comes from elsewhere, with its own rates; or see :func:`check_parts`.
+        """
+        if not args.learning_rates:
+            return None
+        if optimizer is not None:
+            raise RecipeError("learning_rates: the optimizer was given, with its rates; leave one of them out")
+        if deepspeed_plugin is not None and "optimizer" in deepspeed_plugin.deepspeed_config:
+            raise RecipeError(
+                "training.learning_rates: the DeepSpeed configuration brings an optimizer of its own; take it out there"
+            )
+        return cls(model, args.learning_rates, args.learning_rate)
+
+    def split(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Split the groups of a fresh ``optimizer`` by part; see :func:`split_groups`."""
+        self._part_of_group = split_groups(optimizer, model, self.rates)
+
+    def base_rate(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """Return the base rate as scheduled, whichever group comes first; None before the groups are split."""
+        if not self._part_of_group:
+            return None
+        now = dict(zip(self._part_of_group, (float(group["lr"]) for group in optimizer.param_groups), strict=True))
+        self.latest = {f"learning_rate/{part}": now[part] for part in self.rates}
+        at_base = [rate for part, rate in now.items() if part not in self.rates]
+        if at_base:
+            return at_base[0]
+        first = self._part_of_group[0]  # every part has a rate of its own: all are scaled alike
+        return self.base * (now[first] / self.rates[first])

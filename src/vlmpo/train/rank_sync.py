@@ -1,17 +1,17 @@
-"""Ranks in step: before an optimizer step they agree on its denominators, on how much each will read, and on errors.
+"""Keeps ranks in step: before an optimizer step they agree on its denominators, its passes, and its errors.
 
 Ranks rarely have equal work: one has fewer pairs, one needs more rows, one has no image. Wrappers that shard weights or
-gradients (FSDP2, DeepSpeed) talk to the other ranks in every layer of every pass, so there each rank must make the same
-passes through the same layers: a rank with less to read reads idle rows, which belong to no pair, and a row without an
-image is given one behind its end. Neither is scored; what they add to loss and gradients is exactly zero. Under DDP
-only the last backward pass of a micro-batch is shared: it alone is so completed, where DDP does not look for weights
-that were left out.
+gradients (FSDP2, DeepSpeed) call the other ranks in every layer of every pass, so all ranks must make the same passes
+through the same layers: a rank with less to read reads dummy rows, which belong to no pair, and a row without an image
+gets a dummy image behind its end. Neither is scored; what they add to loss and gradients is exactly zero. Under DDP
+only the last backward pass of a micro-batch is shared, so only that one is completed, and only if DDP does not look for
+unused weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,6 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
 
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
@@ -39,42 +38,42 @@ class StepInfo:
 
     Attributes:
         pairs, chosen_tokens: the denominators; summed over ranks.
-        parts: how many parts each micro-batch has; the most of any rank.
+        micro_batches: the number of micro-batches with rows in each batch; the largest of any rank.
         images, videos: whether any row has some.
-        error: of a record, where the run is to end on it.
+        error: of a record, if the run is to end on it.
     """
 
     pairs: int
     chosen_tokens: int
-    parts: tuple[int, ...]
+    micro_batches: tuple[int, ...]
     images: bool
     videos: bool
     error: RecordError | None = None
 
+    @classmethod
+    def of(cls, batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
+        """Describe this rank's part in an optimizer step."""
+        rows = [row for batch in batches for micro_batch in batch.micro_batches for row in micro_batch.rows]
+        return cls(
+            pairs=sum(len(batch) for batch in batches),
+            chosen_tokens=sum(batch.num_chosen_tokens for batch in batches),
+            micro_batches=tuple(sum(bool(part.rows) for part in batch.micro_batches) for batch in batches),
+            images=any(row.vision for row in rows),
+            videos=any(_VIDEO_TENSORS in row.vision for row in rows),
+            error=error,
+        )
 
-def step_info(batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
-    """This rank's part in an optimizer step of the micro-batches ``batches``."""
-    rows = [row for batch in batches for part in batch.parts for row in part.rows]
-    return StepInfo(
-        pairs=sum(len(batch) for batch in batches),
-        chosen_tokens=sum(batch.num_chosen_tokens for batch in batches),
-        parts=tuple(sum(bool(part.rows) for part in batch.parts) for batch in batches),
-        images=any(row.vision for row in rows),
-        videos=any(_VIDEO_TENSORS in row.vision for row in rows),
-        error=error,
-    )
-
-
-def merge_step_info(works: Sequence[StepInfo]) -> StepInfo:
-    """The work of all ranks as one. Ranks have equally many micro-batches a step: the sampler sees to it."""
-    return StepInfo(
-        pairs=sum(work.pairs for work in works),
-        chosen_tokens=sum(work.chosen_tokens for work in works),
-        parts=tuple(max(counts) for counts in zip(*(work.parts for work in works), strict=True)),
-        images=any(work.images for work in works),
-        videos=any(work.videos for work in works),
-        error=next((work.error for work in works if work.error is not None), None),
-    )
+    @classmethod
+    def merge(cls, ranks: Sequence[StepInfo]) -> StepInfo:
+        """Describe the step of all ranks. They have equally many batches a step: the sampler sees to it."""
+        return cls(
+            pairs=sum(info.pairs for info in ranks),
+            chosen_tokens=sum(info.chosen_tokens for info in ranks),
+            micro_batches=tuple(max(counts) for counts in zip(*(info.micro_batches for info in ranks), strict=True)),
+            images=any(info.images for info in ranks),
+            videos=any(info.videos for info in ranks),
+            error=next((info.error for info in ranks if info.error is not None), None),
+        )
 
 
 class _Collation(Protocol):
@@ -82,12 +81,12 @@ class _Collation(Protocol):
 
 
 class RankSync:
-    """Keeps this rank in step with the others.
+    """Collectives of this run, and the dummies that keep this rank in step with the others.
 
     Args:
         accelerator: of the run.
-        encoder: of the run; idle rows are made by the model's own processor.
-        collation: knows whether rows share prompts.
+        encoder: of the run; dummy rows are made by the model's own processor.
+        collation: its ``shared`` says whether rows share prompts.
     """
 
     def __init__(self, accelerator: Any, encoder: PairEncoder, collation: _Collation) -> None:
@@ -97,61 +96,90 @@ class RankSync:
         self._dummy_trees: dict[bool, PromptTree] = {}
         self._only_dummy_images = False  # in the step under way
 
-    def agree(self, batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
-        """The work of all ranks in the step of ``batches``, known to each of them before any forward.
+    # ---- collectives ----
+
+    @property
+    def share_passes(self) -> bool:
+        """Whether every pass of a rank needs the other ranks: FSDP and DeepSpeed, not DDP."""
+        return passes_are_shared(self.accelerator)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return ``value``, any object, of every rank, in order of the ranks."""
+        return all_gather_object(self.accelerator, value)
+
+    def any_rank(self, value: bool) -> bool:
+        """Return whether ``value`` is true on some rank."""
+        return any(self.all_gather(value))
+
+    def sum_over_ranks(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """Sum each value over ranks, in float64 if the device has it."""
+        if self.accelerator.num_processes == 1:
+            return [float(value) for value in values]
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        summed = self.accelerator.reduce(torch.tensor(values, dtype=kind, device=device), reduction="sum")
+        return [float(value) for value in summed]
+
+    def all_reduce(self, batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
+        """Return what all ranks will read in the step of ``batches``, known to each of them before any forward.
 
         Raises:
             RecordError: some rank met an error; all of them raise it.
             RunError: videos under a wrapper that shares every pass.
         """
-        work = merge_step_info(all_gather_object(self.accelerator, step_info(batches, error)))
-        if work.error is not None:
-            raise self.everywhere(work.error)
-        if work.videos and passes_are_shared(self.accelerator):
-            raise self.everywhere(
+        info = StepInfo.merge(self.all_gather(StepInfo.of(batches, error)))
+        if info.error is not None:
+            raise _met_by_all(info.error)
+        if info.videos and self.share_passes:
+            raise _met_by_all(
                 RunError(
                     "videos cannot be trained on under FSDP or DeepSpeed: ranks with and without one would wait for "
                     "each other for ever; use DDP (leave training.fsdp and training.deepspeed out)"
                 )
             )
-        return work
+        return info
 
-    def everywhere(self, error: VlmpoError) -> VlmpoError:
-        """Mark an error that all ranks raise: one message is enough."""
-        error.met_by = "all"
-        return error
+    def in_step(self, batches: Iterable[Batch], model: nn.Module, fail_on_bad: bool) -> Iterator[Batch]:
+        """Yield each batch once all ranks have one, with its dummies, for scoring outside of a training step.
 
-    def level(self, batches: Sequence[Batch], work: StepInfo, model: nn.Module) -> list[Batch]:
-        """``batches`` with whatever idle reading ``model``, as it is wrapped, needs of this rank."""
+        Raises:
+            RecordError: some rank met a bad record and ``fail_on_bad``; all of them raise it.
+        """
+        for batch in batches:
+            error = batch.dropped[0].error if fail_on_bad and batch.dropped else None
+            yield self.add_dummies([batch], self.all_reduce([batch], error), model)[0]
+
+    # ---- dummies ----
+
+    def add_dummies(self, batches: Sequence[Batch], info: StepInfo, model: nn.Module) -> list[Batch]:
+        """Return ``batches`` with the dummies that this rank needs to read ``model``, as it is wrapped."""
         reads_images = getattr(self.encoder.processor, "image_processor", None) is not None
-        if passes_are_shared(self.accelerator) and self.accelerator.num_processes > 1:
+        if self.share_passes and self.accelerator.num_processes > 1:
             # ZeRO-3 would step with an earlier gradient of weights that have none.
-            images = work.images or (reads_images and self.accelerator.distributed_type == DistributedType.DEEPSPEED)
-            counts, last_only = work.parts, False
+            images = info.images or (reads_images and self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+            counts, last_only = info.micro_batches, False
         elif torch.is_grad_enabled():
             # Every weight must come into every shared backward pass, whoever has images, unless DDP looks for those
             # that did not; and there must be a backward pass.
             strict = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
             images = strict and reads_images
-            self._only_dummy_images = images and not work.images
+            self._only_dummy_images = images and not info.images
             counts, last_only = (1,) * len(batches), True
         else:
             return list(batches)
-        return [
-            replace(batch, parts=self._level(batch.parts, count, images, last_only))
-            for batch, count in zip(batches, counts, strict=True)
-        ]
+        return [self._complete(batch, count, images, last_only) for batch, count in zip(batches, counts, strict=True)]
 
-    def _level(self, parts: Sequence[MicroBatch], count: int, images: bool, last_only: bool) -> list[MicroBatch]:
-        own = [part for part in parts if part.rows]
-        level = own + [self._dummy_micro_batch(images)] * (max(1, count) - len(own))
+    def _complete(self, batch: Batch, count: int, images: bool, last_only: bool) -> Batch:
+        """Bring ``batch`` to at least ``count`` (or 1) micro-batches, and to images in all or the last of them."""
+        parts = [part for part in batch.micro_batches if part.rows]
+        parts += [self._dummy_micro_batch(images)] * (max(1, count) - len(parts))
         if images:
-            for at in (-1,) if last_only else range(len(level)):
-                level[at] = replace(level[at], rows=[self._with_image(row) for row in level[at].rows])
-        return level
+            for at in (-1,) if last_only else range(len(parts)):
+                rows = [row if row.vision else append_dummy(row, self.dummy_tree(True)) for row in parts[at].rows]
+                parts[at] = replace(parts[at], rows=rows)
+        return replace(batch, micro_batches=parts)
 
     def drop_dummy_gradients(self, model: nn.Module) -> None:
-        """Once gradients are summed: where no rank had an image, the tower's are none, not 0.
+        """If no rank had an image in the step, set the tower's gradients to None, not 0, once they are summed.
 
         To an optimizer with momentum or weight decay the two are not the same.
         """
@@ -162,23 +190,20 @@ class RankSync:
                 parameter.grad = None
 
     def _dummy_micro_batch(self, images: bool) -> MicroBatch:
-        """A part of no pair, with as many rows as any other part has."""
-        rows = 2 if self.encoder.need_rejected and not self.collation.shared else 1
-        return replace(lay_out([]), rows=[dummy_row([self._dummy_tree(images)])] * rows)
+        """Make a micro-batch of no pair, with as many rows as any other has."""
+        rows: list[PackedRow] = [dummy_row([self.dummy_tree(images)])]
+        return replace(lay_out([]), rows=rows * (2 if self.encoder.need_rejected and not self.collation.shared else 1))
 
-    def _with_image(self, row: PackedRow) -> PackedRow:
-        return row if row.vision else append_dummy(row, self._dummy_tree(True))
-
-    def _dummy_tree(self, image: bool) -> PromptTree:
+    def dummy_tree(self, image: bool) -> PromptTree:
+        """Return a short prompt, with one small blank image or none, and a response of one token."""
         if image not in self._dummy_trees:
-            pair = self._dummy_pair(image)
+            pair = self._encode_dummy(image)
             self._dummy_trees[image] = PromptTree(
                 pair.prompt_ids, (pair.chosen_ids[:1],), pair.vision, pair.token_types
             )
         return self._dummy_trees[image]
 
-    def _dummy_pair(self, image: bool) -> EncodedPair:
-        """A short prompt, with one small blank image or none, as this model's processor encodes it."""
+    def _encode_dummy(self, image: bool) -> EncodedPair:
         encoder = copy.copy(self.encoder)
         encoder.max_length, encoder.need_rejected = None, False
         pair = PreferencePair(
@@ -192,18 +217,11 @@ class RankSync:
             return encoder.encode(pair)
         except RecordError as error:
             raise ModelError(
-                f"the model's processor refuses the idle prompt that keeps ranks in step: {error.detail}"
+                f"the model's processor refuses the dummy prompt that keeps ranks in step: {error.detail}"
             ) from error
 
 
-class AtTrainBegin(TrainerCallback):
-    """Calls ``check`` once, when the model is wrapped and the first step still to come."""
-
-    def __init__(self, check: Callable[[], None]) -> None:
-        self._check: Callable[[], None] | None = check
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model is wrapped by now."""
-        check, self._check = self._check, None
-        if check is not None:
-            check()
+def _met_by_all(error: VlmpoError) -> VlmpoError:
+    """Mark an error that all ranks raise: one message is enough."""
+    error.met_by = "all"
+    return error

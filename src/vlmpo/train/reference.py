@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vlmpo import compat
 from vlmpo.errors import ModelError
-from vlmpo.models.adapters import active_adapter, adapter_places, split_name
+from vlmpo.models.adapters import (
+    active_adapter,
+    adapter_places,
+    add_frozen_adapter,
+    choose_kind,
+    is_peft,
+    split_name,
+    unwrap_peft,
+    use_adapter,
+)
 from vlmpo.train.batching import MicroBatch
-from vlmpo.train.sharding import full_tensor, is_partitioned, release, unwrapped
-from vlmpo.tree.forward import install, uses_shared_rows
-from vlmpo.tree.layout import PackedRow, sum_by_response
+from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
+from vlmpo.tree.forward import install, response_logps, uses_shared_rows
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
 _DROPOUT_RATES = (
@@ -31,16 +38,19 @@ _DROPOUT_RATES = (
 
 
 class Reference(Protocol):
-    """Whatever knows the reference's token log-probs of rows."""
+    """Answers with the frozen reference's log-probs."""
 
-    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
-        """``[scored of all rows]``, without gradient."""
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Return ``[responses]``, summed over scored tokens, without gradient."""
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
-        """``[responses]`` of ``part``, summed over scored tokens, without gradient."""
+    def stop_sharing(self) -> None:
+        """Read every response in a row of its own from now on."""
+
+    def tower_owner(self) -> Any | None:
+        """Return the model whose image features the policy may take; None if the reference reads no images here."""
 
     def weights_hash(self) -> str:
-        """Tells one reference's weights from another's."""
+        """Return a hash of the reference's weights."""
 
 
 class CopyReference:
@@ -50,19 +60,23 @@ class CopyReference:
         self.model = model
         self._hash: str | None = None
 
-    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
-        """``[scored of all rows]``, without gradient."""
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Return ``[responses]``, without gradient."""
         with torch.no_grad():
-            logps = self.model(packed_rows=rows)
+            logps = response_logps(self.model, micro_batch.rows)
         release(self.model)
         return logps
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
-        """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(part.rows), part.rows)
+    def stop_sharing(self) -> None:
+        """Read every response in a row of its own from now on."""
+        install(self.tower_owner(), shared=False)
+
+    def tower_owner(self) -> Any | None:
+        """Return the model, under no wrapper."""
+        return unwrap_peft(unwrapped(self.model))
 
     def weights_hash(self) -> str:
-        """Tells one reference's weights from another's."""
+        """Return a hash of the weights, and of the adapter if there is one."""
         if self._hash is None:
             model: Any = unwrapped(self.model)
             self._hash = weights_hash(model, active_adapter(model) if is_peft(model) else None)
@@ -70,7 +84,7 @@ class CopyReference:
 
 
 class AdapterReference:
-    """The policy itself, read with its adapter switched off or a frozen one in its place: no second copy of the base.
+    """The policy itself, read with its adapter off or a frozen one in its place: no second copy of the base.
 
     Args:
         policy: a PEFT model.
@@ -82,62 +96,41 @@ class AdapterReference:
         self.frozen = frozen
         self._hash: str | None = None
 
-    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
-        """``[scored of all rows]``, without gradient."""
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Return ``[responses]``, without gradient."""
         with torch.no_grad(), use_adapter(self.policy, self.frozen):
-            return self.policy(packed_rows=rows)
+            return response_logps(self.policy, micro_batch.rows)
 
-    def response_logps(self, part: MicroBatch) -> Tensor:
-        """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(part.rows), part.rows)
+    def stop_sharing(self) -> None:
+        """Do nothing: the policy itself is read, and stops."""
+
+    def tower_owner(self) -> Any | None:
+        """Return the policy's own base model."""
+        return unwrap_peft(self.policy)
 
     def weights_hash(self) -> str:
-        """Tells one reference's weights from another's."""
+        """Return a hash of the base model's weights, and of the frozen adapter's if there is one."""
         self._hash = self._hash or weights_hash(self.policy, self.frozen)
         return self._hash
 
 
-@contextmanager
-def use_adapter(policy: Any, adapter: str | None) -> Iterator[None]:
-    """Read ``policy`` under another of its adapters, or under none; afterwards it is as it was.
+def online_reference(
+    kind: str, *, policy: Any, given: Any | None, fresh_adapter: bool, shared: bool, accelerator: Any
+) -> Reference:
+    """Build the reference that is read in this process.
 
-    PEFT's switches also set ``requires_grad``: that would thaw what was frozen, and FSDP2, which takes note of it in a
-    model's first forward, would never give the adapter a gradient. So every parameter keeps its own, inside too.
+    Args:
+        kind: ``auto``, ``copy`` or ``adapter``, see :func:`choose_kind`.
+        policy: the initial policy.
+        given: a reference model of the user's, or None.
+        fresh_adapter: whether the policy's adapter was put on for this run.
+        shared: whether rows share prompts.
+        accelerator: of the run.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    try:
-        with policy.disable_adapter() if adapter is None else _switched(policy, adapter):
-            restore_requires_grad(flags)
-            yield
-    finally:
-        restore_requires_grad(flags)
-
-
-@contextmanager
-def _switched(policy: Any, adapter: str) -> Iterator[None]:
-    own = active_adapter(policy)
-    policy.set_adapter(adapter)
-    try:
-        yield
-    finally:
-        policy.set_adapter(own)
-
-
-def restore_requires_grad(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
-    """Give each parameter the ``requires_grad`` beside it."""
-    for parameter, wanted in flags:
-        if parameter.requires_grad != wanted:
-            parameter.requires_grad_(wanted)
-
-
-def is_peft(model: Any) -> bool:
-    """Whether ``model`` is a PEFT model, without importing peft for those that are not."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-
-
-def unwrap_peft(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if is_peft(model) else model
+    kind = choose_kind(kind, policy, given, fresh_adapter)
+    if kind != "copy":
+        return AdapterReference(policy, add_frozen_adapter(policy) if kind == "frozen_adapter" else None)
+    return CopyReference(prepare_frozen(accelerator, frozen_copy(policy) if given is None else freeze(given, shared)))
 
 
 def frozen_copy(policy: Any) -> nn.Module:
@@ -172,7 +165,7 @@ def switch_dropout_off(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         rates = [r for r in _DROPOUT_RATES if isinstance(getattr(module, r, None), float) and getattr(module, r) > 0]
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if compat.is_dropout(module) and module.p > 0:
             rates.append("p")
         for rate in rates:
             setattr(module, rate, 0.0)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from vlmpo import compat
 from vlmpo.errors import RecipeError, RunError
-from vlmpo.train.batching import MicroBatch
-from vlmpo.tree.layout import PackedRow
 
 
 def passes_are_shared(accelerator: Any) -> bool:
@@ -63,7 +61,7 @@ def configure_fsdp(accelerator: Any, model: nn.Module) -> None:
         )
     if plugin.transformer_cls_names_to_wrap is None:
         present = {type(module).__name__ for module in model.modules()}
-        plugin.transformer_cls_names_to_wrap = sorted(present & set(getattr(model, "_no_split_modules", None) or ()))
+        plugin.transformer_cls_names_to_wrap = sorted(present & compat.layers_to_wrap(model))
     policy = plugin.mixed_precision_policy
     if policy is not None:
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -80,30 +78,17 @@ def no_gradient_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
     DDP sums gradients over ranks in the last one only. FSDP2 does so in each: kept back, they would be whole on every
     rank. DeepSpeed steps the optimizer in the backward pass unless told that no gradients are due yet.
     """
-    state = accelerator.gradient_state
-    due = state.sync_gradients
-    state._set_sync_gradients(False)
+    due = accelerator.gradient_state.sync_gradients
+    compat.set_gradient_sync(accelerator, False)
     try:
         with contextlib.nullcontext() if passes_are_shared(accelerator) else accelerator.no_sync(model):
             yield
     finally:
-        state._set_sync_gradients(due)
+        compat.set_gradient_sync(accelerator, due)
 
 
-def to_compute_dtype(accelerator: Any, part: MicroBatch) -> MicroBatch:
-    """Pixels in the type that a sharded model computes in: there is no autocast around it that would convert them."""
-    dtype = _compute_dtype(accelerator)
-    if dtype is None:
-        return part
-
-    def cast(row: PackedRow) -> PackedRow:
-        vision = {name: value.to(dtype) if value.is_floating_point() else value for name, value in row.vision.items()}
-        return replace(row, vision=vision)
-
-    return replace(part, rows=[cast(row) for row in part.rows])
-
-
-def _compute_dtype(accelerator: Any) -> torch.dtype | None:
+def compute_dtype(accelerator: Any) -> torch.dtype | None:
+    """Return the type that a sharded model computes in: no autocast around it converts pixels. None: not sharded."""
     if accelerator.distributed_type == DistributedType.FSDP:
         policy = accelerator.state.fsdp_plugin.mixed_precision_policy
         return None if policy is None else policy.param_dtype
@@ -119,8 +104,7 @@ def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
     if accelerator.distributed_type == DistributedType.FSDP:
         return shard(accelerator, model)
     prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
-    # accelerate would hold on to it as to a model in training: in memory for good, and written with saved states.
-    accelerator._models[:] = [other for other in accelerator._models if other is not prepared]
+    compat.forget_model(accelerator, prepared)
     return prepared
 
 
@@ -158,19 +142,6 @@ def whole_state_dict(accelerator: Any) -> Iterator[None]:
         yield
     finally:
         plugin.state_dict_type = kind
-
-
-def refuse_if_scored(accelerator: Any, model: nn.Module) -> None:
-    """Refuse to train what was sharded to be scored: accelerate finds the optimizer's weights only before sharding.
-
-    Raises:
-        RunError: FSDP, and evaluated before training.
-    """
-    if accelerator.distributed_type == DistributedType.FSDP and getattr(model, "_vlmpo_ready", False):
-        raise RunError(
-            "under FSDP a model that was evaluated cannot be trained any more; "
-            "to evaluate at the start set training.eval_on_start: true"
-        )
 
 
 def _deepspeed_engine(accelerator: Any, model: nn.Module) -> nn.Module:

@@ -1,56 +1,75 @@
-"""MPOTrainer: transformers' Trainer, with the objective of Mixed Preference Optimization over shared rows."""
+"""MPOTrainer: transformers' Trainer, with the objective of Mixed Preference Optimization over shared prompts."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
-from vlmpo.errors import RunError
+from vlmpo import compat
+from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.errors import RecipeError, RecordError, RunError, first_line
 from vlmpo.log import logger
-from vlmpo.loss import LossOutput, RewardShift, expected_start, mpo_loss, needs_reference
+from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
+from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
-from vlmpo.train.adapters import add_frozen_adapter, check_policy_adapter, choose_kind, put_adapter_on
-from vlmpo.train.batching import (
-    Batch,
-    Collator,
-    EncodedPairs,
-    MicroBatch,
-    lay_out,
-    merge,
+from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch, merge
+from vlmpo.train.cached_reference import CachedReference, EpochWatch, open_cached_reference, precompute
+from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
+from vlmpo.train.checkpoint import (
+    check_rates,
+    last_complete_checkpoint,
+    load_weights,
+    read_state,
+    restore_state,
+    write_state,
 )
-from vlmpo.train.cached_reference import CachedReference, cached_reference
-from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
+from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
-from vlmpo.train.features import share_if_frozen
-from vlmpo.train.feeding import FeedingTrainer
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
-from vlmpo.train.metrics import StepSums, add_up, summarise
-from vlmpo.train.progress import MetricsFile, ShortPrinter, ShortProgress, StepClock
-from vlmpo.train.rank_sync import AtTrainBegin, RankSync
-from vlmpo.train.reference import (
-    AdapterReference,
-    CopyReference,
-    Reference,
-    freeze,
-    frozen_copy,
-    switch_dropout_off,
-    unwrap_peft,
+from vlmpo.train.loaders import LoaderFactory
+from vlmpo.train.metrics import StepSums, settle_best_metric, start_loss, window_metrics
+from vlmpo.train.model_card import (
+    CARD_FILE,
+    RunSummary,
+    describe_model,
+    model_card,
+    objective_fields,
+    training_settings,
 )
-from vlmpo.train.router_term import add_router_loss, read_policy
-from vlmpo.train.sharding import no_gradient_sync, passes_are_shared, prepare_frozen, refuse_if_scored, to_compute_dtype
-from vlmpo.tree.forward import install
-from vlmpo.tree.router_loss import router_coefficient
-from vlmpo.tree.self_check import check_rows
+from vlmpo.train.param_groups import PartRates, count_by_part
+from vlmpo.train.rank_sync import RankSync
+from vlmpo.train.reference import (
+    Reference,
+    online_reference,
+    switch_dropout_off,
+)
+from vlmpo.train.sampler import PairLoader
+from vlmpo.train.sharding import (
+    compute_dtype,
+    configure_fsdp,
+    no_gradient_sync,
+    prepare_to_score,
+    whole_state_dict,
+)
+from vlmpo.train.start_check import shared_rows_hold
+from vlmpo.tree.features import share_features
+from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
+from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 
 
-class MPOTrainer(FeedingTrainer):
+class MPOTrainer(Trainer):
     """Trains a vision-language model by MPO, or by any subset of its terms.
 
     Args:
@@ -62,6 +81,20 @@ class MPOTrainer(FeedingTrainer):
         eval_dataset: the same, or a dict of them by name.
         processing_class: the model's own processor, with its chat template; None: loaded from where the model was.
         peft_config: put a fresh adapter on the policy; its ``lora_dropout`` is forced to 0.
+
+    Attributes:
+        encoder: turns pairs into tokens and vision tensors, as the model reads them.
+        loader_encoder: does the same in the loader's workers; pixels are normalised on the device.
+        data_collator: turns encoded pairs into batches; its ``shared`` says whether rows share prompts.
+        reference: answers with the frozen reference's log-probs; None if no term needs it.
+        reward_shift: delta.
+        ranks: collectives, and dummies that keep ranks in step.
+        pair_counts: what became of the pairs of the first epoch so far, on this rank.
+        average: of the weights, if ``ema_decay`` is set.
+        parameter_counts: numbers of (all, trained) parameters by part.
+        extra_evaluations: called at every evaluation without a data set of its own; return further metrics.
+        trained_pairs: what became of the pairs of all ranks, once training is over.
+        card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model.
@@ -94,12 +127,13 @@ class MPOTrainer(FeedingTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # an adapter starts from random numbers: the seed's, not whatever came before
             model = put_adapter_on(model, peft_config)
-        check_policy_adapter(model, args)
-        switched_off = switch_dropout_off(model)
-        if switched_off:
-            logger.info(f"dropout switched off in {len(switched_off)} modules: policy and reference must read alike")
-        self.shared = self._choose_rows(args, unwrap_peft(model))
-        install(unwrap_peft(model), self.shared)
+        reentrant = bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+        prepare_policy_adapter(model, reentrant_checkpointing=args.gradient_checkpointing and reentrant)
+        dropouts = switch_dropout_off(model)
+        if dropouts:
+            logger.info(f"dropout switched off in {len(dropouts)} modules: policy and reference must read alike")
+        shared = _shares_prompts(args, unwrap_peft(model))
+        install(unwrap_peft(model), shared)
         self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
         self.encoder = PairEncoder(
@@ -113,14 +147,18 @@ class MPOTrainer(FeedingTrainer):
         self.loader_encoder = self.encoder.for_loader()
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
+        self._step_rewards = [0.0, 0.0]  # sum and count in the optimizer step under way, on this rank
         self.clock = StepClock()
         self.pair_counts = PairCounts()
-        self._step_rewards = [0.0, 0.0]  # sum and count of the optimizer step under way, this rank
+        self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
+        self.card_fields: dict[str, Any] = {}
+        self.trained_pairs = PairCounts()
+        self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
         super().__init__(
             model=model,
             args=args,
             data_collator=Collator(
-                args.max_tokens_per_row, self.shared, args.reference_kind == "cache", args.group_by_prompt
+                args.max_tokens_per_row, shared, keyed=args.reference_kind == "cache", group=args.group_by_prompt
             ),
             train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
             eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
@@ -130,209 +168,315 @@ class MPOTrainer(FeedingTrainer):
         )
         self.pop_callback(PrinterCallback)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
-        self.check_steps()
-        self.rank_sync = RankSync(self.accelerator, self.encoder, self.data_collator)
-        self.reference = self._build_reference(ref_model, peft_config is not None)
-        share_if_frozen(self)
+        self.ranks = RankSync(self.accelerator, self.encoder, self.data_collator)
+        every, trained = count_by_part(self.model), count_by_part(self.model, trained_only=True)
+        self.parameter_counts = {part: (count, trained.get(part, 0)) for part, count in every.items()}
+        self.part_rates = PartRates.for_run(
+            args,
+            self.model,
+            self.optimizer,
+            self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None,
+        )
+        self.average = WeightAverage.for_run(args.ema_decay, self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if self.average is not None:
+            self.add_callback(self.average)
+        self.loaders = LoaderFactory(
+            args,
+            encoder=self.encoder,
+            loader_encoder=self.loader_encoder,
+            collator=self.data_collator,
+            accelerator=self.accelerator,
+            model=self.model,
+        )
+        if self.train_dataset is not None:
+            self.loaders.check_steps(len(self.train_dataset), compat.batch_size_per_device(self))
+        self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
+        self._share_frozen_tower()
+
+    @property
+    def shared(self) -> bool:
+        """Whether a prompt is read once for its responses."""
+        return self.data_collator.shared
 
     # ---- set-up ----
 
-    @staticmethod
-    def _choose_rows(args: MPOConfig, model: Any) -> bool:
-        support = support_for(model.config)
-        if args.attention == "auto" and not support.shared:
+    def create_accelerator_and_postprocess(self) -> None:
+        """Do as transformers does; refuse wrappers that cannot be exact, and use one GPU a process."""
+        if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
             logger.info(
-                f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own."
+                f"one of {self.args.n_gpu} GPUs is used; to use all, start with "
+                f"torchrun --nproc_per_node {self.args.n_gpu} (docs/distributed.md)"
             )
-        return args.attention == "auto" and support.shared
-
-    def _check_rows(self) -> None:
-        """Read one real pair as the run does and as the model does; where shared rows differ, share no more.
-
-        Raises ModelError where even separate rows are not what the model itself says.
-        """
-        data = EncodedPairs(self.train_dataset, self.loader_encoder)
-        usable = (item for item in map(data.__getitem__, range(len(data))) if isinstance(item, EncodedPair))
-        pair = max(itertools.islice(usable, 8), key=lambda item: bool(item.vision), default=None)  # an image, if any
-        if pair is None:
-            return
-        rows, parts = (self._prepare_inputs(lay_out([pair], shared)).rows for shared in (True, False))
-        half = self.args.bf16 or self.args.fp16
-        wrapped = self.model_wrapped if passes_are_shared(self.accelerator) else None
-        difference = check_rows(unwrap_peft(self.model), rows if self.shared else None, parts, half, wrapped)
-        if difference is None:
-            return
-        logger.info(
-            f"NOT sharing the prompt between responses: on {pair.origin or 'the first pair'} shared and separate rows "
-            f"differ by {difference:.3g} nats a token. Each response is read in a row of its own."
-        )
-        self.shared = self.data_collator.shared = False
-        install(unwrap_peft(self.model), shared=False)
-        reference = self.reference.model if isinstance(self.reference, CachedReference) else self.reference
-        if isinstance(reference, CopyReference):
-            install(unwrap_peft(self.accelerator.unwrap_model(reference.model)), shared=False)
+            compat.use_one_gpu(self.args)
+        super().create_accelerator_and_postprocess()
+        configure_fsdp(self.accelerator, self.model)
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
             return None
-        if self.args.reference_kind == "cache":
-            return cached_reference(self, given, lambda: self._online_reference("auto", given, fresh_adapter))
-        return self._online_reference(self.args.reference_kind, given, fresh_adapter)
 
-    def _online_reference(self, kind: str, given: Any | None, fresh_adapter: bool) -> Reference:
-        kind = choose_kind(kind, self.model, given, fresh_adapter)
-        if kind != "copy":
-            return AdapterReference(self.model, add_frozen_adapter(self.model) if kind == "frozen_adapter" else None)
-        frozen = frozen_copy(self.model) if given is None else freeze(given, self.shared)
-        return CopyReference(prepare_frozen(self.accelerator, frozen))
+        def online(kind: str) -> Reference:
+            return online_reference(
+                kind,
+                policy=self.model,
+                given=given,
+                fresh_adapter=fresh_adapter,
+                shared=self.data_collator.shared,
+                accelerator=self.accelerator,
+            )
+
+        if self.args.reference_kind != "cache":
+            return online(self.args.reference_kind)
+        encoder = self.encoder
+        reference, self.completeness = open_cached_reference(
+            self.args,
+            source=self.model if given is None else given,
+            online=lambda: online("auto"),
+            pixel_scale=self.loader_encoder.pixel_scale,
+            shared=lambda: self.data_collator.shared,
+            accelerator=self.accelerator,
+            dataset=self.train_dataset,
+            encoding=[encoder.max_length, encoder.over_long, encoder.max_tiles, encoder.video_frames],
+        )
+        self.add_callback(EpochWatch(self.completeness))
+        return reference
+
+    def _share_frozen_tower(self) -> None:
+        """Let the policy take image features from its reference if its vision tower is frozen and equal.
+
+        Not under FSDP or DeepSpeed, whose hooks would miss a tower that is called outside of its model's forward.
+        Decided anew when other weights are loaded.
+        """
+        owner = None if self.reference is None else self.reference.tower_owner()
+        if owner is not None:
+            share_features(unwrap_peft(self.model), owner, share=not self.ranks.share_passes)
+
+    def _check_rows(self) -> None:
+        """Stop sharing prompts if shared rows differ from separate ones; see :func:`shared_rows_hold`."""
+        policy = unwrap_peft(self.model)
+        hold = shared_rows_hold(
+            EncodedPairs(self.train_dataset, self.loader_encoder),
+            policy,
+            shared=self.shared,
+            prepare=self._prepare_inputs,
+            half=self.args.bf16 or self.args.fp16,
+            wrapped=self.model_wrapped if self.ranks.share_passes else None,
+        )
+        if not hold:
+            self.data_collator.shared = False
+            install(policy, shared=False)
+            if self.reference is not None:
+                self.reference.stop_sharing()
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> PairLoader:
+        """Return the batches of this rank, in an order that depends on seed and epoch alone."""
+        return self._training_loader(self.args.dataloader_drop_last)
+
+    def _training_loader(self, drop_last: bool) -> PairLoader:
+        return self.loaders.training(self.train_dataset, compat.batch_size_per_device(self), drop_last)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
+        """Return the batches of this rank, in the data set's own order."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.loaders.evaluation(self.eval_dataset[data] if isinstance(data, str) else data)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[str, float]]:
+        """Return the batches of one optimizer step and its denominators, summed over ranks before any forward."""
+        self.clock.start()
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.clock.fetched()
+        info = self.ranks.all_reduce(batches, self._count_pairs(batches))
+        counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
+        return self.ranks.add_dummies(batches, info, self.model_wrapped), counts
+
+    def _count_pairs(self, batches: list[Batch]) -> RecordError | None:
+        """Count what became of the pairs; return the error of a bad record if it is to end the run."""
+        first_epoch = (self.state.epoch or 0.0) < 1.0  # every pair comes once an epoch
+        for batch in batches:
+            for unusable in batch.dropped:
+                if self._fail_on_bad:
+                    return unusable.error
+                if self.pair_counts.add_example(unusable.error.reason, str(unusable.error)):
+                    logger.info(f"dropped: {unusable.error}")
+                if first_epoch:
+                    self.pair_counts.drop(unusable.source, unusable.error)
+            if first_epoch:
+                self.pair_counts.used.update(source for part in batch.micro_batches for source in part.sources)
+        return None
 
     # ---- one step ----
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a micro-batch, part by part.
+        """Run forward and backward of a batch, one micro-batch after the other.
 
-        In ``running`` mode all its rewards must be known before any backward, so it is read in one part.
+        Under ``reward_shift: running`` all its rewards must be known before any backward: it is then one micro-batch.
         """
-        parts = [merge(inputs.parts)] if self.reward_shift.mode == "running" else inputs.parts
+        micro_batches = inputs.micro_batches
+        if self.reward_shift.mode == "running":
+            micro_batches = [merge(micro_batches)]
         total = torch.zeros((), device=self.args.device)
-        for part in parts[:-1]:
-            with no_gradient_sync(self.accelerator, model):
-                total = total + super().training_step(model, part, num_items_in_batch)
-        total = total + super().training_step(model, parts[-1], num_items_in_batch)
+        for micro_batch in micro_batches:
+            last = micro_batch is micro_batches[-1]
+            with contextlib.nullcontext() if last else no_gradient_sync(self.accelerator, model):
+                total = total + super().training_step(model, micro_batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self.rank_sync.drop_dummy_gradients(model)
+            self.ranks.drop_dummy_gradients(model)
             self._end_step()
         return total
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        part = inputs.to(self.args.device).with_pixels(self.loader_encoder.pixel_scale)
-        return to_compute_dtype(self.accelerator, part)
+        """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
+        device, scale, dtype = self.args.device, self.loader_encoder.pixel_scale, compute_dtype(self.accelerator)
+        rows = []
+        for row in inputs.rows:
+            vision = {name: tensor.to(device, non_blocking=True) for name, tensor in row.vision.items()}
+            if scale is not None:
+                vision = scale.normalise(vision)
+            if dtype is not None:
+                vision = {name: t.to(dtype) if t.is_floating_point() else t for name, t in vision.items()}
+            rows.append(replace(row.to(device), vision=vision))
+        return replace(
+            inputs,
+            rows=rows,
+            chosen=inputs.chosen.to(device),
+            rejected=None if inputs.rejected is None else inputs.rejected.to(device),
+            chosen_lengths=inputs.chosen_lengths.to(device),
+        )
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: MicroBatch,
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: dict[str, float] | None = None,
     ) -> Any:
-        """This part's share of the global batch's loss, times the number of ranks, whose gradients are averaged."""
-        policy, reference, router = self._read(model, inputs, self.router_coefficient is not None and model.training)
+        """Return this micro-batch's share of the global batch's loss, times the number of ranks.
+
+        Gradients are averaged over ranks, and the denominators in ``num_items_in_batch`` are of all of them.
+        """
+        micro_batch, counts = inputs, num_items_in_batch or {}
+        policy, reference, router_losses = self._response_logps(model, micro_batch, with_router=model.training)
         if self.reward_shift.mode == "running" and model.training:
-            self._observe_micro_batch(inputs, policy, reference)
-        output = self._loss(inputs, policy, reference, num_items_in_batch)
-        output = add_router_loss(
-            output, router, inputs, self.router_coefficient, (num_items_in_batch or {}).get("pairs")
-        )
+            self._observe_running(micro_batch, policy, reference)
+        output = self._loss(micro_batch, policy, reference, counts)
+        if router_losses is not None and self.router_coefficient is not None:
+            output = add_router_loss(
+                output,
+                router_losses,
+                chosen=micro_batch.chosen,
+                rejected=micro_batch.rejected,
+                coefficient=self.router_coefficient,
+                num_pairs=counts.get("pairs"),
+            )
         if model.training:
-            self._record(inputs, policy, output)
+            self._record(micro_batch, policy.detach(), output)
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
-    def response_logps(self, model: nn.Module, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each response of ``part``, ``[responses]``: policy's, and reference's where needed."""
-        return self._read(model, part, False)[:2]
-
-    def _read(self, model: nn.Module, part: MicroBatch, router: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        reference = None if self.reference is None else self.reference.response_logps(part)
-        policy, router_losses = read_policy(model, part, router)
+    def _response_logps(
+        self, model: nn.Module, micro_batch: MicroBatch, with_router: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return log-probs of policy and reference, and router losses if the model trains by them, ``[responses]``."""
+        reference = None if self.reference is None else self.reference.response_logps(micro_batch)
+        router_losses = None
+        if with_router and self.router_coefficient is not None:
+            policy, router_losses = response_logps_and_router_losses(model, micro_batch.rows)
+        else:
+            policy = response_logps(model, micro_batch.rows)
         return policy, None if reference is None else reference.to(policy.dtype), router_losses
 
     def _loss(
-        self, part: MicroBatch, policy: Tensor, reference: Tensor | None, counts: dict[str, float] | None
+        self, micro_batch: MicroBatch, policy: Tensor, reference: Tensor | None, counts: dict[str, float]
     ) -> LossOutput:
-        counts = counts or {}
-        rejected = part.rejected if reference is not None else None
+        chosen, rejected = micro_batch.chosen, micro_batch.rejected if reference is not None else None
         return mpo_loss(
-            policy[part.chosen],
+            policy[chosen],
             None if rejected is None else policy[rejected],
-            None if reference is None else reference[part.chosen],
+            None if reference is None else reference[chosen],
             None if reference is None or rejected is None else reference[rejected],
-            part.chosen_lengths,
+            micro_batch.chosen_lengths,
             reward_shift=self.reward_shift.value,
             num_pairs=counts.get("pairs"),
             num_chosen_tokens=counts.get("chosen_tokens"),
             **self.args.loss_settings,
         )
 
-    def _observe_micro_batch(self, part: MicroBatch, policy: Tensor, reference: Tensor | None) -> None:
-        """``running``: this micro-batch's mean reward, averaged over the ranks that have one, enters delta at once."""
-        if reference is None or part.rejected is None:
+    def _observe_running(self, micro_batch: MicroBatch, policy: Tensor, reference: Tensor | None) -> None:
+        """Let the micro-batch's mean reward, averaged over the ranks that have one, enter delta before the loss."""
+        if reference is None or micro_batch.rejected is None:
             return
-        rewards = self.args.beta * (policy.detach() - reference)[torch.cat([part.chosen, part.rejected])]
-        mine = [float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0]
-        total, ranks = self._over_ranks(mine, self.args.device)
-        self.reward_shift.observe(total, ranks)
+        responses = torch.cat([micro_batch.chosen, micro_batch.rejected])
+        rewards = self.args.beta * (policy.detach() - reference)[responses]
+        mean_and_count = [float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0]
+        self.reward_shift.observe(*self.ranks.sum_over_ranks(mean_and_count, self.args.device))
 
-    def _record(self, part: MicroBatch, policy: Tensor, output: LossOutput) -> None:
-        logps = policy.detach()
-        self.sums.add_losses(output.loss.detach(), output.terms)
-        rejected = logps[part.rejected] if part.rejected is not None and self.with_preferences else None
-        self.sums.add_pairs(logps[part.chosen], rejected, output.chosen_rewards, output.rejected_rewards, part.sources)
-        self.sums.values["tokens"] += part.num_tokens
+    def _record(self, micro_batch: MicroBatch, policy: Tensor, output: LossOutput) -> None:
+        """Add a micro-batch to the sums behind the log and behind delta."""
+        with_rejected = micro_batch.rejected is not None and self.with_preferences
+        self.sums.add(
+            output,
+            chosen_logps=policy[micro_batch.chosen],
+            rejected_logps=policy[micro_batch.rejected] if with_rejected else None,
+            sources=micro_batch.sources,
+            num_tokens=micro_batch.num_tokens,
+        )
         if output.chosen_rewards is not None and output.rejected_rewards is not None:
             self._step_rewards[0] += float(output.chosen_rewards.sum()) + float(output.rejected_rewards.sum())
-            self._step_rewards[1] += 2.0 * len(part)
+            self._step_rewards[1] += 2.0 * len(micro_batch)
 
     def _end_step(self) -> None:
-        """The optimizer step's losses are all computed: now delta may move, once, by the rewards of all ranks."""
+        """Move delta, once, by the rewards of all ranks: the optimizer step's losses are all computed."""
         if self.reward_shift.mode == "previous" and self.reference is not None:
-            self.reward_shift.observe(*self._over_ranks(self._step_rewards, self.args.device))
+            self.reward_shift.observe(*self.ranks.sum_over_ranks(self._step_rewards, self.args.device))
         self.reward_shift.step()
         self._step_rewards = [0.0, 0.0]
         self.sums.values["steps"] += 1
 
-    # ---- log ----
+    # ---- log and evaluation ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add MPO's metrics to a training log."""
+        """Add MPO's metrics to a training log, and the rates of parts beside the base one."""
         if "loss" in logs:
-            logs |= self._take_metrics()
-            if self.state.global_step == 1:
-                self._show_start(logs)
+            seconds, waited = self.clock.take()
+            logs |= window_metrics(self.ranks.all_gather({**self.sums.values, "data_wait": waited}), seconds)
+            self.sums = StepSums()
+            if self.reference is not None:
+                logs["reward_shift"] = self.reward_shift.value
+                if self.state.global_step == 1:
+                    logs["start/expected_loss"] = start_loss(logs, self.args.weights, self.router_coefficient)
+        if "learning_rate" in logs and self.part_rates is not None:
+            logs |= self.part_rates.latest
         super().log(logs, start_time)
-
-    def _take_metrics(self) -> dict[str, float]:
-        seconds, waited = self.clock.take()
-        total = add_up(self._gathered({**self.sums.values, "data_wait": waited}))
-        waited = total.pop("data_wait") / self.accelerator.num_processes
-        steps = max(total.pop("steps", 0.0) / self.accelerator.num_processes, 1.0)
-        self.sums = StepSums()
-        logs = summarise(total, steps)
-        logs["step_seconds"] = seconds / steps
-        if seconds > 0:
-            logs["data_wait_share"] = waited / seconds
-            logs["pairs_per_second"] = total.get("pairs", 0.0) / seconds
-            logs["tokens_per_second"] = total.get("tokens", 0.0) / seconds
-        if self.reference is not None:
-            logs["reward_shift"] = self.reward_shift.value
-        return logs
-
-    def _show_start(self, logs: dict[str, float]) -> None:
-        """Beside the first measured loss, the one expected while policy and reference are the same."""
-        if self.reference is None:
-            return
-        offset = expected_start(self.args.weights, 0.0)
-        nll = self.args.weights.get("nll", 0.0) * logs.get("loss/nll", 0.0)
-        router = (self.router_coefficient or 0.0) * logs.get("loss/router_aux", 0.0)
-        logs["start/expected_loss"] = expected = offset + nll + router
-        parts = f"{offset:.4f} + nll {nll:.4f}" + (f" + router {router:.4f}" if router else "")
-        logger.info(f"first loss {logs['loss']:.4f}; expected {parts} = {expected:.4f}")
-
-    # ---- evaluation ----
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, rewards and log-probs on held-out pairs, and whatever ``extra_evaluations`` add.
+        """Return loss, rewards and log-probs on held-out pairs, and whatever ``extra_evaluations`` add.
 
         Touches neither delta nor any other state of training.
+
+        Raises:
+            RecordError: some rank met a bad record under ``on_bad_record="fail"``; all of them raise it.
+            RunError: the wrapper of the run cannot score before training.
         """
         given = pairs_of(eval_dataset, self.with_preferences, "eval_dataset")
         data = self.eval_dataset if given is None else given
         sets = {f"_{name}": part for name, part in data.items()} if isinstance(data, dict) else {"": data}
         metrics: dict[str, float] = {}
+        model = self._model_to_score()
         for name, part in sets.items():
-            found = evaluate_pairs(self, self.get_eval_dataloader(part))
+            found = evaluate_pairs(
+                self.ranks.in_step(self.get_eval_dataloader(part), model, self._fail_on_bad),
+                model,
+                score=lambda part: self._response_logps(model, self._prepare_inputs(part))[:2],
+                gather=self.ranks.all_gather,
+                loss_settings=self.args.loss_settings,
+                reward_shift=self.reward_shift.value,
+            )
             metrics |= {f"{metric_key_prefix}{name}_{key}": value for key, value in found.items()}
         if eval_dataset is None:
             for extra in self.extra_evaluations:
@@ -341,68 +485,201 @@ class MPOTrainer(FeedingTrainer):
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _model_to_score(self) -> nn.Module:
+        """Return the policy as training calls it; before training it is under no wrapper, autocast or sharding yet."""
+        if compat.is_prepared(self.model_wrapped):
+            return self.model_wrapped
+        if self._scored_model is None:
+            self._scored_model = prepare_to_score(self.accelerator, self.model_wrapped)
+        return self._scored_model
+
+    @property
+    def _fail_on_bad(self) -> bool:
+        return self.args.on_bad_record == "fail"
+
+    def precompute_reference(self) -> dict[str, int]:
+        """Put the reference's log-probs of all training and evaluation pairs into its store.
+
+        Returns:
+            How many responses were ``known`` and how many ``computed``, and evaluation pairs ``dropped``, over all
+            ranks. What became of the training pairs is in ``pair_counts``.
+
+        Raises:
+            RecipeError: the reference has no store.
+        """
+        if not isinstance(self.reference, CachedReference):
+            raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
+        # Which pairs an epoch leaves out under dataloader_drop_last depends on the seed: all of them are read.
+        training = self.ranks.in_step(self._training_loader(drop_last=False), self.model, self._fail_on_bad)
+        evaluation = self.eval_dataset
+        sets = evaluation.values() if isinstance(evaluation, dict) else [] if evaluation is None else [evaluation]
+        loaders = itertools.chain.from_iterable(self.get_eval_dataloader(data) for data in sets)
+        counts = precompute(
+            self.reference,
+            training=map(self._counted, training),
+            evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
+            prepare=self._prepare_inputs,
+        )
+        self.completeness.reach()
+        ranks = self.ranks.all_gather(counts)
+        return {name: sum(rank[name] for rank in ranks) for name in counts}
+
+    def _counted(self, batch: Batch) -> Batch:
+        self._count_pairs([batch])
+        return batch
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return transformers' optimizer, its groups split by part if ``learning_rates`` is set."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.part_rates is not None:
+            self.part_rates.split(optimizer, self.model if model is None else model)
+        return optimizer
+
+    def _get_learning_rate(self) -> float:
+        """Return the base rate as scheduled, whichever group comes first."""
+        rate = None if self.part_rates is None else self.part_rates.base_rate(self.optimizer)
+        return super()._get_learning_rate() if rate is None else rate
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: transformers' estimate covers neither images nor shared rows."""
+        return 0
+
+    # ---- averaged weights, the best checkpoint ----
+
+    def save_average(self, folder: str | os.PathLike[str]) -> None:
+        """Save the model with the averaged weights, and the processor, as a model folder of its own."""
+        if self.average is None or not self.average.averages:
+            raise RunError("there is no average to save: set ema_decay, and train")
+        with self.average.applied_to(self.model):
+            self.save_model(os.fspath(folder), _internal_call=True)
+        if self.args.should_save:
+            (Path(folder) / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which is a form to fill in
+
+    def settle_best_metric(self) -> None:
+        """Give ``metric_for_best_model`` its full name. Raises RecipeError if no evaluation will give it."""
+        settle_best_metric(self.args, self.eval_dataset, self.extra_evaluations)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Do as transformers does, for evaluations whose weights are kept: one that is not saved cannot be loaded."""
+        name = self.args.metric_for_best_model
+        if name is None:
+            return False
+        if name not in metrics:
+            given = ", ".join(sorted(metrics))
+            raise RunError(f"training.metric_for_best_model: this evaluation gave no {name}; it gave {given}")
+        if self.args.load_best_model_at_end and self.args.save_strategy != "best" and not self.control.should_save:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    @property
+    def final_step(self) -> int:
+        """The optimizer step whose weights the model holds once training is over."""
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        return self.state.best_global_step if best else self.state.global_step
+
+    def final_model(self) -> dict[str, Any]:
+        """Return which weights the final model has, in plain JSON values."""
+        final: dict[str, Any] = {"step": self.final_step, "checkpoint": None}
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            final["checkpoint"] = Path(self.state.best_model_checkpoint).name
+            final["best_by"] = {self.args.metric_for_best_model: self.state.best_metric}
+        if self.average is not None:
+            final["ema"] = {"decay": self.average.decay, "step": self.state.global_step}
+        return final
+
     # ---- checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint of the output folder."""
+        """Train. ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint of the output folder.
+
+        Raises:
+            RunError: no complete checkpoint, one of another reference, average or rates, or a model that FSDP has
+                sharded to evaluate it.
+        """
         if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(self.args.output_dir)
-            if found is None:
+            newest = last_complete_checkpoint(self.args.output_dir)
+            if newest is None:
                 raise RunError(
                     f"there is no complete checkpoint in {self.args.output_dir} to resume from; "
                     "leave training.resume_from_checkpoint out to start anew"
                 )
-            resume_from_checkpoint = str(found)
-        if resume_from_checkpoint and self.is_deepspeed_enabled:  # its engine loads the weights by itself
-            self._take_state(str(resume_from_checkpoint))
-        refuse_if_scored(self.accelerator, self.model_wrapped)
-        if passes_are_shared(self.accelerator):  # the weights can be read only once they are wrapped
-            self.add_callback(AtTrainBegin(self._check_rows))
+            resume_from_checkpoint = str(newest)
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint and self.is_deepspeed_enabled:  # its engine loads the weights by itself
+            self._load_state(checkpoint)
+        if self.is_fsdp_enabled and self._scored_model is not None:
+            # accelerate finds the optimizer's weights only before sharding
+            raise RunError(
+                "under FSDP a model that was evaluated cannot be trained any more; "
+                "to evaluate at the start set training.eval_on_start: true"
+            )
+        if self.ranks.share_passes:  # the weights can be read only once they are wrapped
+            self.add_callback(BeforeFirstStep(self._check_rows))
         else:
             self._check_rows()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.settle_best_metric()
+        if self.average is not None:
+            self.average.start_from(checkpoint)
+        if checkpoint:
+            check_rates(checkpoint, self.args.learning_rates)
+        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self.trained_pairs = self.all_pair_counts()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            logger.info(
+                f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
+                f"The model is that of the last step, {self.state.global_step}."
+            )
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model whole, also if checkpoints hold shards: of those transformers would write nothing."""
+        folder = Path(output_dir or self.args.output_dir)
+        checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        with contextlib.nullcontext() if checkpoint else whole_state_dict(self.accelerator):
+            super().save_model(output_dir, _internal_call)
+
+    def all_pair_counts(self) -> PairCounts:
+        """Return what became of the pairs of the first epoch so far, over all ranks."""
+        return PairCounts.merged(self.ranks.all_gather(self.pair_counts))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        state = self._mpo_state()
+        self._save_state(f"{compat.output_folder(self, trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def _save_state(self, checkpoint: str) -> None:
+        """Write our own part of a checkpoint, the file that marks it complete last."""
+        reference_hash, pair_counts = self._reference_hash(), self.all_pair_counts()
         if self.args.should_save:
-            write_state(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}", state)
+            if self.average is not None:
+                self.average.save(checkpoint)
+            write_state(
+                checkpoint,
+                reward_shift=self.reward_shift,
+                reference_hash=reference_hash,
+                pair_counts=pair_counts,
+                learning_rates=self.args.learning_rates,
+            )
 
-    def _mpo_state(self) -> dict[str, Any]:
-        return {
-            "reward_shift": self.reward_shift.state_dict(),
-            "reference_hash": None if self.reference is None else self.reference.weights_hash(),
-            "accounts": self.all_pair_counts().to_json(),
-            "learning_rates": self.args.learning_rates or None,
-        }
-
-    def all_pair_counts(self) -> PairCounts:
-        """What became of the pairs of the first epoch so far, over all ranks."""
-        return PairCounts.merged(self._gathered(self.pair_counts))
+    def _reference_hash(self) -> str | None:
+        return None if self.reference is None else self.reference.weights_hash()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
-        self._take_state(resume_from_checkpoint)
+        self._load_state(resume_from_checkpoint)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model if model is None else model, resume_from_checkpoint)
-        share_if_frozen(self)
+        self._share_frozen_tower()
 
-    def _take_state(self, resume_from_checkpoint: str) -> None:
-        """Delta and accounts of a checkpoint; refused where it was trained against another reference."""
-        state = read_state(resume_from_checkpoint)
-        mine = None if self.reference is None else self.reference.weights_hash()
-        if state["reference_hash"] != self._gathered(mine)[0]:
-            raise RunError(
-                f"{resume_from_checkpoint} was trained against another reference than this run has; start from the "
-                "same initial model (a resumed policy must not become its own reference)"
-            )
-        try:
-            self.reward_shift.load_state_dict(state["reward_shift"])
-        except ValueError as error:
-            raise RunError(f"{resume_from_checkpoint}: {error}") from error
+    def _load_state(self, checkpoint: str) -> None:
+        """Restore delta and pair counts; raise RunError if the checkpoint was trained against another reference."""
+        first_hash = self.ranks.all_gather(self._reference_hash())[0]
+        pair_counts = restore_state(checkpoint, reward_shift=self.reward_shift, reference_hash=first_hash)
         if self.accelerator.is_main_process:  # one rank carries the counts on, so that they add up
-            self.pair_counts = PairCounts.from_json(state["accounts"])
+            self.pair_counts = pair_counts
 
     def _load_best_model(self) -> None:
         self.accelerator.wait_for_everyone()  # the first rank may still be writing the last checkpoint
@@ -413,6 +690,79 @@ class MPOTrainer(FeedingTrainer):
         # Delta as it was then: the evaluation of these weights comes out as it did.
         self.reward_shift.load_state_dict(read_state(self.state.best_model_checkpoint)["reward_shift"])
 
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: transformers' estimate knows neither images nor shared rows."""
-        return 0
+    # ---- the Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Do as transformers does. Raises RunError if the Hub cannot be reached or refuses."""
+        with _hub_errors("log in with `hf auth login`, or set HF_TOKEN"):
+            super().init_hf_repo(token=token, private=private)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint, once our own part of it is there too: without it nobody could resume from the Hub."""
+        self._save_state(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
+        """Upload the run folder, its model card in it. Raises RunError if that fails; the folder is whole."""
+        with _hub_errors(f"the model is in {self.args.output_dir}, push it from there"):
+            return super().push_to_hub(commit_message, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+    ) -> None:
+        """Write ``README.md`` into the run folder, in the place of transformers' own card.
+
+        Args:
+            language, license, tags, dataset_tags: for the card's metadata; what is not given stays out of it.
+            model_name: its title; the run folder's name by default.
+            finetuned_from: the base model's name on the Hub.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {"language": language, "license": license, "datasets": dataset_tags, "tags": tags}
+        named = {name: value for name, value in (("title", model_name), ("base_model", finetuned_from)) if value}
+        text = model_card(self.run_summary(**named), given)
+        (Path(self.args.output_dir) / CARD_FILE).write_text(text, encoding="utf-8")
+
+    def run_summary(self, **fields: Any) -> RunSummary:
+        """Summarise the run for its model card; ``card_fields`` and ``fields`` go before what the trainer knows."""
+        final = self.final_model()
+        known = {
+            **describe_model(self.model, self.processing_class, self.reference),
+            "location": getattr(self, "hub_model_id", None) or Path(self.args.output_dir).absolute().name,
+            "settings": training_settings(
+                self.args,
+                per_device=compat.batch_size_per_device(self),
+                state=self.state,
+                model=self.model,
+                parameter_counts=self.parameter_counts,
+                shared=self.shared,
+            ),
+            "log_history": self.state.log_history,
+            "final_step": final["step"],
+            "best_by": next(iter(final.get("best_by", {}).items()), None),
+            "ema": final.get("ema"),
+            "data": self.trained_pairs.by_source(),
+        }
+        return RunSummary(**{**objective_fields(self.args), **known, **self.card_fields, **fields})
+
+
+def _shares_prompts(args: MPOConfig, model: Any) -> bool:
+    support = support_for(model.config)
+    if args.attention == "auto" and not support.shared:
+        logger.info(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
+    return args.attention == "auto" and support.shared
+
+
+@contextlib.contextmanager
+def _hub_errors(remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"training.push_to_hub: {first_line(error)} ({remedy})") from error

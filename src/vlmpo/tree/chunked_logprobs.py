@@ -1,30 +1,138 @@
-"""Log-probabilities of targets under a linear vocabulary head, block by block of the vocabulary.
+"""Log-probabilities of targets under the vocabulary head, block by block of the vocabulary.
 
-The logits of all scored tokens exist one block of vocabulary entries at a time. Where a gradient is wanted, the first
-blocks are kept up to a budget; the others are computed again in the backward pass. A block of the vocabulary owns its
-rows of the weight, so its weight gradient is one product, written where it belongs: nothing is summed over blocks, in
-no dtype, and no second buffer of the weight's size exists. What is summed is the gradient of the hidden states, which
-is small.
+The logits of all scored tokens exist one block of vocabulary entries at a time. If a gradient is wanted, the first
+blocks are kept up to a budget; the others are computed again in the backward pass. Each block owns its rows of the
+weight, so its weight gradient is one product, written in place: nothing is summed over blocks, and no second buffer of
+the weight's size exists. Only the gradient of the hidden states is summed, which is small.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vlmpo.tree.heads import PLAIN, LogitTransform
-
-# Logits of a block, by device. On a CPU a block should stay in its cache (measured: benchmarks/head.py).
+# Logits in a block, by device. On a CPU a block should stay in its cache (measured: benchmarks/head.py).
 CHUNK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 8 * 1024 * 1024}
 _ALIGNED = 64  # columns: 128 bytes of bf16
-KEPT_BYTES = 192 * 1024 * 1024  # of logits kept from forward to backward, a call
+KEPT_BYTES = 192 * 1024 * 1024  # logits kept from forward to backward, per call
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """Turns a projection ``x`` into logits: ``softcap * tanh(scale * x / softcap)``, or ``scale * x`` without a cap.
+
+    Log-probabilities read from the bare projection of a family that scales or caps it would be silently wrong.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, projected: Tensor) -> Tensor:
+        """Return the family's logits."""
+        logits = projected if self.scale == 1.0 else projected * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Return the gradient with respect to the projection.
+
+        Args:
+            grad: gradient with respect to ``logits``.
+            logits: what ``apply`` returned.
+        """
+        if self.softcap is not None:
+            grad = grad * (1 - (logits / self.softcap) ** 2)  # tanh' = 1 - tanh^2
+        return grad if self.scale == 1.0 else grad * self.scale
+
+
+PLAIN = LogitTransform()
 
 
 def chunk_elements_for(device: torch.device) -> int:
-    """Logits alive at once on ``device``, the kept ones not counted."""
+    """Return the number of logits alive at once on ``device``, the kept ones not counted."""
     return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which log-probs of a model in ``dtype`` are computed: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class ScoringHead(nn.Linear):
+    """Answers with log-probs if its call is given labels, and with logits otherwise.
+
+    FSDP2 and ZeRO-3 gather a weight around the call of its module, so log-probs have to be computed inside that call.
+    A plain ``nn.Linear`` becomes one by ``head.__class__ = ScoringHead``: the weight, the hooks and the names in the
+    state dict stay as they are.
+    """
+
+    def forward(
+        self,
+        input: Tensor,
+        head_labels: Tensor | None = None,
+        chunk_elements: int | None = None,
+        logit_transform: LogitTransform = PLAIN,
+    ) -> Tensor:
+        """Return logits ``[..., vocabulary]``, or with ``head_labels`` ``[scored]`` their log-probs ``[scored]``."""
+        if head_labels is None:
+            return super().forward(input)
+        return _linear_head_logps(self, input, head_labels, chunk_elements, logit_transform)
+
+
+def token_logps(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    chunk_elements: int | None = None,
+    logit_transform: LogitTransform = PLAIN,
+) -> Tensor:
+    """Return the log-probability of each target under the vocabulary head.
+
+    Args:
+        hidden: ``[scored, hidden]``, the states that predict the targets.
+        head: the model's output embedding. A linear one takes the chunked path with its own backward. Any other module
+            (a head under LoRA, a quantised one) is called chunk by chunk under checkpointing.
+        targets: ``[scored]`` token ids.
+        chunk_elements: logits alive at once; None: what suits the device.
+        logit_transform: what the family does to the head's output.
+
+    Returns:
+        ``[scored]``, float32, or float64 for float64 models.
+    """
+    if hidden.shape[0] == 0:
+        return hidden.sum(dim=1).to(wide(hidden.dtype))
+    if isinstance(head, ScoringHead):
+        logps: Tensor = head(
+            hidden, head_labels=targets, chunk_elements=chunk_elements, logit_transform=logit_transform
+        )
+        return logps
+    if type(head) is nn.Linear:
+        return _linear_head_logps(head, hidden, targets, chunk_elements, logit_transform)
+
+    def score(states: Tensor, labels: Tensor) -> Tensor:
+        projected = head(states)
+        logits = logit_transform.apply(projected.to(wide(projected.dtype)))
+        return logits.gather(1, labels[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+
+    chunk_elements = chunk_elements or chunk_elements_for(hidden.device)
+    size = max(1, chunk_elements // int(getattr(head, "out_features", 32768)))
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([checkpoint(score, states, labels, use_reentrant=False) for states, labels in chunks])
+
+
+def _linear_head_logps(
+    head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_elements: int | None, logit_transform: LogitTransform
+) -> Tensor:
+    device = hidden.device
+    autocast = torch.is_autocast_enabled(device.type)
+    hidden = hidden.to(torch.get_autocast_dtype(device.type) if autocast else head.weight.dtype)
+    with torch.autocast(device.type, enabled=False):
+        return linear_token_logps(
+            hidden, head.weight, head.bias, targets, chunk_elements or chunk_elements_for(device), logit_transform
+        )
 
 
 def linear_token_logps(
@@ -36,13 +144,13 @@ def linear_token_logps(
     logit_transform: LogitTransform = PLAIN,
     kept_bytes: int | None = None,
 ) -> Tensor:
-    """``log softmax(map(h W^T + b))[target]`` of each row, computed in float32 or better.
+    """Return ``log softmax(transform(h W^T + b))[target]`` of each row, computed in float32 or better.
 
     Args:
         hidden: ``[scored, hidden]``, at least one row; its dtype is that of the products.
         weight, bias: ``[vocabulary, hidden]`` and ``[vocabulary]``, of any floating dtype.
         targets: ``[scored]`` token ids.
-        chunk_elements: logits of a block.
+        chunk_elements: logits in a block.
         logit_transform: what the family does to the head's output.
         kept_bytes: logits kept for the backward pass; None: KEPT_BYTES.
 
@@ -56,9 +164,9 @@ def linear_token_logps(
 
 
 def _columns(most: int, vocabulary: int) -> int:
-    """Vocabulary entries of a block: all of them where they fit, else a multiple of _ALIGNED where there are so many.
+    """Return the vocabulary entries of a block: all if ``most`` allows, else a multiple of _ALIGNED if that is not 0.
 
-    Products of other widths are slow on tensor cores; and a block that is kept lies aligned like one that is not, so
+    Products of other widths are slow on tensor cores. And a block that is kept is aligned like one that is not, so
     that the same kernel makes both: policy and reference start equal to the bit.
     """
     if most >= vocabulary:
@@ -85,11 +193,11 @@ class _TokenLogProbs(torch.autograd.Function):
             block = slice(at, min(at + columns, weight.shape[0]))
             out = kept[number] if number < len(kept) else None
             projected = _project(hidden, weight[block], bias if bias is None else bias[block], out)
-            logits = logit_transform.of(projected.to(picked.dtype))  # [scored, block]
+            logits = logit_transform.apply(projected.to(picked.dtype))  # [scored, block]
             inside, column = _place(targets, block)
             picked = torch.where(inside, logits.gather(1, column[:, None]).squeeze(1), picked)
-            own = torch.logsumexp(logits, dim=1)
-            total = own if total is None else torch.logaddexp(total, own)
+            log_sum = torch.logsumexp(logits, dim=1)
+            total = log_sum if total is None else torch.logaddexp(total, log_sum)
         assert total is not None
         ctx.save_for_backward(hidden, weight, bias, targets, total, kept)
         ctx.columns, ctx.logit_transform = columns, logit_transform
@@ -107,8 +215,8 @@ class _TokenLogProbs(torch.autograd.Function):
         scaled = (hidden * -grad[:, None]).to(hidden.dtype)
         for number, at in enumerate(range(0, weight.shape[0], ctx.columns)):
             block = slice(at, min(at + ctx.columns, weight.shape[0]))
-            own = None if bias is None else bias[block]
-            projected = kept[number] if number < len(kept) else _project(hidden, weight[block], own)
+            block_bias = None if bias is None else bias[block]
+            projected = kept[number] if number < len(kept) else _project(hidden, weight[block], block_bias)
             excess = _excess(projected, total, targets, block, ctx.logit_transform)
             narrow = excess.to(hidden.dtype)
             if grad_hidden is not None:
@@ -123,8 +231,11 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _excess(projected: Tensor, total: Tensor, targets: Tensor, block: slice, logit_transform: LogitTransform) -> Tensor:
-    """``-d log p[target] / d projection`` of a block, ``[scored, block]``: softmax less one-hot, through the map."""
-    logits = logit_transform.of(projected.to(total.dtype))
+    """Return ``-d log p[target] / d projection`` of a block, ``[scored, block]``.
+
+    That is softmax less one-hot, through the logit transform.
+    """
+    logits = logit_transform.apply(projected.to(total.dtype))
     excess = (logits - total[:, None]).exp_()
     inside, column = _place(targets, block)
     excess.scatter_add_(1, column[:, None], -inside[:, None].to(excess.dtype))
@@ -132,20 +243,15 @@ def _excess(projected: Tensor, total: Tensor, targets: Tensor, block: slice, log
 
 
 def _place(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """For each target whether it is in ``block``, and its column there; 0 where it is not."""
+    """Return for each target whether it is in ``block``, and its column there; 0 if it is not."""
     inside = (targets >= block.start) & (targets < block.stop)
     return inside, torch.where(inside, targets - block.start, 0)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which log-probs of a model in ``dtype`` are taken: float32 or better."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _room_for_blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int, budget: int) -> Tensor:
-    """``[blocks, scored, columns]``, as many whole blocks as ``budget`` bytes hold.
+    """Return room for logits, ``[blocks, scored, columns]``: as many whole blocks as ``budget`` bytes hold.
 
-    In one piece: so much memory goes back to the system when it is freed, many small pieces of it would not.
+    It is one piece: a large piece goes back to the system when it is freed, many small ones would not.
     """
     kind = hidden.dtype if bias is None else wide(hidden.dtype)
     whole = weight.shape[0] // columns

@@ -1,48 +1,41 @@
-"""Tokens that are read and not scored: how a row without an image still runs through the image tower.
+"""Tokens that are read and not scored, so that a row without an image still runs through the image tower.
 
 Ranks that shard a model's weights must call the same layers in the same order. A row that holds no image would leave
-out the tower. So a prompt with an image is laid out behind it: what stands before it in the row cannot see it
-(attention is causal, trees do not see each other), no score is taken from it, and its gradient is exactly zero.
+out the tower. So a prompt with an image is put behind it: what stands before it in the row cannot see it (attention is
+causal, trees do not see each other), no score is taken from it, and its gradient is exactly zero.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vlmpo.tree.layout import PackedRow, PromptTree, build_row
+import torch
+
+from vlmpo.tree.layout import PackedRow, PromptTree, RowLayout, build_row
 
 
 def append_dummy(row: PackedRow, tree: PromptTree) -> PackedRow:
-    """``row``, which holds no vision tensors, with ``tree`` behind it; scored are the same tokens as before."""
-    whole = build_row([*trees_of(row), tree])
-    scored = row.targets.numel()
+    """Put ``tree`` behind the trees of ``row``, which holds no vision tensors; the scored tokens stay the same."""
+    dummy = build_row([tree])
+    shift = row.layout.num_tokens
+    shifted = (span._replace(start=span.start + shift) for span in dummy.layout.spans)
+    token_types = {
+        name: torch.cat([part.token_types.get(name, torch.zeros_like(part.input_ids)) for part in (row, dummy)], dim=1)
+        for name in {**row.token_types, **dummy.token_types}
+    }
     return replace(
-        whole,
-        logit_positions=whole.logit_positions[:scored],
-        targets=whole.targets[:scored],
-        response_index=whole.response_index[:scored],
-        num_responses=row.num_responses,
+        row,
+        input_ids=torch.cat([row.input_ids, dummy.input_ids], dim=1),
+        position_ids=torch.cat([row.position_ids, dummy.position_ids], dim=1),
+        layout=RowLayout((*row.layout.spans, *shifted)),
+        vision=dummy.vision,
+        token_types=token_types,
         dummy_tokens=tree.num_tokens,
     )
 
 
 def dummy_row(trees: Sequence[PromptTree]) -> PackedRow:
-    """A row that belongs to no pair: all of its tokens count as unscored."""
+    """Build a row that belongs to no pair: all of its tokens are dummies."""
     row = build_row(trees)
     return replace(row, dummy_tokens=row.layout.num_tokens)
-
-
-def trees_of(row: PackedRow) -> list[PromptTree]:
-    """The trees that a row without vision tensors was built from."""
-    trees = []
-    for span in row.layout.spans:
-        ends = [span.start + span.prompt]
-        for length in span.responses:
-            ends.append(ends[-1] + length)
-        prompt = slice(span.start, ends[0])
-        responses = tuple(row.input_ids[0, a:b] for a, b in itertools.pairwise(ends))
-        types = {name: values[0, prompt] for name, values in row.token_types.items()}
-        trees.append(PromptTree(row.input_ids[0, prompt], responses, {}, types))
-    return trees

@@ -1,191 +1,194 @@
-"""Rows to log-probabilities: the one piece of code that answers "how likely is each response of this tree".
+"""Rows to log-probabilities: the one piece of code that answers "how likely is each response to this prompt".
 
-The hidden states that predict scored tokens are gathered first and then projected to the vocabulary in
-blocks, which
-the backward pass computes again: logits of the whole row never exist. All of it runs inside the model's own forward,
-so that wrappers which shard or convert weights around a forward (DDP, FSDP2, ZeRO-3, autocast, PEFT) do so here too.
+A patched model answers ``model(packed_rows=rows)`` with the log-probs of the rows' scored tokens. The hidden states
+that predict scored tokens are gathered first and then projected to the vocabulary in blocks: logits of the whole row
+never exist. All of it runs inside the model's own forward, so that wrappers which shard or convert weights around a
+forward (DDP, FSDP2, ZeRO-3, autocast, PEFT) do so here too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from vlmpo import compat
+from vlmpo.models.families import logit_scale_and_softcap
 from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
-from vlmpo.tree.chunked_logprobs import chunk_elements_for, linear_token_logps, wide
+from vlmpo.tree.chunked_logprobs import LogitTransform, ScoringHead, token_logps, wide
 from vlmpo.tree.features import vision_arguments
-from vlmpo.tree.heads import PLAIN, LogitTransform, logit_transform
-from vlmpo.tree.layout import PackedRow
+from vlmpo.tree.layout import PackedRow, sum_by_response
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
-from vlmpo.tree.recompute import prepare, recomputing
-from vlmpo.tree.router_loss import with_router_losses
+from vlmpo.tree.router_loss import recording_routers, response_router_losses
 from vlmpo.tree.vision import refuse_bytes
 
-ROWS_ARGUMENT = "packed_rows"  # keyword of the model's forward that asks for log-probs instead of logits
-ROUTER_ARGUMENT = "router_losses"  # goes with it: answer with ResponseScores
-SHARED_ARGUMENT = "share_prompts"  # goes with it: read the rows with shared prompts, or not, whatever install() said
-TARGETS_ARGUMENT = "head_labels"  # the same of the vocabulary head's forward
 
-
-def token_logps(
-    hidden: Tensor,
-    head: nn.Module,
-    targets: Tensor,
-    chunk_elements: int | None = None,
-    logit_transform: LogitTransform = PLAIN,
-) -> Tensor:
-    """Log-probability of each target under the vocabulary head.
+def response_logps(model: Any, rows: Sequence[PackedRow]) -> Tensor:
+    """Return the log-probability of each response of ``rows``, ``[responses]``, summed over its scored tokens.
 
     Args:
-        hidden: ``[scored, hidden]``, the states that predict the targets.
-        head: the model's output embedding. A plain ``nn.Linear`` takes the chunked path with its own backward, and is
-            called for it where :func:`install` taught it to answer: FSDP2 and ZeRO-3 hang the gathering of its weight
-            on that call. Any other module (a head under LoRA, a quantised one) is called chunk by chunk under
-            checkpointing.
-        targets: ``[scored]`` token ids.
-        chunk_elements: logits alive at once; None: what suits the device (see vlmpo.tree.chunked_logprobs).
-        logit_transform: what the family does to the head's output.
-
-    Returns:
-        ``[scored]``, float32, or float64 for float64 models.
+        model: set up by :func:`install`, or a wrapper around such a model.
+        rows: on the model's device.
     """
-    if hidden.shape[0] == 0:
-        return hidden.sum(dim=1).to(wide(hidden.dtype))
-    chunk_elements = chunk_elements or chunk_elements_for(hidden.device)
-    if getattr(head, "_vlmpo_scores", False):
-        return head(
-            hidden, **{TARGETS_ARGUMENT: targets}, chunk_elements=chunk_elements, logit_transform=logit_transform
-        )
-    if type(head) is nn.Linear:
-        return _linear_token_logps(head, hidden, targets, chunk_elements, logit_transform)
-    return _token_logps_through(hidden, head, targets, chunk_elements, logit_transform)
+    return sum_by_response(model(packed_rows=rows), rows)
 
 
-def _linear_token_logps(
-    head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_elements: int, logit_transform: LogitTransform
-) -> Tensor:
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
+def response_logps_and_router_losses(model: Any, rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor]:
+    """Return what :func:`response_logps` does, and the router loss of each response, ``[responses]`` both."""
+    logps, router_losses = model(packed_rows=rows, router_losses=True)
+    return sum_by_response(logps, rows), router_losses
+
+
+# ---- the patch ----
+
+
+@dataclass
+class Patch:
+    """Holds everything vlmpo keeps on a model that it patched, as ``model._vlmpo``.
+
+    Attributes:
+        plain_forward: the model's forward as it was.
+        shared: whether rows share prompts.
+        frozen_tower: the weights that make image features, if another model shares them; see
+            :mod:`vlmpo.tree.features`.
+    """
+
+    plain_forward: Any
+    shared: bool
+    frozen_tower: tuple[Tensor, ...] | None = None
+
+
+def install(model: Any, shared: bool) -> None:
+    """Teach ``model`` to answer ``model(packed_rows=rows)`` with the rows' token log-probs; nothing else changes.
+
+    The instance is patched, not wrapped, so that saving, generating and every wrapper around the model see the model
+    itself. A second call changes ``shared`` alone.
+
+    Args:
+        model: a transformers model, under no wrapper.
+        shared: use the attention for responses in the text part; False: the model's own attention.
+    """
+    if shared:
+        register()
+        model.set_attn_implementation(_for_text_part(model, ATTENTION_NAME))
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and "forward" not in vars(head):
+        head.__class__ = ScoringHead
+    if "_vlmpo" in vars(model):
+        model._vlmpo.shared = shared
     else:
-        hidden = hidden.to(head.weight.dtype)
-    with torch.autocast(kind, enabled=False):
-        return linear_token_logps(hidden, head.weight, head.bias, targets, chunk_elements, logit_transform)
+        model._vlmpo = Patch(model.forward, shared)
+        # A bound method, so that a deep copy of the model (a frozen reference) answers from its own weights.
+        model.forward = types.MethodType(_patched(type(model).forward), model)
 
 
-def _token_logps_through(
-    hidden: Tensor, head: nn.Module, targets: Tensor, chunk_elements: int, logit_transform: LogitTransform
-) -> Tensor:
-    def score(states: Tensor, wanted: Tensor) -> Tensor:
-        projected = head(states)
-        logits = logit_transform.of(projected.to(wide(projected.dtype)))
-        return logits.gather(1, wanted[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+@contextmanager
+def installed(model: Any, shared: bool) -> Iterator[bool]:
+    """Patch ``model`` for the time of a ``with`` block, and yield whether its rows share prompts.
 
-    rows = max(1, chunk_elements // int(getattr(head, "out_features", 32768)))
-    parts = [
-        checkpoint(score, hidden[at : at + rows], targets[at : at + rows], use_reentrant=False)
-        for at in range(0, hidden.shape[0], rows)
-    ]
-    return torch.cat(parts)
+    A model that is patched already is left as it is, whatever ``shared`` says.
+    """
+    if "_vlmpo" in vars(model):
+        yield uses_shared_rows(model)
+        return
+    forward = vars(model).get("forward")  # of the instance; None: the class's
+    attention = compat.attention_implementation(model.config.get_text_config())
+    install(model, shared)
+    try:
+        yield shared
+    finally:
+        del model._vlmpo, model.forward
+        if forward is not None:
+            model.forward = forward
+        head = model.get_output_embeddings()
+        if type(head) is ScoringHead:
+            head.__class__ = nn.Linear  # type: ignore[assignment]
+        if shared:
+            model.set_attn_implementation(_for_text_part(model, attention))
 
 
-def accepted(model: Any, token_types: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of the processor's token types, those that ``model``'s forward names: others would reach layers as strangers."""
-    named = inspect.signature(type(model).forward).parameters
-    return {name: types for name, types in token_types.items() if name in named}
+def _for_text_part(model: Any, attention: str) -> str | dict[str, str]:
+    return attention if model.config.get_text_config() is model.config else {"text_config": attention}
 
 
-def _score_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
+def _patched(plain: Any) -> Any:
+    @functools.wraps(plain)  # generate() and Trainer read the signature
+    def forward(
+        self: Any,
+        *args: Any,
+        packed_rows: Sequence[PackedRow] | None = None,
+        share_prompts: bool | None = None,
+        router_losses: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Without ``packed_rows``, do what the model does.
+
+        Args:
+            packed_rows: rows to score.
+            share_prompts: read the rows with shared prompts or not, whatever ``install`` was told.
+            router_losses: return ``(log-probs, router losses [responses of all rows])``.
+
+        Returns:
+            The log-probability of every scored token, ``[scored of all rows]``, row after row, response after response.
+        """
+        patch: Patch = self._vlmpo
+        if packed_rows is None:
+            refuse_bytes(kwargs.get("pixel_values"))
+            return patch.plain_forward(*args, **kwargs)
+        shared = patch.shared if share_prompts is None else share_prompts
+        logps: list[Tensor] = []
+        losses: list[Tensor] = []
+        for row in packed_rows:
+            with recording_routers(self) if router_losses else nullcontext() as router_logits:
+                logps.append(_read_row(self, row, shared))
+            if router_logits is not None:
+                top_k = int(self.config.get_text_config().num_experts_per_tok)
+                losses.append(response_router_losses(router_logits, row.layout, top_k)[: row.num_responses])
+        if not packed_rows:
+            logps = losses = [_empty_on_weights(self)]
+        return (torch.cat(logps), torch.cat(losses)) if router_losses else torch.cat(logps)
+
+    return forward
+
+
+def _read_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
+    """Return the log-probs of one row's scored tokens, ``[scored]``."""
     refuse_missing_types(model, row)
     refuse_bytes(row.vision.get("pixel_values"))
     arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **vision_arguments(model, row)}
     arguments |= accepted(model.base_model, row.token_types)
     if shared:
-        # Positions are said only here: a separate row is an ordinary prompt, the model counts it as it always does.
+        # A separate row is an ordinary prompt: the model counts its positions as it always does.
         arguments |= {"position_ids": positions_of(model, row), LAYOUT_ARGUMENT: layout_of(model, row)}
-    with reading_a_row(row.input_ids.device) if shared else contextlib.nullcontext(), recomputing(model):
+    with reading_a_row(row.input_ids.device) if shared else nullcontext():
         hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
+    transform = LogitTransform(*logit_scale_and_softcap(model.config))
     head = model.get_output_embeddings()
-    return token_logps(hidden[row.logit_positions], head, row.targets, logit_transform=logit_transform(model.config))
+    return token_logps(hidden[row.logit_positions], head, row.targets, logit_transform=transform)
 
 
-def score_rows(model: Any, rows: Sequence[PackedRow], shared: bool) -> Tensor:
-    """Log-probability of every scored token of ``rows``, ``[scored of all rows]``, row after row, in order of
-    responses.
-
-    Without rows it returns an empty tensor that still hangs on a weight: a rank that has nothing to read must join
-    the backward pass of the others.
-    """
-    if not rows:
-        weight = model.get_output_embeddings().weight
-        if not weight.requires_grad:  # under LoRA, for one
-            weight = next((other for other in model.parameters() if other.requires_grad), weight)
-        return weight.flatten()[:0].to(wide(weight.dtype))
-    return torch.cat([_score_row(model, row, shared) for row in rows])
+def _empty_on_weights(model: Any) -> Tensor:
+    """Return an empty tensor that hangs on a weight: a rank without rows must join the backward pass of the others."""
+    weight = model.get_output_embeddings().weight
+    if not weight.requires_grad:  # under LoRA, for one
+        weight = next((other for other in model.parameters() if other.requires_grad), weight)
+    empty: Tensor = weight.flatten()[:0].to(wide(weight.dtype))
+    return empty
 
 
-def install(model: Any, shared: bool) -> None:
-    """Teach ``model`` to answer ``model(packed_rows=rows)`` with the rows' token log-probs; all else stays as it was.
-
-    Done on the instance, not by a wrapper, so that saving, generating and every wrapper around the model see the
-    model itself. ``shared`` chooses the attention for responses (text part only) or the model's own. Harmless when
-    done twice.
-    """
-    if shared:
-        register()
-        text_only = model.config.get_text_config() is model.config
-        model.set_attn_implementation(ATTENTION_NAME if text_only else {"text_config": ATTENTION_NAME})
-    model._vlmpo_shared = shared
-    prepare(model)
-    _install_on_head(model.get_output_embeddings())
-    if "_vlmpo_plain_forward" not in model.__dict__:
-        model._vlmpo_plain_forward = model.forward
-        # A bound method, so that a deep copy of the model (a frozen reference) answers from its own weights.
-        model.forward = types.MethodType(_dispatching(type(model).forward), model)
-
-
-def _install_on_head(head: Any) -> None:
-    """Teach a plain linear head to answer with log-probs from within its own call."""
-    plain: Any = type(head) is nn.Linear
-    if plain and not hasattr(head, "_vlmpo_scores"):
-        head._vlmpo_scores = True
-        head.forward = types.MethodType(_head_forward, head)
-
-
-def _head_forward(
-    self: nn.Linear,
-    input: Tensor,
-    head_labels: Tensor | None = None,
-    chunk_elements: int | None = None,
-    logit_transform: LogitTransform = PLAIN,
-) -> Tensor:
-    if head_labels is None:
-        return nn.functional.linear(input, self.weight, self.bias)
-    chunk_elements = chunk_elements or chunk_elements_for(input.device)
-    return _linear_token_logps(self, input, head_labels, chunk_elements, logit_transform)
-
-
-def _dispatching(plain: Any) -> Any:
-    @functools.wraps(plain)  # generate() and Trainer read the signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = kwargs.pop(ROWS_ARGUMENT, None)
-        if rows is None:
-            refuse_bytes(kwargs.get("pixel_values"))
-            return self._vlmpo_plain_forward(*args, **kwargs)
-        score = functools.partial(score_rows, self, shared=kwargs.pop(SHARED_ARGUMENT, self._vlmpo_shared))
-        return with_router_losses(self, rows, score) if kwargs.pop(ROUTER_ARGUMENT, False) else score(rows)
-
-    return forward
+def accepted(model: Any, token_types: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keep only the token types that ``model``'s forward accepts; layers would not know the others."""
+    named = inspect.signature(type(model).forward).parameters
+    return {name: types for name, types in token_types.items() if name in named}
 
 
 def uses_shared_rows(model: Any) -> bool:
-    """Whether :func:`install` set this model up to share prompts."""
-    return bool(model._vlmpo_shared)
+    """Return whether :func:`install` set this model up to share prompts."""
+    return bool(model._vlmpo.shared)

@@ -1,8 +1,8 @@
 """Prompts and responses laid out in one row.
 
-A prompt (its images included) is a PROMPT, each response to it a RESPONSE. A row holds the tokens of one or more trees
-behind one another, without padding: ``prompt response response ... | prompt response ...``. Positions of every
-response continue from the end of its prompt, so a response reads exactly as if it were the only response.
+A prompt (its images included) and the responses to it are a tree. A row holds the tokens of one or more trees behind
+one another, without padding: ``prompt response response ... | prompt response ...``. Positions of every response
+continue from the end of its prompt, so a response reads exactly as if it were the only one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from vlmpo.tree.vision import merge_vision
 
 @dataclass(frozen=True)
 class PromptTree:
-    """One prompt and the responses to be scored on it.
+    """Holds one prompt and the responses to be scored on it.
 
     Attributes:
         prompt_ids: ``[prompt]``, token ids of the prompt, image tokens expanded; at least one.
         responses: ids of each response's scored tokens, ``[length]`` each; at least one token each.
         vision: the processor's vision tensors for this prompt alone (InternVL: ``pixel_values [tiles, 3, h, w]``).
-        token_types: what the processor says of each prompt token beside its id, ``[prompt]`` each; a response's are 0.
+        token_types: the processor's marks of each prompt token, ``[prompt]`` each; a response's are 0.
     """
 
     prompt_ids: Tensor
@@ -45,16 +45,16 @@ class PromptTree:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the tree takes in a row: the prompt once, every response once."""
+        """Return the tokens the tree takes in a row: the prompt once, every response once."""
         return self.prompt_ids.numel() + sum(response.numel() for response in self.responses)
 
     def separate(self) -> list[PromptTree]:
-        """The same responses as one tree each: what a model reads that cannot share a prompt."""
+        """Return the same responses as one tree each: what a model reads that cannot share a prompt."""
         return [replace(self, responses=(response,)) for response in self.responses]
 
 
 class TreeSpan(NamedTuple):
-    """Where a tree lies in its row: first token, prompt length, lengths of the responses that follow it."""
+    """Locates a tree in its row: first token, prompt length, lengths of the responses that follow it."""
 
     start: int
     prompt: int
@@ -62,14 +62,14 @@ class TreeSpan(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """A row as one attention call over segments of queries, each with its own stretch of gathered keys.
+    """Describes a row as one attention call over segments of queries, each with its own stretch of gathered keys.
 
     Attributes:
         cu_seqlens_q, cu_seqlens_k: ``[segments + 1]`` int32, where each begins; the last entry is the end.
         max_seqlen_q, max_seqlen_k: tokens of the longest.
-        keys: ``[gathered]``, the token of the row that each key is; None where the keys are the row itself.
-        own: ``[tokens]``, where in ``keys`` each token stands in its own segment; None with ``keys``.
-        repeats: prompts once more: first token in the row, first place in ``keys``, length.
+        keys: ``[gathered]``, the token of the row that each key is; None if the keys are the row itself.
+        own: ``[tokens]``, the place in ``keys`` of each token in its own segment; None if ``keys`` is.
+        repeats: the further copies of prompts: first token in the row, first place in ``keys``, length.
     """
 
     cu_seqlens_q: Tensor
@@ -81,7 +81,7 @@ class Segments(NamedTuple):
     repeats: tuple[tuple[int, int, int], ...]
 
 
-def _segments(spans: Sequence[TreeSpan], device: torch.device) -> Segments:
+def _attention_segments(spans: Sequence[TreeSpan], device: torch.device) -> Segments:
     queries: list[int] = []
     keys: list[Tensor] = []
     own: list[Tensor] = []
@@ -116,15 +116,15 @@ def _segments(spans: Sequence[TreeSpan], device: torch.device) -> Segments:
 
 
 class RowLayout:
-    """The spans of the trees in a row; the attention reads nothing else.
+    """Holds the spans of the trees in a row; the attention reads nothing else.
 
-    A class of its own, so that wrappers which walk through nested inputs leave it alone, and so that masks made for
-    one layer serve all.
+    It is a class of its own so that wrappers which walk through nested inputs leave it alone, and so that masks made
+    for one layer serve all.
 
     Attributes:
         spans: the trees, in order.
-        blocks: ``[tokens]``, for a family whose images attend to themselves in both directions: which block of image
-            tokens each token belongs to, -1 for text; None everywhere else. A response holds no image.
+        blocks: ``[tokens]``, for a family whose images attend to themselves in both directions: the block of image
+            tokens that each token belongs to, -1 for text; None for other families. A response holds no image.
         positions: ``[3, 1, tokens]``, for a family that counts in three dimensions, once its model has counted.
         features: the images' features, while one model hands them to the other (:mod:`vlmpo.tree.features`).
     """
@@ -139,19 +139,35 @@ class RowLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the row."""
+        """Return the number of tokens in the row."""
         return sum(span.prompt + sum(span.responses) for span in self.spans)
 
+    def prompts_and_responses(self) -> tuple[list[int], list[int], list[int]]:
+        """Return the parts of the row: prompts and responses, in order.
+
+        Returns:
+            The length of each part; for each response the index of its prompt's part; and the index of its own.
+        """
+        lengths: list[int] = []
+        prompt_of: list[int] = []
+        response_at: list[int] = []
+        for span in self.spans:
+            prompt = len(lengths)
+            lengths += [span.prompt, *span.responses]
+            prompt_of += [prompt] * len(span.responses)
+            response_at += range(prompt + 1, len(lengths))
+        return lengths, prompt_of, response_at
+
     def segments(self, device: torch.device) -> Segments:
-        """The row as one attention call; made once, for all layers."""
+        """Return the row as one attention call; made once, for all layers."""
         if device not in self._segments:
-            self._segments[device] = _segments(self.spans, device)
+            self._segments[device] = _attention_segments(self.spans, device)
         return self._segments[device]
 
     def prompt_mask(self, span: TreeSpan, window: int | None, device: torch.device) -> Tensor | None:
-        """Who sees whom among the prompt of ``span`` and its first response, ``[tokens, tokens]`` bool.
+        """Return which tokens the prompt of ``span`` and its first response see, ``[tokens, tokens]`` bool.
 
-        None where plain causal attention says it all: no block of image tokens, and no more tokens than ``window``.
+        None if plain causal attention is enough: no block of image tokens, and no more tokens than ``window``.
         """
         tokens = span.prompt + span.responses[0]
         window = None if window is None or tokens <= window else window
@@ -173,7 +189,7 @@ class RowLayout:
         return seen if window is None else seen & ones.triu(diagonal=1 - window)
 
     def response_mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """``[queries, keys]`` bool: the last query sees all keys, each one before it one key less.
+        """Return ``[queries, keys]`` bool: the last query sees all keys, each one before it one key less.
 
         With ``window`` it sees the last ``window`` of those only, itself among them.
         """
@@ -182,26 +198,26 @@ class RowLayout:
             ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
             mask = ones.tril(diagonal=keys - queries)
             self._masks[key] = mask if window is None else mask & ones.triu(diagonal=1 + keys - queries - window)
-        found = self._masks[key]
-        assert found is not None
-        return found
+        mask_or_none = self._masks[key]
+        assert mask_or_none is not None
+        return mask_or_none
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row, ready for the model.
+    """Holds one row, ready for the model.
 
     Attributes:
         input_ids, position_ids: ``[1, tokens]``.
         layout: the spans, for the attention.
         logit_positions: ``[scored]``, for each scored token the position in the row whose hidden state predicts it. The
-            prompt's last position stands there once per response.
+            prompt's last position occurs once per response.
         targets: ``[scored]``, the scored tokens' ids.
         response_index: ``[scored]``, which response of the row each scored token belongs to, counted through the row.
         num_responses: responses in the row.
         vision: the trees' vision tensors, put together in order of the trees.
         token_types: ``[1, tokens]`` each, by the processor's name.
-        unscored: tokens at the row's end that no scored token sees, see :func:`append_dummy`.
+        dummy_tokens: tokens at the row's end that no scored token sees, see :func:`append_dummy`.
     """
 
     input_ids: Tensor
@@ -216,7 +232,7 @@ class PackedRow:
     dummy_tokens: int = 0
 
     def to(self, device: torch.device) -> PackedRow:
-        """The row with its tensors on ``device``."""
+        """Return the row with its tensors on ``device``."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
@@ -265,7 +281,7 @@ def build_row(trees: Sequence[PromptTree]) -> PackedRow:
 
 
 def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:
-    """Types of all tokens of a row: a prompt's as its tree has them, 0 where it has none and in every response."""
+    """Return the types of all tokens of a row: 0 in every response, and in a prompt whose tree has none."""
     types: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for tree in trees for name in tree.token_types):
         parts = []
@@ -276,56 +292,8 @@ def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:
     return types
 
 
-def pack(trees: Sequence[PromptTree], max_tokens: int | None) -> list[list[int]]:
-    """Which trees go into which row: indices, in order within a row; the longest row first. ``None``: all in one row.
-
-    A row holds at most ``max_tokens``, unless one tree alone is longer. There are as few rows as a short search finds,
-    and among those it evens out their tokens. Equal trees give equal rows.
-    """
-    sizes = [tree.num_tokens for tree in trees]
-    if max_tokens is None:
-        return [list(range(len(sizes)))] if sizes else []
-    alone = [[index] for index, size in enumerate(sizes) if size > max_tokens]
-    others = [index for index, size in enumerate(sizes) if size <= max_tokens]
-    longest_first = sorted(others, key=lambda index: -sizes[index])
-    rows = min((_first_fit(order, sizes, max_tokens) for order in (longest_first, others)), key=len)
-    fewest = -(-sum(sizes[index] for index in others) // max_tokens)
-    for count in range(max(fewest, 1), len(rows) + 1):
-        even = _evenly(longest_first, sizes, count)
-        if all(sum(sizes[index] for index in row) <= max_tokens for row in even):
-            rows = even
-            break
-    found = [sorted(row) for row in (*alone, *rows) if row]
-    return sorted(found, key=lambda row: (-sum(sizes[index] for index in row), row))
-
-
-def _first_fit(order: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Each tree into the first row that has room for it. Never more rows than if each row were closed for the next."""
-    rows: list[list[int]] = []
-    rooms: list[int] = []
-    for index in order:
-        at = next((at for at, room in enumerate(rooms) if room >= sizes[index]), len(rows))
-        if at == len(rows):
-            rows.append([])
-            rooms.append(max_tokens)
-        rows[at].append(index)
-        rooms[at] -= sizes[index]
-    return rows
-
-
-def _evenly(longest_first: Sequence[int], sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Each tree into the shortest of ``count`` rows so far."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    lengths = [0] * count
-    for index in longest_first:
-        at = lengths.index(min(lengths))
-        rows[at].append(index)
-        lengths[at] += sizes[index]
-    return rows
-
-
 def sum_by_response(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
-    """Log-probability of each response: ``[scored]`` of all rows to ``[responses]``, the SUM over its scored tokens."""
+    """Sum the log-probs of each response's scored tokens: ``[scored]`` of all rows to ``[responses]``."""
     index: list[Tensor] = []
     seen = 0
     for row in rows:

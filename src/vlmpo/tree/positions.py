@@ -13,19 +13,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmpo.errors import ModelError
+from vlmpo.models.families import family_of
 from vlmpo.tree.layout import PackedRow, RowLayout
 
-# Families that count in three dimensions (time, height, width) through ``get_rope_index``.
-THREE_DIMENSIONAL = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
-# Families whose image tokens attend to their whole image.
-IMAGE_BLOCKS = frozenset({"gemma3"})
 TYPES = "mm_token_type_ids"
 _GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
 def refuse_missing_types(model: Any, row: PackedRow) -> None:
     """Raise ModelError for images whose tokens nobody marked: some models then count in one dimension, silently."""
-    if model.config.model_type not in THREE_DIMENSIONAL or TYPES in row.token_types:
+    if not family_of(model.config).three_dimensional or TYPES in row.token_types:
         return
     if any(name in row.vision for name in _GRIDS):
         raise ModelError(
@@ -36,7 +33,7 @@ def refuse_missing_types(model: Any, row: PackedRow) -> None:
 
 def positions_of(model: Any, row: PackedRow) -> Tensor:
     """Position ids of ``row`` for ``model``: ``[1, tokens]``, or ``[3, 1, tokens]`` where it counts so."""
-    if model.config.model_type not in THREE_DIMENSIONAL:
+    if not family_of(model.config).three_dimensional:
         return row.position_ids
     if row.layout.positions is None:  # once a row: policy, reference and a recomputed forward read the same
         row.layout.positions = _three_dimensional(model.base_model, row)
@@ -64,7 +61,7 @@ def _three_dimensional(base: Any, row: PackedRow) -> Tensor:
 def layout_of(model: Any, row: PackedRow) -> RowLayout:
     """The row's layout, with its blocks of image tokens where ``model`` reads those in both directions."""
     types = row.token_types.get("token_type_ids")
-    if model.config.model_type in IMAGE_BLOCKS and types is not None and row.layout.blocks is None:
+    if family_of(model.config).image_blocks and types is not None and row.layout.blocks is None:
         image = types[0] == 1
         starts = image & ~torch.cat([image.new_zeros(1), image[:-1]])
         row.layout.blocks = torch.where(image, starts.cumsum(0) - 1, -1)

@@ -1,10 +1,11 @@
-"""What a run tells while it runs: the log on disk, one short line on the screen, notices."""
+"""Callbacks of a run: the log on disk, a short line on the screen, the time of steps, a check before the first."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _SHORT = (
 
 
 def short_line(step: int, logs: dict[str, Any]) -> str:
-    """The metrics worth a glance, in one line."""
+    """Format the metrics worth a glance in one line."""
     shown = [f"{name} {logs[key]:{form}}" for key, name, form in _SHORT if isinstance(logs.get(key), (int, float))]
     return "  ".join([f"step {step}", *shown])
 
@@ -45,7 +46,7 @@ class ShortProgress(ProgressCallback):
 
 
 class ShortPrinter(TrainerCallback):
-    """The same short line where there is no progress bar."""
+    """Prints the same short line if there is no progress bar."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_local_process_zero and ("loss" in logs or "eval_loss" in logs):
@@ -59,7 +60,7 @@ class MetricsFile(TrainerCallback):
         self.file = Path(output_dir) / METRICS_FILE
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A fresh run starts a fresh file; a resumed one forgets the lines after its checkpoint: they come again."""
+        """Start a fresh file; a resumed run drops the lines after its checkpoint, which come again."""
         if not state.is_world_process_zero:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +82,8 @@ def _step_of(line: str) -> float:
 
 
 class StepClock(TrainerCallback):
-    """Adds up the time of optimizer steps, without logging, saving and evaluating between them, and how much of it was
-    spent waiting for data; tells the latter, and what to do where it is much."""
+    """Measures the time of optimizer steps (without logging, saving, evaluating) and how much of it was spent
+    waiting for data; warns if that is much, with the remedy."""
 
     TOO_LONG = 0.2  # of a step's time
 
@@ -93,14 +94,14 @@ class StepClock(TrainerCallback):
         self._all_seconds = self._all_waited = 0.0
         self._started = time.perf_counter()
         self._logs = 0
-        self._told = False
+        self._warned = False
 
     def start(self) -> None:
-        """A step begins: its data are being fetched."""
+        """Note that a step begins: its data are being fetched."""
         self._started = time.perf_counter()
 
     def fetched(self) -> None:
-        """The data of the step have come."""
+        """Note that the data of the step have come."""
         self._fetching = time.perf_counter() - self._started
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -111,18 +112,18 @@ class StepClock(TrainerCallback):
         self._all_waited += self._fetching
 
     def take(self) -> tuple[float, float]:
-        """Seconds since the last call, and how many of them were spent waiting for data."""
+        """Return the seconds of steps since the last call, and how many of them were spent waiting for data."""
         taken = self.seconds, self.waited
         self.seconds = self.waited = 0.0
         return taken
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Once, while there is still something to mend; the first log is full of workers that start."""
+        """Warn once. Skip the first log: worker start-up dominates it."""
         if "data_wait_share" not in logs:
             return
         self._logs += 1
-        if self._logs > 1 and logs["data_wait_share"] > self.TOO_LONG and not self._told:
-            self._told = True
+        if self._logs > 1 and logs["data_wait_share"] > self.TOO_LONG and not self._warned:
+            self._warned = True
             logger.info(waiting_line(logs["data_wait_share"], "of the last steps' time", args.dataloader_num_workers))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -132,7 +133,7 @@ class StepClock(TrainerCallback):
 
 
 def waiting_line(share: float, of_what: str, workers: int) -> str:
-    """The share of time spent waiting for data, with the remedy where it is too much."""
+    """Format the share of time spent waiting for data, with the remedy if it is too much."""
     line = f"waiting for data: {share:.1%} {of_what}"
     if share <= StepClock.TOO_LONG:
         return line
@@ -140,3 +141,15 @@ def waiting_line(share: float, of_what: str, workers: int) -> str:
     if workers < cores:
         return f"{line}; raise training.dataloader_num_workers (now {workers}; {cores} cores here)"
     return f"{line}; more cores or a lower data.max_tiles would help ({workers} workers on {cores} cores here)"
+
+
+class BeforeFirstStep(TrainerCallback):
+    """Calls ``check`` once, after the model is wrapped and before the first step."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check: Callable[[], None] | None = check
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check, self._check = self._check, None
+        if check is not None:
+            check()

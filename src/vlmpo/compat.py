@@ -1,0 +1,178 @@
+"""Every private name of another library that vlmpo uses, each with its reason.
+
+Private names may change in any release, so no other module may use one, and ``tests/test_compat.py`` holds each to the
+form it has in the tested versions: transformers 5.23, accelerate 1.15, torch 2.11. A new version that changes one
+fails there, in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+# ---- transformers: models, configs and processors ----
+
+
+def name_or_path(config: Any) -> str | None:
+    """Return the name or folder that a model's config was loaded from, or None if the model was built in memory."""
+    return getattr(config, "_name_or_path", None) or None
+
+
+def is_image_text_config(config: Any) -> bool:
+    """Return whether ``AutoModelForImageTextToText`` has a class for ``config``; there is no public way to look it up.
+
+    transformers maps config classes to model classes in ``_model_mapping`` (a ``_LazyAutoMapping``).
+    """
+    from transformers import AutoModelForImageTextToText
+
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def attention_implementation(config: Any) -> str:
+    """Return the name of the attention that models of ``config`` use; there is only a setter that is public.
+
+    ``PreTrainedModel.set_attn_implementation`` sets it (``_attn_implementation``).
+    """
+    return str(config._attn_implementation)
+
+
+def layers_to_wrap(model: Any) -> set[str]:
+    """Return the class names of the layers that must stay whole when a model is sharded (``_no_split_modules``)."""
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
+def has_transformers_adapter(model: Any) -> bool:
+    """Return whether transformers itself, not PEFT, loaded an adapter into the model (``_hf_peft_config_loaded``)."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def router_class(module: Any) -> type | None:
+    """Return the class of the routers whose logits transformers records for ``module``; None if it records none.
+
+    ``_can_record_outputs`` maps names of outputs to recorders; the routers of every family are found by it.
+    """
+    recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+    return None if recorder is None else recorder.target_class
+
+
+def image_token_counter(processor: Any) -> Callable[..., Any] | None:
+    """Return the processor's function from image sizes to numbers of tokens, or None if it has none.
+
+    ``_get_num_multimodal_tokens(image_sizes=[[height, width], ...], **settings)`` counts without reading an image.
+    """
+    count: Callable[..., Any] | None = getattr(processor, "_get_num_multimodal_tokens", None)
+    return count
+
+
+def settings_merger(processor: Any) -> Callable[..., Any] | None:
+    """Return the function that merges and checks a processor's settings at each call, or None (``_merge_kwargs``)."""
+    merge: Callable[..., Any] | None = getattr(processor, "_merge_kwargs", None)
+    return merge
+
+
+def replace_settings_merger(processor: Any, merge: Callable[..., Any]) -> None:
+    """Make this one processor merge its settings by ``merge`` (``_merge_kwargs``)."""
+    processor._merge_kwargs = merge
+
+
+# ---- transformers: Trainer and TrainingArguments ----
+
+# Methods of transformers.Trainer that MPOTrainer overrides, with their parameters in transformers 5.23.
+TRAINER_OVERRIDES = {
+    "_determine_best_metric": "(self, metrics, trial)",
+    "_get_learning_rate": "(self)",
+    "_load_best_model": "(self)",
+    "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
+    "_prepare_inputs": "(self, inputs)",
+    "_push_from_checkpoint": "(self, checkpoint_folder)",
+    "_save_checkpoint": "(self, model, trial)",
+    "compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
+    "create_accelerator_and_postprocess": "(self)",
+    "create_model_card": (
+        "(self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, tasks=None, "
+        "dataset_tags=None, dataset=None, dataset_args=None)"
+    ),
+    "create_optimizer": "(self, model=None)",
+    "evaluate": "(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')",
+    "floating_point_ops": "(self, inputs)",
+    "get_batch_samples": "(self, epoch_iterator, num_batches, device)",
+    "get_eval_dataloader": "(self, eval_dataset=None)",
+    "get_train_dataloader": "(self)",
+    "init_hf_repo": "(self, token=None, private=None)",
+    "log": "(self, logs, start_time=None)",
+    "push_to_hub": (
+        "(self, commit_message='End of training', blocking=True, token=None, revision=None, private=None, **kwargs)"
+    ),
+    "save_model": "(self, output_dir=None, _internal_call=False)",
+    "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
+    "training_step": "(self, model, inputs, num_items_in_batch=None)",
+}
+
+# Private methods of transformers.Trainer that are called, likewise.
+TRAINER_USED = {"_get_output_dir": "(self, trial)"}
+
+
+def output_folder(trainer: Any, trial: Any) -> str:
+    """Return the folder that ``trainer`` writes its checkpoints into (``_get_output_dir``)."""
+    return str(trainer._get_output_dir(trial))
+
+
+def batch_size_per_device(trainer: Any) -> int:
+    """Return the batch size in use, which ``auto_find_batch_size`` may have lowered (``_train_batch_size``)."""
+    return int(trainer._train_batch_size)
+
+
+def use_one_gpu(args: Any) -> None:
+    """Keep Trainer from using all GPUs of one process by DataParallel; ``n_gpu`` has no setter (``_n_gpu``)."""
+    args._n_gpu = 1
+
+
+def fields_given_as_json() -> list[str]:
+    """Return the fields of TrainingArguments that may be given as JSON text (``_VALID_DICT_FIELDS``).
+
+    A subclass names its own such fields by setting the same attribute.
+    """
+    from transformers import TrainingArguments
+
+    return list(TrainingArguments._VALID_DICT_FIELDS)
+
+
+# ---- accelerate ----
+
+
+def set_gradient_sync(accelerator: Any, due: bool) -> None:
+    """Set whether gradients are due in the next backward pass (``GradientState._set_sync_gradients``).
+
+    accelerate itself sets it once a micro-batch; vlmpo has several backward passes in one.
+    """
+    accelerator.gradient_state._set_sync_gradients(due)
+
+
+def forget_model(accelerator: Any, model: Any) -> None:
+    """Remove a model that only answers from accelerate's list of models (``Accelerator._models``).
+
+    accelerate would keep it in memory for good, and write it with every saved state.
+    """
+    accelerator._models[:] = [other for other in accelerator._models if other is not model]
+
+
+def is_prepared(model: Any) -> bool:
+    """Return whether accelerate has prepared ``model`` for training (``_is_accelerate_prepared``)."""
+    return bool(getattr(model, "_is_accelerate_prepared", False))
+
+
+# ---- torch ----
+
+
+def is_dropout(module: Any) -> bool:
+    """Return whether ``module`` is a dropout layer of any dimension, with a rate ``p`` (``_DropoutNd``)."""
+    from torch.nn.modules.dropout import _DropoutNd
+
+    return isinstance(module, _DropoutNd)
+
+
+def is_batch_norm(module: Any) -> bool:
+    """Return whether ``module`` is a batch norm of any dimension (``_BatchNorm``)."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return isinstance(module, _BatchNorm)

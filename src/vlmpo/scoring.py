@@ -1,0 +1,79 @@
+"""How likely a model finds the responses of preference pairs, outside of any training run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.data.formats import as_pairs
+from vlmpo.models.adapters import unwrap_peft
+from vlmpo.models.families import support_for
+from vlmpo.train.config import row_tokens
+from vlmpo.tree import forward
+from vlmpo.tree.layout import PackedRow, PromptTree, build_row
+
+
+def response_logps(model: Any, processor: Any, pairs: Any, *, max_tiles: int = 12) -> list[tuple[float, float]]:
+    """Return the log-probabilities of each pair's chosen and rejected response, in nats, in order of ``pairs``.
+
+    Each is the sum over the response's tokens, the end of the turn included, without gradient and without dropout. The
+    prompt is read once for both responses if the model's family allows it. The model is left as it was.
+
+    Args:
+        model: a transformers model, text-only or not, or a PEFT model, which is read under its active adapter; it may
+            belong to an MPOTrainer.
+        processor: the model's own processor, or its tokenizer if it is text-only.
+        pairs: PreferencePairs, or records of any format vlmpo reads: a ``datasets.Dataset``, a list of dicts, anything
+            with ``len()`` and items by number.
+        max_tiles: tiles the images of a pair may take together.
+
+    Raises:
+        DataError: records of no known format, or a streaming data set, which has no length.
+        RecordError: a pair that cannot be scored, for example one without a rejected response.
+        ModelError: the processor has no usable chat template.
+    """
+    encoder = PairEncoder(processor, max_tiles=max_tiles)
+    base = unwrap_peft(model)
+    device = next(model.parameters()).device
+    logps: list[float] = []
+    with torch.no_grad(), _evaluating(model), forward.installed(base, support_for(base.config).shared) as shared:
+        for row in _rows(encoder, as_pairs(pairs, name="pairs"), shared, row_tokens(device.type)):
+            logps += forward.response_logps(model, [row.to(device)]).tolist()
+    return list(zip(logps[::2], logps[1::2], strict=True))
+
+
+def _rows(encoder: PairEncoder, pairs: Any, shared: bool, max_tokens: int) -> Iterator[PackedRow]:
+    """Encode pairs one by one and fill rows in their order, so that only one row's images are in memory."""
+    trees: list[PromptTree] = []
+    for index in range(len(pairs)):
+        pair = pairs[index]
+        encoded = encoder.encode(pair if pair.origin else replace(pair, origin=f"pairs[{index}]"))
+        assert encoded.rejected_ids is not None  # the encoder refuses a pair without
+        responses = (encoded.chosen_ids, encoded.rejected_ids)
+        tree = PromptTree(encoded.prompt_ids, responses, encoded.vision, encoded.token_types)
+        if not shared:
+            yield from (build_row([alone]) for alone in tree.separate())
+            continue
+        if trees and sum(other.num_tokens for other in trees) + tree.num_tokens > max_tokens:
+            yield build_row(trees)
+            trees = []
+        trees.append(tree)
+    if trees:
+        yield build_row(trees)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module of ``model`` into evaluation for the time of a ``with`` block."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,214 @@
+"""Private names of other libraries: each exists as recorded, and none is used outside of vlmpo.compat."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    TrainingArguments,
+)
+
+from tests import tiny_models
+from tests.paths import REPO
+from tests.zoo.text import build
+from vlmpo import MPOTrainer, compat
+
+SOURCE = REPO / "src" / "vlmpo"
+# Documented, although they begin with an underscore: methods of every NamedTuple.
+PUBLIC = {"_fields", "_replace", "_asdict", "_make"}
+
+
+def parameters(function: object) -> str:
+    """The signature without annotations: names, kinds and defaults."""
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+# ---- the contract ----
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded"), [*compat.TRAINER_OVERRIDES.items(), *compat.TRAINER_USED.items()], ids=lambda value: value
+)
+def test_the_trainers_methods_are_as_recorded(name: str, recorded: str) -> None:
+    assert parameters(inspect.getattr_static(Trainer, name)) == recorded
+
+
+def test_the_recorded_overrides_are_those_of_mpo_trainer() -> None:
+    own = MPOTrainer.__mro__[: MPOTrainer.__mro__.index(Trainer)]
+    overridden = {
+        name
+        for kind in own
+        for name, value in vars(kind).items()
+        if callable(value) and hasattr(Trainer, name) and not name.startswith("__")
+    }
+    assert overridden == set(compat.TRAINER_OVERRIDES)
+
+
+def test_names_of_models_and_configs() -> None:
+    assert PreTrainedConfig()._name_or_path == ""
+    assert compat.name_or_path(PreTrainedConfig()) is None
+    assert compat.name_or_path(None) is None
+    config = PreTrainedConfig()
+    config._name_or_path = "somewhere"
+    assert compat.name_or_path(config) == "somewhere"
+    assert "_model_mapping" in vars(AutoModelForImageTextToText)
+    assert compat.is_image_text_config(tiny_models.model().config)
+    assert not compat.is_image_text_config(LlamaConfig())
+    assert {"_no_split_modules", "_can_record_outputs", "_hf_peft_config_loaded"} <= set(dir(PreTrainedModel))
+    assert compat.attention_implementation(build(0, "llama").config) == "sdpa"
+    assert compat.layers_to_wrap(build(0, "llama")) == {"LlamaDecoderLayer"}
+    assert not compat.has_transformers_adapter(build(0, "llama"))
+
+
+def test_routers_are_found_by_what_transformers_records() -> None:
+    assert MixtralForCausalLM._can_record_outputs["router_logits"].target_class.__name__ == "MixtralTopKRouter"
+    model = build(0, "mixtral", num_local_experts=2, num_experts_per_tok=1)
+    assert compat.router_class(model).__name__ == "MixtralTopKRouter"
+    assert compat.router_class(torch.nn.Linear(1, 1)) is None
+
+
+def test_names_of_processors() -> None:
+    expected = "(self, ModelProcessorKwargs=None, tokenizer_init_kwargs=None, **kwargs)"
+    assert parameters(ProcessorMixin._merge_kwargs) == expected
+    processor = tiny_models.processor()
+    assert compat.settings_merger(processor) == processor._merge_kwargs
+    assert compat.settings_merger(None) is None
+    assert parameters(type(processor)._get_num_multimodal_tokens) == "(self, image_sizes=None, **kwargs)"
+    count = compat.image_token_counter(processor)
+    assert count is not None
+    assert len(count(image_sizes=[[60, 60]], images_kwargs={})["num_image_tokens"]) == 1
+    assert compat.image_token_counter(None) is None
+
+
+def test_names_of_training_arguments(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    assert args._n_gpu == args.n_gpu == 0
+    compat.use_one_gpu(args)
+    assert args.n_gpu == 1
+    assert "lr_scheduler_kwargs" in compat.fields_given_as_json()
+
+
+def test_names_of_the_trainer(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=3)
+    trainer = Trainer(torch.nn.Linear(1, 1), args)
+    assert compat.batch_size_per_device(trainer) == 3
+    assert compat.output_folder(trainer, None) == str(tmp_path)
+
+
+def test_names_of_accelerate() -> None:
+    assert parameters(GradientState._set_sync_gradients) == "(self, sync_gradients)"
+    accelerator = Accelerator(cpu=True)
+    for due in (False, True):
+        compat.set_gradient_sync(accelerator, due)
+        assert accelerator.sync_gradients is due
+    first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    assert not compat.is_prepared(first)
+    prepared = [accelerator.prepare(model) for model in (first, second)]
+    assert compat.is_prepared(prepared[0])
+    compat.forget_model(accelerator, prepared[0])
+    assert [id(model) for model in accelerator._models] == [id(prepared[1])]
+    accelerator.free_memory()
+
+
+def test_names_of_torch() -> None:
+    dropouts = (torch.nn.Dropout, torch.nn.Dropout2d, torch.nn.AlphaDropout)
+    assert all(compat.is_dropout(kind()) for kind in dropouts)
+    norms = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)
+    assert all(compat.is_batch_norm(kind(2)) for kind in norms)
+    assert not compat.is_dropout(torch.nn.Linear(1, 1))
+    assert not compat.is_batch_norm(torch.nn.LayerNorm(1))
+
+
+# ---- nobody else uses private names ----
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_" and name not in PUBLIC
+
+
+def defined_names(tree: ast.AST) -> Iterator[str]:
+    """Names that a module itself makes: functions, classes, variables, attributes it sets."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            base = node.value
+            if (isinstance(base, ast.Name) and base.id == "self") or node.attr.startswith("_vlmpo"):
+                yield node.attr
+
+
+def private_uses(tree: ast.AST, own: set[str]) -> Iterator[str]:
+    """Private names of other packages that a module uses, as ``line: name``."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] != "vlmpo":
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+            named = node.args[1]
+            if node.func.id in ("getattr", "hasattr", "setattr", "delattr") and isinstance(named, ast.Constant):
+                names = [str(named.value)]
+        yield from (f"{node.lineno}: {name}" for name in names if private(name) and name not in own)
+
+
+def test_private_names_are_used_in_compat_alone() -> None:
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+    own = {name for path, tree in trees.items() if path.name != "compat.py" for name in defined_names(tree)}
+    found = {
+        str(path.relative_to(SOURCE)): uses
+        for path, tree in trees.items()
+        if path != SOURCE / "compat.py" and (uses := list(private_uses(tree, own)))
+    }
+    assert found == {}, "add a function to vlmpo/compat.py, with its contract in this file"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "accelerator._models.clear()",
+        "args._n_gpu = 1",
+        "getattr(model, '_no_split_modules', None)",
+        "setattr(model, '_no_split_modules', [])",
+        "from torch.nn.modules.dropout import _DropoutNd",
+        "from transformers._somewhere import name",
+        "import torch._dynamo",
+    ],
+)
+def test_a_breach_is_seen(source: str) -> None:
+    tree = ast.parse(source)
+    assert len(list(private_uses(tree, set(defined_names(tree))))) == 1
+
+
+def test_what_is_allowed_is_let_through() -> None:
+    source = "class A:\n    def __init__(self):\n        self._own = 1\n\n\ndef f(a, row):\n    a._own, row._replace()"
+    tree = ast.parse(source)
+    assert list(private_uses(tree, set(defined_names(tree)))) == []
+    assert list(private_uses(ast.parse("from vlmpo.data import _private"), set())) == []
+
+
+def test_replacing_the_merger_leaves_the_class_alone() -> None:
+    processor = SimpleNamespace(_merge_kwargs=None)
+    compat.replace_settings_merger(processor, len)
+    assert compat.settings_merger(processor) is len
