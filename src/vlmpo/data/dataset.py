@@ -233,20 +233,26 @@ class PairDataset:
         source_of = np.searchsorted(self._bounds, self._rows, side="right") - 1
         ends = np.cumsum(np.bincount(source_of, minlength=len(self._files)))
         pairs_of = np.split(np.argsort(source_of, kind="stable"), ends[:-1])
-        records_of = [self._rows[pairs] - first for pairs, first in zip(pairs_of, self._bounds, strict=False)]
-        distinct_of = [np.flatnonzero(np.bincount(records)) for records in records_of]  # np.unique is ten times slower
-        total, done = sum(len(records) for records in distinct_of), 0
+        del source_of  # one number a pair
+
+        def records_of(source: int) -> tuple[Indices, Indices]:
+            """Return the record of each pair of a source, and these records ascending, each once."""
+            records = self._rows[pairs_of[source]] - self._bounds[source]
+            return records, np.flatnonzero(np.bincount(records))  # np.unique takes ten times as long
+
+        total, done = sum(len(records_of(source)[1]) for source in range(len(self._files))), 0
 
         def show(records_read: int, _: int) -> None:
             assert progress is not None
             progress(done + records_read, total)
 
-        for file, pairs, records, distinct in zip(self._files, pairs_of, records_of, distinct_of, strict=True):
+        for source, file in enumerate(self._files):
+            records, distinct = records_of(source)
             wait = None if waiting is None else functools.partial(waiting, file.path)
             index = file.index(distinct, self.need_rejected, None if progress is None else show, wait)
             rows = index.find(records)
             assert rows is not None
-            yield ScannedSource(file.name, pairs, index.take(rows))
+            yield ScannedSource(file.name, pairs_of[source], index.take(rows))
             done += len(distinct)
         _add_notice(self._cache, self.notices)
 
