@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: install demo test lint bench accept format clean
+.PHONY: install demo test test-fast test-all lint bench accept format clean
 
 install: $(READY)
 
@@ -24,15 +24,23 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
+	$(BIN)/python -m pytest -q --ignore tests/acceptance
+
+# Tests that neither train nor start processes.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -q --ignore tests/acceptance -m "not slow"
+
+# Every test, the acceptance runs too.
+test-all: lint
 	$(BIN)/python -m pytest -q
 
 # Time and memory of a step against TRL, plain code and the floor, side by side; some twenty minutes on two idle cores.
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench
 
-# The long runs on real pairs; about a quarter of an hour. They read ../shared/data and skip where it is absent.
+# The long runs on real pairs, about a quarter of an hour. They read ../shared/data and are skipped if it is absent.
 accept: $(READY)
-	$(BIN)/python -m pytest -q -s accept
+	$(BIN)/python -m pytest -q -s tests/acceptance
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,9 @@
 """One arm of the benchmark, in a process of its own: ``python -m benchmarks.arms ARM SHAPE FOLDER [fill]``.
 
-Trains step by step: reads a line from stdin, takes one optimizer step, writes one JSON line with its seconds, loss and
-pairs. At the end of stdin it writes its peak memory and ends. So the arms of a shape can take turns, each keeping its
-memory to itself. With ``fill`` it writes the reference's log-probs into the arm's store instead, as ``vlmpo cache``
-does: what is measured of an arm with a store is every epoch but the first.
+For each line on stdin it takes one optimizer step and writes a JSON line with the step's seconds, loss and pairs. At
+the end of stdin it writes its peak memory and ends. So the arms of a shape can take turns, each in memory of its own.
+With ``fill`` it writes the reference's log-probs into the arm's store instead, as ``vlmpo cache`` does: a cached arm
+measures every epoch but the first.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.models.loading import load_model, load_processor
 
 PROMPTS = 12
-RATE = 1e-6  # as published; Adam's first steps blow up what rounding does to small gradients, by the rate
+RATE = 1e-6  # as published; in Adam's first steps, rounding errors of small gradients change weights by the whole rate
 GROUPS = {"vlmpo, grouped by 3, cached": 3, "vlmpo, grouped by 5, cached": 5}
 CACHED = ("vlmpo, cached", *GROUPS)
 
 
 class Turns:
-    """Waits for the word to take a step, and tells how long it took.
+    """Takes a step for each line on stdin and writes how long it took.
 
-    A step lasts from the word to the end of the optimizer's step: fetching the pairs is in it.
+    A step lasts from the line to the end of the optimizer step, so it includes fetching the pairs.
     """
 
     def __init__(self, pairs_a_step: int) -> None:
@@ -44,23 +44,23 @@ class Turns:
         self._started = 0.0
 
     def wait(self) -> None:
-        """Returns when a step is asked for; ends the process when none is any more."""
+        """Return when a line comes; end the process when stdin ends."""
         if not sys.stdin.readline():
-            self._tell({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+            self._write({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
             sys.exit(0)
         self._started = time.perf_counter()
 
     def done(self, loss: float | None) -> None:
-        """The step is over."""
-        self._tell({"seconds": time.perf_counter() - self._started, "loss": loss, "pairs": self.pairs})
+        """Write the record of the step that ends now."""
+        self._write({"seconds": time.perf_counter() - self._started, "loss": loss, "pairs": self.pairs})
 
-    def _tell(self, found: dict[str, Any]) -> None:
-        self._out.write(json.dumps(found) + "\n")
+    def _write(self, record: dict[str, Any]) -> None:
+        self._out.write(json.dumps(record) + "\n")
         self._out.flush()
 
 
 def common(folder: str, pairs_a_step: int) -> dict[str, Any]:
-    """Settings that all trainers share."""
+    """Return the settings that all trainers share."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": pairs_a_step,
@@ -80,7 +80,7 @@ def common(folder: str, pairs_a_step: int) -> dict[str, Any]:
 
 
 def drive(trainer: Any, turns: Turns) -> None:
-    """Train ``trainer``, a step a turn."""
+    """Train ``trainer``, one step a turn."""
     from transformers import TrainerCallback
 
     class Drive(TrainerCallback):
@@ -97,7 +97,7 @@ def drive(trainer: Any, turns: Turns) -> None:
 
 
 def trl_arm(shape: Shape, folder: Path, turns: Turns) -> None:
-    """(i) TRL's DPOTrainer with its MPO setting, which leaves the reward shift out."""
+    """Train with TRL's DPOTrainer under its MPO setting, which leaves the reward shift out (i)."""
     import datasets
     import trl
 
@@ -139,7 +139,7 @@ def trl_arm(shape: Shape, folder: Path, turns: Turns) -> None:
 
 
 def vlmpo_trainer(shape: Shape, folder: Path, arm: str) -> MPOTrainer:
-    """(iii), (iv) and (v): vlmpo, its reference online or in a store, pairs of a prompt together or not."""
+    """Return vlmpo's trainer, its reference online or in a store, pairs grouped by prompt or not (iii, iv, v)."""
     group = GROUPS.get(arm, 1)
     settings = common(str(folder / arm.replace(" ", "-")), GROUPS.get(arm, shape.pairs_a_step))
     settings |= {"reward_shift": "none", "nll_reduction": "token", "group_by_prompt": group}
@@ -156,7 +156,7 @@ PlainLoss = Callable[[Any, Any, list[EncodedPair]], Tensor]
 
 
 def batches(shape: Shape, folder: Path, encoder: PairEncoder) -> Iterator[list[EncodedPair]]:
-    """The pairs of each step, encoded when the step asks for them, over and over."""
+    """Yield the pairs of each step, encoded in that step, over and over."""
     data, at = make_data(shape, folder, PROMPTS), 0
     while True:
         taken = [data[(at + number) % len(data)] for number in range(shape.pairs_a_step)]
@@ -165,7 +165,7 @@ def batches(shape: Shape, folder: Path, encoder: PairEncoder) -> Iterator[list[E
 
 
 def plain_loop(shape: Shape, folder: Path, turns: Turns, loss_of: PlainLoss, two: bool) -> None:
-    """A training loop in the fewest words; ``two`` models where the loss wants a reference."""
+    """Train in as little code as possible; with ``two`` models if the loss needs a reference."""
     checkpoint = make_checkpoint(shape, folder, PROMPTS)
     model = load_model(checkpoint).train()
     reference = load_model(checkpoint).eval() if two else None
@@ -182,7 +182,7 @@ def plain_loop(shape: Shape, folder: Path, turns: Turns, loss_of: PlainLoss, two
 
 
 def padded_logps(model: Any, pairs: list[EncodedPair]) -> Tensor:
-    """Log-prob of each response, ``[2 * pairs]``, chosen ones first: a padded row each, logits of every token."""
+    """Return each response's log-prob, ``[2 * pairs]``, chosen ones first, from a padded row each and all logits."""
     rows = [(pair, response) for pair in pairs for response in (pair.chosen_ids,)]
     rows += [(pair, pair.rejected_ids) for pair in pairs if pair.rejected_ids is not None]
     length = max(pair.prompt_ids.numel() + response.numel() for pair, response in rows)
@@ -200,7 +200,7 @@ def padded_logps(model: Any, pairs: list[EncodedPair]) -> Tensor:
 
 
 def two_rows_loss(model: Any, reference: Any, pairs: list[EncodedPair]) -> Tensor:
-    """(ii) Two padded rows a pair through policy and reference."""
+    """Return the loss from two padded rows a pair, through policy and reference (ii)."""
     count = len(pairs)
     policy = padded_logps(model, pairs)
     with torch.no_grad():
@@ -211,7 +211,7 @@ def two_rows_loss(model: Any, reference: Any, pairs: list[EncodedPair]) -> Tenso
 
 
 def floor_loss(model: Any, reference: Any, pairs: list[EncodedPair]) -> Tensor:
-    """(vi) The model's own forward over the unique tokens, logits only where a response token is predicted."""
+    """Return the loss of the model's own forward over the unique tokens, with logits for response tokens only (vi)."""
     total = torch.zeros(())
     for pair in pairs:
         responses = [ids for ids in (pair.chosen_ids, pair.rejected_ids) if ids is not None]
@@ -223,7 +223,7 @@ def floor_loss(model: Any, reference: Any, pairs: list[EncodedPair]) -> Tensor:
 
 
 def run(arm: str, shape: Shape, folder: Path, turns: Turns) -> None:
-    """Train as ``arm`` does, until no step is asked for any more."""
+    """Train as ``arm`` does until stdin ends."""
     if arm == "TRL 1.16":
         trl_arm(shape, folder, turns)
     elif arm == "two padded rows":
@@ -238,7 +238,7 @@ ARMS = ("TRL 1.16", "two padded rows", "vlmpo, online", *CACHED, "floor")
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     arm, shape, folder = sys.argv[1], SHAPES[sys.argv[2]], Path(sys.argv[3])
     torch.manual_seed(0)
     if sys.argv[4:] == ["fill"]:

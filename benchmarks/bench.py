@@ -1,15 +1,15 @@
-"""Seconds a step and peak memory, side by side in one run: vlmpo against TRL, plain code, and the floor.
+"""Seconds a step and peak memory of vlmpo, TRL, plain code and the floor, side by side in one run.
 
     python -m benchmarks.bench [--shapes "7 tiles" ...] [--arms "TRL 1.16" ...] [--repeats 3]
 
 Every arm trains the same weights on the same pairs in the same precision (float32 on a CPU), optimizer step and data
-feeding included, in a process of its own. The arms of a shape take turns, a few steps each, so that whatever else the
-machine does meets all of them alike. Reported: the median of all steps with minimum and maximum, pairs a second as a
-ratio to TRL's in the same run, peak memory of the process. TRL leaves the reward shift out, so vlmpo runs without it
-here, and the losses of the first steps must agree. Writes ``benchmarks/results/bench.json`` and ``bench.md``.
+loading included, in a process of its own. The arms of a shape take turns, a few steps each, so that other work on the
+machine slows all of them alike. Reported are the median of all steps with minimum and maximum, pairs a second as a
+ratio to TRL's in the same run, and the process's peak memory. TRL leaves the reward shift out, so vlmpo runs without
+it here, and the losses of the first steps must agree. Writes ``benchmarks/results/bench.json`` and ``bench.md``.
 
-Where there is a CUDA device the arms are those of ``benchmarks/gpu_check.py``, at the shapes of InternVL3-1B and 8B
-with random weights; shapes and arms cannot be chosen there.
+On a CUDA device the arms are those of ``benchmarks/gpu_check.py``, at the shapes of InternVL3-1B and 8B with random
+weights; shapes and arms cannot be chosen there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,11 +32,12 @@ from benchmarks.arms import ARMS, CACHED, GROUPS
 from benchmarks.gpu_check import check
 from benchmarks.shapes import SHAPES, VISONLYQA, Shape
 
-RESULTS = Path(__file__).resolve().parent / "results"
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "benchmarks" / "results"
 PEER = "TRL 1.16"
 SAME_STEPS = (PEER, "two padded rows", "vlmpo, online", "vlmpo, cached")  # the same pairs in the same steps
-AGREEMENT = 1e-5  # relative, of the losses of their first steps
-# A step of the padded arms takes up to half a minute at the largest shapes: not every arm at every shape.
+AGREEMENT = 1e-5  # largest relative difference between the losses of their first steps
+# A step of the padded arms takes up to half a minute at the largest shapes, so these run fewer arms.
 FEW = (PEER, "vlmpo, online", "vlmpo, cached", "floor")
 ONLY = {"7 tiles, vocabulary 151k": FEW, "7 tiles of 256 tokens": FEW}
 WARM_UP = 1
@@ -46,70 +48,88 @@ LEGEND = (
 )
 
 
-class Arm:
-    """One arm's process."""
+class Worker:
+    """A process that takes a step for each line it is given, and writes its peak memory when no more lines come.
 
-    def __init__(self, name: str, shape: Shape, folder: str) -> None:
+    Attributes:
+        name: of the arm.
+        steps: the record of each step; ``cpu_seconds`` are those that the process computed, on all cores.
+    """
+
+    def __init__(self, name: str, command: list[str], folder: str, root: Path = REPO) -> None:
+        """Start Python with ``command`` on the source tree at ``root``; what goes wrong is logged in ``folder``."""
         self.name = name
         self.steps: list[dict[str, Any]] = []
-        self._log = open(Path(folder) / "log.txt", "ab")  # noqa: SIM115  closed with the process
-        command = [sys.executable, "-m", "benchmarks.arms", name, shape.name, folder]
-        if name in CACHED and subprocess.run([*command, "fill"], stdout=self._log, stderr=self._log).returncode:
-            raise SystemExit(f"arm {name!r}, filling its store:\n{self._tail()}")
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
+        self._log = Path(folder) / "log.txt"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=root,
+                env={**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"},
+            )
 
-    def step(self, keep: bool = True) -> None:
-        """Take one step; its record is kept."""
+    def step(self) -> None:
+        """Take one step and keep its record."""
         assert self._process.stdin is not None
+        started = self._cpu_seconds()
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        found = self._read()
-        if keep:
-            self.steps.append(found)
-        else:
-            self.first = found
+        record = self._read()
+        self.steps.append({**record, "cpu_seconds": self._cpu_seconds() - started})
+
+    def end(self) -> float:
+        """End the process and return its peak memory in MiB."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        peak = self._read()["peak_mib"]
+        self._process.wait()
+        return float(peak)
+
+    def wait(self) -> None:
+        """Wait for a process that takes no steps, or raise SystemExit with the end of its log."""
+        if self._process.wait():
+            self._fail()
+
+    def _cpu_seconds(self) -> float:
+        return time.clock_gettime((~self._process.pid << 3) | 2)  # on Linux, the CPU clock of another process
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"arm {self.name!r} ended early:\n{self._tail()}")
+            self._fail()
         return json.loads(line)
 
-    def _tail(self) -> str:
-        return Path(self._log.name).read_text()[-3000:]
-
-    def end(self) -> float:
-        """Let it end; its peak memory in MiB."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        peak = self._read()["peak_mib"]
-        self._process.wait()
-        self._log.close()
-        return float(peak)
+    def _fail(self) -> NoReturn:
+        raise SystemExit(f"arm {self.name!r} ended early:\n{self._log.read_text()[-3000:]}")
 
 
-def arms_of(shape: Shape, asked: list[str] | None) -> list[str]:
-    """The arms that run at ``shape``."""
-    most = 3 if shape.real else 5 if shape.tiles else 1  # grouping is about images; no real prompt has more pairs
-    names = [name for name in ONLY.get(shape.name, ARMS) if GROUPS.get(name, 1) <= most]
-    return [name for name in names if asked is None or name in asked]
+def start_arm(name: str, shape: Shape, folder: str, root: Path = REPO) -> Worker:
+    """Start an arm of the source tree at ``root`` and take its warm-up steps; a cached arm's store is filled first."""
+    command = ["-m", "benchmarks.arms", name, shape.name, folder]
+    if name in CACHED:
+        Worker(name, [*command, "fill"], folder, root).wait()
+    arm = Worker(name, command, folder, root)
+    for _ in range(WARM_UP):
+        arm.step()
+    return arm
+
+
+def arms_of(shape: Shape, names: list[str] | None) -> list[str]:
+    """Return the arms that run at ``shape``, or those of ``names`` among them."""
+    most = 3 if shape.real else 5 if shape.tiles else 1  # grouping pays with images; no real prompt has more pairs
+    possible = [name for name in ONLY.get(shape.name, ARMS) if GROUPS.get(name, 1) <= most]
+    return [name for name in possible if names is None or name in names]
 
 
 def measure(shape: Shape, names: list[str], repeats: int) -> dict[str, Any]:
-    """All arms at one shape, taking turns."""
+    """Measure the arms at one shape, taking turns."""
     with tempfile.TemporaryDirectory() as folder:
-        arms = []
-        for name in names:  # one after the other: start-up and warm-up
-            arms.append(Arm(name, shape, folder))
-            for _ in range(WARM_UP):
-                arms[-1].step(keep=False)
+        arms = [start_arm(name, shape, folder) for name in names]
         for _ in range(repeats):
             for arm in arms:
                 for _ in range(shape.steps):
@@ -118,9 +138,9 @@ def measure(shape: Shape, names: list[str], repeats: int) -> dict[str, Any]:
     return {arm.name: summary(arm, peaks[arm.name]) for arm in arms}
 
 
-def summary(arm: Arm, peak: float) -> dict[str, Any]:
-    """What is reported of an arm."""
-    seconds = [step["seconds"] for step in arm.steps]
+def summary(arm: Worker, peak: float) -> dict[str, Any]:
+    """Return the figures of an arm."""
+    seconds = [step["seconds"] for step in arm.steps[WARM_UP:]]
     pairs = arm.steps[0]["pairs"]
     return {
         "seconds": statistics.median(seconds),
@@ -128,34 +148,35 @@ def summary(arm: Arm, peak: float) -> dict[str, Any]:
         "max": max(seconds),
         "pairs_per_second": pairs / statistics.median(seconds),
         "peak_mib": peak,
-        "first_losses": [arm.first["loss"], *(step["loss"] for step in arm.steps[:2])],
+        "first_losses": [step["loss"] for step in arm.steps[:3]],
     }
 
 
-def disagreement(found: dict[str, Any]) -> float:
-    """How far the losses of the first steps are apart between arms that took the same pairs, relative."""
-    losses = [found[name]["first_losses"] for name in SAME_STEPS if name in found]
+def disagreement(figures: dict[str, Any]) -> float:
+    """Return the largest relative difference between the first losses of arms that took the same pairs."""
+    losses = [figures[name]["first_losses"] for name in SAME_STEPS if name in figures]
     return max((max(step) - min(step)) / abs(min(step)) for step in zip(*losses, strict=True)) if losses else 0.0
 
 
-def table(shape: str, found: dict[str, Any]) -> list[str]:
-    """One shape as Markdown."""
-    peer = found.get(PEER)
+def table(shape: str, figures: dict[str, Any]) -> list[str]:
+    """Return one shape as lines of Markdown."""
+    peer = figures.get(PEER)
     lines = [f"### {shape}", "", "| arm | s a step (min - max) | pairs/s | to TRL | peak MiB | to TRL |"]
     lines.append("|---|---|---|---|---|---|")
-    for name, arm in found.items():
+    for name, arm in figures.items():
         speed = f"{arm['pairs_per_second'] / peer['pairs_per_second']:.2f}x" if peer else "-"
         memory = f"{arm['peak_mib'] / peer['peak_mib']:.2f}x" if peer else "-"
         spread = f"{arm['seconds']:.3f} ({arm['min']:.3f} - {arm['max']:.3f})"
         lines.append(
             f"| {name} | {spread} | {arm['pairs_per_second']:.2f} | {speed} | {arm['peak_mib']:.0f} | {memory} |"
         )
-    told = f"Losses of the first {len(next(iter(found.values()))['first_losses'])} steps agree to"
-    return [*lines, "", f"{told} {disagreement(found):.1e} (TRL, two padded rows, online, cached).", ""]
+    steps = len(next(iter(figures.values()))["first_losses"])
+    agreement = f"{disagreement(figures):.1e} (TRL, two padded rows, online, cached)"
+    return [*lines, "", f"Losses of the first {steps} steps agree to {agreement}.", ""]
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=None)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=None)
@@ -179,11 +200,11 @@ def main() -> None:
     command = "python -m benchmarks.bench " + " ".join(f'"{arg}"' if " " in arg else arg for arg in sys.argv[1:])
     record = {"command": command.strip(), "machine": machine, "shapes": results}
     (options.output / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [line for name, found in results.items() for line in table(name, found)]
+    lines = [line for name, figures in results.items() for line in table(name, figures)]
     head = ["# Benchmark", "", f"`{record['command']}` on {machine['cores']} cores, {machine['threads']} threads.", ""]
     head += [LEGEND, ""]
     (options.output / "bench.md").write_text("\n".join([*head, *lines]))
-    apart = {name: value for name, found in results.items() if (value := disagreement(found)) > AGREEMENT}
+    apart = {name: value for name, figures in results.items() if (value := disagreement(figures)) > AGREEMENT}
     if apart:
         raise SystemExit(f"losses of the arms are more than {AGREEMENT} apart: {apart}")
 

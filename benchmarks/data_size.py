@@ -1,19 +1,18 @@
-"""Seconds and memory to open a large MMPR set, the first time and the second.
+"""Seconds and memory to open a large MMPR data set, the first time and the second.
 
     python -m benchmarks.data_size [--lines 3000000] [--images 4000] [--line-bytes 1000]
 
-Writes a set as MMPR's are (meta.json, four .jsonl files, small images that many pairs share, some lines and images that
-cannot be used), and opens it twice, each time in a fresh process, with an empty cache first: all that ``vlmpo train``
-does before it loads the model (lines indexed, records screened, images looked for, 2 % held out by image, what both
-sides share found by content). Both have to find the same. Then two DataLoader workers read pairs at random. Everything
-is deleted; ``benchmarks/results/data_size.json`` and ``data_size.md`` stay. The files have just been written, so they
-are in the page cache if they fit: a first opening from a slow disk takes longer.
+Writes a data set in the layout of MMPR (meta.json, four .jsonl files, small images that many pairs share, some unusable
+lines and images) and opens it twice, each time in a fresh process, the first time with an empty cache. Opening is all
+that ``vlmpo train`` does before it loads the model: index the lines, filter the records, look for the images, hold 2 %
+of the images out, find what both sides share by content. Both openings must find the same. Then two DataLoader workers
+read pairs at random. Everything but ``benchmarks/results/data_size.json`` and ``data_size.md`` is deleted. The files
+have just been written, so they are in the page cache if they fit; a first opening from a slow disk takes longer.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import os
@@ -33,7 +32,7 @@ from PIL import Image
 RESULTS = Path(__file__).resolve().parent / "results"
 SETS = 4
 READ_BY_WORKERS = 20_000
-FREE_AFTER = 5 << 30  # bytes of disk left alone
+FREE_AFTER = 5 << 30  # bytes of disk to leave free
 _TEXT = "the bar line chart shows which value is higher than in year of and a color highest label answer so"
 
 
@@ -41,12 +40,12 @@ _TEXT = "the bar line chart shows which value is higher than in year of and a co
 
 
 def write_set(folder: Path, lines: int, images: int, line_bytes: int) -> int:
-    """meta.json, annotations and images; returns bytes of the annotations."""
+    """Write meta.json, annotations and images; return the bytes of the annotations."""
     (folder / "images").mkdir(parents=True)
     generator = np.random.default_rng(0)
     for number in range(images):
         buffer = io.BytesIO()
-        height, width = generator.integers(8, 60, 2)  # so that few files are of one size, as among real ones
+        height, width = generator.integers(8, 60, 2)  # few files have the same size, as in real data
         Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
         (folder / "images" / f"{number:06}.png").write_bytes(buffer.getvalue())
     meta = {}
@@ -60,7 +59,7 @@ def write_set(folder: Path, lines: int, images: int, line_bytes: int) -> int:
 
 
 def write_lines(path: Path, seed: int, count: int, images: int, line_bytes: int) -> None:
-    """Lines of about ``line_bytes``: 5 % text only, 1 in 5000 whose image is not there, 1 in 7000 unusable."""
+    """Write lines of about ``line_bytes``: 5 % text only, 1 in 5000 with a missing image, 1 in 7000 unusable."""
     draw = random.Random(seed)
     texts = [" ".join(draw.choices(_TEXT.split(), k=60)) for _ in range(500)]
     fill = max(40, (line_bytes - 130) // 3)
@@ -78,7 +77,7 @@ def write_lines(path: Path, seed: int, count: int, images: int, line_bytes: int)
 
 
 def write_recipe(folder: Path) -> Path:
-    """A recipe that trains on the set."""
+    """Write a recipe that trains on the data set; return its path."""
     path = folder / "recipe.yaml"
     path.write_text(
         f"model:\n  path: none\ndata:\n  train: ['{folder / 'set' / 'meta.json'}']\n  hold_out: 0.02\n"
@@ -91,22 +90,27 @@ def write_recipe(folder: Path) -> Path:
 
 
 def peak_bytes(who: str = "self") -> int:
-    """Most memory the process held at a time, pages of mapped files among it."""
+    """Return the peak memory of the process, pages of mapped files included."""
     lines = Path(f"/proc/{who}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def own_bytes() -> int:
-    """Memory that this process shares with no other."""
+    """Return the memory that this process shares with no other."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) * 1024
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of those it started and waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def open_once(recipe_path: str) -> dict[str, Any]:
-    """Open the recipe's data as ``vlmpo train`` does."""
+    """Open the recipe's data as ``vlmpo train`` does; return the figures and what was found."""
     started = time.perf_counter()
     from vlmpo.commands.run_data import open_run_data, overlaps_with_training
-    from vlmpo.recipe import load_recipe
+    from vlmpo.recipe_yaml import load_recipe
 
     recipe = load_recipe(recipe_path)
     result: dict[str, Any] = {"import_seconds": time.perf_counter() - started, "import_peak_bytes": peak_bytes()}
@@ -118,6 +122,7 @@ def open_once(recipe_path: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "overlap_seconds": time.perf_counter() - opened,
         "peak_bytes": peak_bytes(),
+        "cpu_seconds": cpu_seconds(),
         "reader_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }
     held_out = data.evaluation["held_out"]
@@ -127,13 +132,13 @@ def open_once(recipe_path: str) -> dict[str, Any]:
         "dropped": data.screened.reasons(),
         "examples": data.screened.examples,
         "overlap": {name: [o.items, o.with_seen_image, o.seen_whole] for name, o in overlaps.items()},
-        "rows": hashlib.blake2b(data.train._rows.tobytes() + held_out._rows.tobytes()).hexdigest(),
+        "pairs": [data.train.fingerprint(), held_out.fingerprint()],
     }
     return result | {"found": found, "workers": read_in_workers(data.train)}
 
 
 def read_in_workers(pairs: Any) -> dict[str, Any]:
-    """Pairs a second of two DataLoader workers, and the most memory one of them held."""
+    """Return the pairs a second of two DataLoader workers, and the peak memory of one of them."""
     from torch.utils.data import DataLoader
 
     order = np.random.default_rng(0).integers(0, len(pairs), READ_BY_WORKERS).tolist()
@@ -156,7 +161,7 @@ def _weigh(batch: list[Any]) -> tuple[int, int, int]:
 
 
 def measure(folder: Path, lines: int, images: int, line_bytes: int) -> dict[str, Any]:
-    """The set written, opened twice, and what the cache then holds."""
+    """Write the data set, open it twice, and return the figures."""
     started = time.perf_counter()
     size = write_set(folder / "set", lines, images, line_bytes)
     print(f"{lines} lines, {size / 1e9:.2f} GB, written in {time.perf_counter() - started:.0f} s", flush=True)
@@ -182,13 +187,14 @@ def measure(folder: Path, lines: int, images: int, line_bytes: int) -> dict[str,
     }
 
 
-def row(name: str, found: dict[str, Any]) -> str:
-    """One opening as a row of the table."""
-    workers = found["workers"]
+def row(name: str, opening: dict[str, Any]) -> str:
+    """Return one opening as a row of the table."""
+    workers = opening["workers"]
     figures = [
-        f"{found['seconds']:.1f} s",
-        f"{found['peak_bytes'] / 1e9:.2f} GB",
-        f"{found['import_peak_bytes'] / 1e9:.2f} GB",
+        f"{opening['seconds']:.1f} s",
+        f"{opening['cpu_seconds']:.1f} s",
+        f"{opening['peak_bytes'] / 1e9:.2f} GB",
+        f"{opening['import_peak_bytes'] / 1e9:.2f} GB",
         f"{workers['peak_bytes'] / 1e9:.2f} GB, {workers['own_bytes'] / 1e9:.2f} GB its own",
         f"{workers['pairs_per_second']:.0f}",
     ]
@@ -196,8 +202,16 @@ def row(name: str, found: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    head = ["opening", "time", "peak memory", "of it, after imports", "DataLoader worker, peak", "pairs/s, 2 workers"]
+    """Return the results as Markdown."""
+    head = [
+        "opening",
+        "time",
+        "CPU time, imports included",
+        "peak memory",
+        "of it, after imports",
+        "DataLoader worker, peak",
+        "pairs/s, 2 workers",
+    ]
     return "\n".join(
         [
             f"{result['lines']:,} lines ({result['annotation_bytes'] / 1e9:.2f} GB) on {result['images']:,} images, "
@@ -213,7 +227,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=3_000_000)
     parser.add_argument("--images", type=int, default=4000)

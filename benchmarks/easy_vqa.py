@@ -1,12 +1,12 @@
-"""From questions to a better model on real data: easy-VQA, a tiny model from scratch, four arms, held-out test images.
+"""From questions to a better model on real data: easy-VQA, a tiny model from scratch, four arms, the test images.
 
     python -m benchmarks.easy_vqa [--seeds 0 1 2] [--data ../shared/data/easy_vqa] [--output runs/easy_vqa]
 
 For each seed: a warm-up on training questions with their answers; 8 responses to each of fresh training questions,
 sampled, verified and paired (the stages of ``vlmpo sample`` and ``vlmpo pair correctness``); then, each from the
-warm-up and for the same number of steps on the same pairs: SFT on the chosen responses, DPO, MPO. All four are asked
-the same questions on the official test images, greedily. Settings were chosen on training images kept aside, seed 7.
-Prints a table and writes ``benchmarks/results/easy_vqa.json`` and ``easy_vqa.md``, whatever they say.
+warm-up and for the same number of steps on the same pairs, SFT on the chosen responses, DPO, and MPO. All four models
+answer the same questions on the official test images, greedily. Settings were chosen on held-out training images with
+seed 7. Prints a table and writes ``benchmarks/results/easy_vqa.json`` and ``easy_vqa.md``.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from typing import Any
 import yaml
 
 from vlmpo import Message, MPOConfig, MPOTrainer, PreferencePair
+from vlmpo.commands.pair import CORRECTNESS_PAIRS, correctness
 from vlmpo.commands.sample import sample
 from vlmpo.data.dataset import open_pairs
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Question
 from vlmpo.evaluate import answer_questions, compare, summarise
-from vlmpo.generate.local import LocalEngine, Sampling
+from vlmpo.generate.base import Sampling
+from vlmpo.generate.local import LocalEngine
 from vlmpo.generate.prompts import prompt_text
 from vlmpo.models.loading import load_model, load_processor
-from vlmpo.pairs.correctness import PAIRS_FILE, run_correctness
-from vlmpo.recipe import load_recipe
+from vlmpo.recipe_yaml import load_recipe
 from vlmpo.testing.tiny import TinySize, build_model, build_processor, train_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -77,13 +78,13 @@ STYLE = "direct"
 
 
 def supervised(question: Question) -> PreferencePair:
-    """The question with its true answer, as fine-tuning data."""
+    """Return the question with its true answer, as fine-tuning data."""
     prompt = (Message("user", prompt_text(question, STYLE)),)
     return PreferencePair(prompt, question.images, question.answer, None, "easy_vqa", question.origin)
 
 
 def train(folder: Path, name: str, model: Any, processor: Any, data: Any, **settings: Any) -> MPOTrainer:
-    """One training stage, saved under ``folder/name``."""
+    """Run one training stage and save the model to ``folder/name``."""
     defaults = {
         "output_dir": str(folder / f"log_{name}"),
         "per_device_train_batch_size": SETTINGS["batch"],
@@ -107,14 +108,14 @@ def train(folder: Path, name: str, model: Any, processor: Any, data: Any, **sett
 
 
 def draw(data: Path, split: str, seed: int, count: int, skip: int = 0) -> list[Question]:
-    """``count`` questions of a split in an order drawn by ``seed``."""
+    """Return ``count`` questions of a split, shuffled by ``seed``."""
     questions = read_questions(data / "questions.jsonl", split=split).questions
     random.Random(seed).shuffle(questions)
     return questions[skip : skip + count]
 
 
 def run(data: Path, folder: Path, seed: int, validate: bool = False) -> dict[str, Any]:
-    """All stages for one seed. ``validate`` asks training questions kept aside, in place of the test's."""
+    """Run all stages for one seed; with ``validate`` on held-out training questions instead of the test's."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     started = time.perf_counter()
@@ -156,7 +157,7 @@ def run(data: Path, folder: Path, seed: int, validate: bool = False) -> dict[str
 
 
 def make_pairs(folder: Path, questions: list[Question], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sample, verify and pair by the stages of the command line; training and held-out pairs, and the report."""
+    """Sample, verify and pair as the commands do; return training and held-out pairs, and the report."""
     lines = [
         {
             "id": f"{q.id}-{i}",
@@ -183,8 +184,8 @@ def make_pairs(folder: Path, questions: list[Question], seed: int) -> tuple[dict
     recipe_file.write_text(yaml.safe_dump({"model": {"path": str(folder / "warm_up")}, "build": build}))
     recipe = load_recipe(recipe_file)
     sample(recipe)
-    report = run_correctness(recipe)
-    pairs = open_pairs([SourceSpec(str(folder / "build" / PAIRS_FILE))], seed=seed)
+    report = correctness(recipe)
+    pairs = open_pairs([SourceSpec(str(folder / "build" / CORRECTNESS_PAIRS))], seed=seed)
     wrong = [pair.origin for pair in (pairs[i] for i in range(len(pairs))) if not _is_right(pair)]
     if wrong:
         raise AssertionError(f"{len(wrong)} pairs whose chosen response is not the truth, e.g. {wrong[0]}")
@@ -193,20 +194,20 @@ def make_pairs(folder: Path, questions: list[Question], seed: int) -> tuple[dict
 
 
 def _is_right(pair: PreferencePair) -> bool:
-    """Whether the chosen response says the truth and nothing else, by plain comparison."""
+    """Return whether the chosen response alone is the true answer, by plain comparison."""
     truth = str(pair.metadata["answer"]).lower()
     return pair.chosen.strip().lower().rstrip(".") == truth and str(pair.rejected).strip().lower().rstrip(".") != truth
 
 
 def ask(folder: Path, questions: list[Question]) -> list[Any]:
-    """Greedy answers of a saved model."""
+    """Return the greedy answers of a saved model."""
     greedy = Sampling(temperature=0.0, max_new_tokens=8)
     engine = LocalEngine(load_model(str(folder)), load_processor(str(folder)), greedy, batch_size=64)
     return answer_questions(engine, questions, STYLE, "exact")[0]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Accuracy by arm and seed, as Markdown."""
+    """Return the accuracy by arm and seed, as Markdown."""
     lines = ["| seed | arm | accuracy [95 %] | minus warm-up [95 %] | unparsed | chosen log-prob | reward accuracy |"]
     lines.append("|---|---|---|---|---|---|---|")
     for result in results:
@@ -225,12 +226,12 @@ def _number(value: float | None) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--output", type=Path, default=REPO / "runs" / "easy_vqa")
-    parser.add_argument("--validate", action="store_true", help="ask training questions kept aside; writes no results")
+    parser.add_argument("--validate", action="store_true", help="ask held-out training questions; write no results")
     options = parser.parse_args()
     results = [run(options.data, options.output / str(seed), seed, options.validate) for seed in options.seeds]
     print(table(results))

@@ -1,4 +1,4 @@
-"""Steps of TRL, plain code and vlmpo at one size, one arm after the other in this process: seconds, memory, MFU."""
+"""Seconds, memory and MFU of TRL, plain code and vlmpo at one size, one arm after the other in this process."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from vlmpo import MPOConfig, MPOTrainer, mpo_loss
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 
 GIB = 1024**3
-STEPS_AN_EPOCH = 3  # a cache is full after one
+STEPS_AN_EPOCH = 3  # a reference store is full after one epoch
 RATE = 1e-6
 
 
 @dataclass
 class Setting:
-    """What all arms of a table share.
+    """The settings that all arms of a table share.
 
     Attributes:
-        size: of the model and the pairs.
-        dtype: of the weights and optimizer states; float32 computes under bf16 autocast.
+        size: size of the model and the pairs.
+        dtype: type of the weights and optimizer states; float32 computes under bf16 autocast.
         optimizer: ``adamw`` or ``sgd`` (no states).
-        pairs_a_step: of the optimizer step, all in one micro-batch.
-        checkpointing: of activations.
-        device: where.
-        steps: timed at most.
-        seconds: an arm may take, its start included; fewer steps are timed where it takes longer.
+        pairs_a_step: pairs of an optimizer step, all in one micro-batch.
+        checkpointing: whether activations are checkpointed.
+        device: where the arms run.
+        steps: most steps to time.
+        seconds: what an arm may take, its start included; if it takes longer, fewer steps are timed.
     """
 
     size: VlmSize
@@ -56,16 +56,16 @@ class Setting:
 
     @property
     def autocast(self) -> bool:
-        """Whether it computes in bf16 by autocast."""
+        """Return whether the arms compute in bf16 by autocast."""
         return self.dtype == torch.float32 and self.device.type == "cuda"
 
     def model(self) -> Any:
-        """The same random weights each time."""
+        """Return a model with the same random weights each time."""
         return make_model(self.size, self.processor, self.dtype, self.device)
 
 
 class Steps:
-    """Counts an arm's steps and says when it is done: after a warm-up, ``setting.steps`` of them, or out of time."""
+    """Counts an arm's steps until it is done: after a warm-up and ``setting.steps`` steps, or out of time."""
 
     def __init__(self, setting: Setting, warm_up: int, started: float) -> None:
         self._device, self._warm_up, self._count = setting.device, warm_up, setting.steps
@@ -74,7 +74,7 @@ class Steps:
         self.first_logs: dict[str, float] = {}
 
     def ended(self) -> bool:
-        """A step is over. True: it was the last."""
+        """Count a step that ends now; return whether it is the last."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
@@ -83,12 +83,12 @@ class Steps:
         )
 
     def seconds(self) -> list[float]:
-        """Of every timed step: from the end of the one before."""
+        """Return the seconds of every timed step, from the end of the one before."""
         ends = self.ends[self._warm_up :]
         return [after - before for before, after in itertools.pairwise(ends)]
 
 
-Arm = Callable[[Setting, Steps, str], int]  # takes its steps in a folder; returns the pairs of a prompt
+Arm = Callable[[Setting, Steps, str], int]  # takes its steps in a folder; returns the number of pairs a prompt
 
 
 def _common(setting: Setting, folder: str, pairs: int) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _common(setting: Setting, folder: str, pairs: int) -> dict[str, Any]:
 
 
 def _drive(trainer: Any, steps: Steps) -> None:
-    """Train until the steps are done."""
+    """Train until all steps are done."""
     from transformers import TrainerCallback
 
     class Drive(TrainerCallback):
@@ -133,7 +133,7 @@ def _drive(trainer: Any, steps: Steps) -> None:
 
 
 def trl_arm(setting: Setting, steps: Steps, folder: str) -> int:
-    """TRL's DPOTrainer with its MPO setting, which leaves the reward shift out."""
+    """Train with TRL's DPOTrainer under its MPO setting, which leaves the reward shift out."""
     import datasets
     import trl
 
@@ -168,14 +168,14 @@ def trl_arm(setting: Setting, steps: Steps, folder: str) -> int:
 
 
 def vlmpo_arm(setting: Setting, steps: Steps, folder: str, by: int = 1, **further: Any) -> int:
-    """vlmpo; ``by`` pairs a prompt."""
+    """Train with vlmpo on ``by`` pairs a prompt."""
     pairs = make_pairs(setting.size, STEPS_AN_EPOCH * setting.pairs_a_step, by)
     common = _common(setting, folder, setting.pairs_a_step * by)
     # Without the shift, and nll over tokens: what TRL computes.
     args = MPOConfig(**common, reward_shift="none", nll_reduction="token", **further)
     trainer = MPOTrainer(model=setting.model(), args=args, train_dataset=pairs, processing_class=setting.processor)
     _drive(trainer, steps)
-    steps.first_logs["shared_rows"] = float(trainer.shared)  # 0: the start-up check found them to differ
+    steps.first_logs["shared_rows"] = float(trainer.shared)  # 0 if the start-up check found a difference
     return by
 
 
@@ -183,14 +183,14 @@ def vlmpo_arm(setting: Setting, steps: Steps, folder: str, by: int = 1, **furthe
 
 
 def _encoded(setting: Setting) -> list[list[EncodedPair]]:
-    """The pairs of each step of an epoch, encoded before the clock runs."""
+    """Return the pairs of each step of an epoch, encoded before the clock starts."""
     encoder, count = PairEncoder(setting.processor), setting.pairs_a_step
     pairs = [encoder.encode(pair) for pair in make_pairs(setting.size, STEPS_AN_EPOCH * count)]
     return [pairs[at : at + count] for at in range(0, len(pairs), count)]
 
 
 def _plain_loop(setting: Setting, steps: Steps, loss_of: Callable[..., Tensor], two: bool) -> int:
-    """A training loop in the fewest words; ``two`` models where the loss wants a reference."""
+    """Train in as little code as possible; with ``two`` models if the loss needs a reference."""
     model = setting.model().train()
     reference = setting.model().eval().requires_grad_(False) if two else None
     if setting.checkpointing:
@@ -221,7 +221,7 @@ def _responses(pair: EncodedPair) -> list[Tensor]:
 
 
 def padded_logps(model: Any, pairs: list[EncodedPair], device: torch.device) -> Tensor:
-    """Log-prob of each response, ``[2 * pairs]``, chosen ones first: a padded row each, logits of every token."""
+    """Return each response's log-prob, ``[2 * pairs]``, chosen ones first, from a padded row each and all logits."""
     rows = [(pair, _responses(pair)[number]) for number in range(2) for pair in pairs]
     length = max(pair.prompt_ids.numel() + response.numel() for pair, response in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -249,7 +249,7 @@ def _two_rows_loss(model: Any, reference: Any, pairs: list[EncodedPair], device:
 
 
 def _floor_loss(model: Any, reference: Any, pairs: list[EncodedPair], device: torch.device) -> Tensor:
-    """The model's own forward over the unique tokens, logits only where a response token is predicted."""
+    """Return the loss of the model's own forward over the unique tokens, with logits for response tokens only."""
     total = torch.zeros((), device=device)
     for pair in pairs:
         ids = torch.cat([pair.prompt_ids, *_responses(pair)]).to(device)
@@ -261,10 +261,10 @@ def _floor_loss(model: Any, reference: Any, pairs: list[EncodedPair], device: to
 
 
 def arms() -> dict[str, Arm]:
-    """The arms that can run here, the most telling first."""
-    found: dict[str, Arm] = {"vlmpo, online": vlmpo_arm}
+    """Return the arms that can run here, the most informative first."""
+    by_name: dict[str, Arm] = {"vlmpo, online": vlmpo_arm}
     if importlib.util.find_spec("trl"):
-        found["TRL"] = trl_arm
+        by_name["TRL"] = trl_arm
 
     def cached(by: int) -> Arm:
         def arm(setting: Setting, steps: Steps, folder: str) -> int:
@@ -273,17 +273,17 @@ def arms() -> dict[str, Arm]:
 
         return arm
 
-    found["floor"] = lambda setting, steps, folder: _plain_loop(setting, steps, _floor_loss, two=False)
-    found["vlmpo, cached"] = cached(1)
-    found["vlmpo, grouped by 3, cached"] = cached(3)
-    found["two padded rows"] = lambda setting, steps, folder: _plain_loop(setting, steps, _two_rows_loss, two=True)
-    return found
+    by_name["floor"] = lambda setting, steps, folder: _plain_loop(setting, steps, _floor_loss, two=False)
+    by_name["vlmpo, cached"] = cached(1)
+    by_name["vlmpo, grouped by 3, cached"] = cached(3)
+    by_name["two padded rows"] = lambda setting, steps, folder: _plain_loop(setting, steps, _two_rows_loss, two=True)
+    return by_name
 
 
 def useful_flops(setting: Setting, pairs_a_prompt: int) -> float:
-    """Operations an optimizer step needs at least: forward and backward (twice a forward) of every unique token.
+    """Return the fewest operations of an optimizer step: forward and backward (two forwards) of every unique token.
 
-    Neither the reference nor anything that is read or computed twice is in it.
+    Neither the reference nor anything that is read or computed twice is counted.
     """
     encoder = PairEncoder(setting.processor)
     pairs = [encoder.encode(pair) for pair in make_pairs(setting.size, STEPS_AN_EPOCH, pairs_a_prompt)]
@@ -304,7 +304,7 @@ def _clean_memory(device: torch.device) -> Iterator[None]:
 
 
 def measure(name: str, setting: Setting) -> dict[str, Any]:
-    """One arm; what stopped it where it could not run (out of memory is a finding)."""
+    """Measure one arm; return its figures, or the error if it cannot run (out of memory is a result)."""
     steps = Steps(setting, STEPS_AN_EPOCH if "cached" in name else 1, time.perf_counter())
     with _clean_memory(setting.device), tempfile.TemporaryDirectory() as folder:
         try:
@@ -318,10 +318,10 @@ def measure(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def summary(setting: Setting, steps: Steps, by: int) -> dict[str, Any]:
-    """What is reported of an arm."""
+    """Return the figures of an arm."""
     seconds = steps.seconds()
     pairs, median = setting.pairs_a_step * by, statistics.median(seconds)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "seconds": median,
         "min": min(seconds),
         "max": max(seconds),
@@ -330,16 +330,16 @@ def summary(setting: Setting, steps: Steps, by: int) -> dict[str, Any]:
         "first_logs": steps.first_logs,
     }
     achieved = useful_flops(setting, by) / median
-    found["useful_tflops"] = achieved / 1e12
+    figures["useful_tflops"] = achieved / 1e12
     if setting.device.type == "cuda":
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        figures["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         peak = peak_flops(torch.cuda.get_device_name())
-        found["mfu"] = achieved / peak if peak else None
-    return found
+        figures["mfu"] = achieved / peak if peak else None
+    return figures
 
 
 def table(setting: Setting, seconds_left: Callable[[], float]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Arm after arm; those for which no time is left are named as left out."""
+    """Yield the name and figures of one arm after the other; an arm without time left yields an error."""
     most = setting.seconds
     for name in arms():
         setting.seconds = min(most, seconds_left())

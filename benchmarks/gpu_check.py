@@ -1,28 +1,28 @@
-"""Everything that needs a GPU, in one call of under eight minutes: ``python -m benchmarks.gpu_check --output DIR``.
+"""All checks that need a GPU, in one call of under eight minutes: ``python -m benchmarks.gpu_check --output DIR``.
 
-Parts, each with a time of its own, each failing alone; DIR/gpu_check.json is written anew after every one:
+Each part has a time limit and fails alone; DIR/gpu_check.json is rewritten after each:
 
-- device: what it is, and the versions.
-- alignment: the kernels that read a row in one call, held to SDPA in float32 under an explicit mask, forward and
+- device: its name, and the versions of the libraries.
+- alignment: the kernels that read a row in one call, compared to SDPA in float32 under an explicit mask, forward and
   backward, bf16 and fp16, trees of one to six responses; and their milliseconds at InternVL3-1B's shape.
 - parity: a small InternVL and Qwen2.5-VL on the GPU against the models' own forward on the CPU: float32 log-probs and
   gradients to 1e-4; bf16 weights to 0.1 nats a token on average and 0.2 relative for gradients.
 - start: step 0 in bf16, the reference online: the sigmoid term is ln 2 and every reward exactly 0.
-- head: block sizes of the vocabulary head at 151k entries, the same compiled by torch.compile.
+- head: block sizes of the vocabulary head at 151k entries, eager and with torch.compile.
 - 1B, 8B: seconds a step, peak memory and MFU of every arm (benchmarks/gpu_arms.py), with and without gradient
   checkpointing. 1B: float32 weights under bf16 autocast, AdamW. 8B: weights in bf16 and plain SGD, for timing only:
-  weights, reference and gradients fit a card of 80 GB, AdamW's states beside them would not. The model is made in
-  memory, so that a reference with a store cannot be loaded again and stays: the cached arms' peaks have it in them.
+  weights, reference and gradients fit a card of 80 GB, with AdamW's states they would not. The model is made in
+  memory, so a cached reference cannot be loaded again and stays; the cached arms' peaks include it.
 
-MFU counts what a step needs at least: 3 times the forward of every unique token (backward is two forwards), over the
+MFU counts the least that a step needs: 3 times the forward of every unique token (backward is two forwards), over the
 card's dense bf16 peak (989 TFLOP/s for an H100). The reference's forward, recomputation under checkpointing and
-whatever an arm reads twice are not counted as useful, so the arms' MFUs compare as their speeds do. TRL scores one
-token more a response, the line break that the chat template puts behind the end of a turn.
+whatever an arm reads twice do not count, so the arms' MFUs compare as their speeds do. TRL scores one token more a
+response, the line break that the chat template writes after the end of a turn.
 
-On a machine without a network: ``benchmarks/gpu_wheels.sh`` fetches the wheels it lacks into ``.wheels/`` beforehand;
-there ``python3 -m pip install -q --no-index --no-deps --target site .wheels/*.whl``, then
+On a machine without a network: first, ``benchmarks/gpu_wheels.sh`` fetches the wheels that are missing there into
+``.wheels/``; there, ``python3 -m pip install -q --no-index --no-deps --target site .wheels/*.whl``, then
 ``PYTHONPATH=site:src python3 -m benchmarks.gpu_check --output DIR``. ``--miniature`` runs every part at tiny sizes on
-whatever device there is: that the script works, nothing about speed. Exits with 1 where a check failed.
+any device, to test the script. Exits with 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ ALL_SECONDS = 450.0
 
 @dataclass
 class Run:
-    """What the parts share."""
+    """The device, the size and the deadline of a part."""
 
     device: torch.device
     miniature: bool
     deadline: float
 
     def left(self) -> float:
-        """Seconds until this part must be over."""
+        """Return the seconds until this part must end."""
         return self.deadline - time.perf_counter()
 
     def synchronize(self) -> None:
@@ -80,7 +80,7 @@ Found = dict[str, Any]
 
 
 def part_device(run: Run) -> Found:
-    """Names and versions."""
+    """Return the device's name and the libraries' versions."""
     import importlib.metadata
 
     found: Found = {"python": platform.python_version(), "device": str(run.device)}
@@ -103,13 +103,13 @@ Reader = Callable[[list[Tensor], RowLayout], Tensor]  # query, key and value of 
 
 
 def in_segments(states: list[Tensor], layout: RowLayout) -> Tensor:
-    """Attention of a row by SDPA, segment by segment."""
+    """Return the attention of a row by SDPA, segment by segment."""
     query, key, value = (part.transpose(0, 1)[None] for part in states)
     return attention._in_segments(query, key, value, layout, None, None)[0].transpose(0, 1)
 
 
 def in_one_call(kernel: varlen.Kernel) -> Reader:
-    """Attention of a row by ``kernel``."""
+    """Return a reader that computes a row's attention by ``kernel``."""
 
     def read(states: list[Tensor], layout: RowLayout) -> Tensor:
         query, key, value = states
@@ -119,40 +119,40 @@ def in_one_call(kernel: varlen.Kernel) -> Reader:
 
 
 def readers() -> dict[str, Callable[[], Reader]]:
-    """SDPA, and every kernel that might be installed."""
+    """Return the loaders of SDPA and of every kernel that might be installed."""
     loads = {name: lambda load=load: in_one_call(load()) for name, load in varlen.CANDIDATES.items()}
     return {"segments": lambda: in_segments, **loads}
 
 
 def layouts(miniature: bool) -> dict[str, RowLayout]:
-    """Rows of two trees, one to six responses each, of uneven lengths."""
-    found = {}
+    """Return the layouts of rows of two trees, one to six responses each, of uneven lengths."""
+    by_label = {}
     for count in range(1, 7):
         spans, start = [], 0
         for prompt in (13, 40) if miniature else (130, 517):
             responses = tuple(1 + (37 * (number + prompt)) % (20 if miniature else 200) for number in range(count))
             spans.append(TreeSpan(start, prompt, responses))
             start += prompt + sum(responses)
-        found[f"{count} responses"] = RowLayout(tuple(spans))
-    return found
+        by_label[f"{count} responses"] = RowLayout(tuple(spans))
+    return by_label
 
 
 def random_states(layout: RowLayout, heads: int, kv_heads: int, width: int, run: Run) -> list[Tensor]:
-    """Query, key, value and the gradient that comes back, float32."""
+    """Return query, key, value and the incoming gradient, float32."""
     generator = torch.Generator().manual_seed(layout.num_tokens)
     shapes = [(layout.num_tokens, count, width) for count in (heads, kv_heads, kv_heads, heads)]
     return [torch.randn(shape, generator=generator).to(run.device) for shape in shapes]
 
 
 def with_gradients(reader: Reader, states: list[Tensor], layout: RowLayout) -> list[Tensor]:
-    """Output and the gradients of query, key and value."""
+    """Return the output and the gradients of query, key and value."""
     inputs = [state.detach().requires_grad_() for state in states[:3]]
     out = reader(inputs, layout)
     return [out.detach(), *torch.autograd.grad(out, inputs, states[3])]
 
 
 def part_alignment(run: Run) -> Found:
-    """Errors of every kernel that loads, relative; what keeps the others from loading."""
+    """Return the relative errors of every kernel that loads, and why the others do not load."""
     found: Found = {"passed": True, "bound": varlen._ROUNDING, "taken": None}
     for name, load in readers().items():
         try:
@@ -172,13 +172,13 @@ def part_alignment(run: Run) -> Found:
 
 
 def densely(states: list[Tensor], layout: RowLayout) -> Tensor:
-    """Attention of a row by SDPA under a mask that says who sees whom."""
+    """Return the attention of a row by SDPA under an explicit mask."""
     query, key, value = states
     return varlen.attend_densely(query, key, value, layout)
 
 
 def errors_of(reader: Reader, run: Run) -> dict[str, float]:
-    """Largest relative error of output and gradients, by dtype and responses."""
+    """Return the largest relative error of output and gradients, by dtype and number of responses."""
     errors = {}
     for kind in varlen.HALF:
         for label, layout in layouts(run.miniature).items():
@@ -195,7 +195,7 @@ def errors_of(reader: Reader, run: Run) -> dict[str, float]:
 
 
 def times_of(reader: Reader, run: Run) -> dict[str, float]:
-    """Median milliseconds of forward and backward of two pairs with seven tiles, 14 heads of 64 on 2, bf16."""
+    """Time forward and backward of two pairs with seven tiles in bf16, 14 heads of 64 on 2; return milliseconds."""
     prompt, length = (40, 12) if run.miniature else (1832, 225)
     spans = tuple(TreeSpan(start, prompt, (length, length)) for start in (0, prompt + 2 * length))
     layout = RowLayout(spans)
@@ -214,12 +214,12 @@ def times_of(reader: Reader, run: Run) -> dict[str, float]:
 
 
 def flat_gradient(model: Any) -> Tensor:
-    """All gradients behind one another, float32 on the CPU."""
+    """Return all gradients, concatenated, float32 on the CPU."""
     return torch.cat([p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None])
 
 
 def reading(model: Any, rows: list[Any], weights: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Log-probs and gradient of their weighted sum."""
+    """Return the log-probs, and the gradient of their weighted sum."""
     model.zero_grad()
     logps = model(packed_rows=[row.to(device) for row in rows])
     (logps * weights.to(device)).sum().backward()
@@ -227,7 +227,7 @@ def reading(model: Any, rows: list[Any], weights: Tensor, device: torch.device) 
 
 
 def own_reading(model: Any, pairs: list[Any], weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by the model's own forward and logits, one response at a time, on the CPU."""
+    """Return the same from the model's own forward and logits, one response at a time, on the CPU."""
     parts = []
     for pair in pairs:
         for response in (pair.chosen_ids, pair.rejected_ids):
@@ -235,20 +235,20 @@ def own_reading(model: Any, pairs: list[Any], weights: Tensor) -> tuple[Tensor, 
             ids = torch.cat([pair.prompt_ids, response])[None]
             logps = model(input_ids=ids, **types, **pair.vision).logits[0].log_softmax(-1)
             parts.append(logps[pair.prompt_ids.numel() - 1 : -1].gather(1, response[:, None]).squeeze(1))
-    found = torch.cat(parts)
-    (found * weights).sum().backward()
-    return found.detach(), flat_gradient(model)
+    all_logps = torch.cat(parts)
+    (all_logps * weights).sum().backward()
+    return all_logps.detach(), flat_gradient(model)
 
 
 def compare(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Largest and mean difference of log-probs in nats, relative difference of gradients."""
+    """Return the largest and mean difference of log-probs in nats, and the relative difference of gradients."""
     difference = (one[0] - other[0]).abs()
     gradient = float((one[1] - other[1]).norm() / other[1].norm())
     return {"largest": float(difference.max()), "mean": float(difference.mean()), "gradient": gradient}
 
 
 def part_parity(run: Run) -> Found:
-    """Small models of two families, float32 and bf16."""
+    """Compare small models of two families, float32 and bf16, to their own forward."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     names = ("internvl-qwen2", "qwen2.5-vl")
     found: Found = {name: parity_of(name, run) for name in names}
@@ -260,7 +260,7 @@ def part_parity(run: Run) -> Found:
 
 
 def parity_of(name: str, run: Run) -> Found:
-    """One family: ours on the device against its own forward on the CPU; bf16 also without the one-call kernel."""
+    """Compare vlmpo on the device to the family's own forward on the CPU; in bf16 also without the one-call kernel."""
     from tests.zoo import FAMILIES, encoded_pairs
 
     from vlmpo.train.batching import lay_out
@@ -285,7 +285,7 @@ def parity_of(name: str, run: Run) -> Found:
 
 
 def part_start(run: Run) -> Found:
-    """The first step's sigmoid term and rewards, weights in float32 under autocast and in bf16."""
+    """Check the first step's sigmoid term and rewards, with float32 weights under autocast and with bf16 weights."""
     found: Found = {"passed": True}
     for dtype in (torch.bfloat16, torch.float32):
         logs = first_logs(run, dtype)
@@ -297,7 +297,7 @@ def part_start(run: Run) -> Found:
 
 
 def first_logs(run: Run, dtype: torch.dtype) -> dict[str, float]:
-    """Of one step of MPOTrainer on a small model."""
+    """Return the logs of one step of MPOTrainer on a small model."""
     size = MINIATURE if run.miniature else replace(MINIATURE, text_hidden=256, tiles=7, image_size=224)
     setting = gpu_arms.Setting(size, dtype, "adamw", 2, False, run.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -323,7 +323,7 @@ def first_logs(run: Run, dtype: torch.dtype) -> dict[str, float]:
 
 
 def part_head(run: Run) -> Found:
-    """Milliseconds and memory by block size, eager and compiled."""
+    """Return seconds and memory by block size, eager and compiled."""
     sizes: tuple[head.Size, ...] = head.MINIATURE
     if not run.miniature:
         sizes = (head.Size(900, 151_674, 896), head.Size(900, 151_674, 3584))
@@ -344,7 +344,7 @@ def part_head(run: Run) -> Found:
 
 @contextlib.contextmanager
 def compiled_head() -> Iterator[None]:
-    """The passes over a block of logits, compiled."""
+    """Compile the passes over a block of logits."""
     with (
         mock.patch.object(projection, "_excess", torch.compile(projection._excess)),
         mock.patch.object(torch, "logsumexp", torch.compile(torch.logsumexp)),
@@ -353,7 +353,7 @@ def compiled_head() -> Iterator[None]:
 
 
 def guarded(function: Callable[[], Any]) -> Any:
-    """Its result, or what went wrong."""
+    """Return what ``function`` returns, or its error."""
     try:
         return function()
     except Exception as fault:
@@ -364,7 +364,7 @@ def guarded(function: Callable[[], Any]) -> Any:
 
 
 def part_arms(run: Run, size: VlmSize, dtype: torch.dtype, optimizer: str, pairs: int) -> Found:
-    """All arms without checkpointing, then with it as far as time goes."""
+    """Measure all arms without checkpointing, then with it as long as there is time."""
     found: Found = {}
     steps, seconds = (2, 60.0) if run.miniature else (5, 25.0)
     for checkpointing in (False, True):
@@ -381,7 +381,7 @@ def part_arms(run: Run, size: VlmSize, dtype: torch.dtype, optimizer: str, pairs
 
 
 def line(arm: Found) -> str:
-    """One arm in a few words."""
+    """Return one arm's figures in a line."""
     if "error" in arm:
         return str(arm["error"])
     words = f"{arm['seconds']:.3f} s a step, {arm['pairs_per_second']:.2f} pairs/s"
@@ -391,7 +391,7 @@ def line(arm: Found) -> str:
 
 
 def ratios(arms: Found) -> None:
-    """Adds each arm's speed as a multiple of TRL's."""
+    """Add each arm's speed as a multiple of TRL's."""
     peer = arms.get("TRL", {}).get("pairs_per_second")
     for arm in arms.values():
         if peer and "pairs_per_second" in arm:
@@ -402,7 +402,7 @@ def ratios(arms: Found) -> None:
 
 
 def parts(miniature: bool) -> dict[str, tuple[float, Callable[[Run], Found]]]:
-    """Name, seconds at most, what it does; the most telling first."""
+    """Return each part's most seconds and its function by name, the most informative first."""
     one, eight = (MINIATURE, MINIATURE) if miniature else (INTERNVL3_1B, INTERNVL3_8B)
     return {
         "device": (10, part_device),
@@ -416,7 +416,7 @@ def parts(miniature: bool) -> dict[str, tuple[float, Callable[[Run], Found]]]:
 
 
 def check(output: Path, device: torch.device, miniature: bool, only: list[str] | None) -> bool:
-    """Run the parts, or ``only`` some, which then have the time of all; whether all checks passed."""
+    """Run the parts, or ``only`` some with the time of all; return whether all checks passed."""
     output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     record: Found = {"miniature": miniature, "parts": {}}
@@ -441,7 +441,7 @@ def check(output: Path, device: torch.device, miniature: bool, only: list[str] |
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument("--miniature", action="store_true", help="tiny sizes, on any device")

@@ -1,4 +1,4 @@
-"""InternVL3's sizes with random weights, pairs of a shape, and the arithmetic they cost."""
+"""InternVL3's sizes with random weights, pairs of a shape, and the operations they cost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class VlmSize:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Image tokens of a tile in the prompt."""
+        """Return the image tokens of a tile in the prompt."""
         return (self.image_size // self.patch_size // 2) ** 2
 
 
@@ -51,14 +51,14 @@ MINIATURE = VlmSize("miniature", 32, 2, 4, 2, 64, 1000, 32, 2, 2, 64, 56, 14, 3,
 
 
 def words(random: np.random.Generator, count: int) -> str:
-    """``count`` words of two letters, about a token each."""
+    """Return ``count`` words of two letters, about a token each."""
     return " ".join("".join(random.choice(list("abcdefghij"), size=2)) for _ in range(count))
 
 
 def make_pairs(size: VlmSize, prompts: int, pairs_a_prompt: int = 1) -> list[PreferencePair]:
-    """Pairs on noise images that are cut into just ``size.tiles`` tiles; those of a prompt behind one another."""
+    """Return pairs on noise images of exactly ``size.tiles`` tiles; those of a prompt are consecutive."""
     random = np.random.default_rng(0)
-    found = []
+    pairs = []
     for _ in range(prompts):
         across = size.image_size * max(1, size.tiles - 1)  # more than one tile: a thumbnail joins
         image = Image.fromarray(random.integers(0, 255, (size.image_size, across, 3), dtype=np.uint8))
@@ -66,12 +66,12 @@ def make_pairs(size: VlmSize, prompts: int, pairs_a_prompt: int = 1) -> list[Pre
         for _ in range(pairs_a_prompt):
             low, high = size.response_words
             chosen, rejected = (words(random, int(random.integers(low, high + 1))) for _ in range(2))
-            found.append(PreferencePair(prompt, (image,), chosen, rejected))
-    return found
+            pairs.append(PreferencePair(prompt, (image,), chosen, rejected))
+    return pairs
 
 
 def make_processor(size: VlmSize) -> Any:
-    """Its processor, with a tokenizer that knows the words of the pairs as a token each."""
+    """Return the processor of a size, its tokenizer with a token for each word of the pairs."""
     every = " ".join("".join(pair) for pair in itertools.product("abcdefghij", repeat=2))
     tokenizer = train_tokenizer([every] * 4, vocab_size=600)
     tiles = TinySize(image_size=size.image_size, patch_size=size.patch_size, max_tiles=max(1, size.tiles - 1))
@@ -79,7 +79,7 @@ def make_processor(size: VlmSize) -> Any:
 
 
 def make_model(size: VlmSize, processor: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The same random weights each time, made on ``device``."""
+    """Return a model with the same random weights each time, made on ``device``."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
 
     tokenizer = processor.tokenizer
@@ -121,22 +121,22 @@ def make_model(size: VlmSize, processor: Any, dtype: torch.dtype, device: torch.
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of a forward, a multiplication and an addition counted as two."""
+    """Floating-point operations of a forward; a multiplication and an addition count as two."""
 
     products: int
     attention: int
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Return the sum of both."""
         return self.products + self.attention
 
 
 def forward_flops(size: VlmSize, prompt: int, responses: Sequence[int]) -> Flops:
-    """A forward of one prompt, every token of it read once, logits of the scored tokens alone.
+    """Return the operations of a forward of one prompt, each token read once, with logits of the scored tokens only.
 
-    A weight matrix of n entries costs 2 n a token. Attention costs 4 x width a layer for every (query, key) that sees
-    each other: causal halves are not counted, nor is anything that is read twice.
+    A weight matrix of n entries costs 2 n a token. Attention costs 4 x width a layer for each query and each key that
+    it sees: neither masked halves nor anything that is read twice is counted.
 
     Args:
         prompt: tokens of the prompt, image tokens included.
@@ -158,5 +158,5 @@ def forward_flops(size: VlmSize, prompt: int, responses: Sequence[int]) -> Flops
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The peak assumed for a device, None for one not listed."""
+    """Return the peak assumed for a device; None if it is not listed."""
     return next((peak for name, peak in PEAK.items() if name in device_name and "PCIe" not in device_name), None)

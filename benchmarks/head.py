@@ -1,10 +1,10 @@
 """Seconds and memory of the vocabulary head by size of its blocks: ``python -m benchmarks.head [--device cuda]``.
 
 Forward and backward of :func:`vlmpo.tree.chunked_logprobs.linear_token_logps` on random states and targets, for blocks
-of several sizes, with logits kept for the backward pass and without; beside it the plain way, all logits and
-``cross_entropy``. The arms take turns; reported are medians with minimum and maximum. On a CPU the seconds are those of
-the process on one thread, so that what else the machine does counts little. Memory is what the peak rises beyond
-weight, its gradient and the states, each arm in a process of its own. Writes ``benchmarks/results/head.json``.
+of several sizes, with logits kept for the backward pass and without; for comparison all logits at once and
+``cross_entropy``. The arms take turns; reported are medians with minimum and maximum. On a CPU the seconds are CPU time
+on one thread, so that other work on the machine counts little. Memory is the rise of the peak above weight, its
+gradient and the states, each arm in a process of its own. Writes ``benchmarks/results/head.json``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Size(NamedTuple):
-    """Scored tokens, vocabulary entries, hidden size."""
+    """The number of scored tokens and of vocabulary entries, and the hidden size."""
 
     scored: int
     vocabulary: int
@@ -47,12 +47,12 @@ MINIATURE = (Size(20, 100, 8),)
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """All logits at once."""
+    """Return the log-probs from all logits at once."""
     return -cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
 
 
 def blocks(elements: int, kept: int) -> Head:
-    """Ours, with blocks of ``elements`` logits and ``kept`` bytes kept."""
+    """Return vlmpo's head with blocks of ``elements`` logits and ``kept`` bytes kept."""
 
     def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return projection.linear_token_logps(hidden, weight, None, targets, elements, kept_bytes=kept)
@@ -61,16 +61,16 @@ def blocks(elements: int, kept: int) -> Head:
 
 
 def arms(device: torch.device) -> dict[str, Head]:
-    """All arms by name."""
-    found: dict[str, Head] = {"all logits": plain}
+    """Return all arms by name."""
+    heads: dict[str, Head] = {"all logits": plain}
     for elements in BLOCKS[device.type]:
         for kept in (0, projection.KEPT_BYTES):
-            found[f"blocks of {elements / MEBI:g} Mi, {kept // MEBI} MiB kept"] = blocks(elements, kept)
-    return found
+            heads[f"blocks of {elements / MEBI:g} Mi, {kept // MEBI} MiB kept"] = blocks(elements, kept)
+    return heads
 
 
 def states(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, weight, targets and the gradient that comes back."""
+    """Return hidden states, weight, targets and the incoming gradient."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden = torch.randn(size.scored, size.hidden, generator=generator)
@@ -81,7 +81,7 @@ def states(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def run(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor) -> float:
-    """Seconds of one forward and backward."""
+    """Return the seconds of one forward and backward pass."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     clock = time.perf_counter if hidden.is_cuda else time.process_time
     if hidden.is_cuda:
@@ -94,7 +94,7 @@ def run(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tenso
 
 
 def seconds(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Median, minimum and maximum of each arm."""
+    """Return the median, minimum and maximum seconds of each arm."""
     given = states(size, device)
     taken: dict[str, list[float]] = {name: [] for name in arms(device)}
     for number in range(repeats + 1):
@@ -106,50 +106,50 @@ def seconds(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
 
 
 def peak(device: torch.device) -> float:
-    """Peak memory since the last call, in MiB; on a CPU that of the whole process, as Linux counts it."""
+    """Return the peak memory since the last call in MiB; on a CPU that of the whole process, as Linux counts it."""
     if device.type == "cuda":
-        found = torch.cuda.max_memory_allocated(device) / MEBI
+        mib = torch.cuda.max_memory_allocated(device) / MEBI
         torch.cuda.reset_peak_memory_stats(device)
-        return found
+        return mib
     status = Path("/proc/self/status").read_text()
-    found = int(status.split("VmHWM:")[1].split()[0]) / 1024
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held now
-    return found
+    mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is in use now
+    return mib
 
 
 def extra_memory(size: Size, name: str, device: torch.device) -> float:
-    """MiB by which the peak rises beyond weight, its gradient and the states. To be called in a fresh process."""
+    """Return the MiB by which the peak rises above weight, its gradient and the states. Call it in a fresh process."""
     given = states(size, device)
-    run(plain, *states(Size(4, 16, 4), device))  # whatever a first backward pass loads
-    standing = torch.ones_like(given[1]), torch.ones_like(given[0])  # as large as the gradients
+    run(plain, *states(Size(4, 16, 4), device))  # loads whatever a first backward pass needs
+    gradients = torch.ones_like(given[1]), torch.ones_like(given[0])  # as large as the gradients
     peak(device)
-    before = peak(device)  # all of that, and nothing that was let go before
-    del standing
+    before = peak(device)  # all of that, and nothing that was freed before
+    del gradients
     run(arms(device)[name], *given)
     return peak(device) - before
 
 
 def in_own_process(size: Size, name: str, device: str) -> float:
-    """:func:`extra_memory` in a process of its own."""
+    """Call :func:`extra_memory` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.head", "--device", device, "--memory", *map(str, size), name]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def measure(sizes: tuple[Size, ...], device: str, repeats: int) -> dict[str, Any]:
-    """Seconds and memory of all arms at all sizes."""
-    found: dict[str, Any] = {}
+    """Measure the seconds and memory of all arms at all sizes."""
+    results: dict[str, Any] = {}
     for size in sizes:
         label = f"{size.scored} tokens, vocabulary {size.vocabulary}, hidden {size.hidden}"
-        found[label] = seconds(size, torch.device(device), repeats)
-        for name, arm in found[label].items():
+        results[label] = seconds(size, torch.device(device), repeats)
+        for name, arm in results[label].items():
             arm["extra_mib"] = in_own_process(size, name, device)
             spread = f"{1e3 * arm['median']:8.1f} ms [{1e3 * arm['min']:.1f}, {1e3 * arm['max']:.1f}]"
             print(f"{label:45} {name:32} {spread:32} {arm['extra_mib']:7.0f} MiB", flush=True)
-    return found
+    return results
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=5)
@@ -162,8 +162,8 @@ def main() -> None:
         *size, name = options.memory
         print(extra_memory(Size(*map(int, size)), name, torch.device(options.device)))
         return
-    found = measure(MINIATURE if options.miniature else SIZES, options.device, options.repeats)
-    record = {"device": options.device, "torch": torch.__version__, "repeats": options.repeats, "sizes": found}
+    results = measure(MINIATURE if options.miniature else SIZES, options.device, options.repeats)
+    record = {"device": options.device, "torch": torch.__version__, "repeats": options.repeats, "sizes": results}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,13 +1,13 @@
-"""Tiles a loader's worker makes per second of its processor's time: vlmpo against TRL's collator on the same pairs.
+"""Tiles that a loader's worker makes per second of CPU time: vlmpo against TRL's collator on the same pairs.
 
-    python -m benchmarks.loader [--cases "7 tiles of 448" ...] [--repeats 7]
+    python -m benchmarks.loader [--cases "7 tiles of 448" ...] [--repeats 7] [--shortcuts]
 
-What is timed is all that happens between a record and the batch that is handed over: opening and decoding the image
-files, tiling, chat template, tokens, collation; 2 or 3 pairs a batch, one thread. TRL 1.16 hands over normalised
-float32, vlmpo bytes that the device normalises; the arm "vlmpo, normalised" does that too, on the processor. The arms
-take turns. Seconds are those the process computed (``time.process_time``), so other work on the machine counts less.
-Before it times, it checks that all arms come to the same tiles, bit by bit. Writes ``benchmarks/results/loader.json``
-and ``loader.md``.
+Timed is all that happens between a record and its batch: opening and decoding the image files, tiling, chat template,
+tokens, collation; 2 or 3 pairs a batch, one thread. TRL 1.16 returns normalised float32, vlmpo bytes that the device
+normalises; the arm "vlmpo, normalised" normalises too, on the CPU. The arms take turns. Seconds are those that the
+process computed (``time.process_time``), so other work on the machine counts less. A first pass checks that the arms
+make the same tiles, bit by bit. ``--shortcuts`` adds an arm without each of the loader's shortcuts, which shows what
+the shortcut is worth. Writes ``benchmarks/results/loader.json`` and ``loader.md``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,13 +32,20 @@ from PIL import Image
 from vlmpo import Message, PreferencePair
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.encode.pixels import PixelScale
+from vlmpo.data.encode.response_tokens import ResponseTokenizer
 from vlmpo.testing.tiny import TinySize, build_processor, train_tokenizer
 from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
-PEER, OURS, WHOLE = "TRL 1.16", "vlmpo", "vlmpo, normalised"
+PEER, OURS, NORMALISED = "TRL 1.16", "vlmpo", "vlmpo, normalised"
 MAX_TILES = 12
+# Arms without a shortcut of the loader: the function that takes it, and what is called in its place.
+SHORTCUTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "vlmpo, settings merged each time": ("fast_processor.with_settings_cache", lambda processor: processor),
+    "vlmpo, image tokens one by one": ("fast_processor.with_fast_image_tokens", lambda processor: processor),
+    "vlmpo, responses after whole prompts": ("encoder.response_tokenizer", lambda tokens, _: ResponseTokenizer(tokens)),
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,11 @@ class Case:
     """One case of the benchmark.
 
     Attributes:
-        name: as in the table.
-        tiles: of each image, thumbnail included; 0: the real pairs of ``visonlyqa``.
-        side: of a tile in pixels; 28 x 28 of them are a token.
-        together: pairs of one prompt behind one another.
-        batch: pairs a batch.
+        name: of the case in the table.
+        tiles: number of an image's tiles, thumbnail included; 0 for the real pairs of ``visonlyqa``.
+        side: pixels of a tile's edge; 28 x 28 pixels are a token.
+        together: number of consecutive pairs with the same prompt.
+        batch: number of pairs in a batch.
     """
 
     name: str
@@ -73,23 +82,23 @@ CASES = {
 
 
 def made_pairs(case: Case, count: int) -> list[PreferencePair]:
-    """Pairs on noise images, in memory, that the processor cuts into just ``case.tiles`` tiles."""
+    """Return pairs on noise images, in memory, that the processor cuts into exactly ``case.tiles`` tiles."""
     random = np.random.default_rng(0)
 
     def words(number: int) -> str:
         return " ".join("".join(random.choice(list("abcdefghij"), size=2)) for _ in range(number))
 
     across = max(1, case.tiles - 1)  # more than one tile: a thumbnail joins
-    found = []
+    pairs = []
     for _ in range(count):
         pixels = random.integers(0, 255, (case.side, case.side * across, 3), dtype=np.uint8)
         prompt = (Message("user", "<image>\n" + words(20)),)
-        found.append(PreferencePair(prompt, (Image.fromarray(pixels),), words(101), words(101)))
-    return found
+        pairs.append(PreferencePair(prompt, (Image.fromarray(pixels),), words(101), words(101)))
+    return pairs
 
 
 def real_pairs(prompts: int, together: int) -> list[PreferencePair]:
-    """``together`` pairs each of ``prompts`` prompts of ``visonlyqa``, each prompt with an image of its own."""
+    """Return ``together`` pairs of each of ``prompts`` prompts of ``visonlyqa``, no two prompts with the same image."""
     from vlmpo.data.dataset import open_pairs
     from vlmpo.data.readers.spec import SourceSpec
 
@@ -102,14 +111,14 @@ def real_pairs(prompts: int, together: int) -> list[PreferencePair]:
 
 
 def make_processor(case: Case, pairs: list[PreferencePair]) -> Any:
-    """InternVL's processor at the case's tile size, its tokenizer trained on the pairs."""
+    """Return InternVL's processor at the case's tile size, its tokenizer trained on the pairs."""
     texts = [text for pair in pairs for text in (pair.prompt[0].text, pair.chosen, pair.rejected or "")]
     size = TinySize(image_size=case.side, patch_size=14, max_tiles=MAX_TILES)
     return build_processor(train_tokenizer(texts, vocab_size=2048), size)
 
 
 def of_trl(pair: PreferencePair) -> dict[str, Any]:
-    """The pair as TRL's collator takes it, its image files opened as ``datasets`` opens them."""
+    """Return the pair as TRL's collator takes it, its image files opened as ``datasets`` opens them."""
     return {
         "images": [image if isinstance(image, Image.Image) else Image.open(image) for image in pair.images],
         "prompt": [{"role": "user", "content": pair.prompt[0].text.replace("<image>", "").strip()}],
@@ -121,66 +130,77 @@ def of_trl(pair: PreferencePair) -> dict[str, Any]:
 Loading = Callable[[], Iterator[Any]]
 
 
-def arms(case: Case, pairs: list[PreferencePair]) -> dict[str, Loading]:
-    """By name, what gives the batches of an arm, vision tensors last."""
+def arms(case: Case, pairs: list[PreferencePair], shortcuts: bool = False) -> dict[str, Loading]:
+    """Return a function for each arm that yields its batches; with ``shortcuts`` also the arms of ``SHORTCUTS``."""
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
     processor = make_processor(case, pairs)
-    encoder = PairEncoder(processor, max_tiles=MAX_TILES).for_loader()
-    assert encoder.pixel_scale is not None
-    data, collate = EncodedPairs(pairs, encoder), Collator(None, shared=True)
-    theirs = DataCollatorForVisionPreference(processor)
+    collate, collate_trl = Collator(None, shared=True), DataCollatorForVisionPreference(processor)
     starts = range(0, len(pairs), case.batch)
 
-    def ours() -> Iterator[Batch]:
+    def make_encoder() -> PairEncoder:
+        return PairEncoder(processor, max_tiles=MAX_TILES).for_loader()
+
+    def ours(encoder: PairEncoder) -> Iterator[Batch]:
+        data = EncodedPairs(pairs, encoder)
         for start in starts:
             yield collate([data[at] for at in range(start, start + case.batch)])
 
-    def whole() -> Iterator[Batch]:
-        for batch in ours():
-            yield Batch([normalised(part, encoder.pixel_scale) for part in batch.micro_batches], batch.dropped)
+    def normalised(encoder: PairEncoder) -> Iterator[Batch]:
+        assert encoder.pixel_scale is not None
+        for batch in ours(encoder):
+            yield Batch([normalise(part, encoder.pixel_scale) for part in batch.micro_batches], batch.dropped)
 
     def trl() -> Iterator[dict[str, Any]]:
         for start in starts:
-            yield theirs([of_trl(pair) for pair in pairs[start : start + case.batch]])
+            yield collate_trl([of_trl(pair) for pair in pairs[start : start + case.batch]])
 
-    return {PEER: trl, OURS: ours, WHOLE: whole}
+    encoder = make_encoder()
+    found: dict[str, Loading] = {PEER: trl, OURS: partial(ours, encoder), NORMALISED: partial(normalised, encoder)}
+    for name, (function, substitute) in SHORTCUTS.items() if shortcuts else ():
+        with mock.patch(f"vlmpo.data.encode.{function}", substitute):
+            found[name] = partial(ours, make_encoder())
+    return found
 
 
-def normalised(micro_batch: MicroBatch, scale: PixelScale | None) -> MicroBatch:
-    """Make the processor's pixels of bytes, as the trainer does on the device."""
-    if scale is None:
-        return micro_batch
-    return replace(micro_batch, rows=[replace(row, vision=scale.restored(row.vision)) for row in micro_batch.rows])
+def normalise(micro_batch: MicroBatch, scale: PixelScale) -> MicroBatch:
+    """Turn bytes into the processor's pixels, as the trainer does on the device."""
+    return replace(micro_batch, rows=[replace(row, vision=scale.normalise(row.vision)) for row in micro_batch.rows])
 
 
 def pixels_of(batch: Any) -> torch.Tensor:
-    """``[tiles, 3, side, side]`` of a batch of any arm."""
+    """Return ``[tiles, 3, side, side]`` of a batch of any arm."""
     named = batch.micro_batches[0].rows[0].vision if isinstance(batch, Batch) else batch
     return named["pixel_values"]
 
 
-def check(found: dict[str, Loading]) -> tuple[int, dict[str, float]]:
-    """Tiles of all pairs, and MiB each arm hands over; ends where the arms do not come to the same tiles."""
-    tiles, mib = 0, dict.fromkeys(found, 0.0)
-    for theirs, ours, whole in zip(*(found[name]() for name in (PEER, OURS, WHOLE)), strict=True):
-        count = len(pixels_of(whole))
-        both = pixels_of(theirs)  # once for chosen, once for rejected
-        if not all(torch.equal(part, pixels_of(whole)) for part in (both[:count], both[count:])):
-            raise SystemExit("the arms do not come to the same tiles")
+def check(loadings: dict[str, Loading]) -> tuple[int, dict[str, float]]:
+    """Return the tiles of all pairs and the MiB of each arm's batches.
+
+    Raises:
+        SystemExit: the arms do not make the same tiles.
+    """
+    tiles, mib = 0, dict.fromkeys(loadings, 0.0)
+    for batches in zip(*(loading() for loading in loadings.values()), strict=True):
+        pixels = {name: pixels_of(batch) for name, batch in zip(loadings, batches, strict=True)}
+        floats, count = pixels.pop(NORMALISED), len(pixels[OURS])
+        halves = pixels[PEER].split(count)  # once for chosen, once for rejected
+        same_bytes = all(torch.equal(pixels[OURS], other) for name, other in pixels.items() if name != PEER)
+        if not same_bytes or len(halves) != 2 or not all(torch.equal(half, floats) for half in halves):
+            raise SystemExit("the arms do not make the same tiles")
         tiles += count
-        for name, batch in ((PEER, theirs), (OURS, ours), (WHOLE, whole)):
-            mib[name] += pixels_of(batch).nbytes / 2**20
+        for name, values in {**pixels, NORMALISED: floats}.items():
+            mib[name] += values.nbytes / 2**20
     return tiles, mib
 
 
-def measure(case: Case, pairs: list[PreferencePair], repeats: int) -> dict[str, Any]:
-    """All arms over all pairs, taking turns; a first turn, which also checks, is not counted."""
-    found = arms(case, pairs)
-    tiles, mib = check(found)
-    seconds: dict[str, list[float]] = {name: [] for name in found}
+def measure(case: Case, pairs: list[PreferencePair], repeats: int, shortcuts: bool) -> dict[str, Any]:
+    """Time all arms over all pairs, taking turns; a first turn, which also checks, is not counted."""
+    loadings = arms(case, pairs, shortcuts)
+    tiles, mib = check(loadings)
+    seconds: dict[str, list[float]] = {name: [] for name in loadings}
     for _ in range(repeats):
-        for name, loading in found.items():
+        for name, loading in loadings.items():
             started = time.process_time()
             for _ in loading():
                 pass
@@ -194,7 +214,7 @@ def measure(case: Case, pairs: list[PreferencePair], repeats: int) -> dict[str, 
             "max": values[-1],
             "to_trl": medians[name] / medians[PEER],
             # Turn by turn: neighbours in time meet the same machine.
-            "to_trl_turns": sorted(mine / peer for peer, mine in zip(seconds[name], seconds[PEER], strict=True)),
+            "to_trl_turns": sorted(trl / arm for arm, trl in zip(seconds[name], seconds[PEER], strict=True)),
             "ms_a_pair": 1000 * tiles / medians[name] / len(pairs),
             "tiles_a_pair": tiles / len(pairs),
             "kib_a_tile": 1024 * mib[name] / tiles,
@@ -203,11 +223,11 @@ def measure(case: Case, pairs: list[PreferencePair], repeats: int) -> dict[str, 
     }
 
 
-def table(name: str, found: dict[str, Any]) -> list[str]:
-    """One case as Markdown."""
-    lines = [f"### {name}: {found[PEER]['tiles_a_pair']:.1f} tiles a pair", ""]
+def table(name: str, figures: dict[str, Any]) -> list[str]:
+    """Return one case as lines of Markdown."""
+    lines = [f"### {name}: {figures[PEER]['tiles_a_pair']:.1f} tiles a pair", ""]
     lines += ["| arm | tiles/s (min - max) | ms a pair | to TRL (turn by turn) | KiB a tile |", "|---|---|---|---|---|"]
-    for arm, values in found.items():
+    for arm, values in figures.items():
         spread = f"{values['tiles_per_second']:.0f} ({values['min']:.0f} - {values['max']:.0f})"
         turns = f"{values['to_trl']:.2f}x ({values['to_trl_turns'][0]:.2f} - {values['to_trl_turns'][-1]:.2f})"
         lines.append(f"| {arm} | {spread} | {values['ms_a_pair']:.2f} | {turns} | {values['kib_a_tile']:.0f} |")
@@ -215,11 +235,12 @@ def table(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=list(CASES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--shortcuts", action="store_true", help="add an arm without each of the loader's shortcuts")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -231,7 +252,7 @@ def main() -> None:
             continue
         prompts = options.pairs // case.together
         pairs = made_pairs(case, prompts) if case.tiles else real_pairs(prompts, case.together)
-        results[case.name] = measure(case, pairs, options.repeats)
+        results[case.name] = measure(case, pairs, options.repeats, options.shortcuts)
         print("\n".join(table(case.name, results[case.name])), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
     machine: dict[str, Any] = {
@@ -244,7 +265,7 @@ def main() -> None:
     record = {"command": "python -m benchmarks.loader", "options": options_used, "machine": machine}
     (options.output / "loader.json").write_text(json.dumps({**record, "cases": results}, indent=1) + "\n")
     head = ["# Loader", "", f"`{record['command']}`, {options.repeats} turns of {options.pairs} pairs, one thread.", ""]
-    lines = [line for name, found in results.items() for line in table(name, found)]
+    lines = [line for name, figures in results.items() for line in table(name, figures)]
     (options.output / "loader.md").write_text("\n".join([*head, *lines]))
 
 

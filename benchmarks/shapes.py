@@ -1,4 +1,4 @@
-"""What the benchmark trains: a model, a processor and pairs of one shape, the same for every arm."""
+"""Makes the model, the processor and the pairs of each shape, the same for every arm."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Shape:
     """One shape of the benchmark.
 
     Attributes:
-        name: as in the table.
-        tiles: of each prompt's image, thumbnail included; 0: text only.
-        vocabulary: entries of the vocabulary.
-        image_size: side of a tile in pixels; patches of 14, one token for 2 x 2 of them.
+        name: name of the shape in the table.
+        tiles: number of tiles of each prompt's image, thumbnail included; 0 for text only.
+        vocabulary: number of entries of the vocabulary.
+        image_size: pixels of a tile's edge; patches are 14 pixels wide, 2 x 2 of them a token.
         prompt_words, response_words: words in the prompt and range of those in a response; a word is about a token.
-        pairs_a_step: pairs of an optimizer step.
-        real: pairs of ``visonlyqa`` in place of made ones.
-        steps: timed at each turn of an arm; one where a step of the slowest takes many seconds.
+        pairs_a_step: number of pairs in an optimizer step.
+        real: whether the pairs are those of ``visonlyqa``, instead of made ones.
+        steps: number of steps in each turn of an arm; 1 if a step of the slowest arm takes many seconds.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Shape:
 
     @property
     def size(self) -> TinySize:
-        """An InternVL of 11 M parameters at a vocabulary of 8k."""
+        """Return the size of an InternVL with 11 M parameters at a vocabulary of 8k."""
         return TinySize(
             image_size=self.image_size,
             patch_size=14,
@@ -74,15 +74,15 @@ SHAPES = {
 
 
 def words(random: np.random.Generator, count: int) -> str:
-    """``count`` words of two letters."""
+    """Return ``count`` words of two letters."""
     return " ".join("".join(random.choice(list("abcdefghij"), size=2)) for _ in range(count))
 
 
 def made_records(shape: Shape, folder: Path, prompts: int, pairs_a_prompt: int) -> list[dict[str, Any]]:
-    """MMPR records on noise images that the processor cuts into just ``shape.tiles`` tiles; images go to ``folder``."""
+    """Return MMPR records on noise images of exactly ``shape.tiles`` tiles; write the images to ``folder``."""
     random = np.random.default_rng(0)
     across = {0: 0, 1: 1, 7: 6, 13: 12}[shape.tiles]  # more than one tile: a thumbnail joins
-    found = []
+    records = []
     for number in range(prompts):
         question, image = words(random, shape.prompt_words), {}
         if across:
@@ -93,12 +93,12 @@ def made_records(shape: Shape, folder: Path, prompts: int, pairs_a_prompt: int) 
         for _ in range(pairs_a_prompt):
             low, high = shape.response_words
             chosen, rejected = (words(random, int(random.integers(low, high + 1))) for _ in range(2))
-            found.append({**image, "question": question, "chosen": chosen, "rejected": rejected})
-    return found
+            records.append({**image, "question": question, "chosen": chosen, "rejected": rejected})
+    return records
 
 
 def real_records(prompts: int, pairs_a_prompt: int) -> list[dict[str, Any]]:
-    """Records of ``visonlyqa`` with reasoning, ``pairs_a_prompt`` of each prompt that has so many."""
+    """Return records of ``visonlyqa``, ``pairs_a_prompt`` of each of the first ``prompts`` prompts with that many."""
     by_prompt: dict[Any, list[dict[str, Any]]] = {}
     data = open_pairs([SourceSpec(str(VISONLYQA / "meta.json"))])
     for index in range(len(data)):
@@ -111,9 +111,9 @@ def real_records(prompts: int, pairs_a_prompt: int) -> list[dict[str, Any]]:
 
 
 def make_data(shape: Shape, folder: Path, prompts: int, pairs_a_prompt: int = 1) -> Any:
-    """``prompts * pairs_a_prompt`` pairs of the shape, those of a prompt behind one another, as a data set on disk.
+    """Return ``prompts * pairs_a_prompt`` pairs of the shape, those of a prompt consecutive, as a data set on disk.
 
-    Written by the first that asks; the same for all that ask with the same numbers.
+    The first call writes it to ``folder``; later calls with the same numbers read it.
     """
     folder = folder / f"data-{pairs_a_prompt}"
     if not folder.is_dir():
@@ -125,20 +125,20 @@ def make_data(shape: Shape, folder: Path, prompts: int, pairs_a_prompt: int = 1)
 
 
 def make_processor(shape: Shape, pairs: Any) -> Any:
-    """The shape's processor; its tokenizer is trained on the pairs and filled up to the vocabulary."""
+    """Return the shape's processor, its tokenizer trained on the pairs and filled up to the vocabulary."""
     each = [pairs[index] for index in range(len(pairs))]
     texts = [text for pair in each for text in (pair.prompt[0].text, pair.chosen, pair.rejected or "")]
     tokenizer = train_tokenizer(texts, vocab_size=2048 if shape.real else 400)
     tokenizer.add_tokens([f"<unused{number}>" for number in range(shape.vocabulary - len(tokenizer))])
     processor = build_processor(tokenizer, shape.size)
-    # TRL scores what a template writes after the end of the turn; here that is nothing, so that all score alike.
+    # TRL scores what a template writes after the end of the turn; here that is nothing, so all arms score the same.
     processor.chat_template = CHAT_TEMPLATE.replace("{{ '<|im_end|>\n' }}", "{{ '<|im_end|>' }}")
     assert processor.chat_template != CHAT_TEMPLATE
     return processor
 
 
 def make_checkpoint(shape: Shape, folder: Path, prompts: int) -> str:
-    """A folder with the shape's model, random weights in float32, and its processor; written by the first that asks."""
+    """Return a folder with the shape's model, random float32 weights, and its processor; the first call writes it."""
     folder = folder / "model"
     if not folder.is_dir():
         processor = make_processor(shape, make_data(shape, folder.parent, prompts))

@@ -4,9 +4,9 @@
 
 The pairs are answers of real models to questions on charts and geometry, in MMPR format. A model without knowledge can
 still learn from the reasoning pairs what a chosen answer looks like; from the direct answers ("a" against "b") it
-cannot. For each seed: the run through ``vlmpo train``, reward accuracy on pairs not yet trained on over the last
-quarter of the epoch, by subset, with 95 % intervals; the same on a held-out tenth of the images; every pair accounted
-for; the saved folder reloaded and made to generate. Prints a table, writes ``benchmarks/results/visonlyqa.json``.
+cannot. For each seed it runs ``vlmpo train`` and reports reward accuracy by subset with 95 % intervals, over the last
+quarter of the epoch (on pairs not trained on before) and on a held-out tenth of the images; counts what became of every
+pair; and makes the saved model generate. Prints a table, writes ``benchmarks/results/visonlyqa.json``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BATCH = 8
 
 
 def write_model(source: Path, folder: Path, seed: int) -> None:
-    """A tiny InternVL and a processor whose tokenizer was trained on the pairs' text."""
+    """Write a tiny InternVL and a processor whose tokenizer is trained on the pairs' text."""
     texts: list[str] = []
     for entry in json.loads((source / "meta.json").read_text()).values():
         file = source.parent / entry["annotation"]
@@ -61,7 +61,7 @@ def write_model(source: Path, folder: Path, seed: int) -> None:
 
 
 def write_recipe(source: Path, folder: Path, seed: int, **changes: Any) -> Path:
-    """The recipe of the run; ``changes`` replace whole sections' keys, e.g. ``data={"hold_out": 0.0}``."""
+    """Write the recipe of the run; ``changes`` replace keys of a section, e.g. ``data={"hold_out": 0.0}``."""
     recipe: dict[str, Any] = {
         "model": {"path": str(folder / "model")},
         "data": {"train": [str(source / "meta.json")], "max_length": 4096, "max_tiles": 6, "hold_out": 0.1},
@@ -88,7 +88,7 @@ def write_recipe(source: Path, folder: Path, seed: int, **changes: Any) -> Path:
 
 
 def run(source: Path, folder: Path, seed: int, **changes: Any) -> dict[str, Any]:
-    """Train with one seed in ``folder`` (made anew) by the command a user would give; what came of it."""
+    """Train with one seed in ``folder`` (emptied first) by ``vlmpo train``, and return the run's figures."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_model(source, folder / "model", seed)
@@ -105,7 +105,7 @@ def run(source: Path, folder: Path, seed: int, **changes: Any) -> dict[str, Any]
 
 
 def collect(run_folder: Path) -> dict[str, Any]:
-    """The figures of a finished run folder."""
+    """Return the figures of a finished run folder."""
     manifest = json.loads((run_folder / "manifest.json").read_text())
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -122,34 +122,33 @@ def collect(run_folder: Path) -> dict[str, Any]:
 
 
 def last_quarter(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Reward accuracy over the last quarter of the steps by data set: each pair was new to the model then."""
-    found: dict[str, Any] = {}
+    """Return the reward accuracy over the last quarter of the steps, by data set; every pair was new to the model."""
+    accuracies: dict[str, Any] = {}
     quarter = steps[-(len(steps) // 4) :]
     sources = sorted({key.removeprefix("pairs/") for line in quarter for key in line if key.startswith("pairs/")})
     for source in sources:
-        own = [line for line in quarter if f"pairs/{source}" in line]
-        pairs = sum(line[f"pairs/{source}"] for line in own)
-        right = round(sum(line[f"pairs/{source}"] * line[f"rewards/accuracies/{source}"] for line in own))
+        lines = [line for line in quarter if f"pairs/{source}" in line]
+        pairs = sum(line[f"pairs/{source}"] for line in lines)
+        right = round(sum(line[f"pairs/{source}"] * line[f"rewards/accuracies/{source}"] for line in lines))
         low, high = wilson(right, int(pairs))
-        found[source] = {"pairs": int(pairs), "accuracy": right / pairs, "low": low, "high": high}
-    return found
+        accuracies[source] = {"pairs": int(pairs), "accuracy": right / pairs, "low": low, "high": high}
+    return accuracies
 
 
 def held_out(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Reward accuracy on the held-out pairs, by data set."""
+    """Return the reward accuracy on the held-out pairs, by data set."""
     metrics = evaluation.get("held_out", {})
     prefix = "held_out_pairs/"
-    found = {}
+    accuracies = {}
     for source in sorted(key.removeprefix(prefix) for key in metrics if key.startswith(prefix)):
-        values = (metrics[f"held_out_rewards/accuracies{end}/{source}"] for end in ("", "_low", "_high"))
-        accuracy, low, high = values
+        accuracy, low, high = (metrics[f"held_out_rewards/accuracies{end}/{source}"] for end in ("", "_low", "_high"))
         pairs = int(metrics[f"{prefix}{source}"])
-        found[source] = {"pairs": pairs, "accuracy": accuracy, "low": low, "high": high}
-    return found
+        accuracies[source] = {"pairs": pairs, "accuracy": accuracy, "low": low, "high": high}
+    return accuracies
 
 
 def generate(run_folder: Path) -> int:
-    """Tokens generated by the saved model, reloaded as any user would: at least one, or it does not work."""
+    """Return how many tokens the saved model generates, reloaded by transformers alone."""
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -175,7 +174,7 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=DATA)

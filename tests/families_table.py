@@ -11,33 +11,33 @@ FILE = REPO / "docs" / "families.md"
 
 HEAD = """# Model families
 
-<!-- Written by `python -m tests.families_table`; a test holds it to the code. -->
+<!-- Written by `python -m tests.families_table`; a test compares it with the code. -->
 
-A prompt is read once for all its responses ("shared") where that is exact, else once for each response ("separate").
-The run says which, `vlmpo inspect` too. Either way the numbers are the model's own: at the start of a run one pair of
-the data is read both ways and by the model's own forward. Where shared and separate rows differ by more than rounding
-the run falls back to separate rows, with one loud line; where separate rows differ from the model's own logits it
-stops.
-A family that is not in the table is read in separate rows, under the same check.
+A prompt is read once for all its responses ("shared") if that is exact, and otherwise once for each response
+("separate"). The run and `vlmpo inspect` print which. Either way the numbers are the model's own: at the start of a run
+one pair of the data is read both ways and by the model's own forward. If shared and separate rows differ by more than
+rounding, the run falls back to separate rows and prints one line; if separate rows differ from the model's own logits,
+it stops. A family that is not in the table is read in separate rows, under the same check.
 
-Each line is held to the following, with a tiny model of its own class and its real processor, on the CPU in float32
-(`tests/tree/test_families.py`, `test_encode_families.py`, `test_vision_merge.py`, `test_generate_families.py`):
+Each line is tested as follows, with a tiny model of its own class and its real processor, on the CPU in float32
+(`tests/tree/test_families.py`, `tests/data/encode/test_encode_families.py`, `tests/tree/test_vision.py`,
+`tests/generate/test_generate_families.py`):
 
 - token ids, vision tensors and token types are those of its processor; counts of tiles and image tokens by hand;
-- log-probabilities of every response within 1e-5 of a plain forward, gradients within 1e-5 relative, for prompts of
+- log-probabilities of every response within 1e-5 of a plain forward, gradients within 1e-5 relative, for prompts with
   each number of images in the table, several such prompts in one row;
-- three optimizer steps start at rewards of exactly 0 and end, shared, at the weights separate rows end at;
-- saved, reloaded through transformers' own classes, it gives the same log-probabilities and answers; greedy answers in
-  this process are those of `generate`.
+- three optimizer steps start at rewards of exactly 0, and shared rows end at the same weights as separate rows;
+- saved and reloaded through transformers' own classes, it gives the same log-probabilities and answers; greedy answers
+  in this process are those of `generate`.
 
 """
 
 FOOT = """
-`data.max_tiles`: *tiles* where images are cut into them; *pixels* where an image is read whole at its own shape and a
-tile stands for 448 x 448 of them; *none* where the family's processor leaves no choice, which the run says. Several
-images and text may be interleaved as long as the model's chat template takes them; one that refuses is counted as
+`data.max_tiles`: *tiles* if images are cut into them; *pixels* if an image is read whole at its own shape and a tile
+means 448 x 448 of them; *none* if the family's processor leaves no choice, which the run prints. Images and text may be
+interleaved if the model's chat template accepts it; a record that the template refuses is counted as
 `template_refused`. Some templates (LLaVA-1.5, LLaVA-OneVision) write a message's images before its text, which the run
-says too. A text-only model counts pairs with images as `images_unsupported`.
+prints too. A text-only model counts pairs with images as `images_unsupported`.
 
 Not covered by these tests: published weights, GPUs, and checkpoints whose code does not ship with transformers.
 """
@@ -63,7 +63,7 @@ def _row(family: Family) -> list[str]:
         "shared" if support.shared else "separate",
         ", ".join(str(count) for count in range(family.images + 1)),
         _TILES[tile_kind(family.processor())] if family.images else "",
-        family.note if support.shared else f"{family.note} (the run says: {support.reason})",
+        family.note if support.shared else f"{family.note} (the run prints: {support.reason})",
     ]
 
 

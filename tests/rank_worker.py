@@ -65,7 +65,7 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
     made.train(resume_from_checkpoint=True if resume else None)
     if save:
         made.save_model(str(folder / name / "final"))
-    sampler = made.get_train_dataloader().sampler_of_pairs
+    sampler = made.get_train_dataloader().pair_sampler
     return {
         "rank": made.accelerator.process_index,
         "steps": made.state.global_step - made._initial_global_step,
@@ -76,7 +76,7 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
         "reference_wrapper": [kind.__name__ for kind in type(getattr(made.reference, "model", None)).__mro__],
         "accounts": made.all_pair_counts().to_json(),
         "batches": list(sampler),
-        "costs": None if sampler.costs is None else sampler.costs.whole.tolist(),
+        "costs": None if sampler.costs is None else sampler.costs.pair.tolist(),
     }
 
 

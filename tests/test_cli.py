@@ -139,29 +139,6 @@ def test_python_dash_m_is_the_command(tmp_path):
     assert done.stderr == f"error: cannot read the recipe {missing}: No such file or directory\n"
 
 
-# --- the README against the command line and the Makefile ---
-
-
-def shell_lines() -> list[str]:
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def test_every_command_in_the_readme_exists():
-    commands = {re.search(r"\bvlmpo (\w+)", line)[1] for line in shell_lines() if re.search(r"\bvlmpo \w", line)}
-    assert {"train", "inspect", "demo"} <= commands
-    for command in commands:
-        assert call(command, "--help").exit_code == 0, command
-
-
-def test_every_make_target_in_the_readme_exists():
-    targets = {match[1] for line in shell_lines() if (match := re.match(r"make (\w+)", line))}
-    assert {"demo", "test"} <= targets
-    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
-    assert targets <= set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE))
-
-
 def test_a_rank_leaves_its_group_at_the_end(tmp_path):
     """Otherwise gloo's threads abort the process now and then, as the interpreter ends."""
     import torch.distributed

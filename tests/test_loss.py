@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.paths import SHARED
-from vlmpo.loss import MPO_WEIGHTS, RewardShift, check_weights, expected_start, mpo_loss
+from vlmpo.loss import RewardShift, check_weights, expected_start, mpo_loss
+from vlmpo.settings import MPO_WEIGHTS
 
 LN2 = math.log(2.0)
 

@@ -11,7 +11,8 @@ import pytest
 
 from tests.paths import REPO
 from vlmpo.errors import RecipeError
-from vlmpo.recipe import check_lora_keys, check_training_keys, load_recipe, parse_recipe
+from vlmpo.recipe import EXTRA_TRAINING_KEYS, check_lora_keys, check_training_keys
+from vlmpo.recipe_yaml import dump_recipe, load_recipe, parse_recipe
 
 MINIMAL = "model: {path: some/model}\ndata: {train: [pairs.jsonl]}\n"
 
@@ -60,7 +61,7 @@ loss: {weights: {nll: 1}, beta: 0.25, reward_shift: none, nll_reduction: token, 
 training: {learning_rate: 2e-7, run_name: 2026-01-31, project: '1e-6', max_grad_norm: .inf, save_strategy: no}
 """
     recipe = parse_recipe(text)
-    again = parse_recipe(recipe.to_yaml())
+    again = parse_recipe(dump_recipe(recipe))
     assert again == recipe
     assert again.training == {
         "learning_rate": 2e-7,
@@ -107,7 +108,7 @@ def test_scientific_numbers_are_numbers(tmp_path, written):
         ("loss: {weights: {nll: 0, sigmoid: 0}}", "r.yaml: loss.weights: no term has a weight above 0"),
         ("loss: {weights: {}}", "r.yaml: loss.weights: no term has a weight above 0"),
         ("loss: {weights: {nll: .nan}}", "r.yaml: loss.weights.nll: expected a finite number, got nan"),
-        ("reference: {kind: adapter}", "r.yaml: reference.kind: 'adapter' switches the LoRA adapter off, and there is"),
+        ("reference: {kind: adapter}", "r.yaml: reference.kind: 'adapter' disables the LoRA adapter, and there is"),
         (
             "training: {max_tokens_per_row: 0}",
             "training: max_tokens_per_row: expected a whole number of tokens above 0",
@@ -208,7 +209,7 @@ def test_one_weight_overridden_leaves_the_other_terms_on(tmp_path):
         ("loss..beta=1", "expected key=value"),
         ("loss.beta=", "command line: loss.beta: expected a valid number, got None"),
         ("loss.beta=[", "override 'loss.beta=[':1: not valid YAML"),
-        ("model.path.x=1", "override 'model.path.x=1': model.path holds 'some/model', not keys of its own"),
+        ("model.path.x=1", "override 'model.path.x=1': model.path is 'some/model' and has no keys"),
         ("training=3", "command line: training: expected a mapping of keys, got 3"),
     ],
 )
@@ -288,7 +289,7 @@ def readme_recipes() -> list[str]:
 @pytest.mark.parametrize("block", readme_recipes())
 def test_every_recipe_in_the_readme_parses(block):
     recipe = parse_recipe(block, where="README.md")
-    assert parse_recipe(recipe.to_yaml()) == recipe
+    assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
 SHIPPED = sorted((REPO / "recipes").glob("*.yaml"))
@@ -329,21 +330,29 @@ def test_the_published_recipe_holds_the_published_settings():
 
 def test_reading_a_recipe_imports_no_torch():
     code = (
-        "import sys; from vlmpo.recipe import load_recipe; load_recipe('recipes/lora.yaml');"
+        "import sys; from vlmpo.recipe_yaml import load_recipe; load_recipe('recipes/lora.yaml');"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_what_is_said_twice_is_said_alike():
-    """The recipe names loss terms and verifiers itself, since it must not import torch; they are those of the code."""
+def test_every_setting_of_the_recipe_is_a_field_of_mpo_config():
+    """And every field that MPOConfig adds to TrainingArguments is a key of the recipe."""
+    import dataclasses
+
+    from vlmpo.train.config import MPOConfig
+
+    added = {field.name for field in dataclasses.fields(MPOConfig)} - training_argument_names()
+    settings = parse_recipe(MINIMAL + "training: {learning_rate: 1e-6}\n").trainer_settings()
+    assert settings.pop("learning_rate") == 1e-6
+    assert set(settings) | set(EXTRA_TRAINING_KEYS) == added
+
+
+def test_the_verifiers_a_recipe_may_name_are_those_there_are():
     from typing import get_args
 
-    from vlmpo import loss as mpo
-    from vlmpo import recipe
+    from vlmpo.settings import Verifier
     from vlmpo.verifiers.verifiers import VERIFIERS
 
-    assert recipe.LOSS_TERMS == mpo.TERM_NAMES
-    assert dict(mpo.MPO_WEIGHTS) == recipe.MPO_WEIGHTS
-    assert set(get_args(recipe.Verifier)) == set(VERIFIERS)
+    assert set(get_args(Verifier)) == set(VERIFIERS)

@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmpo.data.records import Message, PreferencePair
+    from vlmpo.data.records import Message, PreferencePair, Verdict
     from vlmpo.errors import VlmpoError
     from vlmpo.loss import LossOutput, RewardShift, mpo_loss
     from vlmpo.scoring import response_logps
     from vlmpo.train.config import MPOConfig
     from vlmpo.train.trainer import MPOTrainer
+    from vlmpo.verifiers.verifiers import verify
 
 _HOMES = {
     "Message": "vlmpo.data.records",
@@ -26,6 +27,8 @@ _HOMES = {
     "response_logps": "vlmpo.scoring",
     "MPOConfig": "vlmpo.train.config",
     "MPOTrainer": "vlmpo.train.trainer",
+    "Verdict": "vlmpo.data.records",
+    "verify": "vlmpo.verifiers.verifiers",
 }
 __all__ = [
     "LossOutput",
@@ -34,9 +37,11 @@ __all__ = [
     "Message",
     "PreferencePair",
     "RewardShift",
+    "Verdict",
     "VlmpoError",
     "mpo_loss",
     "response_logps",
+    "verify",
 ]
 
 

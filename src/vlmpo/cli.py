@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vlmpo.errors import VlmpoError
-from vlmpo.recipe import load_recipe
+from vlmpo.recipe_yaml import load_recipe
 
 app = typer.Typer(
     help="Mixed Preference Optimization for vision-language models.",
@@ -150,7 +150,7 @@ def pair_correctness(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     with _exit_codes():
         parsed = load_recipe(recipe, overrides or [])
-        from vlmpo.pairs.correctness import run_correctness as run
+        from vlmpo.commands.pair import correctness as run
 
         run(parsed)
 
@@ -163,7 +163,7 @@ def pair_dropout_ntp(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     with _exit_codes():
         parsed = load_recipe(recipe, overrides or [])
-        from vlmpo.pairs.dropout_ntp import run_dropout_ntp as run
+        from vlmpo.commands.pair import dropout_ntp as run
 
         run(parsed)
 

@@ -6,7 +6,7 @@ prints it without a traceback and exits with 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -72,3 +72,13 @@ def alike_on_a_node() -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def examples_by_reason(errors: Iterable[RecordError], count: int = 3) -> dict[str, list[str]]:
+    """Return the first ``count`` messages under each reason, reasons in order of appearance."""
+    examples: dict[str, list[str]] = {}
+    for error in errors:
+        messages = examples.setdefault(error.reason, [])
+        if len(messages) < count:
+            messages.append(str(error))
+    return examples

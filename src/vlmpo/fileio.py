@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,8 @@ def replace_text(path: Path, text: str) -> None:
 def replace_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON in the place of ``path``; see :func:`replace_text`."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def replace_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Put ``records``, one JSON object a line, in the place of ``path``; see :func:`replace_text`."""
+    replace_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

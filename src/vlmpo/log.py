@@ -1,4 +1,4 @@
-"""What the package says: messages on stderr from the first rank, tables and progress bars for the commands."""
+"""Output: the logger (stderr, first rank only); lines, tables and progress bars for the commands."""
 
 from __future__ import annotations
 
@@ -14,43 +14,46 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from tqdm.auto import tqdm
 
-_LOG_EVERY = 30.0  # seconds
+# Seconds: between two lines in a log, between two states of a bar, and before a transient bar is shown.
+_LOG_EVERY = 30.0
+_REDRAW_EVERY = 0.1
+_DELAY = 3.0
 
 
 class _FirstRank(logging.Filter):
-    """Lets messages of the first rank through."""
+    """Passes records of the first rank only."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return os.environ.get("RANK", "0") == "0"
 
 
 class _AboveProgressBars(logging.Handler):
-    """Writes a message on stderr, above any progress bar."""
+    """Writes to stderr, above any progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _make_logger() -> logging.Logger:
-    made = logging.getLogger("vlmpo")
-    if not made.handlers:
-        made.addFilter(_FirstRank())
-        made.addHandler(_AboveProgressBars())
-        made.setLevel(logging.INFO)
-        made.propagate = False  # a root handler of the application would say everything twice
-    return made
+    created = logging.getLogger("vlmpo")
+    if not created.handlers:
+        created.addFilter(_FirstRank())
+        created.addHandler(_AboveProgressBars())
+        created.setLevel(logging.INFO)
+        created.propagate = False  # a root handler of the application would repeat every message
+    return created
 
 
 logger = _make_logger()
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
-    """Print plain text: no markup in it is read, and no long line is wrapped."""
+    """Print plain text: no markup is interpreted and no long line is wrapped."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(console: Console, title: str, rows: Sequence[Sequence[object]]) -> None:
-    """Print rows, the first of them the header, in aligned columns that are never wrapped or cut."""
+    """Print ``rows`` (the first is the header) in aligned columns that are never wrapped or cut."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     print_line(console, f"\n{title}", style="bold")
     for name, *numbers in rows:
@@ -59,16 +62,22 @@ def print_table(console: Console, title: str, rows: Sequence[Sequence[object]]) 
 
 
 class Progress:
-    """Counts up to ``total`` on stderr: a bar with rate and time left on a terminal, a line now and then in a log.
+    """Shows on stderr how much is done: a bar on a terminal, a line every 30 seconds in a log.
 
-    Use it in a ``with`` statement.
+    Use it in a ``with`` statement. It starts no thread, so that a process may fork meanwhile.
+
+    Args:
+        title: what is being done.
+        total: how much there is to do; 0 if that is not known before the first :meth:`update`.
+        unit: plural noun of what is counted.
+        transient: show nothing in the first seconds, and remove the bar at the end.
     """
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self._title, self._total, self._unit = title, total, unit
+    def __init__(self, title: str, total: int, unit: str, *, transient: bool = False) -> None:
+        self._title, self._total, self._unit, self._transient = title, total, unit, transient
         self._console = Console(stderr=True)
         self._done = 0
-        self._started = self._logged = time.monotonic()
+        self._started = self._shown = time.monotonic()
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -77,12 +86,15 @@ class Progress:
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
+            transient=transient,
+            auto_refresh=False,
         )
         self._task = self._bar.add_task(title, total=total, rate="")
 
     def __enter__(self) -> Progress:
-        self._started = self._logged = time.monotonic()
-        self._bar.start()
+        self._started = self._shown = time.monotonic()
+        if not self._transient:
+            self._bar.start()
         return self
 
     def __exit__(
@@ -92,14 +104,26 @@ class Progress:
 
     def advance(self, count: int) -> None:
         """Count ``count`` more as done."""
+        self.update(self._done + count, self._total)
+
+    def update(self, done: int, total: int) -> None:
+        """Set how much is done, and of how much."""
+        self._done, self._total = done, total
         now = time.monotonic()
-        self._done += count
-        rate = self._done / max(now - self._started, 1e-9)
-        self._bar.update(self._task, advance=count, rate=f"{rate:.1f} {self._unit}/s")
-        if not self._console.is_terminal and now - self._logged >= _LOG_EVERY:
-            self._logged = now
-            left = (self._total - self._done) / rate
-            self.notice(f"{self._title}: {self._done}/{self._total}, {rate:.1f} {self._unit}/s, {left:.0f} s left")
+        elapsed = now - self._started
+        if self._transient and elapsed < _DELAY:
+            return
+        rate = done / max(elapsed, 1e-9)
+        due = now - self._shown >= (_REDRAW_EVERY if self._console.is_terminal else _LOG_EVERY)
+        if self._console.is_terminal:
+            self._bar.start()  # no effect if it has started already
+            speed = f"{rate:.1f} {self._unit}/s"
+            self._bar.update(self._task, completed=done, total=total, rate=speed, refresh=due or done == total)
+        elif due and done:
+            left = (total - done) / rate
+            self.notice(f"{self._title}: {done}/{total}, {rate:.1f} {self._unit}/s, {left:.0f} s left")
+        if due:
+            self._shown = now
 
     def notice(self, text: str) -> None:
         """Print one line above the bar."""

@@ -18,16 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-NllReduction = Literal["sequence", "token"]
-TERM_NAMES = ("sigmoid", "bco_pair", "nll")
-MPO_WEIGHTS: Mapping[str, float] = {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0}
-ShiftMode = Literal["previous", "running", "none"]
+from vlmpo.settings import LOSS_TERMS, MPO_WEIGHTS, NllReduction, ShiftMode
 
 
 def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
@@ -82,11 +79,11 @@ def needs_reference(weights: Mapping[str, float]) -> bool:
 def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
     """The terms that are on, in their fixed order. Raises ValueError for unknown names, bad numbers, or none on."""
     for name, weight in weights.items():
-        if name not in TERM_NAMES:
-            raise ValueError(f"unknown loss term {name!r}; the terms are {', '.join(TERM_NAMES)}")
+        if name not in LOSS_TERMS:
+            raise ValueError(f"unknown loss term {name!r}; the terms are {', '.join(LOSS_TERMS)}")
         if not math.isfinite(weight) or weight < 0:
             raise ValueError(f"the weight of {name} must be a finite number of at least 0, not {weight}")
-    active = {name: float(weights[name]) for name in TERM_NAMES if weights.get(name, 0.0) > 0}
+    active = {name: float(weights[name]) for name in LOSS_TERMS if weights.get(name, 0.0) > 0}
     if not active:
         raise ValueError("all loss weights are 0: there is nothing to train on")
     return active

@@ -1,4 +1,4 @@
-"""The long acceptance runs on real pairs (``make accept``; about fifteen minutes on two cores)."""
+"""Long acceptance runs on real pairs (``make accept``; about fifteen minutes on two cores)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from benchmarks.visonlyqa import DATA, run
 
-pytestmark = pytest.mark.skipif(not DATA.exists(), reason="the visonlyqa pairs are not beside this checkout")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATA.exists(), reason="the visonlyqa pairs are not beside this checkout"),
+]
 LENGTHS = {"visonlyqa_reasoning": 1047, "visonlyqa_no_reasoning": 570}
 
 
@@ -52,7 +55,7 @@ def test_the_saved_model_generates(results: list[dict[str, Any]]) -> None:
 
 
 def test_sixty_four_pairs_are_learned_to_the_end(tmp_path: Path) -> None:
-    """The whole path learns what it is told: accuracy 1, a growing margin, a sigmoid loss near 0."""
+    """The pairs are learned by heart: accuracy 1, a growing margin, a sigmoid loss near 0."""
     lines = (DATA / "annotations" / "reasoning.jsonl").read_text().splitlines()[:1024:16]
     assert len(lines) == 64
     pairs = tmp_path / "pairs.jsonl"

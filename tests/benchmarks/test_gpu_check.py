@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check in miniature on a CPU: every part runs, its figures are right, one that fails loses no other."""
+"""benchmarks/gpu_check in miniature on a CPU: every part runs, its figures are right, and each fails alone."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from vlmpo.tree.forward import install
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_the_parts_that_need_no_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "compiled_head", contextlib.nullcontext)  # a compiler is slow to start
     assert gpu_check.check(tmp_path, CPU, True, ["device", "alignment", "parity", "head"])
@@ -48,10 +49,12 @@ def test_the_parts_that_need_no_trainer(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(head["eager"]) == set(head["compiled"])
 
 
+@pytest.mark.slow
 def test_the_first_step_in_bf16(tmp_path: Path) -> None:
     assert gpu_check.check(tmp_path, CPU, True, ["start"])
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_fails_the_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
     def blind(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Any, scale: Any) -> torch.Tensor:
         return query + 0 * key.sum() + 0 * value.sum()
@@ -86,6 +89,7 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert "no time" in json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["late"]["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "optimizer"), [(torch.float32, "adamw"), (torch.bfloat16, "sgd")])
 def test_every_arm_runs_and_starts_at_the_same_loss(dtype: torch.dtype, optimizer: str) -> None:
     """In float32 those that compute the same agree to 1e-5; TRL scores the line break behind a turn too."""
@@ -104,6 +108,7 @@ def test_every_arm_runs_and_starts_at_the_same_loss(dtype: torch.dtype, optimize
         assert arm["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_the_floor_runs_under_checkpointing_and_the_clock_ends_an_arm() -> None:
     setting = gpu_arms.Setting(MINIATURE, torch.float32, "adamw", 1, True, CPU, steps=10**6, seconds=0.0)
     found = gpu_arms.measure("floor", setting)

@@ -15,7 +15,7 @@ from tests.training import flat_weights, logged
 from vlmpo.data.records import Question
 from vlmpo.errors import RecordError
 from vlmpo.evaluate import answer_questions, compare, short_name, summarise
-from vlmpo.generate.local import Generated
+from vlmpo.generate.base import Generated
 
 
 class Told:
@@ -95,6 +95,7 @@ def write_questions(folder: Path, count: int = 4) -> None:
     (folder / "questions.jsonl").write_text(text)
 
 
+@pytest.mark.slow
 def test_a_trained_model_on_pairs_and_questions(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     write_data(tmp_path, records(16))
     write_questions(tmp_path)
@@ -123,6 +124,7 @@ def test_a_trained_model_on_pairs_and_questions(tmp_path: Path, checkpoint: Path
     assert "paired bootstrap" in result.output
 
 
+@pytest.mark.slow
 def test_questions_are_asked_while_training_and_touch_nothing(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     weights = []
     for name in ("without", "with"):

@@ -13,7 +13,7 @@ import pytest
 from tests.commands.test_train import call, manifest, write_recipe
 from tests.data.formats.test_formats import SAME, said
 from tests.tiny_models import model, noise_image, processor
-from vlmpo.recipe import load_recipe
+from vlmpo.recipe_yaml import load_recipe
 
 
 @pytest.fixture(scope="module")

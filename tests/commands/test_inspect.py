@@ -1,4 +1,4 @@
-"""``vlmpo inspect``: the pair as the model reads it, the counts, the distributions, the plan of the steps."""
+"""``vlmpo inspect``: the pair as the model reads it, the counts, the lengths, the steps."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from PIL import Image
 from rich.console import Console
 
 from tests.paths import SHARED
-from vlmpo.commands import inspect as room
+from vlmpo.commands import inspect as command
 from vlmpo.commands.inspect import (
+    Encoded,
     PairSize,
-    StepPlan,
     collapse_images,
-    histogram,
+    describe_steps,
+    encode_pairs,
     inspect,
-    plan_steps,
+    is_shared,
+    quantiles,
     row_line,
-    summary,
 )
+from vlmpo.commands.run_data import RunData, open_run_data
 from vlmpo.errors import RecipeError, RecordError
-from vlmpo.recipe import load_recipe, parse_recipe
+from vlmpo.models.loading import load_processor
+from vlmpo.recipe_yaml import load_recipe, parse_recipe
 from vlmpo.testing.tiny import TinySize, build_model, build_processor, train_tokenizer
 
 # 56 px tiles of 14 px patches: 4 x 4 patches, 2 x 2 after the pixel shuffle: 4 tokens a tile.
@@ -70,6 +73,11 @@ def printed(recipe, pairs: int) -> str:
     return out.getvalue()
 
 
+def encoded(recipe) -> tuple[Encoded, RunData]:
+    data = open_run_data(recipe)
+    return encode_pairs(recipe, data, load_processor(recipe.model.path), num_samples=0), data
+
+
 def test_a_pair_is_shown_as_the_model_reads_it(recipe_file, tokenizer):
     text = printed(load_recipe(recipe_file), pairs=3)
     first, second, third = text.split("training pairs")[0].split("pair ")[1:]
@@ -103,20 +111,15 @@ def test_every_record_is_accounted_for(recipe_file):
 
 def test_over_long_pairs_are_counted_too(recipe_file):
     recipe = load_recipe(recipe_file)
-    five_tiles = room.examine(recipe, _load(recipe), 0).sizes[1]
-    found = room.examine(load_recipe(recipe_file, [f"data.max_length={five_tiles.longer - 1}"]), _load(recipe), 0)
-    assert len(found.sizes) == 2
-    assert found.dropped.reasons() == {"over_long": 1}
-    assert [size.tiles for size in found.sizes] == [1, 0]
-
-
-def _load(recipe):
-    return room.load_processor(recipe)
+    five_tiles = encoded(recipe)[0].sizes[1]
+    shorter, _ = encoded(load_recipe(recipe_file, [f"data.max_length={five_tiles.longer - 1}"]))
+    assert len(shorter.sizes) == 2
+    assert shorter.dropped.reasons() == {"over_long": 1}
+    assert [size.tiles for size in shorter.sizes] == [1, 0]
 
 
 def test_sizes_are_the_tokens_of_each_part(recipe_file, tokenizer):
-    recipe = load_recipe(recipe_file)
-    sizes = room.examine(recipe, _load(recipe), 0).sizes
+    sizes = encoded(load_recipe(recipe_file))[0].sizes
 
     def count(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
@@ -136,14 +139,13 @@ def test_a_bad_record_stops_it_under_fail(recipe_file):
 
 
 def test_sft_needs_no_rejected_response(recipe_file):
-    recipe = load_recipe(recipe_file, ["loss.weights={nll: 1}"])
-    found = room.examine(recipe, _load(recipe), 0)
-    assert [size.rejected for size in found.sizes] == [0, 0, 0, 0]  # "same" against "same" is a fine SFT example
-    assert found.data.screened.reasons() == {"missing_image": 1}
+    pairs, data = encoded(load_recipe(recipe_file, ["loss.weights={nll: 1}"]))
+    assert [size.rejected for size in pairs.sizes] == [0, 0, 0, 0]  # "same" against "same" is a fine SFT example
+    assert data.screened.reasons() == {"missing_image": 1}
 
 
 def test_many_pairs_are_sampled_and_it_is_said(recipe_file, monkeypatch):
-    monkeypatch.setattr(room, "MAX_EXAMINED", 2)
+    monkeypatch.setattr(command, "MAX_ENCODED", 2)
     text = printed(load_recipe(recipe_file), pairs=0)
     assert "a seeded sample, 2 of 3 pairs" in text
     assert "tokens and tiles of 2 pairs" in text
@@ -167,26 +169,17 @@ def test_runs_of_image_tokens_collapse(processor, tokenizer):
     assert collapse_images([], processor) == ""
 
 
-def test_summary_gives_values_that_occur():
-    assert summary(list(range(1, 21))) == (1, 10, 19, 20)
-    assert summary([7]) == (7, 7, 7, 7)
-    assert summary([3, 1, 2]) == (1, 2, 3, 3)
+def test_quantiles_are_values_that_occur():
+    assert quantiles(list(range(1, 21))) == [1, 5, 10, 15, 19, 20]
+    assert quantiles([7]) == [7] * 6
+    assert quantiles([3, 1, 2]) == [1, 1, 2, 3, 3, 3]
 
 
-def test_histogram_counts_every_value():
-    # width = ceil(10 / 8) = 2; bars: 40 for the tallest, ceil(40 / 3) for a third of it
-    assert histogram([1, 1, 2, 10]) == [
-        "   1 - 2 | " + "#" * 40 + " 3",
-        "   3 - 4 |  0",
-        "   5 - 6 |  0",
-        "   7 - 8 |  0",
-        "  9 - 10 | " + "#" * 14 + " 1",
-    ]
-    assert histogram([5, 5]) == ["  5 | " + "#" * 40 + " 2"]
-
-
-def plan(text: str, sizes: list[PairSize], shared: bool | None) -> StepPlan:
-    return plan_steps(parse_recipe(text), 10, sizes, shared)
+def test_lengths_and_tiles_are_listed(recipe_file):
+    lines = printed(load_recipe(recipe_file), pairs=0).split("tokens and tiles of 3 pairs\n")[1].splitlines()
+    assert lines[0].split() == ["min", "p25", "median", "p75", "p95", "max"]
+    assert lines[4].split() == ["image", "tokens", "0", "0", "4", "20", "20", "20"]
+    assert lines[7].split() == ["tiles", "0", "0", "1", "5", "5", "5"]
 
 
 MINIMAL = "model: {path: m}\ndata: {train: [a]}\n"
@@ -195,49 +188,55 @@ MINIMAL = "model: {path: m}\ndata: {train: [a]}\n"
 def test_steps_and_rows(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     ten = [PairSize(prompt=6, chosen=3, rejected=1, image_tokens=0, tiles=0)] * 10  # 10 tokens when shared
-    batch = "training: {per_device_train_batch_size: 2, gradient_accumulation_steps: 2, max_tokens_per_row: %s}"
+
+    def lines(bound: int | str, sizes: list[PairSize], shared: bool | None) -> list[str]:
+        batch = f"per_device_train_batch_size: 2, gradient_accumulation_steps: 2, max_tokens_per_row: {bound}"
+        return describe_steps(parse_recipe(f"{MINIMAL}training: {{{batch}}}"), 10, sizes, shared)
+
+    def rows(bound: int | str, sizes: list[PairSize], shared: bool | None) -> str:
+        return lines(bound, sizes, shared)[1].removeprefix("rows per optimizer step: ")
+
     # 2 x 2 x 2 = 8 pairs a step, so 10 pairs are 2 steps; 4 micro-batches a step over all devices
-    assert plan(MINIMAL + batch % 20, ten, True) == StepPlan(2, 2, 2, 2, 4.0, True)
-    assert plan(MINIMAL + batch % 19, ten, True).rows_per_step == 8.0  # two pairs do not fit into one row
-    assert plan(MINIMAL + batch % "null", ten, True).rows_per_step == 4.0
-    assert plan(MINIMAL + batch % 20, ten, False).rows_per_step == 16.0
-    assert plan(MINIMAL + batch % 20, ten, None).rows_per_step is None
-    sft = [PairSize(6, 3, 0, 0, 0)] * 10
-    assert plan(MINIMAL + batch % 20, sft, False).rows_per_step == 8.0
-    assert plan(MINIMAL + batch % 20, ten, True).pairs_per_step == 8
+    assert lines(20, ten, True)[0] == "\npairs per optimizer step: 8 (2 a device x 2 accumulated x 2 device(s))"
+    assert lines(20, ten, True)[2] == "optimizer steps per epoch: 2"
+    assert rows(20, ten, True) == "about 4.0 (prompts shared)"
+    assert rows(19, ten, True) == "about 8.0 (prompts shared)"  # two pairs do not fit into one row
+    assert rows("null", ten, True) == "about 4.0 (prompts shared)"
+    assert rows(20, ten, False) == "about 16.0 (one response a row)"
+    assert rows(20, ten, None) == "not known, the model's config cannot be read"
+    assert rows(20, [PairSize(6, 3, 0, 0, 0)] * 10, False) == "about 8.0 (one response a row)"
 
 
-def test_a_batch_size_that_is_none_is_refused():
-    with pytest.raises(RecipeError, match=r"training\.per_device_train_batch_size: expected a whole number above 0"):
-        plan(MINIMAL + "training: {per_device_train_batch_size: 0}", [], True)
+def test_a_batch_size_of_0_is_refused_before_anything_is_read():
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        with pytest.raises(RecipeError, match=rf"training\.{name}: expected a whole number above 0, got 0"):
+            inspect(parse_recipe(MINIMAL + f"training: {{{name}: 0}}"))
 
 
-def test_rows_are_told_when_the_model_is_there(recipe_file, tokenizer):
+def test_rows_are_estimated_if_the_model_is_there(recipe_file, tokenizer):
     recipe = load_recipe(recipe_file)
-    assert room.is_shared(recipe) is None
+    assert is_shared(recipe) is None
     assert "rows per optimizer step: not known" in printed(recipe, pairs=0)
     build_model(tokenizer, SIZE).config.save_pretrained(recipe.model.path)
-    assert room.is_shared(recipe) is True
+    assert is_shared(recipe) is True
     text = printed(recipe, pairs=0)
     assert "pairs per optimizer step: 2 (2 a device x 1 accumulated x 1 device(s))" in text
     # 3 pairs as 2 + 1: two rows for three pairs, 4/3 of a row for the two of a step
     assert "rows per optimizer step: about 1.3 (prompts shared)" in text
     assert "optimizer steps per epoch: 2" in text
-    assert "tokens read at once: at most 1536 (training.max_tokens_per_row); the longest pair here takes " in text
-    assert room.is_shared(load_recipe(recipe_file, ["model.attention=separate"])) is False
+    assert "tokens read at once: at most 1536 (training.max_tokens_per_row); the longest pair here has " in text
+    assert is_shared(load_recipe(recipe_file, ["model.attention=separate"])) is False
 
 
 def test_what_decides_the_memory():
-    told = "tokens read at once: at most 100 (training.max_tokens_per_row); the longest pair here takes "
-    assert (
-        row_line(100, 40) == f"{told}40; with a bound of that much it alone decides the memory, and no number changes"
-    )
-    assert row_line(100, 100) == f"{told}100"
-    assert row_line(100, 140) == f"{told}140, in a row by itself"
-    assert row_line(None, 40) == "tokens read at once: all of a micro-batch; the longest pair here takes 40"
+    start = "tokens read at once: at most 100 (training.max_tokens_per_row); the longest pair here has "
+    assert row_line(100, 40) == f"{start}40; a bound of 40 would use the least memory and change no number"
+    assert row_line(100, 100) == f"{start}100"
+    assert row_line(100, 140) == f"{start}140 and gets a row of its own"
+    assert row_line(None, 40) == "tokens read at once: a whole micro-batch; the longest pair here has 40"
 
 
-def test_real_pairs_tell_the_published_tile_counts(tmp_path):
+def test_real_pairs_have_the_published_tile_counts(tmp_path):
     """At 448 px and 256 tokens a tile the image tokens are 256 for each tile, for every real pair looked at."""
     meta = SHARED / "data" / "visonlyqa" / "meta.json"
     if not meta.exists():
@@ -246,10 +245,9 @@ def test_real_pairs_tell_the_published_tile_counts(tmp_path):
     build_processor(train_tokenizer(["some text to begin with"], 300), size).save_pretrained(tmp_path / "model")
     recipe = parse_recipe(f"model: {{path: {tmp_path / 'model'}}}\ndata: {{train: [{meta}], max_tiles: 6}}\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "MAX_EXAMINED", 12)
-        found = room.examine(recipe, room.load_processor(recipe), 1)
-    assert found.num_examined == 12
-    assert all(s.image_tokens == 256 * s.tiles for s in found.sizes)
-    assert all(1 <= s.tiles <= 7 for s in found.sizes)
-    counts = found.data.read
-    assert counts == {"visonlyqa_reasoning": 1047, "visonlyqa_no_reasoning": 570}
+        patch.setattr(command, "MAX_ENCODED", 12)
+        pairs, data = encoded(recipe)
+    assert len(pairs.sizes) + pairs.dropped.num_dropped == 12
+    assert all(size.image_tokens == 256 * size.tiles for size in pairs.sizes)
+    assert all(1 <= size.tiles <= 7 for size in pairs.sizes)
+    assert data.read == {"visonlyqa_reasoning": 1047, "visonlyqa_no_reasoning": 570}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.commands.test_train import call, checkpoint  # noqa: F401  checkpoint is a fixture
@@ -16,6 +17,7 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_rounds_by_the_command_line(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     """A random model knows no answer, so the truth of each question is declared to be what it once said."""
     lines = []

@@ -26,12 +26,13 @@ from tests.chat_server import chat_server, says
 from tests.paths import REPO
 from tests.tiny_models import model, noise_image, processor
 from vlmpo.cli import app
-from vlmpo.commands.sample import MANIFEST_FILE, RESPONSES_FILE, SampleReport, open_engine, sample
+from vlmpo.commands.sample import MANIFEST_FILE, open_engine, sample
 from vlmpo.data.records import Response
 from vlmpo.errors import DataError, RecipeError, RunError
 from vlmpo.generate import server
-from vlmpo.generate.responses import ResponseFile, read_responses
-from vlmpo.recipe import load_recipe, parse_recipe
+from vlmpo.generate.responses import RESPONSES_FILE, ResponseFile, read_responses
+from vlmpo.generate.sample import SampleReport
+from vlmpo.recipe_yaml import dump_recipe, load_recipe, parse_recipe
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +112,8 @@ def test_every_question_gets_its_samples(tmp_path, checkpoint):
 
 def test_the_texts_are_the_engines(tmp_path, checkpoint):
     """The seed reaches the engine, the prompt style the prompt, the records their question."""
-    from vlmpo.commands.sample import generation_request
     from vlmpo.data.readers.questions import read_questions
+    from vlmpo.generate.prompts import request_for, seed_for
 
     recipe = load_recipe(write(tmp_path, checkpoint, count=4))
     sample(recipe)
@@ -120,7 +121,7 @@ def test_the_texts_are_the_engines(tmp_path, checkpoint):
     questions = read_questions(tmp_path / "q.jsonl", tmp_path / "images").questions
     engine = open_engine(recipe)
     for question in questions:
-        request = generation_request(question, recipe.build)
+        request = request_for(question, "direct", n=3, seed=seed_for(0, question.id))
         assert request.messages[0].text.endswith("\nAnswer the question with a single word, number or phrase.")
         (answers,) = engine.generate([request])
         mine = [r for r in stored(tmp_path) if r.question_id == question.id]
@@ -198,6 +199,7 @@ def run_in_child(recipe: Path) -> None:
     sample(load_recipe(recipe))
 
 
+@pytest.mark.slow
 def test_killed_at_five_random_moments(tmp_path, checkpoint):
     """SIGKILL leaves what the same run, undisturbed, would have written; the kills hit a run under way."""
     (tmp_path / "calm").mkdir()
@@ -271,7 +273,7 @@ def test_other_weights_under_the_same_path_are_noticed(tmp_path):
     recipe = load_recipe(write(tmp_path, tmp_path / "model", 2))
     sample(recipe)
     model(1).save_pretrained(tmp_path / "model")
-    with pytest.raises(RunError, match=r"holds responses of other weights than .*build\.output_dir"):
+    with pytest.raises(RunError, match=r"were sampled from other weights than .*build\.output_dir"):
         sample(recipe)
 
 
@@ -280,7 +282,7 @@ def test_a_question_that_changed_under_its_id_is_noticed(tmp_path, checkpoint):
     sample(recipe)
     text = (tmp_path / "q.jsonl").read_text()
     (tmp_path / "q.jsonl").write_text(text.replace("what is picture 2?", "who is in picture 2?"))
-    with pytest.raises(RunError, match=r"q\.jsonl:3: question 'q2' read otherwise"):
+    with pytest.raises(RunError, match=r"q\.jsonl:3: question 'q2' has changed since"):
         sample(recipe)
     (tmp_path / "q.jsonl").write_text(text.replace('"answer": "red"', '"answer": "blue"'))
     assert sample(recipe).written == 0  # the answer is not part of the prompt
@@ -301,7 +303,7 @@ def test_two_runs_cannot_write_at_once(tmp_path, checkpoint):
     [
         (lambda lines: [lines[0], "{}\n", *lines[1:]], DataError, r"responses\.jsonl:2: not a response"),
         (lambda lines: [lines[0], "what?\n", *lines[1:]], DataError, r"responses\.jsonl:2: not a response"),
-        (lambda lines: [*lines, lines[0]], RunError, r"responses\.jsonl:7: response 0 to question 'q0' is there twice"),
+        (lambda lines: [*lines, lines[0]], RunError, r"responses\.jsonl:7: response 0 to question 'q0' appears twice"),
     ],
 )
 def test_a_file_that_was_tampered_with(tmp_path, checkpoint, change, error, words):
@@ -319,7 +321,7 @@ def test_a_file_that_was_tampered_with(tmp_path, checkpoint, change, error, word
 def test_a_recipe_that_only_builds_does_not_train(tmp_path, checkpoint):
     recipe = write(tmp_path, checkpoint)
     parsed = load_recipe(recipe)
-    assert parse_recipe(parsed.to_yaml()) == parsed
+    assert parse_recipe(dump_recipe(parsed)) == parsed
     result = CliRunner().invoke(app, ["train", str(recipe), f"training.output_dir={tmp_path / 'run'}"])
     assert result.exit_code == 2, result.output
     assert "data.train: names no data set to train on" in result.output
@@ -343,7 +345,10 @@ def test_the_folder_is_named_after_the_recipe(tmp_path):
     ("line", "message"),
     [
         ("engine: localhost", "build.engine: expected local or the http(s) URL of a chat server, got 'localhost'"),
-        ("prompt: cott", "build.prompt: 'cott' is neither a style nor a template that holds {question}; did you mean"),
+        (
+            "prompt: cott",
+            "build.prompt: 'cott' is neither a style nor a template that contains {question}; did you mean",
+        ),
         ("samples: 0", "build.samples: expected greater than or equal to 1, got 0"),
         ("sample: 3", "build.sample: unknown key; did you mean build.samples?"),
         ("top_p: 0", "build.top_p: expected greater than 0, got 0"),

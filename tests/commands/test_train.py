@@ -78,7 +78,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 def test_a_run_leaves_its_folder_whole(tmp_path: Path, checkpoint: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from vlmpo.recipe import load_recipe
+    from vlmpo.recipe_yaml import load_recipe
 
     write_data(tmp_path, records(6))
     recipe = write_recipe(tmp_path, checkpoint, data={"eval": ["set/pairs.jsonl"]}, training={"seed": 5})

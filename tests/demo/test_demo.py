@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlmpo.commands.demo import DemoSettings, _Demo
+from vlmpo.commands.demo import DemoRun, DemoSettings
 from vlmpo.demo.answers import MAX_NEW_TOKENS, generate
 from vlmpo.demo.model import DEMO_SIZE, demo_model, demo_processor
-from vlmpo.demo.task import CELLS, LINES, Lessons, SceneSource, render
+from vlmpo.demo.task import CELLS, LINES, SceneSource, render
 
 MINIATURE = DemoSettings(
     batch=8,
@@ -47,7 +47,7 @@ def test_lines_cover_each_cell_once_a_direction():
 
 
 def test_no_image_is_in_two_splits(tmp_path: Path):
-    run = _Demo(tmp_path, 0, MINIATURE)
+    run = DemoRun(tmp_path, 0, MINIATURE)
     later = run.source.questions(50) + run.source.answers(50, 0.5, 0.5) + run.source.captions(50)
     splits = [[item.scene for item in split] for split in (run.test, run.validation, later)]
     assert [len(split) for split in splits] == [10, 6, 150]
@@ -102,15 +102,16 @@ def test_image_tokens_are_never_said(monkeypatch: pytest.MonkeyPatch):
     assert set(said[0].flatten().tolist()).isdisjoint(set(tokenizer.all_special_ids) - allowed)
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_the_pairs_and_another_does_not(tmp_path: Path):
-    run = _Demo(tmp_path, 0, replace(MINIATURE, samples=8))
-    run._teach("habit", Lessons(run.source.answers(40 * 8, 1.0, 1.0)), 40, 3e-3)  # until it answers at once
+    run = DemoRun(tmp_path, 0, replace(MINIATURE, samples=8))
+    run.teach("habit", run.source.answers(40 * 8, 1.0, 1.0), 40, 3e-3)  # until it answers at once
     torch.manual_seed(99)  # what was drawn before must not matter
-    first = [(p.prompt, p.chosen, p.rejected) for p in run._pairs(run.validation, 5)]
-    again = [(p.prompt, p.chosen, p.rejected) for p in run._pairs(run.validation, 5)]
+    first = [(p.prompt, p.chosen, p.rejected) for p in run.pairs(run.validation, 5)]
+    again = [(p.prompt, p.chosen, p.rejected) for p in run.pairs(run.validation, 5)]
     assert first
     assert first == again
-    assert first != [(p.prompt, p.chosen, p.rejected) for p in run._pairs(run.validation, 6)]
+    assert first != [(p.prompt, p.chosen, p.rejected) for p in run.pairs(run.validation, 6)]
 
 
 @pytest.mark.slow
@@ -118,7 +119,7 @@ def test_what_is_saved_answers_alike_and_a_seed_repeats_the_run(tmp_path: Path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     settings = replace(MINIATURE, habit_steps=30, questions=12, samples=8)
-    runs = [_Demo(tmp_path / name, 7, settings) for name in ("one", "two")]
+    runs = [DemoRun(tmp_path / name, 7, settings) for name in ("one", "two")]
     results = [run.run() for run in runs]
     for result in results:
         del result["seconds"]

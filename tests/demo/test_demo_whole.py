@@ -113,6 +113,7 @@ def test_pairs_are_right_against_wrong() -> None:
     assert [(p.chosen, p.rejected) for p in again] == [(p.chosen, p.rejected) for p in pairs]
 
 
+@pytest.mark.slow
 def test_a_miniature_of_the_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

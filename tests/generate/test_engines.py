@@ -19,7 +19,8 @@ from vlmpo.data.records import Message
 from vlmpo.errors import RecordError, RunError
 from vlmpo.generate import local as engines
 from vlmpo.generate import server
-from vlmpo.generate.local import Generated, GenerationRequest, LocalEngine, Sampling, draw_tokens
+from vlmpo.generate.base import Generated, GenerationRequest, Sampling
+from vlmpo.generate.local import LocalEngine, draw_tokens
 from vlmpo.generate.server import ServerEngine
 from vlmpo.models.families import Family
 from vlmpo.tree.forward import install
@@ -396,7 +397,7 @@ def test_a_server_that_stays_away():
         (Reply({"error": "no key"}, 401), "status 401: .*no key.*; check VLMPO_API_KEY"),
         (Reply({"error": "no such model"}, 404), "no such model.*; check build.engine and build.model"),
         (Reply(b"<html>"), "does not answer in JSON"),
-        (Reply({"hello": 1}), "is no OpenAI-compatible chat server: it answers {'hello': 1}"),
+        (Reply({"hello": 1}), "is not an OpenAI-compatible chat server: it answered {'hello': 1}"),
         (says("3", reasoning_content="so it must be"), "without a reasoning parser"),
     ],
 )

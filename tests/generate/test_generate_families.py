@@ -12,7 +12,8 @@ from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.encode.processors import tokenizer_of
 from vlmpo.data.records import Message
 from vlmpo.errors import RecordError
-from vlmpo.generate.local import GenerationRequest, LocalEngine, Sampling
+from vlmpo.generate.base import GenerationRequest, Sampling
+from vlmpo.generate.local import LocalEngine
 from vlmpo.models.families import support_for
 from vlmpo.tree.forward import install
 

@@ -20,19 +20,22 @@ from typer.testing import CliRunner
 from tests.paths import SHARED
 from tests.tiny_models import model, noise_image, processor
 from vlmpo.cli import app
-from vlmpo.commands.sample import _prompt_hash
+from vlmpo.commands.pair import CONTINUATIONS_FILE
+from vlmpo.commands.pair import CORRECTNESS_PAIRS as PAIRS_FILE
+from vlmpo.commands.pair import CORRECTNESS_REPORT as REPORT_FILE
 from vlmpo.data.dataset import open_pairs
 from vlmpo.data.index.filter import screen
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Message, Question, Response
 from vlmpo.errors import RecordError
-from vlmpo.generate.local import Engine, Generated, GenerationRequest, LocalEngine, OnBad, Sampling
-from vlmpo.generate.prompts import prompt_text
+from vlmpo.generate.base import Engine, Generated, GenerationRequest, OnBad, Sampling
+from vlmpo.generate.local import LocalEngine
+from vlmpo.generate.prompts import prompt_hash, prompt_text
 from vlmpo.generate.responses import read_responses
-from vlmpo.pairs.correctness import PAIRS_FILE, REPORT_FILE, pair_correctness
-from vlmpo.pairs.dropout_ntp import CONTINUATIONS_FILE, cut_words, pair_dropout_ntp
-from vlmpo.recipe import load_recipe
+from vlmpo.pairs.correctness import pair_correctness
+from vlmpo.pairs.dropout_ntp import cut_words, pair_dropout_ntp
+from vlmpo.recipe_yaml import load_recipe
 from vlmpo.verifiers.verifiers import verify
 
 NUMBERS = "one two three four five six seven eight nine ten".split()  # noqa: SIM905
@@ -181,7 +184,7 @@ def test_what_cannot_be_judged_is_counted_and_named() -> None:
 
 
 def test_the_prompts_are_known_by_the_hash_that_sampling_stores() -> None:
-    own = {"prompt_hash": _prompt_hash(Q, "cot")}
+    own = {"prompt_hash": prompt_hash(prompt_text(Q, "cot"))}
     records, report = pair_correctness([Q], answers("q", say("3"), say("4"), settings=own))
     assert len(records) == 1
     assert report.dropped == {}
@@ -475,7 +478,7 @@ def test_the_dropout_command_goes_on_where_it_was_stopped(tmp_path: Path, monkey
     given = [*answers("one", "There are two red circles."), *answers("two", "I see blue squares in both.")]
     recipe = write_run(tmp_path, given)
     engine = Recorder(says=lambda kept: " nothing at all.")
-    monkeypatch.setattr("vlmpo.pairs.dropout_ntp.open_engine", lambda recipe: engine)
+    monkeypatch.setattr("vlmpo.commands.pair.open_engine", lambda recipe: engine)
     result = call("dropout-ntp", recipe)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"

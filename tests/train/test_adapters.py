@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,14 +23,15 @@ from tests.tiny_models import SIZE, image_tree, noise_image, processor
 from tests.tiny_models import model as tiny_model
 from tests.training import Gradients, flat_weights, logged, pairs, relative, trainer
 from tests.tree.test_forward import separate_logps
+from vlmpo import MPOTrainer
 from vlmpo.commands.adapter_settings import lora_config
 from vlmpo.errors import ModelError, RecipeError, RunError
 from vlmpo.models.adapters import named_base, trained_beside_adapter, use_adapter
 from vlmpo.models.loading import load_model
-from vlmpo.recipe import parse_recipe
+from vlmpo.recipe_yaml import parse_recipe
 from vlmpo.train.reference import AdapterReference, CopyReference, weights_hash
-from vlmpo.tree.forward import install
-from vlmpo.tree.layout import PromptTree, build_row
+from vlmpo.tree.forward import install, response_logps
+from vlmpo.tree.layout import PackedRow, PromptTree, build_row
 
 TARGETS = ["q_proj", "v_proj"]
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1, "learning_rate": 1e-2}
@@ -69,6 +71,12 @@ def starts_at_zero(folder: Path) -> None:
 # ---- the frozen adapter as reference ----
 
 
+def reference_logps(run: MPOTrainer, rows: list[PackedRow]) -> torch.Tensor:
+    """``[responses]``, as the run's reference reads them."""
+    assert run.reference is not None
+    return run.reference.response_logps(SimpleNamespace(rows=rows))  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_the_frozen_adapter_is_the_initial_policy_on_the_same_base(tmp_path: Path) -> None:
     model = policy()
@@ -84,7 +92,7 @@ def test_the_frozen_adapter_is_the_initial_policy_on_the_same_base(tmp_path: Pat
     starts_at_zero(tmp_path)
     rows = [build_row([tree]) for tree in trees()]
     with torch.no_grad():
-        assert torch.equal(run.reference.token_logps(rows), initial(packed_rows=rows))
+        assert torch.equal(reference_logps(run, rows), response_logps(initial, rows))
         moved = run.model(packed_rows=rows)
     assert (moved - initial(packed_rows=rows)).abs().max() > 1e-2
     after = own_weights(run.model)
@@ -167,7 +175,7 @@ def test_modules_to_save_are_switched_with_the_adapter(tmp_path: Path, fresh: bo
     starts_at_zero(tmp_path)
     rows = [build_row([tree]) for tree in trees()]
     with torch.no_grad():
-        torch.testing.assert_close(run.reference.token_logps(rows), initial(packed_rows=rows), atol=0, rtol=0)
+        torch.testing.assert_close(reference_logps(run, rows), response_logps(initial, rows), atol=0, rtol=0)
     head = run.model.get_base_model().lm_head
     assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
     assert weights_hash(run.model, run.reference.frozen) == hashed
@@ -269,13 +277,13 @@ def test_every_kind_of_lora_starts_at_zero_and_keeps_its_reference(
     assert run.reference.frozen == reference
     rows = [build_row([tree]) for tree in trees()]
     with torch.no_grad():
-        before, read = run.reference.token_logps(rows), run.model(packed_rows=rows)
+        before, read = reference_logps(run, rows), response_logps(run.model, rows)
     torch.testing.assert_close(before, read, atol=0, rtol=0)
     run.train()
     starts_at_zero(tmp_path)
     with torch.no_grad():
-        assert torch.equal(run.reference.token_logps(rows), before)
-        assert (run.model(packed_rows=rows) - before).abs().max() > 1e-3
+        assert torch.equal(reference_logps(run, rows), before)
+        assert (response_logps(run.model, rows) - before).abs().max() > 1e-3
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from tests.tiny_models import random_pair
 from tests.training import flat_weights, pairs, trainer
 from vlmpo import MPOTrainer
 from vlmpo.errors import RecipeError, RunError
-from vlmpo.train.best import greater_is_better, of_only_set, pair_metrics, resolve
 from vlmpo.train.checkpoint import load_weights
 from vlmpo.train.config import MPOConfig
+from vlmpo.train.metrics import greater_is_better, pair_metric_names, resolve_metric, without_set_name
 
 BEST = {
     "save_strategy": "steps",
@@ -56,6 +56,7 @@ def weights_in(folder: Path, like: MPOTrainer) -> torch.Tensor:
     return flat_weights(like.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_final_weights_are_the_best_ones(tmp_path: Path, lora: bool) -> None:
     run = scripted(tmp_path, 0.2, 0.9, 0.5, lora=lora)
@@ -73,6 +74,7 @@ def test_the_final_weights_are_the_best_ones(tmp_path: Path, lora: bool) -> None
     assert not torch.equal(final, weights_in(tmp_path / "checkpoint-3", run))
 
 
+@pytest.mark.slow
 def test_transformers_own_way_would_have_kept_the_last(tmp_path: Path) -> None:
     """Why _load_best_model is overridden. If this fails, the trap is gone."""
     run = scripted(tmp_path, 0.9, 0.5)
@@ -82,6 +84,7 @@ def test_transformers_own_way_would_have_kept_the_last(tmp_path: Path) -> None:
     assert torch.equal(flat_weights(run.model), last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "kept"), [(1, {"checkpoint-2"}), (2, {"checkpoint-2", "checkpoint-4"})])
 def test_the_best_one_outlives_the_limit(tmp_path: Path, limit: int, kept: set[str]) -> None:
     run = scripted(tmp_path, 0.2, 0.9, 0.5, 0.6, save_total_limit=limit)
@@ -91,12 +94,14 @@ def test_the_best_one_outlives_the_limit(tmp_path: Path, limit: int, kept: set[s
     assert torch.equal(final, weights_in(tmp_path / "checkpoint-2", run))
 
 
+@pytest.mark.slow
 def test_lower_can_be_better(tmp_path: Path) -> None:
     run = scripted(tmp_path, 0.2, 0.9, 0.5, greater_is_better=False)
     run.train()
     assert run.final_step == 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_a_checkpoint_is_no_candidate(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Step 3 is best of all and not saved: transformers would remember it, find no folder, and keep the last."""
     run = scripted(tmp_path, 0.1, 0.5, 0.9, 0.4, save_steps=2)
@@ -107,6 +112,7 @@ def test_an_evaluation_without_a_checkpoint_is_no_candidate(tmp_path: Path, caps
     assert torch.equal(final, weights_in(tmp_path / "checkpoint-2", run))
 
 
+@pytest.mark.slow
 def test_only_the_best_are_saved_where_asked(tmp_path: Path) -> None:
     run = scripted(tmp_path, 0.2, 0.1, 0.9, save_strategy="best")
     run.train()
@@ -114,6 +120,7 @@ def test_only_the_best_are_saved_where_asked(tmp_path: Path) -> None:
     assert run.final_step == 3
 
 
+@pytest.mark.slow
 def test_no_number_no_best_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = scripted(tmp_path, float("nan"), float("nan"))
     run.train()
@@ -123,6 +130,7 @@ def test_no_number_no_best_and_it_is_said(tmp_path: Path, capsys: pytest.Capture
     assert torch.equal(final, weights_in(tmp_path / "checkpoint-2", run))
 
 
+@pytest.mark.slow
 def test_the_best_survives_a_resume(tmp_path: Path) -> None:
     scripted(tmp_path, 0.9, 0.5, 0.6, save_total_limit=2).train()
     resumed = scripted(tmp_path, 0.1, 0.2, 0.3, 0.4, num_train_epochs=1, save_total_limit=2)  # one step more: 0.1
@@ -136,12 +144,12 @@ def test_the_best_survives_a_resume(tmp_path: Path) -> None:
 
 
 def test_names_known_beforehand_are_those_an_evaluation_gives(tmp_path: Path) -> None:
-    for weights, with_rewards in (({"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0}, True), ({"nll": 1.0}, False)):
+    for weights in ({"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0}, {"nll": 1.0}):
         run = trainer(tmp_path, pairs(2), loss_weights=weights)
         data = [random_pair(seed, images=0, source="ab"[seed % 2]) for seed in range(12)]
         found = {name.removeprefix("eval_") for name in run.evaluate(data)} - {"epoch"}
-        assert found == set(pair_metrics(list(weights), with_rewards, ["a", "b"]))
-        of_one = set(pair_metrics(list(weights), with_rewards, ["a"]))
+        assert found == set(pair_metric_names(weights, ["a", "b"]))
+        of_one = set(pair_metric_names(weights, ["a"]))
         assert found - of_one == {name for name in found if name.endswith(("/a", "/b"))}
 
 
@@ -162,12 +170,13 @@ def test_names_with_one_set_and_with_several(tmp_path: Path) -> None:
     assert settled(tmp_path, one, "rewards/accuracies/any") == "eval_rewards/accuracies/any"  # sources not known
     with pytest.raises(RecipeError, match=r"gives 'rewards/accuracies'; did you mean .*There are: eval_a_loss, "):
         settled(tmp_path, {"a": one, "b": one}, "rewards/accuracies")
-    assert of_only_set("held_out_loss", "held_out") == of_only_set("eval_held_out_loss", "held_out") == "eval_loss"
-    assert of_only_set("eval_loss", "eval") == of_only_set("eval_loss", "held_out") == "eval_loss"
-    assert of_only_set(None, "eval") is None
-    assert resolve("answers/accuracy/anls", ["eval_answers/accuracy/*"]) == "eval_answers/accuracy/anls"
+    for metric, name in (("held_out_loss", "held_out"), ("eval_held_out_loss", "held_out"), ("eval_loss", "held_out")):
+        assert without_set_name(metric, name) == "eval_loss"
+    assert without_set_name("eval_loss", "eval") == "eval_loss"
+    assert without_set_name(None, "eval") is None
+    assert resolve_metric("answers/accuracy/anls", ["eval_answers/accuracy/*"]) == "eval_answers/accuracy/anls"
     with pytest.raises(RecipeError, match="no evaluation of this run gives"):
-        resolve("answers/accuracy/", ["eval_answers/accuracy/*"])
+        resolve_metric("answers/accuracy/", ["eval_answers/accuracy/*"])
 
 
 @pytest.mark.parametrize(
@@ -194,6 +203,7 @@ def test_which_way_is_better(tmp_path: Path, metric: str, higher: bool) -> None:
     assert other.greater_is_better is not higher  # who says it is believed
 
 
+@pytest.mark.slow
 def test_a_name_that_does_not_tell_is_asked_about(tmp_path: Path) -> None:
     asked = {"metric_for_best_model": "lengths/chosen", "eval_dataset": pairs(2), **BEST}
     with pytest.raises(RecipeError, match=r"Set training\.greater_is_better"):
@@ -203,6 +213,7 @@ def test_a_name_that_does_not_tell_is_asked_about(tmp_path: Path) -> None:
     assert run.final_step == 1
 
 
+@pytest.mark.slow
 def test_a_metric_that_does_not_come_is_told(tmp_path: Path) -> None:
     """Known beforehand, but of these two pairs none is of similar length."""
     data = [random_pair(seed, images=0) for seed in range(40)]
@@ -216,6 +227,7 @@ def test_a_metric_that_does_not_come_is_told(tmp_path: Path) -> None:
 # ---- from a recipe ----
 
 
+@pytest.mark.slow
 def test_a_run_from_a_recipe(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     write_data(tmp_path, records(16))
     training = {**BEST, "metric_for_best_model": "held_out_loss", "eval_steps": 2, "save_steps": 2}
@@ -276,6 +288,7 @@ def test_mistakes_are_told_before_training(
     assert not (tmp_path / "run" / "manifest.json").exists()  # nothing stands in the way of the mended recipe
 
 
+@pytest.mark.slow
 def test_evaluating_needs_no_training_settings(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     """A recipe that trained with all of them is one to evaluate with."""
     write_data(tmp_path, records(8))

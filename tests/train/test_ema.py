@@ -106,6 +106,7 @@ def test_the_model_gets_its_weights_back_even_after_an_error() -> None:
     assert torch.equal(layer.weight.data, torch.full((1, 1), 0.1))
 
 
+@pytest.mark.slow
 def test_over_a_run(tmp_path: Path) -> None:
     """Three optimizer steps of two micro-batches each: one entry a step, and training goes as it goes without."""
     settings = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2}
@@ -126,6 +127,7 @@ def test_over_a_run(tmp_path: Path) -> None:
 RESUMED = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, "per_device_train_batch_size": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_resumed_average_is_the_uninterrupted_one(tmp_path: Path, lora: bool) -> None:
     def run(folder: Path) -> MPOTrainer:
@@ -150,6 +152,7 @@ def test_a_resumed_average_is_the_uninterrupted_one(tmp_path: Path, lora: bool) 
     assert all(torch.equal(saved[name], average) for name, average in whole.average.averages.items())
 
 
+@pytest.mark.slow
 def test_resuming_with_what_is_not_there_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path / "a", pairs(4), save_strategy="steps", save_steps=1).train()
     with pytest.raises(RunError, match="holds no average to go on with"):
@@ -170,12 +173,10 @@ def test_no_average_no_folder(tmp_path: Path) -> None:
         trainer(tmp_path, pairs(2), ema_decay=0.5).save_average(tmp_path / "ema")
 
 
-@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_weights_are_refused(tmp_path: Path, flag: str) -> None:
-    run = trainer(tmp_path, pairs(2), ema_decay=0.5)
-    setattr(run, flag, True)
+def test_sharded_weights_are_refused() -> None:
     with pytest.raises(RecipeError, match="FSDP and DeepSpeed hold parts of them"):
-        run._start_average()
+        WeightAverage.for_run(0.5, sharded=True)
+    assert WeightAverage.for_run(0.0, sharded=True) is None
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, "0.9", True])
@@ -184,6 +185,7 @@ def test_a_decay_out_of_range_is_refused(tmp_path: Path, decay: Any) -> None:
         MPOConfig(output_dir=str(tmp_path), ema_decay=decay)
 
 
+@pytest.mark.slow
 def test_two_ranks_keep_the_average_of_one(tmp_path: Path) -> None:
     common = {"learning_rate": 1e-2, "optim": "sgd", "ema_decay": 0.5, "save_strategy": "epoch"}
     two_processes(tmp_path, {"two": {"count": 8, "mixed": True, "per_device_train_batch_size": 2, **common}})
@@ -197,6 +199,7 @@ def test_two_ranks_keep_the_average_of_one(tmp_path: Path) -> None:
 # ---- the run folder ----
 
 
+@pytest.mark.slow
 def test_the_average_is_a_model_of_its_own(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     write_data(tmp_path, records(16))
     recipe = write_recipe(tmp_path, checkpoint, data={"hold_out": 0.25}, training={"ema_decay": 0.5, "seed": 3})
@@ -222,6 +225,7 @@ def test_the_average_is_a_model_of_its_own(tmp_path: Path, checkpoint: Path) -> 
     assert of_average["held_out_logps/chosen"] != manifest["evaluation"]["held_out"]["held_out_logps/chosen"]
 
 
+@pytest.mark.slow
 def test_an_averaged_adapter_is_an_adapter(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     write_data(tmp_path, records(8))
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}

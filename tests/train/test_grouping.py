@@ -16,8 +16,7 @@ from tests.training import Gradients, config, flat_weights, logged, relative, tr
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecordError
 from vlmpo.train.batching import Collator, lay_out
-from vlmpo.train.order import prompt_labels, shuffled, with_groups
-from vlmpo.train.sampler import PairBatchSampler
+from vlmpo.train.sampler import PairBatchSampler, bring_prompts_together, prompt_keys, shuffle
 
 WORDS = ("red", "blue circle", "two", "the picture", "green square")
 
@@ -31,18 +30,18 @@ def one_prompt(seed: int, count: int) -> list:
 
 def test_the_order_by_hand() -> None:
     labels = [b"a", b"b", b"a", b"c", b"a", b"b"]
-    assert with_groups([3, 0, 1, 2, 5, 4], labels, 2) == [3, 0, 2, 1, 5, 4]
-    assert with_groups([3, 0, 1, 2, 5, 4], labels, 3) == [3, 0, 2, 4, 1, 5]
-    assert with_groups([3, 0, 1, 2, 5, 4], labels, 1) == [3, 0, 1, 2, 5, 4]
+    assert bring_prompts_together([3, 0, 1, 2, 5, 4], labels, 2) == [3, 0, 2, 1, 5, 4]
+    assert bring_prompts_together([3, 0, 1, 2, 5, 4], labels, 3) == [3, 0, 2, 4, 1, 5]
+    assert bring_prompts_together([3, 0, 1, 2, 5, 4], labels, 1) == [3, 0, 1, 2, 5, 4]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 9))
 def test_every_pair_comes_once_and_groups_are_as_large_as_they_may(prompts: list, most: int, seed: int) -> None:
     labels = [b"%d" % prompt for prompt in prompts]
-    order = with_groups(shuffled(len(labels), seed, 0), labels, most)
+    order = bring_prompts_together(shuffle(len(labels), seed=seed, epoch=0), labels, most)
     assert sorted(order) == list(range(len(labels)))
-    assert order == with_groups(shuffled(len(labels), seed, 0), labels, most)
+    assert order == bring_prompts_together(shuffle(len(labels), seed=seed, epoch=0), labels, most)
     for prompt in set(prompts):
         # where groups of a prompt stand next to each other they are one run of several
         places = [at for at, index in enumerate(order) if prompts[index] == prompt]
@@ -52,8 +51,9 @@ def test_every_pair_comes_once_and_groups_are_as_large_as_they_may(prompts: list
 
 def test_ranks_and_steps_take_the_grouped_order_whole() -> None:
     labels = [b"%d" % (i % 3) for i in range(11)]
-    expected = with_groups(shuffled(11, 5, 0), labels, 3)
-    samplers = [PairBatchSampler(11, 2, 1, 2, rank, 5, False, labels, 3) for rank in (0, 1)]
+    expected = bring_prompts_together(shuffle(11, seed=5, epoch=0), labels, 3)
+    shape = {"num_pairs": 11, "per_device": 2, "num_ranks": 2, "seed": 5}
+    samplers = [PairBatchSampler(**shape, rank=rank, keys=labels, max_group=3) for rank in (0, 1)]
     batches = zip(*samplers, strict=True)
     assert [index for both in batches for batch in both for index in batch] == expected
 
@@ -68,7 +68,7 @@ def test_labels_tell_prompts_and_images_apart() -> None:
         replace(pair, images=("a.png",)),
         replace(pair, videos=("a.png",), images=()),
     ]
-    labels = prompt_labels([pair, same, *others])
+    labels = prompt_keys([pair, same, *others])
     assert labels[0] == labels[1]
     assert len(set(labels)) == 1 + len(others)
 
@@ -76,7 +76,7 @@ def test_labels_tell_prompts_and_images_apart() -> None:
         def __getitem__(self, index):
             raise RecordError("bad_json", "x:1", "no")
 
-    assert len(set(prompt_labels(Bad([1, 2])))) == 2
+    assert len(set(prompt_keys(Bad([1, 2])))) == 2
 
 
 def test_a_response_of_several_pairs_is_one_branch() -> None:

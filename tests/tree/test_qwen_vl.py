@@ -12,7 +12,8 @@ from tests.zoo import FAMILIES, encoded_pairs
 from vlmpo import Message, PreferencePair
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import ModelError
-from vlmpo.generate.local import GenerationRequest, LocalEngine, Sampling
+from vlmpo.generate.base import GenerationRequest, Sampling
+from vlmpo.generate.local import LocalEngine
 from vlmpo.train.batching import lay_out
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, build_row

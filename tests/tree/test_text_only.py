@@ -20,7 +20,8 @@ from vlmpo.cli import app
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import ModelError, RecordError
-from vlmpo.generate.local import GenerationRequest, LocalEngine, Sampling
+from vlmpo.generate.base import GenerationRequest, Sampling
+from vlmpo.generate.local import LocalEngine
 from vlmpo.models.loading import load_model, load_processor
 
 FAMILY = FAMILIES["llama-text"]

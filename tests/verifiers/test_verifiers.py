@@ -370,6 +370,8 @@ CASES = [
     ("auto", "blue", F + "Blue", "c"),
     ("auto", "two", F + "2", "c"),
     ("auto", "Main Street", F + "main street.", "c"),
+    ("vqa", "red", "\\boxed{\\mathbf{red}}", "c"),
+    ("option", "(b) red", "\\boxed{a, \\text{b}}", "u"),  # two letters
 ]
 STATUS = {"c": "correct", "w": "wrong", "u": "unparsed"}
 

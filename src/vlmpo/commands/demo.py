@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from transformers import set_seed
 
 from vlmpo.data.records import PreferencePair
 from vlmpo.demo.answers import generate, make_pairs, marks
 from vlmpo.demo.model import demo_model, demo_processor
-from vlmpo.demo.task import Lessons, Question, SceneSource
+from vlmpo.demo.task import Lesson, Lessons, Question, SceneSource
 from vlmpo.errors import RecipeError
+from vlmpo.fileio import replace_json
+from vlmpo.log import logger, print_line, print_table
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.trainer import MPOTrainer
 
@@ -31,8 +30,8 @@ ARMS: dict[str, dict[str, float]] = {
     "dpo": {"sigmoid": 1.0},
     "mpo": {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0},
 }
-# One thread computes, beside one process that encodes: on two cores that is the fastest, more threads gain nothing on
-# products this small, and the same number everywhere makes the sums round alike.
+# One thread computes, beside one process that encodes: the fastest on two cores, since matrices this small gain nothing
+# from more threads; and sums are rounded alike on every machine.
 THREADS = 1
 WORKERS = 1
 
@@ -44,13 +43,13 @@ class DemoSettings:
     Chosen on validation questions, partly of seeds 0, 1 and 2, never on test ones.
 
     Attributes:
-        caption_steps, worked_steps, habit_steps: warm-up: describing images, worked answers, then worked and direct
-            answers mixed, which makes the habit.
+        caption_steps, worked_steps, habit_steps: warm-up: describing images, then worked answers, then worked and
+            direct answers mixed, which makes the habit.
         direct_sums, direct_differences: shares of direct answers in that mixture.
         questions, samples, pairs_per_question: what the training pairs are made from.
-        held_out_questions: validation questions, for the pairs reward accuracy is taken on.
+        held_out_questions: validation questions; reward accuracy is measured on their pairs.
         steps, rate: of each arm, from the warm-up on the same pairs.
-        test_questions: for accuracy.
+        test_questions: accuracy is measured on them.
     """
 
     batch: int = 32
@@ -72,26 +71,11 @@ class DemoSettings:
     test_questions: int = 500
 
 
-@dataclass
-class Clock:
-    """Seconds each stage took, by name."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, text: str) -> Iterator[None]:
-        """Announce a stage and take its time."""
-        Console(stderr=True, highlight=False).print(f"[bold]{name}[/bold]: {text}")
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-
-
 def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> dict[str, Any]:
-    """Run the demo; returns what is written to ``output/results.json``.
+    """Run the demo and return what is written to ``output/results.json``.
 
     ``output/warm_up`` and ``output/model`` hold the models before and after MPO with their processors, ``output/logs``
-    the metrics of each training stage. Runs on the CPU: it must give the same on every machine.
+    the metrics of each training stage. Runs on the CPU, for the same results on every machine.
 
     Raises:
         RecipeError: ``output`` is a file.
@@ -102,22 +86,22 @@ def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> d
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
-        results = _Demo(output, seed, settings or DemoSettings()).run()
+        results = DemoRun(output, seed, settings or DemoSettings()).run()
     finally:
         torch.set_num_threads(threads)
-    (output / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    replace_json(output / RESULTS_FILE, results)
     show(results)
-    Console(highlight=False).print(f"Models, logs and {RESULTS_FILE} are in {output}")
+    print_line(Console(), f"Models, logs and {RESULTS_FILE} are in {output}")
     return results
 
 
-class _Demo:
-    """The stages, in order, on one model."""
+class DemoRun:
+    """Runs the stages, in order, on one model."""
 
     def __init__(self, output: Path, seed: int, settings: DemoSettings) -> None:
         self.output, self.seed, self.settings = output, seed, settings
-        self.clock = Clock()
-        # Test scenes are drawn first, validation scenes next: no later draw can give one of them again.
+        self.seconds: dict[str, float] = {}
+        # Test scenes are drawn first, validation scenes next: no later draw repeats one of them.
         self.source = SceneSource(seed)
         self.test = self.source.questions(settings.test_questions)
         self.validation = self.source.questions(settings.held_out_questions)
@@ -125,7 +109,7 @@ class _Demo:
         self.model = demo_model(self.processor, seed)
 
     def run(self) -> dict[str, Any]:
-        """Warm up, ask, pair, train each arm from the warm-up; what came of it."""
+        """Warm up, sample, pair, train each arm from the warm-up, and return the results."""
         self.warm_up()
         self._save("warm_up")
         warm = {name: weight.clone() for name, weight in self.model.state_dict().items()}
@@ -133,62 +117,58 @@ class _Demo:
         train, held_out = self.sample_pairs()
         for name, weights in ARMS.items():
             self.model.load_state_dict(warm)
-            trainer = self._trainer(
-                name, train, self.settings.steps, self.settings.rate, held_out, loss_weights=weights
-            )
-            if name == "mpo":  # policy and reference are the warm-up still
-                arms["warm_up"] |= _on_pairs(trainer)
-            with self.clock.stage(name, f"{self.settings.steps} steps on {len(train)} pairs"):
+            trainer = self._trainer(name, train, self.settings.steps, self.settings.rate, weights, held_out)
+            if name == "mpo":  # policy and reference are still the warm-up
+                arms["warm_up"] |= _pair_figures(trainer)
+            with self._stage(name, f"{self.settings.steps} steps on {len(train)} pairs"):
                 trainer.train()
-            arms[name] = {**self._examine(name), **_on_pairs(trainer)}
+            arms[name] = {**self._examine(name), **_pair_figures(trainer)}
             self._save("model" if name == "mpo" else name)
         return {
             "seed": self.seed,
             "arms": arms,
             "pairs": {"train": len(train), "held_out": len(held_out)},
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "seconds": {**self.clock.seconds, "total": sum(self.clock.seconds.values())},
+            "seconds": {**self.seconds, "total": sum(self.seconds.values())},
             "settings": asdict(self.settings),
         }
 
     def warm_up(self) -> None:
-        """The skill first, then the habit."""
+        """Teach the skill first, then the habit."""
         s, source = self.settings, self.source
-        with self.clock.stage("captions", f"{s.caption_steps} steps of describing drawings"):
-            self._teach(
-                "captions", Lessons(source.captions(s.caption_steps * s.batch)), s.caption_steps, s.warm_up_rate
-            )
-        with self.clock.stage("worked answers", f"{s.worked_steps} steps of counting aloud"):
-            self._teach("worked", Lessons(source.answers(s.worked_steps * s.batch)), s.worked_steps, s.warm_up_rate)
-        with self.clock.stage("habit", f"{s.habit_steps} steps with direct answers among the worked ones"):
+        with self._stage("captions", f"{s.caption_steps} steps of describing drawings"):
+            self.teach("captions", source.captions(s.caption_steps * s.batch), s.caption_steps, s.warm_up_rate)
+        with self._stage("worked answers", f"{s.worked_steps} steps of counting aloud"):
+            self.teach("worked", source.answers(s.worked_steps * s.batch), s.worked_steps, s.warm_up_rate)
+        with self._stage("habit", f"{s.habit_steps} steps with direct answers among the worked ones"):
             answers = source.answers(s.habit_steps * s.batch, s.direct_sums, s.direct_differences)
-            self._teach("habit", Lessons(answers), s.habit_steps, s.habit_rate)
+            self.teach("habit", answers, s.habit_steps, s.habit_rate)
+
+    def teach(self, name: str, lessons: list[Lesson], steps: int, rate: float) -> None:
+        """Fine-tune on ``lessons``: MPO with the nll term alone, without reference and rejected responses."""
+        self._trainer(name, Lessons(lessons), steps, rate, {"nll": 1.0}).train()
 
     def sample_pairs(self) -> tuple[list[PreferencePair], list[PreferencePair]]:
-        """Pairs of the model's own right and wrong responses: to fresh questions, and to validation questions."""
-        s = self.settings
-        fresh = self.source.questions(s.questions)
-        asked = len(fresh) + len(self.validation)
-        with self.clock.stage("sampling", f"{s.samples} responses each to {asked} fresh questions"):
-            return self._pairs(fresh, self.seed), self._pairs(self.validation, self.seed + 1)
+        """Pair the model's own right and wrong responses: to fresh questions, and to validation questions."""
+        fresh = self.source.questions(self.settings.questions)
+        count = len(fresh) + len(self.validation)
+        with self._stage("sampling", f"{self.settings.samples} responses each to {count} fresh questions"):
+            return self.pairs(fresh, self.seed), self.pairs(self.validation, self.seed + 1)
 
-    def _pairs(self, questions: list[Question], seed: int) -> list[PreferencePair]:
+    def pairs(self, questions: list[Question], seed: int) -> list[PreferencePair]:
+        """Sample responses to ``questions`` and pair them; the draws depend on ``seed`` alone."""
         s = self.settings
-        set_seed(seed)  # sampling must not depend on how often training drew
+        set_seed(seed)  # not on how often training drew
         responses = generate(self.model, self.processor, questions, samples=s.samples, temperature=s.temperature)
         return make_pairs(questions, responses, most=s.pairs_per_question, seed=seed)
 
-    def _teach(self, name: str, lessons: Lessons, steps: int, rate: float) -> None:
-        """Supervised fine-tuning is MPO's corner case: the nll term alone, no reference, nothing rejected."""
-        self._trainer(name, lessons, steps, rate, None, loss_weights={"nll": 1.0}).train()
-
     def _trainer(
-        self, name: str, data: Any, steps: int, rate: float, held_out: Any, loss_weights: dict[str, float]
+        self, name: str, data: Any, steps: int, rate: float, loss_weights: dict[str, float], held_out: Any = None
     ) -> MPOTrainer:
-        """A trainer for one stage.
+        """Return the trainer of one stage.
 
         The nll term is averaged over tokens. By its default, a mean over each response, the first word of a direct
-        answer (6 tokens) weighs five times that of a worked one (31), and the nll term holds on to the habit.
+        answer (6 tokens) weighs five times that of a worked one (31), and the nll term preserves the habit.
         """
         args = MPOConfig(
             output_dir=str(self.output / "logs" / name),
@@ -214,7 +194,7 @@ class _Demo:
         )
 
     def _examine(self, name: str) -> dict[str, Any]:
-        with self.clock.stage(f"test {name}", f"{len(self.test)} held-out questions"):
+        with self._stage(f"test {name}", f"{len(self.test)} held-out questions"):
             responses = generate(self.model, self.processor, self.test)
         return marks(self.test, [response for (response,) in responses])
 
@@ -222,50 +202,51 @@ class _Demo:
         self.model.save_pretrained(self.output / name)
         self.processor.save_pretrained(self.output / name)
 
+    @contextmanager
+    def _stage(self, name: str, text: str) -> Iterator[None]:
+        """Announce a stage and note the seconds it takes."""
+        logger.info(f"{name}: {text}")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
 
-def _on_pairs(trainer: MPOTrainer) -> dict[str, Any]:
-    """What held-out pairs say of a model: the chosen responses' log-prob, and reward accuracy where it has rewards."""
-    found = trainer.evaluate()
+
+def _pair_figures(trainer: MPOTrainer) -> dict[str, Any]:
+    """Evaluate on the held-out pairs: the chosen responses' log-prob and, if the model has rewards, their accuracy."""
+    metrics = trainer.evaluate()
     names = {
         "logps/chosen": "chosen_logp",
         "rewards/accuracies": "reward_accuracy",
         "rewards/accuracies_low": "reward_low",
         "rewards/accuracies_high": "reward_high",
     }
-    return {name: found.get(f"eval_{key}") for key, name in names.items()}
+    return {name: metrics.get(f"eval_{key}") for key, name in names.items()}
 
 
 _TITLES = {"warm_up": "warm-up only", "sft_on_chosen": "SFT on the chosen", "dpo": "DPO only", "mpo": "MPO"}
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print the table and what it shows, no more."""
+    """Print the table and what it shows."""
     settings, arms = results["settings"], results["arms"]
-    title = f"{settings['test_questions']} held-out questions, seed {results['seed']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("arm", "accuracy [95 %]", "unparsed", "worked", "logp", "reward"):
-        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    rows = [("arm", "accuracy [95 %]", "unparsed", "worked", "logp", "reward")]
     for name, arm in arms.items():
-        # The warm-up is its own reference: its rewards are 0, and 0 accuracy would only say so.
-        rewards = f"{arm['reward_accuracy']:.3f}" if arm["reward_accuracy"] else "-"
-        table.add_row(
-            _TITLES[name],
-            f"{arm['accuracy']:.3f} [{arm['low']:.3f}, {arm['high']:.3f}]",
-            f"{arm['unparsed']:.1%}",
-            f"{arm['worked']:.0%}",
-            f"{arm['chosen_logp']:.2f}",
-            rewards,
-        )
-    console = Console(highlight=False)
-    console.print(table)
+        # The warm-up is its own reference: its rewards are 0, and so is their accuracy.
+        reward = f"{arm['reward_accuracy']:.3f}" if arm["reward_accuracy"] else "-"
+        accuracy = f"{arm['accuracy']:.3f} [{arm['low']:.3f}, {arm['high']:.3f}]"
+        unparsed, worked = f"{arm['unparsed']:.1%}", f"{arm['worked']:.0%}"
+        rows.append((_TITLES[name], accuracy, unparsed, worked, f"{arm['chosen_logp']:.2f}", reward))
+    console = Console()
+    print_table(console, f"{settings['test_questions']} held-out questions, seed {results['seed']}", rows)
+    gain = 100 * (arms["mpo"]["accuracy"] - arms["warm_up"]["accuracy"])
     for line in (
         "worked: share of answers that count aloud first; logp: of the chosen responses of held-out pairs; reward: "
         "reward accuracy on them.",
         f"All arms start from the warm-up and take {settings['steps']} steps on the same {results['pairs']['train']} "
         "pairs of its own right and wrong responses.",
         "The warm-up teaches a skill (to count aloud) and then a wrong habit (to answer at once). MPO's accuracy less "
-        f"the warm-up's: {100 * (arms['mpo']['accuracy'] - arms['warm_up']['accuracy']):+.1f} points.",
+        f"the warm-up's: {gain:+.1f} points.",
         "Rate and nll reduction (token, not the default) were chosen for MPO and not tuned for the other arms: this is "
         "no comparison of losses.",
     ):
-        console.print(line)
+        print_line(console, line)

@@ -1,23 +1,20 @@
-"""The data of a run, as its recipe says: opened, screened, the held-out part set aside, every pair accounted for."""
+"""Open the data of a recipe: drop unusable pairs, split off the held-out ones, account for every pair."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from rich.console import Console
-from tqdm.auto import tqdm
 
 from vlmpo.data.dataset import PairDataset, SourceInfo, open_pairs
 from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, Overlap, find_overlaps
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.errors import DataError, RecipeError, RecordError
-from vlmpo.log import logger, print_line, print_table
+from vlmpo.log import Progress, logger, print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.recipe import Recipe, Source
 from vlmpo.train.counts import PairCounts
@@ -25,15 +22,15 @@ from vlmpo.train.counts import PairCounts
 
 @dataclass
 class RunData:
-    """What a run trains and evaluates on.
+    """The pairs a run trains and evaluates on.
 
     Attributes:
-        train: pairs to train on, screened.
-        evaluation: pairs to evaluate on by name: ``eval`` (the recipe's own), ``held_out`` (of the training data).
-        read: training pairs read, by data set.
-        held_out: of these, how many were split off, by data set.
-        screened: of these, what was dropped before training.
-        eval_screened: what was dropped of the recipe's evaluation data.
+        train: usable pairs to train on.
+        evaluation: pairs to evaluate on by name: ``eval`` (``data.eval``), ``held_out`` (split off the training data).
+        read: number of training pairs read, by data set.
+        held_out: number of these that were held out, by data set.
+        screened: counts of these that were dropped before training.
+        eval_screened: counts of the pairs of ``data.eval`` that were dropped.
         notices: remarks on the data sets.
     """
 
@@ -46,25 +43,25 @@ class RunData:
     notices: list[str] = field(default_factory=list)
 
     def formats(self) -> dict[str, list[SourceInfo]]:
-        """What each source was found to be, those of ``train`` and those of ``eval``."""
+        """Return what was detected about each source, under ``train`` and ``eval``."""
         named = {"train": self.train, "eval": self.evaluation.get("eval")}
         return {name: pairs.infos for name, pairs in named.items() if pairs is not None}
 
 
 def open_run_data(recipe: Recipe) -> RunData:
-    """Open and screen the recipe's data.
+    """Open the recipe's data and drop the pairs that cannot be used.
 
     Raises:
-        RecipeError: it names no data to train on.
-        DataError: a data set cannot be opened, or nothing is left to train on.
+        RecipeError: the recipe names no data to train on.
+        DataError: a data set cannot be opened, or no pair is left to train on.
         RecordError: the first bad record, under ``data.on_bad_record: fail``.
     """
     if not recipe.data.train:
         raise RecipeError("data.train: names no data set to train on; give at least one")
     seed = _seed(recipe)
-    whole = _open(recipe, recipe.data.train, seed)
-    kept, screened, read = _screen(recipe, whole)
-    notices = list(whole.notices)
+    pairs = _open(recipe, recipe.data.train, seed)
+    kept, screened, read = _screen(recipe, pairs)
+    notices = list(pairs.notices)
     evaluation: dict[str, PairDataset] = {}
     eval_screened = PairCounts()
     if recipe.data.eval:
@@ -72,25 +69,25 @@ def open_run_data(recipe: Recipe) -> RunData:
         notices += evaluation["eval"].notices
     held_out: Counter[str] = Counter()
     if recipe.data.hold_out:
-        kept, aside = split_hold_out(whole, kept, recipe.data.hold_out, seed)
-        evaluation["held_out"] = whole.select(aside)
-        held_out.update(whole.source(int(index)) for index in aside)
+        kept, split_off = split_hold_out(pairs, kept, recipe.data.hold_out, seed)
+        evaluation["held_out"] = pairs.select(split_off)
+        held_out.update(pairs.source(int(index)) for index in split_off)
     if len(kept) == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in screened.reasons().items())
-        raise DataError(f"data.train: of {len(whole)} pairs none is left to train on ({reasons or 'all held out'})")
-    notices = list(dict.fromkeys(notices))  # the cache's is the same for all
-    return RunData(whole.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
+        raise DataError(f"data.train: of {len(pairs)} pairs none is left to train on ({reasons or 'all held out'})")
+    notices = list(dict.fromkeys(notices))  # all data sets repeat the one of the cache
+    return RunData(pairs.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
 
 
 def open_eval(recipe: Recipe) -> tuple[PairDataset, PairCounts]:
-    """The pairs of ``data.eval`` that can be used, and what was dropped of them."""
+    """Return the usable pairs of ``data.eval`` and the counts of those that were dropped."""
     data = _open(recipe, recipe.data.eval, _seed(recipe))
     kept, screened, _ = _screen(recipe, data)
     return data.select(kept), screened
 
 
 def _seed(recipe: Recipe) -> int:
-    """What draws repeated parts and the held-out images: ``data_seed``, else ``seed``, else transformers' 42."""
+    """Return the seed of repeated parts and of the held-out split: ``data_seed``, else ``seed``, else 42."""
     seeds = (recipe.training.get("data_seed"), recipe.training.get("seed"), 42)
     return next(int(seed) for seed in seeds if seed is not None)
 
@@ -101,50 +98,44 @@ def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:
 
 
 def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, Counter[str]]:
-    """Indices of the pairs that can be used, what was dropped of the others, and pairs read by data set."""
-    with _reading() as progress:
-        found = screen(data, progress=progress, waiting=_waits)
+    """Return the indices of the usable pairs, counts of the dropped ones, and pairs read by data set."""
+    with Progress("reading records", 0, "records", transient=True) as progress:
+        screening = screen(data, progress=progress.update, waiting=_report_waiting)
     pair_counts = PairCounts()
-    for drop in found.dropped:
+    for drop in screening.dropped:
         error = RecordError(drop.reason, drop.origin, drop.detail)
         if recipe.data.on_bad_record == "fail":
             raise error
         pair_counts.drop(data.source(drop.index), error)
-    read = Counter({name: counts.read for name, counts in found.sources.items() if counts.read})
-    return found.kept, pair_counts, read
+    read = Counter({name: counts.read for name, counts in screening.sources.items() if counts.read})
+    return screening.kept, pair_counts, read
 
 
-@contextmanager
-def _reading() -> Iterator[Callable[[int, int], None]]:
-    """What shows how many records were read, where that takes more than a few seconds."""
-    every = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log gets a line now and then
-    with tqdm(desc="reading records", unit="", delay=3, mininterval=every, maxinterval=every, leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
-def _waits(path: str) -> None:
-    logger.info(f"note: another process is reading {path} just now; waiting for what it finds")
+def _report_waiting(path: str) -> None:
+    logger.info(f"note: another process is reading {path}; waiting for its result")
 
 
 def overlaps_with_training(data: RunData, others: Mapping[str, Sequence[Item]] | None = None) -> dict[str, Overlap]:
-    """For each evaluation set, and each of ``others``, what of it the training pairs show too, by content."""
+    """Return what each evaluation set, and each of ``others``, has in common with the training pairs, by content."""
     evaluations: dict[str, PairDataset | Sequence[Item]] = {**data.evaluation, **(others or {})}
     return find_overlaps(data.train, evaluations) if evaluations else {}
 
 
-def show_pair_counts(console: Console, data: RunData, trained: PairCounts) -> None:
-    """Print what became of every training pair, by data set, and the first records dropped under each reason."""
-    dropped = PairCounts.merged([data.screened, trained])
+def show_pair_counts(console: Console, data: RunData, counts: PairCounts, *, trained: bool = True) -> None:
+    """Print what became of every training pair, by data set, and the first records dropped for each reason.
+
+    Args:
+        counts: pairs used and dropped after ``data`` was opened.
+        trained: whether the pairs were trained on; if not, all that remain are shown as kept.
+    """
+    dropped = PairCounts.merged([data.screened, counts])
     reasons = list(dropped.reasons())
-    rows: list[list[object]] = [["data set", "read", "used", "held out", *reasons, "not reached"]]
+    columns = ["used", "held out", *reasons, "not reached"] if trained else ["kept", "held out", *reasons]
+    rows: list[list[object]] = [["data set", "read", *columns]]
     for source, read in data.read.items():
-        counts = [trained.used[source], data.held_out[source], *(dropped.dropped[source, r] for r in reasons)]
-        rows.append([source, read, *counts, read - sum(counts)])
+        removed = [data.held_out[source], *(dropped.dropped[source, reason] for reason in reasons)]
+        kept, used = read - sum(removed), counts.used[source]
+        rows.append([source, read, used, *removed, kept - used] if trained else [source, read, kept, *removed])
     print_table(console, "training pairs", rows)
     for reason, messages in dropped.examples.items():
         for message in messages:

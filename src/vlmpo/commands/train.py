@@ -26,14 +26,14 @@ from vlmpo.loss import needs_reference
 from vlmpo.models import loading
 from vlmpo.models.adapters import is_peft
 from vlmpo.recipe import Recipe, check_training_keys
-from vlmpo.train.best import of_only_set
+from vlmpo.recipe_yaml import dump_recipe
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import AVERAGE_FOLDER
-from vlmpo.train.evaluation import length_warning
-from vlmpo.train.model_card import RunSummary, package_versions
+from vlmpo.train.metrics import length_warning, without_set_name
+from vlmpo.train.model_card import package_versions
 from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 
@@ -70,7 +70,7 @@ def train(recipe: Recipe, prepare: Prepare | None = None) -> MPOTrainer:
     manifest["overlap"] = {name: dataclasses.asdict(found) for name, found in overlaps.items()}
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         replace_json(folder / "manifest.json", {**manifest, "status": "running"})
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
     _finish(recipe, trainer, data, manifest)
@@ -144,7 +144,8 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
         logger.info(f"note: {remark}")
     manifest["data"] |= _data_counts(data, pair_counts)
     named = [source.path for source in recipe.data.train]
-    trainer.facts = RunSummary(recipe.model.path, manifest["data"]["sets"], named, results, pair_counts)
+    trainer.card_fields |= {"base_model": recipe.model.path, "datasets": named, "results": results}
+    trainer.card_fields["data"] = manifest["data"]["sets"]
     if trainer.accelerator.is_main_process:
         final = {"final_model": trainer.final_model(), "evaluation": results}
         replace_json(folder / "manifest.json", {**manifest, "status": "finished", **final})
@@ -165,7 +166,7 @@ def _check_evaluation(args: MPOConfig, evaluation: Any) -> None:
             "give data.eval, data.hold_out or evaluate.questions"
         )
     if evaluation and len(evaluation) == 1:
-        args.metric_for_best_model = of_only_set(args.metric_for_best_model, next(iter(evaluation)))
+        args.metric_for_best_model = without_set_name(args.metric_for_best_model, next(iter(evaluation)))
 
 
 def training_config(recipe: Recipe) -> MPOConfig:
@@ -177,26 +178,7 @@ def training_config(recipe: Recipe) -> MPOConfig:
             "log in with `hf auth login`, or set HF_TOKEN"
         )
     try:
-        return MPOConfig(
-            **{
-                **recipe.training,
-                "loss_weights": dict(recipe.loss.weights),
-                "beta": recipe.loss.beta,
-                "reward_shift": recipe.loss.reward_shift,
-                "nll_reduction": recipe.loss.nll_reduction,
-                "label_smoothing": recipe.loss.label_smoothing,
-                "reference_kind": recipe.reference.kind,
-                "reference_cache_dir": recipe.reference.cache_dir,
-                "max_length": recipe.data.max_length,
-                "over_long": recipe.data.over_long,
-                "max_tiles": recipe.data.max_tiles,
-                "video_frames": recipe.data.video_frames,
-                "on_bad_record": recipe.data.on_bad_record,
-                "group_by_prompt": recipe.data.group_by_prompt,
-                "balance_ranks": recipe.data.balance_ranks,
-                "attention": recipe.model.attention,
-            }
-        )
+        return MPOConfig(**recipe.trainer_settings())
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
 

@@ -12,7 +12,7 @@ from vlmpo.testing.tiny import SPECIAL_TOKENS, TinySize, build_model, build_proc
 UNKNOWN = "<unk>"
 
 # Patches of 8 pixels, shuffled two by two: one image token a cell. InternVL's own layer scale (0.1), initializer range
-# (0.02) and zero position embeddings suit a pretrained tower; from nothing they make the first hundreds of steps idle.
+# (0.02) and zero position embeddings suit a pretrained tower; in training from scratch they waste hundreds of steps.
 DEMO_SIZE = TinySize(
     image_size=IMAGE_PIXELS,
     patch_size=8,
@@ -33,7 +33,7 @@ DEMO_SIZE = TinySize(
 
 
 def _words() -> list[str]:
-    """Every word of the task and of the chat template's turns, in a fixed order."""
+    """Return every word of the task and of the chat template's turns, in a fixed order."""
     sentences = [
         "system user assistant",
         "Describe and Count in plus minus . + - = Final answer:",
@@ -46,7 +46,7 @@ def _words() -> list[str]:
 
 
 def demo_tokenizer() -> Any:
-    """One token a word; the newlines of the chat template are tokens too, spaces are not."""
+    """Build a tokenizer with one token a word; the chat template's newlines are tokens too, spaces are not."""
     vocabulary = {word: index for index, word in enumerate([UNKNOWN, "\n", *_words()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -57,10 +57,10 @@ def demo_tokenizer() -> Any:
 
 
 def demo_processor() -> Any:
-    """The stock InternVL processor for one 48x48 tile, nine image tokens."""
+    """Build the stock InternVL processor for one 48x48 tile, nine image tokens."""
     return build_processor(demo_tokenizer(), DEMO_SIZE)
 
 
 def demo_model(processor: Any, seed: int) -> Any:
-    """The model with random weights, float32."""
+    """Build the model with random weights, float32."""
     return build_model(processor.tokenizer, DEMO_SIZE, seed)

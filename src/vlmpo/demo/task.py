@@ -38,7 +38,7 @@ Scene = tuple[str, ...]  # nine entries of CELLS, row by row
 
 @cache
 def _tile(cell: str) -> np.ndarray:
-    """Pixels of one cell ``[16, 16, 3]``, uint8. The circle is hollow: a filled one is too like a square to learn."""
+    """Draw one cell: uint8 ``[16, 16, 3]``. The circle is hollow: a filled one is too much like a square to learn."""
     tile = Image.new("RGB", (CELL_PIXELS, CELL_PIXELS), "white")
     if cell != EMPTY:
         colour, shape = cell.split("-")
@@ -53,14 +53,14 @@ def _tile(cell: str) -> np.ndarray:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as a 48x48 RGB image. Different scenes have different images."""
+    """Draw the scene as a 48x48 RGB image. Different scenes have different images."""
     rows = [np.concatenate([_tile(cell) for cell in scene[start : start + 3]], axis=1) for start in (0, 3, 6)]
     return Image.fromarray(np.concatenate(rows, axis=0))
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What is counted (one of KINDS) and where (one of LINES)."""
+    """Says what is counted (one of KINDS) and where (one of LINES)."""
 
     kind: str
     line: str
@@ -69,17 +69,17 @@ class Count:
         return f"{self.kind} in {self.line}"
 
     def matches(self, cell: str) -> bool:
-        """Whether ``cell`` is of the kind that is counted."""
+        """Return whether ``cell`` is of the kind that is counted."""
         if cell == EMPTY or self.kind == "shapes":
             return cell != EMPTY
         return self.kind.removesuffix("-shapes").removesuffix("s") in cell.split("-")
 
     def of(self, scene: Scene) -> int:
-        """The count, 0 to 3."""
+        """Return the count, 0 to 3."""
         return sum(self.matches(scene[place]) for place in LINES[self.line])
 
     def aloud(self, scene: Scene) -> str:
-        """The counting, cell before number: ``red-shapes in top-row: red-circle 1 empty 1 red-square 2 .``."""
+        """Write the counting, cell before number: ``red-shapes in top-row: red-circle 1 empty 1 red-square 2 .``."""
         words: list[str] = []
         for place in LINES[self.line]:
             total = int(words[-1]) if words else 0
@@ -89,7 +89,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Two counts over one scene, added or subtracted; a difference is never negative."""
+    """Adds or subtracts two counts over one scene; a difference is never negative."""
 
     scene: Scene
     left: Count
@@ -98,7 +98,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """What the user asks."""
+        """The user's request."""
         return f"Count {self.left} {'plus' if self.add else 'minus'} {self.right} ."
 
     @property
@@ -109,7 +109,7 @@ class Question:
 
     @property
     def direct(self) -> str:
-        """The answer without its working."""
+        """The answer alone."""
         return f"Final answer: {self.truth} ."
 
     @property
@@ -122,7 +122,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A supervised example: a scene, what is asked, and what to say."""
+    """A supervised example: a scene, the request and the answer."""
 
     scene: Scene
     request: str
@@ -130,7 +130,7 @@ class Lesson:
 
 
 class Lessons:
-    """Supervised examples as the trainer reads them; an image is drawn when it is read."""
+    """Supervised examples in the trainer's form; an image is drawn when its example is read."""
 
     def __init__(self, lessons: Sequence[Lesson]) -> None:
         self.lessons = lessons
@@ -144,39 +144,39 @@ class Lessons:
 
 
 def prompt(request: str) -> tuple[Message, ...]:
-    """The one user turn: the image, then the request."""
+    """Return the one user turn: the image, then the request."""
     return (Message("user", f"{IMAGE_PLACEHOLDER}\n{request}"),)
 
 
 def caption(scene: Scene, lines: Sequence[str]) -> Lesson:
-    """A description of ``lines``, in that order: ``top-row: red-circle empty blue-square . left-column: ...``."""
-    told = (f"{line}: {' '.join(scene[place] for place in LINES[line])} ." for line in lines)
-    return Lesson(scene, f"Describe {' and '.join(lines)} .", " ".join(told))
+    """Describe ``lines``, in that order: ``top-row: red-circle empty blue-square . left-column: ...``."""
+    descriptions = (f"{line}: {' '.join(scene[place] for place in LINES[line])} ." for line in lines)
+    return Lesson(scene, f"Describe {' and '.join(lines)} .", " ".join(descriptions))
 
 
 class SceneSource:
-    """Draws scenes, never the same one twice: an image that one split was given, no other split gets.
+    """Draws scenes, never the same one twice, so that no two splits share an image.
 
     Args:
-        seed: of everything that is drawn; what it gives depends on the order of the calls too.
+        seed: of everything drawn; the draws also depend on the order of the calls.
     """
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
-        self._given: set[Scene] = set()
+        self._drawn: set[Scene] = set()
 
     def scene(self) -> Scene:
-        """A scene not given before."""
+        """Draw a scene not drawn before."""
         while True:
             empty = self._random.random(9) < EMPTY_SHARE
             filled = self._random.integers(1, len(CELLS), 9)
             scene = tuple(CELLS[0 if e else f] for e, f in zip(empty, filled, strict=True))
-            if scene not in self._given:
-                self._given.add(scene)
+            if scene not in self._drawn:
+                self._drawn.add(scene)
                 return scene
 
     def question(self) -> Question:
-        """A question about a scene not given before, over two different lines."""
+        """Draw a question about a new scene, over two different lines."""
         scene = self.scene()
         kinds = self._random.integers(0, len(KINDS), 2)
         left, right = (Count(KINDS[k], line) for k, line in zip(kinds, self._lines()[:2], strict=True))
@@ -186,15 +186,15 @@ class SceneSource:
         return Question(scene, left, right, add)
 
     def questions(self, number: int) -> list[Question]:
-        """``number`` questions."""
+        """Draw ``number`` questions."""
         return [self.question() for _ in range(number)]
 
     def captions(self, number: int) -> list[Lesson]:
-        """Descriptions of all six lines, in an order that the request names."""
+        """Draw descriptions of all six lines, in an order that the request names."""
         return [caption(self.scene(), self._lines()) for _ in range(number)]
 
     def answers(self, number: int, direct_sums: float = 0.0, direct_differences: float = 0.0) -> list[Lesson]:
-        """Answered questions: so large a share of the sums, and of the differences, directly, the rest worked."""
+        """Draw answered questions; these shares of the sums and differences are answered directly, the rest worked."""
         lessons = []
         for question in self.questions(number):
             direct = self._random.random() < (direct_sums if question.add else direct_differences)
@@ -202,6 +202,6 @@ class SceneSource:
         return lessons
 
     def _lines(self) -> list[str]:
-        """The names of all lines in random order."""
+        """Return the names of all lines in random order."""
         names = list(LINES)
         return [names[index] for index in self._random.permutation(len(names))]

@@ -1,119 +1,51 @@
-"""Who generates: the model itself through transformers, here; or a chat server, in ``vlmpo.generate.server``."""
+"""Generation with a model in this process, through transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vlmpo.data.encode.chat_template import PROBE
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import reads_images, tokenizer_of
-from vlmpo.data.records import Message, PreferencePair
+from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
+from vlmpo.generate.base import Generated, GenerationRequest, OnBad, Sampling
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import family_of
 from vlmpo.tree.forward import accepted
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One prompt and how many responses it shall get.
-
-    Attributes:
-        messages: the turns so far, ``<image>`` where an image stands.
-        images: one source an image: a path, encoded bytes, or a PIL image.
-        n: number of responses.
-        seed: from 0. Response ``i`` depends on it and on ``i``, not on what else is asked.
-        prefix: beginning of the model's turn, which it continues; the texts returned are without it.
-        origin: ``file:line`` it comes from, for messages.
-    """
-
-    messages: tuple[Message, ...]
-    images: tuple[Any, ...]
-    n: int
-    seed: int
-    prefix: str = ""
-    origin: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """One response: its text without the end of the turn; ``stop`` where the model ended it, ``length`` where cut."""
-
-    text: str
-    finish_reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is drawn from the model's distribution; nothing else is done to it.
-
-    Attributes:
-        temperature: 0 takes the likeliest token.
-        top_p: of the most likely tokens, the fewest that hold this much probability together.
-        max_new_tokens: tokens a response may have, end of turn included.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 1024
-
-
-OnBad = Callable[[GenerationRequest, RecordError], None]
-
-
-class Engine(Protocol):
-    """Answers requests.
-
-    Attributes:
-        name: who answers, for the records.
-        batch_size: requests it reads together; to get the very same responses again, ask in the same groups.
-        notices: what the user should know, each said once.
-    """
-
-    name: str
-    batch_size: int
-
-    @property
-    def notices(self) -> list[str]: ...
-
-    def generate(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None = None) -> Iterator[list[Generated]]:
-        """The responses to each request, in order, as they come.
-
-        A request that cannot be asked (an image that cannot be read, ...) raises its RecordError; with ``on_bad`` it
-        is reported there instead and gets an empty list.
-        """
-        ...
-
-
 class LocalEngine:
     """Generates with a model in this process.
 
-    Prompts become tokens as in training (:class:`vlmpo.data.encode.encoder.PairEncoder`). Tokens that stand for images
-    cannot be drawn. The model's own generation settings, a repetition penalty for example, are not used, except for the
-    tokens that end a turn.
+    Prompts are tokenised as in training (:class:`vlmpo.data.encode.encoder.PairEncoder`). Image tokens are never
+    drawn. Of the model's generation settings only the tokens that end a turn are used, not, for example, its
+    repetition penalty.
 
-    Responses are drawn with random numbers of their own, so neither the other requests nor the global seed change
-    them. What remains is rounding: in a batch of another shape logits differ in their last bits, which now and then
-    turns a near tie. The same requests in the same batches give the same responses on the same machine.
+    Each response is drawn with random numbers of its own, so that neither the other requests nor the global seed
+    change it. What remains is rounding: in a batch of another shape, logits differ in their last bits, which now and
+    then decides a near tie. The same requests in the same batches give the same responses on the same machine.
 
     Args:
-        model: the model, on the device it shall run on; may have vlmpo's attention installed.
+        model: the model, on its device; vlmpo's attention may be installed in it.
         processor: its processor, or tokenizer.
         sampling: how tokens are drawn.
-        batch_size: requests, each with all its samples, that are read together.
-        max_tiles: tiles the images of a prompt may take together.
-        name: who answers, for the records.
+        batch_size: requests, each with all its samples, that are processed together.
+        max_tiles: tiles that the images of a prompt may take together.
+        name: the model's name, for the records.
 
     Raises:
-        ModelError: no usable chat template.
+        ModelError: there is no usable chat template.
     """
 
     def __init__(
@@ -128,7 +60,7 @@ class LocalEngine:
     ) -> None:
         self.name = name
         self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False)
-        # A LoRA wrapper generates through the model it wraps, whose layers hold the adapter.
+        # A LoRA wrapper generates through the model it wraps, whose layers contain the adapter.
         self._model = unwrap_peft(model)
         self._tokenizer = tokenizer_of(processor)
         self._sampling = sampling
@@ -144,98 +76,85 @@ class LocalEngine:
         return self._encoder.notices
 
     def generate(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None = None) -> Iterator[list[Generated]]:
-        """The responses to each request, in order, a batch at a time. See :class:`Engine`."""
+        """Yield the responses to each request, in order, a batch at a time. See :class:`vlmpo.generate.base.Engine`."""
         for start in range(0, len(requests), self.batch_size):
             yield from self._batch(requests[start : start + self.batch_size], on_bad)
 
     def _batch(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None) -> list[list[Generated]]:
-        answers: list[list[Generated]] = [[] for _ in requests]
-        groups: dict[int, list[tuple[int, EncodedPair]]] = {}  # by samples: generate() takes one number for all
+        groups: dict[int, dict[int, EncodedPair]] = {}  # by number of samples: generate() takes one number for all
         for position, request in enumerate(requests):
+            # Encode the prompt as a pair's prompt is; the one response only shows which token ends a turn.
+            pair = PreferencePair(request.messages, request.images, chosen=PROBE, rejected=None, origin=request.origin)
             try:
-                encoded = self._encode(request)
-                groups.setdefault(request.n, []).append((position, encoded))
+                groups.setdefault(request.n, {})[position] = self._encoder.encode(pair)
             except RecordError as error:
                 if on_bad is None:
                     raise
                 on_bad(request, error)
-        for members in groups.values():
-            asked = [requests[position] for position, _ in members]
-            for (position, _), texts in zip(members, self._ask(asked, [e for _, e in members]), strict=True):
-                answers[position] = texts
-        return answers
+        responses: list[list[Generated]] = [[] for _ in requests]
+        for group in groups.values():
+            generated = self._generate([requests[position] for position in group], list(group.values()))
+            for position, samples in zip(group, generated, strict=True):
+                responses[position] = samples
+        return responses
 
-    def _encode(self, request: GenerationRequest) -> EncodedPair:
-        """The prompt as a pair's prompt is encoded; its one response only shows which token ends a turn."""
-        pair = PreferencePair(request.messages, request.images, chosen=PROBE, rejected=None, origin=request.origin)
-        return self._encoder.encode(pair)
-
-    def _ask(self, requests: list[GenerationRequest], encoded: list[EncodedPair]) -> Iterator[list[Generated]]:
-        samples = requests[0].n if self._sampling.temperature > 0 else 1  # greedy answers are all the same
+    def _generate(self, requests: list[GenerationRequest], encoded: list[EncodedPair]) -> Iterator[list[Generated]]:
+        """Yield the responses to requests of equally many samples."""
+        is_greedy = self._sampling.temperature == 0
+        samples = 1 if is_greedy else requests[0].n  # greedy responses are all the same
+        copies = 1 if self._encodes_once else samples
         prefixes = [self._tokenizer(r.prefix, add_special_tokens=False)["input_ids"] for r in requests]
         prompts = [torch.cat([e.prompt_ids, torch.tensor(p).long()]) for e, p in zip(encoded, prefixes, strict=True)]
-        copies = 1 if self._encodes_once else samples
-        ends = self._end_ids(encoded[0])
-        config = self._config(ends, samples // copies)
-        with torch.no_grad(), _set_to_generate(self._model, config):
-            inputs = self._inputs(
-                [p for p in prompts for _ in range(copies)], [e for e in encoded for _ in range(copies)]
-            )
-            draw = LogitsProcessorList()
-            if self._sampling.temperature > 0:
-                seeds = [(request.seed, index) for request in requests for index in range(samples)]
-                draw.append(_Draw(self._sampling, seeds, inputs["input_ids"].shape[1]))
-            output = self._model.generate(**inputs, logits_processor=draw)
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()  # [prompts * samples, new tokens]
-        for index, (request, prefix) in enumerate(zip(requests, prefixes, strict=True)):
-            rows = new[index * samples : (index + 1) * samples]
-            answers = [self._read(row, prefix, ends) for row in rows]
-            yield answers * (request.n // samples)
-
-    def _end_ids(self, encoded: EncodedPair) -> list[int]:
-        """What the model's own settings end a turn with, and what ends a scored response."""
-        named = self._model.generation_config.eos_token_id
-        ids = {int(encoded.chosen_ids[-1]), *([named] if isinstance(named, int) else named or [])}
-        return sorted(ids)
-
-    def _config(self, ends: list[int], returned: int) -> GenerationConfig:
-        pad, samples = self._tokenizer.pad_token_id, self._sampling.temperature > 0
-        return GenerationConfig(
-            do_sample=samples,
-            top_k=0 if samples else None,
+        inputs = self._inputs([p for p in prompts for _ in range(copies)], [e for e in encoded for _ in range(copies)])
+        length = inputs["input_ids"].shape[1]
+        draw = LogitsProcessorList()
+        if not is_greedy:
+            seeds = [(request.seed, index) for request in requests for index in range(samples)]
+            draw.append(_Draw(self._sampling, seeds, length))
+        # A turn ends as the model's own settings say, or as a scored response does.
+        eos = self._model.generation_config.eos_token_id
+        ends = sorted({int(encoded[0].chosen_ids[-1]), *([eos] if isinstance(eos, int) else eos or [])})
+        pad_id = self._tokenizer.pad_token_id
+        config = GenerationConfig(
+            do_sample=not is_greedy,
+            top_k=None if is_greedy else 0,
             max_new_tokens=self._sampling.max_new_tokens,
-            num_return_sequences=returned,
+            num_return_sequences=samples // copies,
             eos_token_id=ends,
-            pad_token_id=ends[0] if pad is None else pad,
+            pad_token_id=ends[0] if pad_id is None else pad_id,
             suppress_tokens=sorted(self._encoder.media_ids) or None,
         )
+        with torch.no_grad(), _set_to_generate(self._model, config):
+            output = self._model.generate(**inputs, logits_processor=draw)
+        new = output[:, length:].tolist()  # [requests * samples, new tokens]
+        for index, (request, prefix) in enumerate(zip(requests, prefixes, strict=True)):
+            rows = new[index * samples : (index + 1) * samples]
+            yield [self._read(row, prefix, ends) for row in rows] * (request.n // samples)
 
     def _inputs(self, prompts: list[Tensor], encoded: list[EncodedPair]) -> dict[str, Tensor]:
-        """The prompts side by side, padded on the left: ``input_ids [prompts, tokens]``, and their vision tensors."""
-        length = max(prompt.numel() for prompt in prompts)
-        ids = torch.full((len(prompts), length), self._tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - prompt.numel() :] = prompt
-            mask[row, length - prompt.numel() :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        """Pad the prompts on the left: ``input_ids [prompts, tokens]`` and the like, and their vision tensors."""
+        pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        inputs = {
+            "input_ids": pad_left(prompts, padding_value=self._tokenizer.pad_token_id or 0),
+            "attention_mask": pad_left([torch.ones_like(prompt) for prompt in prompts]),
+        }
         for name in dict.fromkeys(name for e in encoded for name in accepted(self._model, e.token_types)):
-            inputs[name] = torch.zeros_like(ids)
-            for row, (prompt, e) in enumerate(zip(prompts, encoded, strict=True)):
-                if name in e.token_types:  # of the prompt; a begun turn behind it is text, 0
-                    start = length - prompt.numel()
-                    inputs[name][row, start : start + e.prompt_ids.numel()] = e.token_types[name]
+            types = [e.token_types.get(name, e.prompt_ids.new_zeros(0)).long() for e in encoded]
+            # The prefix after a prompt is text, of type 0.
+            inputs[name] = pad_left(
+                [pad(t, (0, len(prompt) - len(t))) for t, prompt in zip(types, prompts, strict=True)]
+            )
         for key in dict.fromkeys(key for e in encoded for key in e.vision):
             tensor = torch.cat([e.vision[key] for e in encoded if key in e.vision])
             inputs[key] = tensor.to(self._model.dtype) if tensor.is_floating_point() else tensor
         return {key: tensor.to(self._model.device) for key, tensor in inputs.items()}
 
     def _read(self, new: list[int], prefix: list[int], ends: list[int]) -> Generated:
-        end = next((at for at, token in enumerate(new) if token in ends), None)
-        ids = new if end is None else new[:end]
-        # Read with the prefix before it: on its own, many a tokenizer takes a text's first space away.
-        head, whole = self._decode(prefix), self._decode(prefix + ids)
-        text = whole.removeprefix(head) if whole.startswith(head) else self._decode(ids)
+        end = next((index for index, token in enumerate(new) if token in ends), None)
+        ids = new[:end]
+        # Decode together with the prefix: many tokenizers drop the first space of a text decoded on its own.
+        before, whole = self._decode(prefix), self._decode(prefix + ids)
+        text = whole.removeprefix(before) if whole.startswith(before) else self._decode(ids)
         return Generated(text, "length" if end is None else "stop")
 
     def _decode(self, ids: list[int]) -> str:
@@ -243,10 +162,10 @@ class LocalEngine:
 
 
 class _Draw(LogitsProcessor):
-    """Leaves in each row only the token drawn there, so that what generate() then draws is settled.
+    """Leaves in each row only the token drawn here, so that generate() has no choice.
 
     A row's uniform random numbers are made beforehand from its own seed; the token is where the number falls in the
-    cumulated distribution. Another machine's generator, another batch or another row change nothing.
+    cumulative distribution. Neither the device's generator nor the other rows change it.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[tuple[int, int]], prompt_length: int) -> None:
@@ -256,7 +175,7 @@ class _Draw(LogitsProcessor):
         self._uniform = torch.from_numpy(np.stack(draws))  # [rows, max_new_tokens] in [0, 1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``scores [rows, vocabulary]`` to 0 at the drawn token and minus infinity elsewhere."""
+        """Set ``scores [rows, vocabulary]`` to 0 at the drawn token and to minus infinity elsewhere."""
         step = input_ids.shape[1] - self._prompt_length
         self._uniform = self._uniform.to(scores.device)
         token = draw_tokens(scores, self._uniform[:, step], self._sampling)
@@ -264,7 +183,7 @@ class _Draw(LogitsProcessor):
 
 
 def draw_tokens(scores: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """One token a row from softmax(scores / temperature), cut to ``top_p``, by inverting its cumulated distribution.
+    """Draw one token a row from softmax(scores / temperature), cut to ``top_p``, by inverse transform sampling.
 
     Args:
         scores: ``[rows, vocabulary]``, logits.
@@ -276,21 +195,21 @@ def draw_tokens(scores: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """
     probs = (scores.double() / sampling.temperature).softmax(dim=1)
     if sampling.top_p < 1:
-        falling, order = probs.sort(dim=1, descending=True)
-        outside = falling.cumsum(dim=1) - falling >= sampling.top_p
-        probs = torch.zeros_like(probs).scatter_(1, order, falling.masked_fill(outside, 0.0))
-    reached = probs.cumsum(dim=1)
-    # The first token whose cumulated probability is above the number; never one of probability 0.
-    return (reached > uniform[:, None] * reached[:, -1:]).int().argmax(dim=1)
+        sorted_probs, order = probs.sort(dim=1, descending=True)
+        outside = sorted_probs.cumsum(dim=1) - sorted_probs >= sampling.top_p
+        probs = torch.zeros_like(probs).scatter_(1, order, sorted_probs.masked_fill(outside, 0.0))
+    cumulative = probs.cumsum(dim=1)
+    # The first token whose cumulative probability is above the number; never one of probability 0.
+    return (cumulative > uniform[:, None] * cumulative[:, -1:]).int().argmax(dim=1)
 
 
 @contextmanager
 def _set_to_generate(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """``model`` without dropout and with ``config`` alone, which generate() would fill up from the model's own.
+    """Turn dropout off and put ``config`` in place of the model's, from which generate() would complete it.
 
-    What it was before is put back, and so is the state of the global random numbers: training goes on undisturbed.
+    Afterwards the model's settings and the state of the global random numbers are as before: training is undisturbed.
     """
-    own, training = model.generation_config, model.training
+    config_before, was_training = model.generation_config, model.training
     devices = [model.device] if model.device.type == "cuda" else []
     model.generation_config = config
     model.eval()
@@ -298,5 +217,5 @@ def _set_to_generate(model: Any, config: GenerationConfig) -> Iterator[None]:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        model.generation_config = own
-        model.train(training)
+        model.generation_config = config_before
+        model.train(was_training)

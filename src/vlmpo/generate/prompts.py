@@ -1,12 +1,14 @@
-"""How a question is put to the model."""
+"""How a question is put to the model, and the hashes and seeds derived from a prompt."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 
-from vlmpo.data.records import IMAGE_PLACEHOLDER, Question
+from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question
 from vlmpo.errors import RecipeError
-from vlmpo.recipe import PROMPT_STYLES, QUESTION_FIELD
+from vlmpo.generate.base import GenerationRequest
+from vlmpo.settings import PROMPT_STYLES, QUESTION_FIELD
 
 _TEMPLATES = {
     "direct": f"{QUESTION_FIELD}\nAnswer the question with a single word, number or phrase.",
@@ -23,15 +25,15 @@ _LEADING_IMAGES = re.compile(rf"(?:{IMAGE_PLACEHOLDER}\s*)+")
 
 
 def prompt_text(question: Question, style: str) -> str:
-    """The user's turn for ``question``, ``<image>`` where an image stands.
+    """Write the user's turn for ``question``, with ``<image>`` at the place of each image.
 
     Args:
-        question: images that stand before its text stand before the whole prompt.
+        question: images that come before its text come before the whole prompt.
         style: ``direct`` (a short answer), ``cot`` (reasoning, then "Final answer: .."), ``boxed`` (reasoning, then
-            ``\\boxed{...}``), or a template of your own that holds ``{question}``; its other braces are left alone.
+            ``\\boxed{...}``), or a template that contains ``{question}``; its other braces are left alone.
 
     Raises:
-        RecipeError: neither a style nor a template.
+        RecipeError: ``style`` is neither a style nor a template.
     """
     template = _TEMPLATES.get(style, style)
     if QUESTION_FIELD not in template:
@@ -40,3 +42,24 @@ def prompt_text(question: Question, style: str) -> str:
     leading = _LEADING_IMAGES.match(question.question)
     images = leading.group() if leading else ""
     return images + template.replace(QUESTION_FIELD, question.question[len(images) :])
+
+
+def prompt_hash(prompt: str) -> str:
+    """Return 16 hex digits that identify a prompt, the same in every process."""
+    return hashlib.blake2b(prompt.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def seed_for(seed: int, name: str) -> int:
+    """Return a 64-bit seed that depends on ``seed`` and ``name`` alone, the same in every process."""
+    return int(prompt_hash(f"{seed}:{name}"), 16)
+
+
+def request_for(question: Question, style: str, *, n: int = 1, seed: int = 0) -> GenerationRequest:
+    """Make the request for ``n`` responses to ``question``, put to the model as ``style`` says."""
+    return GenerationRequest(
+        messages=(Message("user", prompt_text(question, style)),),
+        images=question.images,
+        n=n,
+        seed=seed,
+        origin=question.origin,
+    )

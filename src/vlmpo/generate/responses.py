@@ -1,4 +1,4 @@
-"""The file of sampled responses: only ever appended to, in whole questions, so that a killed run can go on."""
+"""The file of generated responses: appended to in whole questions, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -12,59 +12,63 @@ from typing import Any
 
 from vlmpo.data.records import Response
 from vlmpo.errors import DataError, RunError
+from vlmpo.generate.base import Generated
 
 RESPONSES_FILE = "responses.jsonl"
 PROMPT_HASH = "prompt_hash"  # the one setting that differs from question to question
-# Where the recipe has what a response was sampled with; the other settings are keys of `build`.
+# Recipe keys of what a response was generated with; every other setting is a key of `build`.
 _RECIPE_KEYS = {"model": "model.path or build.model", "max_tiles": "data.max_tiles", "dtype": "model.dtype"}
 
 
 def read_responses(path: str | os.PathLike[str]) -> list[Response]:
-    """Every response of a file, in its order; a last line that was cut off by a kill is left out.
+    """Read every response of a file, in its order; a last line that a kill cut off is left out.
 
     Raises:
-        DataError: no such file, or a line that is no response.
+        DataError: the file does not exist, or a line is not a response.
     """
     try:
         with open(path, "rb") as file:
-            return [response for _, response in _parsed(Path(path), file.read())]
+            return [response for _, response in _parse(Path(path), file.read())]
     except OSError as error:
-        raise DataError(f"no responses can be read from {path} ({error.strerror}); run vlmpo sample first") from error
+        raise DataError(f"cannot read responses from {path} ({error.strerror}); run vlmpo sample first") from error
 
 
-def _parsed(path: Path, content: bytes) -> Iterator[tuple[int, Response]]:
-    """Line number and response of every whole line."""
+def _parse(path: Path, content: bytes) -> Iterator[tuple[str, Response]]:
+    """Yield ``file:line`` and the response of every whole line."""
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            yield number, Response.from_json(json.loads(line))
+            yield f"{path}:{number}", Response.from_json(json.loads(line))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a response ({error}); take the line out") from error
+            raise DataError(f"{path}:{number}: not a response ({error}); remove the line") from error
 
 
 class ResponseFile:
-    """Responses on disk, and which are there already. One process at a time may have it open.
+    """A file of responses, locked while it is open: one process at a time may write to it.
 
     Args:
-        path: the file; it is created where it does not exist, and freed of a last line that was cut off.
-        model: who answers now.
+        path: the file. It is created if it does not exist; a last line that a kill cut off is removed.
+        model: the model that answers now.
         settings: how it is sampled now.
 
     Attributes:
-        done: the sample indices that are there, by question id.
-        prompt_hashes: of each question's prompt, when its responses were sampled.
-        repaired: bytes of a line cut off by a kill that were taken off the end.
+        done: the sample indices in the file, by question id.
+        prompt_hashes: hash of the prompt that the responses to a question answer, by question id.
+        repaired: bytes removed because a kill had cut off their line.
 
     Raises:
-        RunError: another process has the file, it holds a response twice, or responses that were sampled otherwise.
-        DataError: a line of it is no response.
+        RunError: another process has the file open, the file contains a response twice, or its responses were
+            generated with another model or other settings.
+        DataError: a line is not a response.
     """
 
     def __init__(self, path: Path, model: str, settings: dict[str, Any]) -> None:
         self.path = path
+        self.model = model
+        self.settings = settings
         self.done: dict[str, set[int]] = {}
         self.prompt_hashes: dict[str, str | None] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115 - held open, and locked, until close()
+        self._file = open(path, "a+b")  # noqa: SIM115 - open, and locked, until __exit__
         try:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,44 +79,59 @@ class ResponseFile:
             self.repaired = len(content) - (content.rfind(b"\n") + 1)
             if self.repaired:
                 self._file.truncate(len(content) - self.repaired)
-            for number, response in _parsed(path, content):
-                self._check(f"{path}:{number}", response, model, settings)
-                self._note(f"{path}:{number}", response)
+            for origin, response in _parse(path, content):
+                self._check_settings(origin, response)
+                self._note(origin, response)
         except BaseException:
             self._file.close()
             raise
 
-    def _check(self, where: str, response: Response, model: str, settings: dict[str, Any]) -> None:
-        now = {"model": model, **settings}
+    def _check_settings(self, origin: str, response: Response) -> None:
+        now = {"model": self.model, **self.settings}
         then = {"model": response.model, **response.settings}
         then.pop(PROMPT_HASH, None)
         for key in {**now, **then}:
             if now.get(key) != then.get(key):
                 raise RunError(
-                    f"{where} was sampled with {_RECIPE_KEYS.get(key, f'build.{key}')} {then.get(key)!r}, now it is "
-                    f"{now.get(key)!r}; take the old value to go on, or name another folder in build.output_dir"
+                    f"{origin} was sampled with {_RECIPE_KEYS.get(key, f'build.{key}')} {then.get(key)!r}, now it is "
+                    f"{now.get(key)!r}; restore the old value to continue, or name another folder in build.output_dir"
                 )
 
-    def _note(self, where: str, response: Response) -> None:
+    def _note(self, origin: str, response: Response) -> None:
         indices = self.done.setdefault(response.question_id, set())
         if response.sample_index in indices:
             raise RunError(
-                f"{where}: response {response.sample_index} to question {response.question_id!r} is there twice; "
-                "take one of the lines out"
+                f"{origin}: response {response.sample_index} to question {response.question_id!r} appears twice; "
+                "remove one of the lines"
             )
         indices.add(response.sample_index)
         self.prompt_hashes[response.question_id] = response.settings.get(PROMPT_HASH)
 
-    def append(self, responses: Sequence[Response]) -> None:
-        """Write responses that are not there yet; they are on disk when this returns."""
-        new = [r for r in responses if r.sample_index not in self.done.get(r.question_id, ())]
+    def append(self, question_id: str, responses: Sequence[Generated], prompt_hash: str | None = None) -> int:
+        """Write the samples of one question that are not in the file yet, and return their number.
+
+        They are on disk when this returns.
+
+        Args:
+            question_id: the question.
+            responses: all its samples, in order of their index.
+            prompt_hash: hash of its prompt, stored among the settings.
+        """
+        settings = self.settings if prompt_hash is None else {**self.settings, PROMPT_HASH: prompt_hash}
+        known = self.done.get(question_id, set())
+        new = [
+            Response(question_id, index, response.text, response.finish_reason, self.model, settings)
+            for index, response in enumerate(responses)
+            if index not in known
+        ]
         lines = [json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in new]
-        # Half of a surrogate pair, which a server's JSON may hold, has no UTF-8.
+        # Half of a surrogate pair, which a server's JSON may contain, has no UTF-8.
         self._file.write("".join(lines).encode("utf-8", "replace"))
         self._file.flush()
         os.fsync(self._file.fileno())
         for response in new:
             self._note(str(self.path), response)
+        return len(new)
 
     def __enter__(self) -> ResponseFile:
         return self

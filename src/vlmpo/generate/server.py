@@ -21,16 +21,16 @@ from vlmpo.data.encode.chat_template import content_of
 from vlmpo.data.encode.images import open_image
 from vlmpo.data.records import IMAGE_PLACEHOLDER
 from vlmpo.errors import RecordError, RunError
-from vlmpo.generate.local import Generated, GenerationRequest, OnBad, Sampling
+from vlmpo.generate.base import Generated, GenerationRequest, OnBad, Sampling
 
 API_KEY_VARIABLE = "VLMPO_API_KEY"
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0  # seconds between tries
 _RETRIED = {408, 409, 425, 429}  # and all of 500 and above
-# What a server answers when it is this one request that it cannot take, e.g. one longer than its context.
+# Statuses that concern this one request, e.g. because it is longer than the server's context.
 _REFUSED = {400, 413, 422}
 
 
-class _PassingError(Exception):
+class _TransientError(Exception):
     """A failure that may pass: try again, after ``wait`` seconds if the server says so."""
 
     def __init__(self, cause: str, wait: float | None = None) -> None:
@@ -45,24 +45,24 @@ class _RefusalError(Exception):
 class ServerEngine:
     """Generates through a chat server's ``/v1/chat/completions``.
 
-    Every sample is a request of its own, with a seed of its own: not every server knows ``n``, and so nothing hangs on
-    one long answer. Prompts are tokenised and images tiled by the server; images are sent as PNG data URLs, upright
-    and in RGB as training sees them. A key in the environment variable VLMPO_API_KEY is sent along.
+    Every sample is a request with a seed of its own: not every server supports ``n``, and one long response holds
+    nothing else up. The server tokenises prompts and tiles images; images are sent as PNG data URLs, upright and in
+    RGB as in training. A key in the environment variable VLMPO_API_KEY is sent along.
 
-    ``prefix`` of a request needs a server that knows ``continue_final_message`` (vLLM, SGLang). Text that the server
-    keeps apart as reasoning would be lost, so it is refused.
+    ``prefix`` of a request needs a server that supports ``continue_final_message`` (vLLM, SGLang). A server that
+    returns the reasoning apart from the response is refused, since the reasoning would be lost.
 
     Args:
         url: of the server, with or without ``/v1``.
         model: name of the model at the server; None: the only one it has.
         sampling: how tokens are drawn.
-        concurrency: requests under way at a time.
+        concurrency: number of samples under way at a time.
         timeout: seconds without a byte after which a try has failed.
         retries: further tries after a connection error, a time-out, status 408, 409, 425, 429 or 5xx, with delays of
-            about 1, 2, 4, ... seconds, 60 at most, or as the server's Retry-After says.
+            about 1, 2, 4, ... seconds, at most 60, or as the server's Retry-After says.
 
     Raises:
-        RunError: ``model`` is None, and the server cannot be reached or has not exactly one.
+        RunError: ``model`` is None, and the server cannot be reached or does not have exactly one.
     """
 
     def __init__(
@@ -84,12 +84,13 @@ class ServerEngine:
         self.name = model or self._only_model()
 
     def generate(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None = None) -> Iterator[list[Generated]]:
-        """The responses to each request, in order. See :class:`vlmpo.generate.local.Engine`.
+        """Yield the responses to each request, in order. See :class:`vlmpo.generate.base.Engine`.
 
-        At most some twice ``concurrency`` samples are under way or wait for those of an earlier request.
+        At most about twice ``concurrency`` samples are under way or wait for those of an earlier request.
 
         Raises:
-            RunError: no answer after all tries, an answer that is none, or a status that concerns every request.
+            RunError: no response after all tries, one that is not a chat completion, or a status that concerns every
+                request.
         """
         pool = ThreadPoolExecutor(self._concurrency)
         stop = threading.Event()
@@ -109,14 +110,9 @@ class ServerEngine:
         self, pool: ThreadPoolExecutor, request: GenerationRequest, stop: threading.Event
     ) -> list[Future[Generated]] | RecordError:
         try:
-            payload = self._payload(request)
+            messages = _messages(request)
         except RecordError as error:
             return error
-        seeds = [_sample_seed(request.seed, index) for index in range(request.n)]
-        return [pool.submit(self._sample, {**payload, "seed": seed}, request.origin, stop) for seed in seeds]
-
-    def _payload(self, request: GenerationRequest) -> dict[str, Any]:
-        messages = _messages(request)
         payload = {
             "model": self.name,
             "messages": messages,
@@ -127,23 +123,28 @@ class ServerEngine:
         if request.prefix:
             messages.append({"role": "assistant", "content": request.prefix})
             payload |= {"continue_final_message": True, "add_generation_prompt": False}
-        return payload
+        # 31 bits, which every server takes.
+        digests = [blake2b(f"{request.seed}:{index}".encode(), digest_size=4).digest() for index in range(request.n)]
+        seeds = [int.from_bytes(digest, "big") >> 1 for digest in digests]
+        return [pool.submit(self._sample, {**payload, "seed": seed}, request.origin, stop) for seed in seeds]
 
     def _sample(self, payload: dict[str, Any], origin: str, stop: threading.Event) -> Generated:
         try:
-            answer = self._call("chat/completions", payload, stop)
+            reply = self._call("chat/completions", payload, stop)
         except _RefusalError as refusal:
             detail = f"{self._base} refuses the request ({refusal}); shorten it or change the server's settings"
             raise RecordError("server_refused", origin, detail) from None
         try:
-            choice = answer["choices"][0]
+            choice = reply["choices"][0]
             message = choice["message"]
             text, reason = message.get("content") or "", choice.get("finish_reason") or "stop"
         except (TypeError, KeyError, IndexError, AttributeError):
-            raise RunError(f"{self._base} is no OpenAI-compatible chat server: it answers {answer!r:.200}") from None
+            raise RunError(
+                f"{self._base} is not an OpenAI-compatible chat server: it answered {reply!r:.200}"
+            ) from None
         if message.get("reasoning_content") or message.get("reasoning"):
             raise RunError(
-                f"{self._base} keeps the reasoning apart from the response, and it would be lost; "
+                f"{self._base} returns the reasoning apart from the response, where it would be lost; "
                 "start the server without a reasoning parser"
             )
         return Generated(text, reason)
@@ -159,18 +160,18 @@ class ServerEngine:
         return names[0]
 
     def _call(self, path: str, payload: dict[str, Any] | None, stop: threading.Event) -> Any:
-        """What the server answers; tried again after what may pass, until ``stop``."""
-        failure = _PassingError("stopped")
+        """Return the server's reply; after a transient failure try again, unless ``stop`` is set."""
+        failure = _TransientError("stopped")
         for attempt in range(self._retries + 1):
             if attempt and stop.wait(_delay(attempt, failure.wait)):
                 break
             try:
                 return self._try(f"{self._base}/{path}", payload)
-            except _PassingError as passing:
-                failure = passing
+            except _TransientError as error:
+                failure = error
         raise RunError(
             f"no answer from {self._base} in {self._retries + 1} tries (the last: {failure}); "
-            "see to the server, then start again: what is done is kept"
+            "check the server, then start again: what is done is kept"
         )
 
     def _try(self, url: str, payload: dict[str, Any] | None) -> Any:
@@ -184,7 +185,7 @@ class ServerEngine:
         except urllib.error.HTTPError as error:
             raise _status_error(url, error) from None
         except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out
-            raise _PassingError(str(error) or type(error).__name__) from None
+            raise _TransientError(str(error) or type(error).__name__) from None
         except ValueError as error:
             raise RunError(f"{url} does not answer in JSON ({error}); is build.engine the chat server's URL?") from None
 
@@ -192,7 +193,7 @@ class ServerEngine:
 def _collect(
     request: GenerationRequest, samples: list[Future[Generated]] | RecordError, on_bad: OnBad | None
 ) -> list[Generated]:
-    """The samples of one request once they are all there; what is wrong with it goes to ``on_bad``."""
+    """Wait for all samples of a request and return them; an error in it goes to ``on_bad``."""
     try:
         if isinstance(samples, RecordError):
             raise samples
@@ -205,53 +206,50 @@ def _collect(
 
 
 def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
-    """The turns in the server's form, each image where its placeholder stands."""
+    """Return the turns in the server's form, each image at the place of its placeholder."""
     placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in request.messages)
     if placeholders != len(request.images):
         detail = f"the prompt has {placeholders} {IMAGE_PLACEHOLDER} for {len(request.images)} images"
-        raise RecordError("placeholder_mismatch", request.origin, f"{detail}; write one where each stands")
+        raise RecordError("placeholder_mismatch", request.origin, f"{detail}; write one at the place of each image")
     images = iter(request.images)
     turns: list[dict[str, Any]] = []
     for message in request.messages:
-        if IMAGE_PLACEHOLDER not in message.text:
-            turns.append({"role": message.role, "content": message.text})
-            continue
-        items: list[dict[str, Any]] = []
-        for item in content_of(message.text):
-            is_image = item["type"] == "image"
-            items.append(_image_item(next(images), request.origin) if is_image else {**item})
-        turns.append({"role": message.role, "content": items})
+        content: Any = message.text
+        if IMAGE_PLACEHOLDER in message.text:
+            content = [
+                _image_item(next(images), request.origin) if item["type"] == "image" else {**item}
+                for item in content_of(message.text)
+            ]
+        turns.append({"role": message.role, "content": content})
     return turns
 
 
 def _image_item(source: Any, origin: str) -> dict[str, Any]:
-    encoded = io.BytesIO()
-    open_image(source, origin).save(encoded, "PNG", compress_level=1)  # lossless, and quick rather than small
-    url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+    png = io.BytesIO()
+    open_image(source, origin).save(png, "PNG", compress_level=1)  # lossless, and quick rather than small
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _sample_seed(seed: int, index: int) -> int:
-    """31 bits, which every server takes."""
-    return int.from_bytes(blake2b(f"{seed}:{index}".encode(), digest_size=4).digest(), "big") >> 1
+def _delay(attempt: int, wait: float | None) -> float:
+    """Return the seconds before try ``attempt`` (from 1): doubling, or about ``wait`` if the server asked for it.
 
-
-def _delay(attempt: int, asked: float | None) -> float:
-    """Seconds before try ``attempt`` (from 1): doubling, spread so that not all threads come back at once."""
-    if asked is not None:
-        return min(asked, _LONGEST_DELAY) * random.uniform(1.0, 1.2)
+    Spread at random, so that not all threads come back at once.
+    """
+    if wait is not None:
+        return min(wait, _LONGEST_DELAY) * random.uniform(1.0, 1.2)
     return min(_FIRST_DELAY * 2 ** (attempt - 1), _LONGEST_DELAY) * random.uniform(0.75, 1.25)
 
 
 def _status_error(url: str, error: urllib.error.HTTPError) -> Exception:
     try:
-        said = error.read(2000).decode(errors="replace").strip()
+        body = error.read(2000).decode(errors="replace")
     except (OSError, http.client.HTTPException):
-        said = ""
-    cause = f"status {error.code}: {' '.join(said.split())[:300] or error.reason}"
+        body = ""
+    cause = f"status {error.code}: {' '.join(body.split())[:300] or error.reason}"
     if error.code in _RETRIED or error.code >= 500:
         after = error.headers.get("Retry-After", "")
-        return _PassingError(cause, float(after) if after.isdecimal() else None)
+        return _TransientError(cause, float(after) if after.isdecimal() else None)
     if error.code in _REFUSED:
         return _RefusalError(cause)
     hints = {401: API_KEY_VARIABLE, 403: API_KEY_VARIABLE, 404: "build.engine and build.model"}

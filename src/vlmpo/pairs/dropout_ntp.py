@@ -1,7 +1,7 @@
-"""Responses to preference pairs without a checkable answer: ``vlmpo pair dropout-ntp`` (DropoutNTP, MPO paper).
+"""Preference pairs without a checkable answer: DropoutNTP (MPO paper, section 3).
 
 Chosen is the response. Its first half is kept and continued by the model WITHOUT the image; kept half and continuation
-together are rejected: written without looking, that is where a model makes things up.
+together are rejected, since a model that cannot see the image tends to make things up.
 """
 
 from __future__ import annotations
@@ -9,69 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
-from vlmpo.commands.sample import build_section, open_engine, sampling_settings
-from vlmpo.data.readers.questions import read_questions
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question, Response
 from vlmpo.errors import RecordError
-from vlmpo.generate.keys import prompt_hash, seed_for
-from vlmpo.generate.local import Engine, Generated, GenerationRequest
-from vlmpo.generate.responses import RESPONSES_FILE, ResponseFile, read_responses
-from vlmpo.log import Progress
-from vlmpo.pairs.correctness import Record, by_question, image_paths, prompt_of
+from vlmpo.generate.base import Engine, Generated, GenerationRequest, incomplete_batches
+from vlmpo.generate.prompts import prompt_hash, seed_for
+from vlmpo.log import Progress, logger
+from vlmpo.pairs.records import Record, draw, pair_record, prompt_of, responses_by_question
 from vlmpo.pairs.report import PairingReport
-from vlmpo.recipe import Recipe
-
-PAIRS_FILE = "pairs_dropout_ntp.jsonl"
-REPORT_FILE = "dropout_ntp_report.json"
-CONTINUATIONS_FILE = "continuations.jsonl"
 
 # A word with the white space before it; in scripts written without spaces, a character.
 _WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
 _PLACEHOLDER = re.compile(rf"{IMAGE_PLACEHOLDER}\n?")
 
-Save = Callable[[str, Generated], None]  # name of the continuation, and what was generated
-
-
-def run_dropout_ntp(recipe: Recipe) -> PairingReport:
-    """Make DropoutNTP pairs of the responses that ``vlmpo sample`` left in ``build.output_dir``.
-
-    Writes there ``pairs_dropout_ntp.jsonl``, ``dropout_ntp_report.json`` and, as they come, ``continuations.jsonl``:
-    started again after a stop, the stage goes on with what is missing.
-
-    Raises:
-        RecipeError: no ``build`` section.
-        DataError: no questions, no responses, or no pair to be made of them.
-        ModelError, RunError: as :func:`vlmpo.commands.sample.open_engine`.
-    """
-    build = build_section(recipe)
-    folder = Path(str(build.output_dir))
-    found = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
-    responses = read_responses(folder / RESPONSES_FILE)
-    engine = open_engine(recipe)
-    settings = sampling_settings(recipe)
-    with ResponseFile(folder / CONTINUATIONS_FILE, engine.name, settings) as file:
-
-        def save(name: str, generated: Generated) -> None:
-            file.append([Response(name, 0, generated.text, generated.finish_reason, engine.name, settings)])
-
-        known = {r.question_id: Generated(r.text, r.finish_reason) for r in read_responses(file.path)}
-        records, report = pair_dropout_ntp(
-            found.questions,
-            responses,
-            engine,
-            keep=build.keep,
-            seed=build.seed,
-            max_pairs=build.max_pairs,
-            known=known,
-            save=save,
-        )
-    report.note_dropped(found.dropped)
-    report.finish(folder, records, PAIRS_FILE, REPORT_FILE)
-    return report
+Save = Callable[[str, Generated], object]  # takes the key of a continuation, and the continuation
 
 
 def pair_dropout_ntp(
@@ -83,48 +34,62 @@ def pair_dropout_ntp(
     seed: int = 0,
     max_pairs: int = 15,
     known: Mapping[str, Generated] | None = None,
-    save: Save = lambda name, generated: None,
+    save: Save = lambda key, generated: None,
 ) -> tuple[list[Record], PairingReport]:
-    """Pairs of a response and its first part continued without the image.
+    """Pair each response with its first part continued without the image.
 
-    Responses are taken as they are: whether they are right is not asked. Each is cut between two words, after ``keep``
-    of its words (rounded down, at least one). Not used are responses that were cut off (``unfinished_response``), of
-    one word (``too_short``), to a question without image (``text_only``) or of nothing else (``empty_prompt``). No pair
-    comes of a continuation that is empty (``no_continuation``), was cut off (``unfinished``) or says the same
-    (``identical``), nor of a request the engine cannot take (its own reason).
+    Responses are taken as they are, right or wrong. Each is cut between two words, after ``keep`` of its words (rounded
+    down, at least one). Not used are responses that were cut off (``unfinished_response``), of one word
+    (``too_short``), to a question without image (``text_only``) or of nothing but images (``empty_prompt``). A
+    continuation makes no pair if it is empty (``no_continuation``), was cut off (``unfinished``) or repeats the
+    response (``identical``), nor does a request that the engine cannot process (the error's reason).
 
     Args:
         questions, responses, seed, max_pairs: as in :func:`vlmpo.pairs.correctness.pair_correctness`.
-        engine: continues the kept parts; how tokens are drawn is its own affair.
-        keep: from 0 to 1, both excluded: the part of a response's words that is kept.
-        known: continuations that are there already, by the name under which ``save`` was given them.
-        save: is given new continuations as they come.
+        engine: continues the kept parts, drawing tokens as it was set up to.
+        keep: the part of a response's words that is kept, between 0 and 1, both excluded.
+        known: continuations that exist already, by the key with which ``save`` was called.
+        save: called with each new continuation when it is ready.
 
     Returns:
-        Records of the pair files vlmpo trains on, by question id, and the counts.
+        Records of the pair files vlmpo trains on, sorted by question id, and the counts.
     """
     report = PairingReport("dropout-ntp", questions=len(questions))
-    given = by_question(questions, responses, report)
+    grouped = responses_by_question(questions, responses, report)
     cuts = [
         cut
         for question in sorted(questions, key=lambda question: question.id)
-        for cut in _cuts(question, given.get(question.id, []), keep, seed, max_pairs, report)
+        for cut in _cuts(question, grouped.get(question.id, []), keep, seed, max_pairs, report)
     ]
-    continued = _continue(cuts, engine, seed, dict(known or {}), save, report)
+    continued = dict(known or {})
+
+    def on_bad(_: GenerationRequest, error: RecordError) -> None:
+        report.skipped[error.reason] += 1
+
+    to_continue = incomplete_batches(cuts, engine.batch_size, lambda cut: cut.key in continued)
+    with Progress("continuing without images", len(to_continue), "responses") as progress:
+        generated = engine.generate([cut.request(seed) for cut in to_continue], on_bad)
+        for cut, continuations in zip(to_continue, generated, strict=True):
+            progress.advance(1)
+            for continuation in continuations:
+                if cut.key not in continued:
+                    continued[cut.key] = continuation
+                    save(cut.key, continuation)
+    for notice in engine.notices:
+        logger.info(f"note: {notice}")
     records = []
     for cut in cuts:
-        generated = continued.get(cut.key)
-        if generated is not None and (record := _record(cut, generated, engine.name, report)) is not None:
-            records.append(record)
+        if cut.key in continued:
+            records += _records(cut, continued[cut.key], engine.name, report)
     paired = {record["question_id"] for record in records}
     for question in questions:
-        outcome = "paired" if question.id in paired else "unpaired" if question.id in given else "without_responses"
+        outcome = "paired" if question.id in paired else "unpaired" if question.id in grouped else "without_responses"
         report.outcomes[outcome] += 1
     return records, report
 
 
 def cut_words(text: str, keep: float) -> str | None:
-    """The first ``keep`` of the words of ``text``, rounded down but at least one; None where nothing would be left."""
+    """Return the first ``keep`` of the words of ``text``, rounded down but at least one; None if there is one only."""
     words = _WORD.findall(text)
     if len(words) < 2:
         return None
@@ -141,16 +106,14 @@ class _Cut:
 
     @property
     def key(self) -> str:
-        """Names the continuation: another response, prompt or cut would have another."""
-        response = self.response
-        content = "\0".join([response.model, prompt_of(self.question, response), self.kept])
-        return f"{self.question.id}/{response.sample_index}/{prompt_hash(content)}"
+        """Name of the continuation, different for every response, prompt and kept part."""
+        content = "\0".join([self.response.model, prompt_of(self.question, self.response), self.kept])
+        return f"{self.question.id}/{self.response.sample_index}/{prompt_hash(content)}"
 
     def request(self, seed: int) -> GenerationRequest:
-        """The prompt without its images, and the model's turn begun."""
-        text = _without_images(prompt_of(self.question, self.response))
+        """Make the request: the prompt without its images, and the kept part as the model's turn so far."""
         return GenerationRequest(
-            messages=(Message("user", text),),
+            messages=(Message("user", _without_images(prompt_of(self.question, self.response))),),
             images=(),
             n=1,
             seed=seed_for(seed, self.key),
@@ -179,58 +142,32 @@ def _cuts(
             report.dropped["too_short"] += 1
         else:
             cuts.append(_Cut(question, response, kept))
-    drawn = np.random.default_rng(seed_for(seed, question.id)).permutation(len(cuts))
-    report.skipped["over_max_pairs"] += max(0, len(cuts) - max_pairs)
-    return [cuts[index] for index in sorted(drawn[:max_pairs].tolist())]
+    return draw(cuts, question, seed, max_pairs, report)
 
 
-def _continue(
-    cuts: Sequence[_Cut], engine: Engine, seed: int, known: dict[str, Generated], save: Save, report: PairingReport
-) -> dict[str, Generated]:
-    """Continuations by key. A batch of which anything is missing is asked whole: alone, a response could differ."""
-    size = engine.batch_size
-    batches = [cuts[start : start + size] for start in range(0, len(cuts), size)]
-    asked = [cut for batch in batches if any(cut.key not in known for cut in batch) for cut in batch]
-
-    def on_bad(_: GenerationRequest, error: RecordError) -> None:
-        report.skipped[error.reason] += 1
-
-    with Progress("continuing without images", len(asked), "responses") as progress:
-        for cut, texts in zip(asked, engine.generate([cut.request(seed) for cut in asked], on_bad), strict=True):
-            progress.advance(1)
-            for generated in texts:
-                if cut.key not in known:
-                    known[cut.key] = generated
-                    save(cut.key, generated)
-        for remark in engine.notices:
-            progress.notice(f"note: {remark}")
-    return known
-
-
-def _record(cut: _Cut, generated: Generated, continued_by: str, report: PairingReport) -> Record | None:
-    rejected = cut.kept + generated.text
+def _records(cut: _Cut, continuation: Generated, continued_by: str, report: PairingReport) -> list[Record]:
+    """Return the pair's record; none if the continuation makes no pair, which is counted."""
+    rejected = cut.kept + continuation.text
     reason = None
-    if not generated.text.strip():
+    if not continuation.text.strip():
         reason = "no_continuation"
-    elif generated.finish_reason == "length":
+    elif continuation.finish_reason == "length":
         reason = "unfinished"
     elif rejected.split() == cut.response.text.split():
         reason = "identical"
     if reason:
         report.skipped[reason] += 1
-        return None
+        return []
     report.pairs["dropout_ntp"] += 1
-    images = image_paths(cut.question)
-    return {
-        "image": images[0] if len(images) == 1 else images,
-        "question": prompt_of(cut.question, cut.response),
-        "chosen": cut.response.text,
-        "rejected": rejected,
-        "question_id": cut.question.id,
-        "kind": "dropout_ntp",
-        "kept": cut.kept,
-        "model": cut.response.model,
-        "continued_by": continued_by,
-        "settings": cut.response.settings,
-        "sample": cut.response.sample_index,
-    }
+    record = pair_record(
+        cut.question,
+        cut.response,
+        rejected,
+        kind="dropout_ntp",
+        kept=cut.kept,
+        model=cut.response.model,
+        continued_by=continued_by,
+        settings=cut.response.settings,
+        sample=cut.response.sample_index,
+    )
+    return [record]

@@ -1,6 +1,6 @@
-"""A tiny InternVL with its own tokenizer and processor, built on the spot: for the demo, the tests and the benchmarks.
+"""Builds a tiny InternVL with its own tokenizer and processor: for the demo, the tests and the benchmarks.
 
-The classes are transformers' own; only the sizes are small and the weights random. It saves, reloads through
+The classes are transformers' own; only the sizes are small and the weights random. The model saves, reloads through
 ``AutoModelForImageTextToText`` and ``AutoProcessor``, and generates like any checkpoint.
 """
 
@@ -65,12 +65,12 @@ class TinySize:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Image tokens a tile becomes after the 2x2 pixel shuffle."""
+        """Number of image tokens of a tile after the 2x2 pixel shuffle."""
         return (self.image_size // self.patch_size // 2) ** 2
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE tokenizer with Qwen's turn tokens and InternVL's image tokens, trained on ``texts``."""
+    """Train a byte-level BPE tokenizer with Qwen's turn tokens and InternVL's image tokens on ``texts``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 
 
 def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Give a raw tokenizer that knows SPECIAL_TOKENS its end-of-turn, padding and image tokens."""
+    """Name the end-of-turn, padding and image tokens of a raw tokenizer that has SPECIAL_TOKENS."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -95,7 +95,7 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, size: TinySize) -> Any:
-    """The stock InternVLProcessor around ``tokenizer`` for tiles of ``size``."""
+    """Build the stock InternVLProcessor around ``tokenizer`` for tiles of ``size``."""
     tile = {"height": size.image_size, "width": size.image_size}
     image_processor = GotOcr2ImageProcessor(
         size=tile, crop_to_patches=size.crop_to_patches, min_patches=1, max_patches=size.max_tiles
@@ -110,7 +110,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, size: TinySize) -> Any:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, size: TinySize, seed: int = 0) -> InternVLForConditionalGeneration:
-    """A tiny InternVL with random weights, float32, for ``tokenizer``'s vocabulary."""
+    """Build a tiny InternVL with random weights, float32, for ``tokenizer``'s vocabulary."""
     eos, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     text = Qwen2Config(
         vocab_size=len(tokenizer),

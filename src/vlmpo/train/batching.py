@@ -15,7 +15,7 @@ from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.train.logps_store import content_key
-from vlmpo.train.order import runs
+from vlmpo.train.sampler import split_runs
 from vlmpo.tree.layout import PackedRow, PromptTree, build_row
 from vlmpo.tree.packing import pack
 
@@ -134,7 +134,7 @@ class Collator:
     def __call__(self, items: Sequence[EncodedPair | Unusable]) -> Batch:
         pairs = [item for item in items if isinstance(item, EncodedPair)]
         groups = []
-        for members in runs(pairs, max(1, self.group), _same_prompt):
+        for members in split_runs(pairs, max(1, self.group), _same_prompt):
             # A response that several pairs hold is read once.
             position: dict[tuple[int, ...], int] = {}
             responses: list[Tensor] = []

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
 from vlmpo import compat
-from vlmpo.loss import MPO_WEIGHTS, check_weights
-from vlmpo.train.best import greater_is_better
+from vlmpo.loss import check_weights
+from vlmpo.settings import MPO_WEIGHTS, Attention, NllReduction, OnBadRecord, OverLong, ReferenceKind, ShiftMode
+from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
 CHOICES = {
-    "reward_shift": ("previous", "running", "none"),
-    "nll_reduction": ("sequence", "token"),
-    "reference_kind": ("auto", "copy", "adapter", "cache"),
-    "over_long": ("drop", "cut"),
-    "on_bad_record": ("skip", "fail"),
-    "attention": ("auto", "separate"),
+    "reward_shift": get_args(ShiftMode),
+    "nll_reduction": get_args(NllReduction),
+    "reference_kind": get_args(ReferenceKind),
+    "over_long": get_args(OverLong),
+    "on_bad_record": get_args(OnBadRecord),
+    "attention": get_args(Attention),
     "train_sampling_strategy": ("random", "sequential"),
 }
 

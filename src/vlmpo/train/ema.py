@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from vlmpo.errors import RunError
+from vlmpo.errors import RecipeError, RunError
 
 AVERAGE_FILE = "ema.safetensors"  # in a checkpoint
 AVERAGE_FOLDER = "ema"  # in a run folder: the averaged model, loadable like any other
@@ -35,6 +35,18 @@ class WeightAverage(TrainerCallback):
         self.decay = decay
         self.averages: dict[str, Tensor] = {}
         self.resume_from: str | None = None
+
+    @classmethod
+    def for_run(cls, decay: float | None, sharded: bool) -> WeightAverage | None:
+        """Return the average that ``ema_decay`` asks for; None without. Raises RecipeError if weights are sharded."""
+        if not decay:
+            return None
+        if sharded:
+            raise RecipeError(
+                "training.ema_decay: an average is kept of whole weights, and FSDP and DeepSpeed hold parts of them; "
+                "leave ema_decay out, or train data-parallel (DDP)"
+            )
+        return cls(decay)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start from the model's weights, or from the checkpoint that training goes on from."""

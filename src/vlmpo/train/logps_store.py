@@ -1,9 +1,8 @@
-"""The reference's log-probs on disk: each response is scored once, whatever run, epoch or rank asks for it next.
+"""Keep the reference's log-probs on disk: a response is scored once, whatever run, epoch or rank needs it next.
 
 An entry is 32 bytes: the key of the response's content, its summed log-prob, the number of its scored tokens, and a
-checksum. Every process appends to a shard of its own, so nothing that another one writes or leaves half-written can
-damage it: after a kill at any byte what was acknowledged is there, and a torn or damaged entry is seen by its checksum,
-left out and computed again.
+checksum. Every process appends to a shard of its own, so it cannot damage what another one wrote. After a kill at any
+byte every acknowledged entry is there; a torn or damaged one fails its checksum, is left out, and is computed again.
 """
 
 from __future__ import annotations
@@ -23,22 +22,19 @@ from vlmpo.errors import RunError
 
 KEY_BYTES = 16
 MAGIC = b"vlmpo reference log-probs, v1\n".ljust(32, b"\0")  # as long as an entry, so that entries are aligned
-ENTRY = np.dtype([("key", np.void, KEY_BYTES), ("logp", "<f8"), ("tokens", "<u4"), ("check", "<u4")])
+ENTRY = np.dtype([("key", "S16"), ("logp", "<f8"), ("tokens", "<u4"), ("check", "<u4")])
 assert ENTRY.itemsize == len(MAGIC) == 32
-# CRC-32's table, read off zlib: what a single byte's checksum is without its start and end values.
-_CRC_TABLE = np.array([zlib.crc32(bytes([value ^ 0xFF])) ^ 0xFF000000 for value in range(256)], np.uint32)
 
 
 class Scored(NamedTuple):
-    """What the reference says of one response: log-probability summed over its scored tokens, and how many these
-    are."""
+    """The reference's score of one response: its log-prob summed over its scored tokens, and how many these are."""
 
     logp: float
     tokens: int
 
 
 def content_key(*parts: bytes | memoryview) -> bytes:
-    """16 bytes that differ where any of ``parts`` differs, or where they are cut elsewhere."""
+    """Hash ``parts`` to 16 bytes, which differ if any part differs or the same bytes are cut elsewhere."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -49,13 +45,13 @@ def content_key(*parts: bytes | memoryview) -> bytes:
 class ReferenceStore:
     """Log-probs of responses by content key, in the shards of one folder.
 
-    Reads what all processes had written when it was opened (or :meth:`refresh`\\ ed) and what it wrote itself.
+    Finds what all processes had written when it was opened or last refreshed, and what it wrote itself.
 
     Args:
-        folder: made where it does not exist; may be shared by runs and ranks.
+        folder: made if it does not exist; runs and ranks may share it.
 
     Attributes:
-        damaged: entries that were left out because their checksum did not fit, at the last reading.
+        damaged: entries that were left out at the last refresh because their checksum was wrong.
 
     Raises:
         RunError: the folder cannot be made, or holds a shard of another format.
@@ -64,27 +60,29 @@ class ReferenceStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.damaged = 0
-        self._mine: dict[bytes, Scored] = {}
+        self._written: dict[bytes, Scored] = {}
         self._file: int | None = None
-        self._path = self.folder / f"shard-{uuid.uuid4().hex}.bin"
+        self._path = self._new_path()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"reference.cache_dir: {self.folder} cannot be made ({error}); name another") from error
         self.refresh()
 
+    def _new_path(self) -> Path:
+        return self.folder / f"shard-{uuid.uuid4().hex}.bin"
+
     def refresh(self) -> None:
         """Read what all processes have written by now."""
         self.damaged = 0
-        parts = [self._read(path) for path in sorted(self.folder.glob("shard-*.bin")) if path != self._path]
-        entries = np.concatenate(parts) if parts else np.empty(0, ENTRY)
-        heads = _heads(entries)
-        order = np.argsort(heads, kind="stable")
-        self._entries: NDArray[np.void] = entries[order]
-        self._heads = heads[order]  # uint64 [entries], ascending: looked through by bisection
+        shards = [self._read(path) for path in sorted(self.folder.glob("shard-*.bin")) if path != self._path]
+        entries = np.concatenate([np.empty(0, ENTRY), *shards])
+        order = np.argsort(entries["key"], kind="stable")
+        # Arrays of their own: a search in a field of a structured array would copy the field every time.
+        self._keys, self._logps, self._tokens = (entries[name][order] for name in ("key", "logp", "tokens"))
 
     def _read(self, path: Path) -> NDArray[np.void]:
-        """The sound entries of one shard; another process may be writing it."""
+        """Return the sound entries of one shard, which another process may be writing."""
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -94,80 +92,65 @@ class ReferenceStore:
         if content[: len(MAGIC)] != MAGIC:
             raise RunError(f"reference.cache_dir: {path} is no shard of this version; move it away or name another")
         entries = np.frombuffer(content, ENTRY, (len(content) - len(MAGIC)) // ENTRY.itemsize, offset=len(MAGIC))
-        sound = _checksums(entries) == entries["check"]
+        sound = checksums(entries) == entries["check"]
         self.damaged += int(len(entries) - sound.sum())
         return entries[sound]
 
     def __len__(self) -> int:
-        return len({key.tobytes() for key in self._entries["key"]} | self._mine.keys())
+        return len(np.union1d(self._keys, np.array(list(self._written), "S16")))
 
     def get(self, key: bytes) -> Scored | None:
-        """What is known of the response with this content; None where nothing is."""
-        if key in self._mine:
-            return self._mine[key]
-        head = int.from_bytes(key[:8], "big")
-        for at in range(*(int(np.searchsorted(self._heads, head, side)) for side in ("left", "right"))):
-            entry = self._entries[at]
-            if entry["key"].tobytes() == key:
-                return Scored(float(entry["logp"]), int(entry["tokens"]))
-        return None
+        """Return the score of the response with this content, None if there is none."""
+        if key in self._written:
+            return self._written[key]
+        at = int(self._keys.searchsorted(key))
+        # NumPy drops zero bytes at the end of an item; tobytes() does not.
+        if self._keys[at : at + 1].tobytes() != key:
+            return None
+        return Scored(float(self._logps[at]), int(self._tokens[at]))
 
     def put(self, keys: Sequence[bytes], scored: Iterable[Scored]) -> None:
-        """Keep what the reference says of some responses. On return it survives the end of this process.
+        """Write the scores of some responses; once this returns, they survive the end of the process.
 
         Raises:
-            RunError: the disk does not take it.
+            RunError: the disk does not take them.
         """
-        found = dict(zip(keys, scored, strict=True))
-        entries = np.zeros(len(found), ENTRY)
-        entries["key"] = np.frombuffer(b"".join(found), np.dtype((np.void, KEY_BYTES)))
-        entries["logp"] = [value.logp for value in found.values()]
-        entries["tokens"] = [value.tokens for value in found.values()]
-        entries["check"] = _checksums(entries)
+        scores = dict(zip(keys, scored, strict=True))
+        entries = np.zeros(len(scores), ENTRY)
+        entries["key"] = list(scores)
+        entries["logp"] = [score.logp for score in scores.values()]
+        entries["tokens"] = [score.tokens for score in scores.values()]
+        entries["check"] = checksums(entries)
+        content = memoryview(entries.tobytes())
         try:
-            self._append(entries.tobytes())
+            if self._file is None:
+                self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+                content = memoryview(MAGIC + content)
+            while content:
+                content = content[os.write(self._file, content) :]
         except OSError as error:
-            self._leave_shard()  # part of an entry may stand at its end: nothing may follow it
-            raise RunError(f"reference.cache_dir: {self._path} cannot be written ({error})") from error
-        self._mine |= found
-
-    def _append(self, content: bytes) -> None:
-        if self._file is None:
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-            content = MAGIC + content
-        view = memoryview(content)
-        while view:
-            view = view[os.write(self._file, view) :]
-
-    def _leave_shard(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-        self._file = None
-        self._path = self.folder / f"shard-{uuid.uuid4().hex}.bin"
+            path = self._path
+            if self._file is not None:  # its last entry may be torn: nothing may follow it
+                os.close(self._file)
+            self._file, self._path = None, self._new_path()
+            raise RunError(f"reference.cache_dir: {path} cannot be written ({error})") from error
+        self._written |= scores
 
     def sync(self) -> None:
-        """Have what was written survive the end of the machine as well.
+        """Make what was written survive the end of the machine as well.
 
         Raises:
             RunError: the disk did not take all of it.
         """
-        if self._file is None:
-            return
         try:
-            os.fsync(self._file)
+            if self._file is not None:
+                os.fsync(self._file)
         except OSError as error:
             raise RunError(f"reference.cache_dir: {self._path} cannot be written ({error})") from error
 
 
-def _heads(entries: NDArray[np.void]) -> NDArray[np.uint64]:
-    """The first half of each key as a number."""
-    return entries["key"].copy().view(">u8").reshape(-1, KEY_BYTES // 8)[:, 0].astype(np.uint64)
-
-
-def _checksums(entries: NDArray[np.void]) -> NDArray[np.uint32]:
-    """CRC-32 of each entry's bytes before its checksum: one damaged byte always shows. As zlib's, for all at once."""
-    data = np.ascontiguousarray(entries).view(np.uint8).reshape(-1, ENTRY.itemsize)[:, :-4]
-    crc = np.full(len(entries), 0xFFFFFFFF, np.uint32)
-    for column in data.T:
-        crc = _CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> np.uint32(8))
-    return ~crc
+def checksums(entries: NDArray[np.void]) -> NDArray[np.uint32]:
+    """Return the CRC-32 of each entry's bytes before its checksum: a single damaged byte always changes it."""
+    content, size = memoryview(entries.tobytes()), ENTRY.itemsize
+    crcs = (zlib.crc32(content[start : start + size - 4]) for start in range(0, len(content), size))
+    return np.fromiter(crcs, np.uint32, len(entries))

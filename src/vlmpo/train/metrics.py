@@ -1,82 +1,139 @@
-"""What is logged of training, from sums that add up over micro-batches and ranks."""
+"""Metrics of training and of evaluation: their formulas, their names, and which of them are better if higher."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from vlmpo.errors import RecipeError
 from vlmpo.log import logger
-from vlmpo.loss import LossOutput, expected_start
-from vlmpo.train.batching import MicroBatch
+from vlmpo.loss import LossOutput, expected_start, mpo_loss, needs_reference
+from vlmpo.stats import mean_interval, wilson
+
+_SIMILAR_LENGTH = 0.8  # of the longer response's tokens, at least, in the shorter one
+_STRONG_LENGTH_RATIO = 1.5
+
+# Whether a higher metric is better, by the first pattern found in its name.
+_DIRECTIONS = (
+    (r"rewards/(accuracies|margins|chosen)", True),
+    (r"rewards/rejected", False),
+    (r"logps/chosen", True),
+    (r"logps/rejected", False),
+    (r"answers/(accuracy|low|high)", True),
+    (r"answers/(wrong|unparsed|cut)", False),
+    (r"(^|_)loss($|/)", False),
+)
 
 
-class TrainingMetrics:
-    """Sums over the pairs of the optimizer steps since the last log, on this rank. Merging ranks is adding.
+def is_right(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """Return whether the implicit reward of the chosen response is the higher one. ``[pairs]``, bool; a tie is not."""
+    return chosen_rewards > rejected_rewards
 
-    Sums under ``share/`` hold each loss term's share of its step's global mean, so the sum over a step is the mean; all
-    else is a plain sum over pairs.
+
+# ---- training ----
+
+
+@dataclass
+class StepSums:
+    """Sums over the pairs of one or more optimizer steps on this rank; those of several ranks add up.
+
+    Values under ``loss/`` hold each term's share of its step's global mean, so that their sum over a step is the mean.
+    All others are plain sums over pairs.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = defaultdict(float)
-        self._step_rewards = [0.0, 0.0]
+    values: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def update(self, micro_batch: MicroBatch, policy_logps: Tensor, output: LossOutput) -> None:
-        """Add a micro-batch: its loss, and ``policy_logps``, ``[responses]``, detached."""
-        sums = self._sums
-        sums["share/loss"] += float(output.loss.detach())
-        for name, value in output.terms.items():
-            sums[f"share/loss/{name}"] += float(value)
-        sums["pairs"] += len(micro_batch)
-        sums["tokens"] += micro_batch.num_tokens
-        sums["logps/chosen"] += float(policy_logps[micro_batch.chosen].sum())
-        if output.chosen_rewards is None or output.rejected_rewards is None:
-            return
-        sums["logps/rejected"] += float(policy_logps[micro_batch.rejected].sum())
-        chosen, rejected = float(output.chosen_rewards.sum()), float(output.rejected_rewards.sum())
-        correct = (output.chosen_rewards > output.rejected_rewards).float().tolist()  # strictly: a tie is not correct
-        sums["rewarded"] += len(micro_batch)
-        sums["rewards/chosen"] += chosen
-        sums["rewards/rejected"] += rejected
-        sums["rewards/accuracies"] += sum(correct)
-        for source, hit in zip(micro_batch.sources, correct, strict=True):
-            sums[f"pairs/{source}"] += 1.0
-            sums[f"right/{source}"] += hit
-        self._step_rewards[0] += chosen + rejected
-        self._step_rewards[1] += 2.0 * len(micro_batch)
-
-    def step_rewards(self) -> list[float]:
-        """Return sum and count of all rewards of the optimizer step under way, on this rank."""
-        return self._step_rewards
-
-    def end_step(self) -> None:
-        """Note that an optimizer step is over."""
-        self._step_rewards = [0.0, 0.0]
-        self._sums["steps"] += 1
-
-    def take(self, seconds: float, waited: float, *, gather: Callable[[Any], list[Any]]) -> dict[str, float]:
-        """Return the metrics since the last call, over all ranks, and start anew.
+    def add(
+        self,
+        output: LossOutput,
+        *,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor | None,
+        sources: Sequence[str],
+        num_tokens: int,
+    ) -> None:
+        """Add the pairs of a micro-batch.
 
         Args:
-            seconds: of the optimizer steps since then.
-            waited: of these, how many were spent waiting for data.
-            gather: returns an object of every rank.
+            output: of their loss.
+            chosen_logps, rejected_logps: ``[pairs]``, the policy's, detached.
+            sources: the data set of each pair.
+            num_tokens: that were read.
         """
-        ranks = gather({**self._sums, "data_wait": waited})
-        total = add_up(ranks)
-        waited = total.pop("data_wait") / len(ranks)
-        steps = max(total.pop("steps", 0.0) / len(ranks), 1.0)
-        self._sums = defaultdict(float)
-        logs = summarise(total, steps)
-        logs["step_seconds"] = seconds / steps
-        if seconds > 0:
-            logs["data_wait_share"] = waited / seconds
-            logs["pairs_per_second"] = total.get("pairs", 0.0) / seconds
-            logs["tokens_per_second"] = total.get("tokens", 0.0) / seconds
-        return logs
+        values = self.values
+        values["tokens"] += num_tokens
+        values["pairs"] += len(sources)
+        for name, value in output.terms.items():
+            values[f"loss/{name}"] += float(value)
+        values["logps/chosen"] += float(chosen_logps.sum())
+        if rejected_logps is not None:
+            values["logps/rejected"] += float(rejected_logps.sum())
+        if output.chosen_rewards is None or output.rejected_rewards is None:
+            return
+        right = is_right(output.chosen_rewards, output.rejected_rewards).tolist()
+        values["rewarded"] += len(sources)
+        values["rewards/chosen"] += float(output.chosen_rewards.sum())
+        values["rewards/rejected"] += float(output.rejected_rewards.sum())
+        values["rewards/accuracies"] += sum(right)
+        for source, hit in zip(sources, right, strict=True):
+            values[f"pairs/{source}"] += 1.0
+            values[f"right/{source}"] += hit
+
+
+def add_up(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Add up the values of all ranks, name by name."""
+    total: dict[str, float] = defaultdict(float)
+    for part in parts:
+        for name, value in part.items():
+            total[name] += value
+    return dict(total)
+
+
+def training_metrics(total: Mapping[str, float], steps: float) -> dict[str, float]:
+    """Return the logged metrics of ``steps`` optimizer steps: means of the terms over steps, of the rest over pairs.
+
+    There are rewards only if a preference term is on. With more than one data set, reward accuracy and number of pairs
+    of each are beside the total.
+    """
+    metrics = {name: value / steps for name, value in total.items() if name.startswith("loss/")}
+    for count, names in (
+        ("pairs", ("logps/chosen", "logps/rejected")),
+        ("rewarded", ("rewards/chosen", "rewards/rejected", "rewards/accuracies")),
+    ):
+        if total.get(count):
+            metrics |= {name: total[name] / total[count] for name in names if name in total}
+    if total.get("rewarded"):
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    sources = sorted(name.removeprefix("pairs/") for name in total if name.startswith("pairs/"))
+    for source in sources if len(sources) > 1 else ():
+        metrics[f"rewards/accuracies/{source}"] = total[f"right/{source}"] / total[f"pairs/{source}"]
+        metrics[f"pairs/{source}"] = total[f"pairs/{source}"]
+    return metrics
+
+
+def window_metrics(ranks: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:
+    """Return what is logged of the optimizer steps since the last log.
+
+    Args:
+        ranks: the values of each rank's StepSums, with ``steps`` and the seconds of ``data_wait`` among them.
+        seconds: that these steps took.
+    """
+    total = add_up(ranks)
+    waited = total.pop("data_wait", 0.0) / len(ranks)
+    steps = max(total.pop("steps", 0.0) / len(ranks), 1.0)
+    metrics = {**training_metrics(total, steps), "step_seconds": seconds / steps}
+    if seconds > 0:
+        metrics["data_wait_share"] = waited / seconds
+        metrics["pairs_per_second"] = total.get("pairs", 0.0) / seconds
+        metrics["tokens_per_second"] = total.get("tokens", 0.0) / seconds
+    return metrics
 
 
 def start_loss(logs: Mapping[str, float], weights: Mapping[str, float], router_coefficient: float | None) -> float:
@@ -90,32 +147,209 @@ def start_loss(logs: Mapping[str, float], weights: Mapping[str, float], router_c
     return expected
 
 
-def add_up(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Values of all ranks added up, name by name."""
-    total: dict[str, float] = defaultdict(float)
-    for part in parts:
-        for name, value in part.items():
-            total[name] += value
-    return dict(total)
+# ---- evaluation ----
 
 
-def summarise(total: dict[str, float], steps: float) -> dict[str, float]:
-    """Logged metrics of ``steps`` optimizer steps: terms averaged over steps, the rest over pairs.
+class ScoredPair(NamedTuple):
+    """Log-probs of one pair, summed over scored tokens; in supervised fine-tuning the chosen response's alone."""
 
-    Rewards are absent when no preference term is on. With more than one data set, each one's reward accuracy and
-    number of pairs stand beside the total.
+    source: str
+    chosen_length: int
+    rejected_length: int | None
+    policy_chosen: float
+    policy_rejected: float | None
+    reference_chosen: float | None
+    reference_rejected: float | None
+
+
+def evaluation_metrics(
+    pairs: Sequence[ScoredPair], *, num_dropped: int, reward_shift: float, loss_settings: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return the metrics of held-out pairs: loss, terms and log-probs; rewards, with 95 % intervals, and lengths.
+
+    With more than one data set, rewards and number of pairs of each are beside the total.
+
+    Args:
+        pairs: all that were scored, over all ranks.
+        num_dropped: pairs that could not be used.
+        reward_shift: delta's present value.
+        loss_settings: further keywords of :func:`vlmpo.loss.mpo_loss`.
     """
-    logs = {n.removeprefix("share/"): v / steps for n, v in total.items() if n.startswith("share/loss/")}
-    pairs, rewarded = total.get("pairs", 0.0), total.get("rewarded", 0.0)
-    for name in ("logps/chosen", "logps/rejected"):
-        if name in total and pairs:
-            logs[name] = total[name] / pairs
-    if rewarded:
-        for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies"):
-            logs[name] = total[name] / rewarded
-        logs["rewards/margins"] = logs["rewards/chosen"] - logs["rewards/rejected"]
-        sources = sorted(name.removeprefix("pairs/") for name in total if name.startswith("pairs/"))
-        for source in sources if len(sources) > 1 else ():
-            logs[f"rewards/accuracies/{source}"] = total[f"right/{source}"] / total[f"pairs/{source}"]
-            logs[f"pairs/{source}"] = total[f"pairs/{source}"]
-    return logs
+    counts: dict[str, float] = {"pairs": len(pairs), "pairs_dropped": num_dropped}
+    if not pairs:
+        return counts
+    output = mpo_loss(
+        policy_chosen_logps=torch.tensor([pair.policy_chosen for pair in pairs], dtype=torch.float64),
+        policy_rejected_logps=_column([pair.policy_rejected for pair in pairs]),
+        reference_chosen_logps=_column([pair.reference_chosen for pair in pairs]),
+        reference_rejected_logps=_column([pair.reference_rejected for pair in pairs]),
+        chosen_lengths=torch.tensor([pair.chosen_length for pair in pairs], dtype=torch.float64),
+        reward_shift=reward_shift,
+        **loss_settings,
+    )
+    metrics = {"loss": output.loss.item(), **{f"loss/{name}": value.item() for name, value in output.terms.items()}}
+    metrics |= {"logps/chosen": _mean([pair.policy_chosen for pair in pairs]), **counts}
+    if output.chosen_rewards is None or output.rejected_rewards is None:
+        return metrics
+    lengths = [(pair.chosen_length, pair.rejected_length or 0) for pair in pairs]
+    metrics["logps/rejected"] = _mean([pair.policy_rejected or 0.0 for pair in pairs])
+    metrics["lengths/chosen"] = _mean([chosen for chosen, _ in lengths])
+    metrics["lengths/rejected"] = _mean([rejected for _, rejected in lengths])
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    metrics |= reward_metrics(chosen, rejected)
+    # Among responses of similar length, length cannot give the better one away.
+    similar = torch.tensor([min(both) >= _SIMILAR_LENGTH * max(both) for both in lengths])
+    metrics["pairs_similar_length"] = int(similar.sum())
+    if similar.any():
+        right = is_right(chosen[similar], rejected[similar])
+        metrics |= _accuracy("rewards/accuracies_similar_length", right)
+    sources = sorted({pair.source for pair in pairs})
+    for source in sources if len(sources) > 1 else ():
+        here = torch.tensor([pair.source == source for pair in pairs])
+        of_source = {**reward_metrics(chosen[here], rejected[here]), "pairs": int(here.sum())}
+        metrics |= {f"{name}/{source}": value for name, value in of_source.items()}
+    return metrics
+
+
+def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, float]:
+    """Return the mean implicit rewards; accuracy with its Wilson interval, mean margin with its normal interval.
+
+    Args:
+        chosen_rewards, rejected_rewards: ``[pairs]``, at least one pair.
+    """
+    chosen, rejected = chosen_rewards.tolist(), rejected_rewards.tolist()
+    margin, low, high = mean_interval([c - r for c, r in zip(chosen, rejected, strict=True)])
+    return {
+        "rewards/chosen": _mean(chosen),
+        "rewards/rejected": _mean(rejected),
+        **_accuracy("rewards/accuracies", is_right(chosen_rewards, rejected_rewards)),
+        "rewards/margins": margin,
+        "rewards/margins_low": low,
+        "rewards/margins_high": high,
+    }
+
+
+def _accuracy(name: str, right: Tensor) -> dict[str, float]:
+    count = int(right.sum())
+    low, high = wilson(count, len(right))
+    return {name: count / len(right), f"{name}_low": low, f"{name}_high": high}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _column(values: Sequence[float | None]) -> Tensor | None:
+    return None if None in values else torch.tensor(values, dtype=torch.float64)
+
+
+def length_warning(metrics: Mapping[str, float], prefix: str) -> str | None:
+    """Return a warning if the lengths of chosen and rejected responses differ so much that length alone may decide."""
+    chosen, rejected = metrics.get(f"{prefix}_lengths/chosen"), metrics.get(f"{prefix}_lengths/rejected")
+    if chosen is None or rejected is None or max(chosen, rejected) <= _STRONG_LENGTH_RATIO * min(chosen, rejected):
+        return None
+    return (
+        f"{prefix}: chosen responses have {chosen:.0f} tokens, rejected ones {rejected:.0f} on average; "
+        "reward accuracy may measure length (see rewards/accuracies_similar_length)"
+    )
+
+
+# ---- names ----
+
+
+def pair_metric_names(weights: Mapping[str, float], sources: Sequence[str] | None) -> list[str]:
+    """Return the names of the metrics that :func:`evaluation_metrics` can give.
+
+    Args:
+        weights: of the loss terms that are on.
+        sources: names of the data sets in the evaluation set; None if they are not known, and ``*`` stands for any.
+    """
+    rewarded = needs_reference(weights)
+    pair = ScoredPair("", 1, 1, 0.0, 0.0, 0.0, 0.0) if rewarded else ScoredPair("", 1, None, 0.0, None, None, None)
+    names = list(evaluation_metrics([pair], num_dropped=0, reward_shift=0.0, loss_settings={"weights": weights}))
+    if rewarded and (sources is None or len(sources) > 1):
+        by_source = [*reward_metrics(torch.zeros(1), torch.zeros(1)), "pairs"]
+        names += [f"{name}/{source}" for source in sources or ("*",) for name in by_source]
+    return names
+
+
+def evaluation_metric_names(eval_dataset: Any, weights: Mapping[str, float], extra: Sequence[str]) -> list[str]:
+    """Return the full names of the metrics that an evaluation during training can give.
+
+    Args:
+        eval_dataset: of the trainer: one set, several by name, or None.
+        weights: of the loss terms that are on.
+        extra: names of the metrics that further evaluations add.
+    """
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {} if eval_dataset is None else {"": eval_dataset}
+    full = []
+    for name, data in sets.items():
+        source = getattr(data, "source", None)  # gives a pair's data set without reading the record
+        sources = sorted({source(index) for index in range(len(data))}) if callable(source) else None
+        prefix = f"eval_{name}_" if name else "eval_"
+        full += [f"{prefix}{metric}" for metric in pair_metric_names(weights, sources)]
+    return full + [f"eval_{metric}" for metric in extra]
+
+
+def resolve_metric(metric: str, known: Sequence[str]) -> str:
+    """Return the full name of ``metric``, which may lack ``eval_`` or be one of the set named ``eval``.
+
+    Raises:
+        RecipeError: it is not among the ``known`` names, in which a final ``*`` stands for any ending.
+    """
+    for candidate in (metric, f"eval_{metric}", f"eval_eval_{metric}"):
+        for name in known:
+            stem = name.removesuffix("*")
+            if candidate == name or (stem != name and candidate.startswith(stem) and candidate != stem):
+                return candidate
+    near = get_close_matches(metric if metric.startswith("eval_") else f"eval_{metric}", known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise RecipeError(
+        f"training.metric_for_best_model: no evaluation of this run gives {metric!r}{hint} "
+        f"There are: {', '.join(known) or 'none'}"
+    )
+
+
+def without_set_name(metric: str | None, name: str) -> str | None:
+    """Return ``held_out_loss`` as ``eval_loss``: a trainer with one evaluation set leaves the set's name out."""
+    for prefix in (f"eval_{name}_", f"{name}_"):
+        if metric is not None and metric.startswith(prefix):
+            return f"eval_{metric.removeprefix(prefix)}"
+    return metric
+
+
+def greater_is_better(metric: str) -> bool | None:
+    """Return whether a higher ``metric`` is better, judging by its name; None if that does not show it.
+
+    (transformers assumes so for every name that does not end in "loss".)
+    """
+    return next((higher for pattern, higher in _DIRECTIONS if re.search(pattern, metric)), None)
+
+
+def settle_best_metric(args: Any, eval_dataset: Any, extra_evaluations: Sequence[Any]) -> None:
+    """Give ``args.metric_for_best_model`` its full name.
+
+    Args:
+        args: MPOConfig of the run.
+        eval_dataset: one set, several by name, or None.
+        extra_evaluations: further evaluations; their ``metrics``, if they have it, names what they give.
+
+    Raises:
+        RecipeError: no evaluation will give that metric, or it is unknown which way it is better.
+    """
+    metric = args.metric_for_best_model
+    if metric is None:
+        return
+    if args.eval_strategy == "no":
+        raise RecipeError(
+            "training.metric_for_best_model: nothing is evaluated while training; set training.eval_strategy"
+        )
+    extra = [name for one in extra_evaluations for name in getattr(one, "metrics", ("*",))]
+    args.metric_for_best_model = resolve_metric(metric, evaluation_metric_names(eval_dataset, args.weights, extra))
+    if args.greater_is_better is None:
+        raise RecipeError(
+            f"training.metric_for_best_model: is a higher {metric!r} better, or a lower? Set training.greater_is_better"
+        )
+    by_steps = args.save_strategy == args.eval_strategy == "steps"
+    if args.load_best_model_at_end and by_steps and args.save_steps != args.eval_steps:
+        logger.info("note: the best checkpoint is sought among the evaluations at which one is saved")

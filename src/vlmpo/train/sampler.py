@@ -1,122 +1,303 @@
-"""Stand-in until the sampler is merged."""
+"""Decide which pairs make an optimizer step, and which rank and micro-batch reads each of them.
+
+The order of an epoch is a pure function of the seed, the epoch and the data. A step takes the next pairs of that order,
+however they are then split: the same pairs as 8x1, 4x2 or over two ranks make the same step. No pair is repeated to
+fill a step up; a rank that runs short gets an empty micro-batch.
+
+With costs (:mod:`vlmpo.train.lengths`) the pairs of a step are shared out so that all ranks have equal work. Every
+rank computes the same split for itself. Inside a rank the costliest pairs come first: the k-th micro-batches of all
+ranks then cost nearly the same, and a step that is too large for the memory fails at once.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
-from vlmpo.train.balance import PairCosts, Shape, even_split, lag, plain_split
-from vlmpo.train.batching import Batch
-from vlmpo.train.order import shuffled, with_groups
+from vlmpo.errors import RecordError
+from vlmpo.train.logps_store import content_key
+
+Item = TypeVar("Item")
+Split = list[list[list[int]]]  # pairs by rank and micro-batch
 
 
-class PairBatchSampler(Sampler[list[int]]):
-    """Micro-batches of pair indices for one rank.
+# ---- order ----
 
-    Args:
-        num_pairs: pairs in the data set.
-        per_device: pairs a micro-batch holds.
-        accumulation: micro-batches an optimizer step takes.
-        world_size, rank: of the data-parallel group.
-        seed: of the order; None keeps the order of the data set.
-        drop_last: leave out the last optimizer step of an epoch where it is not full.
-        labels: of each pair's prompt, where pairs of one prompt are to come together; else None.
-        group: how many of them at a time.
-        costs: of each pair, where ranks are to have equal work; None: they take a step's pairs in order.
+
+def shuffle(num_pairs: int, *, seed: int, epoch: int) -> list[int]:
+    """Return all indices below ``num_pairs`` in the random order of this seed and epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_pairs, generator=generator).tolist()
+
+
+def prompt_keys(pairs: Any) -> list[bytes]:
+    """Return 16 bytes for each pair, equal if text and media of the prompts are equal.
+
+    Reads every record once, but opens no image file. A record that cannot be read gets a key of its own.
+    """
+    keys = []
+    for index in range(len(pairs)):
+        try:
+            pair = pairs[index]
+        except RecordError:
+            keys.append(content_key(b"unreadable", b"%d" % index))
+            continue
+        texts = itertools.chain.from_iterable((message.role, message.text) for message in pair.prompt)
+        parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+        for kind, media in ((b"image", pair.images), (b"video", pair.videos)):
+            for medium in media:
+                if isinstance(medium, str | os.PathLike):
+                    content = os.fsencode(medium)
+                else:
+                    content = medium if isinstance(medium, bytes) else medium.tobytes()
+                parts += [kind, content]
+        keys.append(content_key(*parts))
+    return keys
+
+
+def bring_prompts_together(order: Sequence[int], keys: Sequence[bytes], max_group: int) -> list[int]:
+    """Return ``order`` with pairs of one prompt next to each other, up to ``max_group`` at a time.
+
+    A group takes the place of its first pair. So which pairs meet, and where, is as random as ``order``, and every
+    pair still comes once.
+    """
+    open_groups: dict[bytes, list[int]] = {}
+    groups: list[list[int]] = []
+    for index in order:
+        group = open_groups.get(keys[index])
+        if group is None or len(group) == max_group:
+            group = open_groups[keys[index]] = []
+            groups.append(group)
+        group.append(index)
+    return [index for group in groups for index in group]
+
+
+def split_runs(items: Sequence[Item], max_run: int, same: Callable[[Item, Item], bool]) -> list[list[Item]]:
+    """Cut ``items`` into runs of up to ``max_run`` neighbours that are the ``same`` as the first of their run."""
+    runs: list[list[Item]] = []
+    for item in items:
+        if runs and len(runs[-1]) < max_run and same(runs[-1][0], item):
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return runs
+
+
+def explain_small_micro_batch(max_group: int, per_device: int) -> str | None:
+    """Return a note if micro-batches of ``per_device`` pairs are too small for ``max_group`` pairs of one prompt."""
+    if max_group <= max(1, per_device):
+        return None
+    have = "no two pairs" if per_device == 1 else f"only {per_device} pairs"
+    return (
+        f"data.group_by_prompt is {max_group}, but {have} of a prompt can share its prompt: a micro-batch holds "
+        f"{per_device}; raise training.per_device_train_batch_size (max_tokens_per_row bounds the memory, not it)"
+    )
+
+
+# ---- ranks ----
+
+
+class PairCosts(NamedTuple):
+    """Work of reading each pair, in tokens of the text model.
+
+    Attributes:
+        pair: int32 [pairs], work of the pair by itself; 0 if it cannot be used.
+        prompt: int32 [pairs], the part of it that is saved if the pair shares another pair's prompt.
     """
 
-    def __init__(
-        self,
-        num_pairs: int,
-        per_device: int,
-        accumulation: int,
-        world_size: int,
-        rank: int,
-        seed: int | None,
-        drop_last: bool = False,
-        labels: Sequence[bytes] | None = None,
-        group: int = 1,
-        costs: PairCosts | None = None,
-    ) -> None:
-        self.num_pairs = num_pairs
-        self.per_device = per_device
-        self.accumulation = accumulation
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
-        self.drop_last = drop_last
-        self.labels = labels
-        self.group = group
-        self.costs = costs
-        self.epoch = 0
+    pair: NDArray[np.int32]
+    prompt: NDArray[np.int32]
 
-    @property
-    def global_batch(self) -> int:
-        """Pairs an optimizer step takes over all ranks and micro-batches."""
-        return self.per_device * self.accumulation * self.world_size
+    def of_group(self, group: Sequence[int]) -> int:
+        """Return the work of reading pairs of one prompt together."""
+        return sum(int(self.pair[pair]) for pair in group) - sum(int(self.prompt[pair]) for pair in group[1:])
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given next."""
-        self.epoch = epoch
 
-    def order(self) -> list[int]:
-        """All pair indices in this epoch's order."""
-        if self.seed is None:
-            return list(range(self.num_pairs))
-        order = shuffled(self.num_pairs, self.seed, self.epoch)
-        return order if self.labels is None else with_groups(order, self.labels, self.group)
+def deal_out(step: Sequence[int], *, num_ranks: int, per_device: int) -> Split:
+    """Split a step in order: the first micro-batch of each rank, then the second.
+
+    All ranks get equally many micro-batches, some of them empty if the step is short.
+    """
+    starts = range(0, len(step), num_ranks * per_device)
+    by_rank = [[start + rank * per_device for start in starts] for rank in range(num_ranks)]
+    return [[list(step[first : first + per_device]) for first in firsts] for firsts in by_rank]
+
+
+def balance_ranks(groups: Sequence[list[int]], *, costs: PairCosts, num_ranks: int, per_device: int) -> Split:
+    """Split a step so that the costs of its ranks are nearly equal, with as many micro-batches as :func:`deal_out`.
+
+    Greedy: the costliest group goes first, to the rank with the least cost among those that have room for it.
+
+    Args:
+        groups: the pairs of the step, those of one prompt together; a group is divided only if no rank has room for
+            all of it, and in a rank only if no micro-batch has.
+        costs: of all pairs of the data set.
+        num_ranks: data-parallel ranks.
+        per_device: pairs in a micro-batch, at most.
+    """
+    step = list(itertools.chain.from_iterable(groups))
+    num_micro_batches = math.ceil(len(step) / (num_ranks * per_device))
+    shares: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    loads = np.zeros(num_ranks)
+    room = np.full(num_ranks, per_device * num_micro_batches)
+    waiting = deque(sorted(groups, key=costs.of_group, reverse=True))
+    while waiting:
+        group = waiting.popleft()
+        has_room = room >= len(group)
+        rank = int(np.where(has_room if has_room.any() else room > 0, loads, np.inf).argmin())
+        group, rest = group[: room[rank]], group[room[rank] :]
+        if rest:
+            waiting.appendleft(rest)
+        shares[rank].append(group)
+        loads[rank] += costs.of_group(group)
+        room[rank] -= len(group)
+    if len(groups) == len(step):  # without groups: on few pairs greed may do worse than chance
+        dealt = deal_out(step, num_ranks=num_ranks, per_device=per_device)
+        in_order = [[[pair] for batch in rank for pair in batch] for rank in dealt]
+        if max(sum(map(costs.of_group, share)) for share in in_order) < loads.max():
+            shares = in_order
+    return [_fill_micro_batches(share, costs, per_device, num_micro_batches) for share in shares]
+
+
+def _fill_micro_batches(
+    share: Sequence[list[int]], costs: PairCosts, per_device: int, num_micro_batches: int
+) -> list[list[int]]:
+    """Put the group that costs most a pair first, into the first micro-batch with room; divide those that find none."""
+    batches: list[list[int]] = [[] for _ in range(num_micro_batches)]
+    divided: list[int] = []
+    for group in sorted(share, key=lambda group: costs.of_group(group) / len(group), reverse=True):
+        with_room = (batch for batch in batches if len(batch) + len(group) <= per_device)
+        next(with_room, divided).extend(group)
+    for pair in divided:
+        next(batch for batch in batches if len(batch) < per_device).append(pair)
+    return batches
+
+
+# ---- batches ----
+
+
+@dataclass(kw_only=True, eq=False)
+class PairBatchSampler(Sampler[list[int]]):
+    """Yields the micro-batches of one rank, as lists of pair indices.
+
+    Attributes:
+        num_pairs: pairs in the data set.
+        per_device: pairs in a micro-batch.
+        accumulation: micro-batches in an optimizer step, on each rank.
+        num_ranks, rank: of the data-parallel group.
+        seed: of the order; None keeps the order of the data set.
+        drop_last: whether to leave out the last optimizer step of an epoch if it is not full.
+        keys: the prompt of each pair (see :func:`prompt_keys`), to bring pairs of one prompt together; else None.
+        max_group: how many of them at a time.
+        costs: of each pair, to balance the ranks; None deals the pairs of a step out in order.
+        epoch: whose order is given next.
+    """
+
+    num_pairs: int
+    per_device: int
+    accumulation: int = 1
+    num_ranks: int = 1
+    rank: int = 0
+    seed: int | None = None
+    drop_last: bool = False
+    keys: Sequence[bytes] | None = None
+    max_group: int = 1
+    costs: PairCosts | None = None
+    epoch: int = 0
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_pairs, self.global_batch)
         rest = 0 if self.drop_last else rest
-        return full * self.accumulation + math.ceil(rest / (self.per_device * self.world_size))
+        return full * self.accumulation + math.ceil(rest / (self.per_device * self.num_ranks))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self._steps():
-            split = plain_split(step, self._shape) if self.costs is None else even_split(step, self._shape, self.costs)
-            yield from split[self.rank]
+        for step in self.steps():
+            yield from self.split(step)[self.rank]
 
     @property
-    def _shape(self) -> Shape:
-        return Shape(self.world_size, self.per_device, self.labels, self.group)
+    def global_batch(self) -> int:
+        """Pairs in an optimizer step, over all ranks and micro-batches."""
+        return self.per_device * self.accumulation * self.num_ranks
 
-    def _steps(self) -> Iterator[list[int]]:
-        """The pairs of each optimizer step, over all ranks."""
-        order = self.order()
-        for start in range(0, self.num_pairs, self.global_batch):
-            step = order[start : start + self.global_batch]
-            if self.drop_last and len(step) < self.global_batch:
-                return
-            yield step
+    def steps(self) -> Iterator[list[int]]:
+        """Yield the pairs of each optimizer step of the epoch, over all ranks."""
+        order = list(range(self.num_pairs))
+        if self.seed is not None:
+            order = shuffle(self.num_pairs, seed=self.seed, epoch=self.epoch)
+            if self.keys is not None:
+                order = bring_prompts_together(order, self.keys, self.max_group)
+        end = self.num_pairs // self.global_batch * self.global_batch if self.drop_last else self.num_pairs
+        for start in range(0, end, self.global_batch):
+            yield order[start : start + self.global_batch]
 
-    def lags(self, steps: int) -> tuple[float, float] | None:
-        """The heaviest rank's work over the mean of all, as it is shared out and as it would be in plain order.
+    def split(self, step: Sequence[int], balanced: bool = True) -> Split:
+        """Split a step over ranks and micro-batches, by costs if there are any and ``balanced`` is set."""
+        shape = {"num_ranks": self.num_ranks, "per_device": self.per_device}
+        if self.costs is None or not balanced:
+            return deal_out(step, **shape)
+        return balance_ranks(self.groups(step), costs=self.costs, **shape)
 
-        Both are means over the epoch's first ``steps`` optimizer steps; None without costs, or without a step.
+    def groups(self, pairs: Sequence[int]) -> list[list[int]]:
+        """Cut ``pairs`` into groups that are read together: neighbours of one prompt."""
+        keys = self.keys
+        return split_runs(pairs, self.max_group, lambda one, other: keys is not None and keys[one] == keys[other])
+
+    def mean_imbalance(self, num_steps: int, balanced: bool = True) -> float:
+        """Return the cost of the costliest rank over the mean of all ranks, 1 if they are equal.
+
+        A mean over the epoch's first ``num_steps`` optimizer steps, ``balanced`` by costs or dealt out in order.
         """
-        found = []
-        for step in itertools.islice(self._steps(), 0 if self.costs is None else steps):
-            assert self.costs is not None
-            splits = even_split(step, self._shape, self.costs), plain_split(step, self._shape)
-            found.append([lag(split, self._shape, self.costs) for split in splits])
-        if not found:
-            return None
-        even, plain = (sum(values) / len(found) for values in zip(*found, strict=True))
-        return even, plain
+        assert self.costs is not None
+        ratios = []
+        for step in itertools.islice(self.steps(), num_steps):
+            loads = [
+                sum(self.costs.of_group(group) for batch in rank for group in self.groups(batch))
+                for rank in self.split(step, balanced)
+            ]
+            ratios.append(max(loads) * len(loads) / sum(loads) if any(loads) else 1.0)
+        return sum(ratios) / len(ratios)
 
 
-class PairLoader(DataLoader[Batch]):
-    """A DataLoader whose order follows the epoch, also before any wrapper is around it."""
+class PairLoader(DataLoader[Any]):
+    """Loads the batches of one rank, in the order of its :class:`PairBatchSampler`."""
 
     @property
-    def sampler_of_pairs(self) -> PairBatchSampler:
-        """Says which pairs come when."""
+    def pair_sampler(self) -> PairBatchSampler:
+        """The sampler of its pairs."""
         assert isinstance(self.batch_sampler, PairBatchSampler)
         return self.batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is given next."""
-        self.sampler_of_pairs.set_epoch(epoch)
+        self.pair_sampler.epoch = epoch
+
+
+def make_loader(
+    dataset: Any,
+    *,
+    sampler: PairBatchSampler,
+    collate: Callable[[Sequence[Any]], Any],
+    num_workers: int = 0,
+    persistent_workers: bool = False,
+    prefetch_factor: int | None = None,
+) -> PairLoader:
+    """Return a loader of ``dataset``'s items, in the batches of ``sampler``; the last two are for workers, if any."""
+    return PairLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # of its own: reading data must not change the random state of training
+        persistent_workers=persistent_workers and num_workers > 0,
+        prefetch_factor=prefetch_factor if num_workers else None,
+    )

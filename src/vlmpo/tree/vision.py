@@ -48,7 +48,7 @@ def refuse_bytes(pixels: Tensor | None) -> None:
     """Raise ModelError for pixels that are still bytes: some models would read 0 to 255 as if normalised, silently."""
     if pixels is not None and pixels.dtype == torch.uint8:
         raise ModelError(
-            "the model was given pixels as bytes; put their tensors through the encoder's pixel_scale.restored() first"
+            "the model was given pixels as bytes; put their tensors through the encoder's pixel_scale.normalise() first"
         )
 
 

@@ -1,10 +1,10 @@
-r"""The final answer of a response, as text; never a guess.
+r"""Reads the final answer of a response, as text, without guessing.
 
-What counts, in this order:
+In this order:
 
 1. The last of these marks: a "Final answer: ..." line (also "the final answer is ..."), ``\boxed{...}``,
-   ``<answer>...</answer>``. Whichever stands later in the text wins; if that one holds nothing (it is cut off,
-   empty or denied), neither does the response: an earlier one is not fallen back on.
+   ``<answer>...</answer>``. If the last one is cut off, empty or denied, there is no final answer: an earlier mark is
+   not used instead.
 2. Without such a mark, the last plain statement of an answer: "Answer: B", "the answer is 3", "option C is correct".
 3. Without that either, a response that is nothing but an answer: one short line, no sentence.
 """
@@ -15,7 +15,7 @@ import re
 
 
 def word_set(text: str) -> frozenset[str]:
-    """The words of ``text``."""
+    """Return the set of the words of ``text``."""
     return frozenset(text.split())
 
 
@@ -39,14 +39,16 @@ _OPTION_IS = re.compile(
 )
 _OPTION_TAKEN = re.compile(r"\b(?i:choose|chose|select|pick|go\s+with)\s+(?:the\s+)?" + _LABEL.format("b") + r"(?!\w)")
 _NEGATED = re.compile(r"\s*(?:\w+ly\s+)?(?:not\b|never\b|neither\b|nor\b|no\s+longer\b)", re.IGNORECASE)
-# What, before a statement, makes it none.
+# Words that, before a statement, make it none.
 _SUPPOSED = re.compile(
     r"(?:\b(?:if|whether|unless|suppose|supposing|assume|assuming|not|never|cannot|than)|n't)"
     r"(?:\s+(?:that|the|my|an?|say|to|correct|right|best))*\s*$",
     re.IGNORECASE,
 )
-# After these a full stop does not end a sentence; nor does it after a single letter ("C. The red one", "John F. K.").
+# A full stop after these does not end a sentence, nor one after a single letter ("C. The red one", "John F. K.").
 _TITLES = frozenset({"dr", "mr", "mrs", "ms", "st", "prof", "no", "vs", "jr", "sr", "approx", "ca", "fig", "inc", "co"})
+
+_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{")
 
 _BARE_LABEL = re.compile(
     r"(?:(?:option|choice)\s+\(?[A-Za-z]\)?[.:]?$|\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:](?:\s|$))", re.IGNORECASE
@@ -57,36 +59,36 @@ _SENTENCE_WORDS = word_set(
     "therefore thus sorry unable unsure maybe perhaps either or"
 )
 _BARE_WORDS, _BARE_CHARACTERS = 12, 120
-_LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to read
+_LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to parse
 
 
 def parse_final_answer(text: str) -> str | None:
-    """The final answer as the response words it, freed of emphasis and of a surrounding ``$``.
+    """Return the final answer in the response's words, without emphasis and a surrounding ``$``.
 
-    Of several answers the last counts. A reasoning block (``<think>...</think>``) is not part of the response; one
-    that is never closed leaves no response.
+    The last of several answers counts. A reasoning block (``<think>...</think>``) is not part of the response; after
+    one that is never closed there is no response.
 
     Args:
         text: a whole response.
 
     Returns:
-        The answer's text, on one line unless boxed; None where no final answer can be read.
+        The answer's text, on one line unless boxed; None if no final answer can be read.
     """
-    text = _without_thoughts(text.replace("\r\n", "\n"))
-    strong = list(_STRONG.finditer(text))
-    if strong:
-        found = _marked(text, strong[-1])
-    elif (stated := _last_statement(text)) is not None:
-        found = stated
-    else:
-        found = _bare(text)
-    if found is None or not found.strip() or len(found) > _LONGEST:
+    text = text.replace("\r\n", "\n")
+    _, closed, after = text.rpartition("</think>")
+    text = after if closed else text.partition("<think>")[0]
+    answer: str | None
+    if marks := list(_STRONG.finditer(text)):
+        answer = _marked(text, marks[-1])
+    elif (answer := _last_statement(text)) is None:
+        answer = _bare(text)
+    if answer is None or not answer.strip() or len(answer) > _LONGEST:
         return None
-    return tidy(found) or None
+    return tidy(answer) or None
 
 
 def tidy(text: str) -> str:
-    """``text`` without white space, emphasis, ``$...$`` and full stop around it; as it is where that is all."""
+    """Strip white space, emphasis, ``$...$`` and a full stop around ``text``, unless nothing else is left."""
     whole = text.strip()
     text = whole.strip(_EMPHASIS + " \t")
     text = re.sub(r"(?<!\.)\.$", "", text).rstrip(_EMPHASIS + " \t")
@@ -98,33 +100,36 @@ def tidy(text: str) -> str:
 
 
 def braced(text: str, start: int) -> str | None:
-    r"""What stands between the brace that was opened before ``start`` and the one that closes it; None if none does.
+    r"""Return what is between the brace opened just before ``start`` and the one that closes it; None if none does.
 
     ``\{`` and ``\}`` are characters, not braces.
     """
     depth = 1
-    for found in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(found.group(), 0)
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            return text[start : found.start()]
+            return text[start : brace.start()]
     return None
 
 
-def first_sentence(text: str) -> str:
-    """``text`` up to the first full stop, ``!`` or ``?`` that a capital letter follows."""
-    for found in re.finditer(r"[.!?](?=\s+[A-Z])", text):
-        before = re.search(r"(\w+)\W*$", text[: found.start()])
-        word = before.group(1).lower() if before else ""
-        if not (word in _TITLES or (len(word) == 1 and word.isalpha())):
-            return text[: found.start()]
+def unwrap_latex(text: str) -> str:
+    r"""Replace ``\text{cm}``, ``\textbf{(b)}`` and the like by a space and their content."""
+    while opened := _TEXT_COMMAND.search(text):
+        inner = braced(text, opened.end())
+        if inner is None:
+            return text
+        text = f"{text[: opened.start()]} {inner}{text[opened.end() + len(inner) + 1 :]}"
     return text
 
 
-def _without_thoughts(text: str) -> str:
-    _, closed, after = text.rpartition("</think>")
-    if closed:
-        return after
-    return text.partition("<think>")[0]
+def first_sentence(text: str) -> str:
+    """Return ``text`` up to the first full stop, ``!`` or ``?`` that is followed by a capital letter."""
+    for stop in re.finditer(r"[.!?](?=\s+[A-Z])", text):
+        before = re.search(r"(\w+)\W*$", text[: stop.start()])
+        word = before.group(1).lower() if before else ""
+        if not (word in _TITLES or (len(word) == 1 and word.isalpha())):
+            return text[: stop.start()]
+    return text
 
 
 def _marked(text: str, mark: re.Match[str]) -> str | None:
@@ -136,24 +141,24 @@ def _marked(text: str, mark: re.Match[str]) -> str | None:
     else:
         content = text[mark.end() :].partition("\n")[0]
         if not mark["final"].rstrip().endswith((":", "：", "=")) and _NEGATED.match(content):
-            return None  # "the final answer is not 3" tells none
+            return None  # "the final answer is not 3" states none
         if _SUPPOSED.search(text[: mark.start()][-60:]):
             return None
     return content
 
 
 def _last_statement(text: str) -> str | None:
-    """The last "the answer is ..." or "option C is correct", as written; "" where that one denies or supposes."""
-    found: list[tuple[int, str]] = []
+    """Return the last "the answer is ..." or "option C is correct", as written; "" if it is denied or supposed."""
+    statements: list[tuple[int, str]] = []
     for statement in _STATED.finditer(text):
         rest = statement["rest"]
         denied = _NEGATED.match(rest) or _SUPPOSED.search(text[: statement.start()][-60:])
-        found.append((statement.start(), "" if denied else first_sentence(rest)))
+        statements.append((statement.start(), "" if denied else first_sentence(rest)))
     for pattern, key in ((_OPTION_IS, "a"), (_OPTION_TAKEN, "b")):
         for statement in pattern.finditer(text):
             denied = _SUPPOSED.search(text[: statement.start()][-60:])
-            found.append((statement.start(), "" if denied else statement[f"{key}1"] or statement[f"{key}2"]))
-    return max(found)[1] if found else None
+            statements.append((statement.start(), "" if denied else statement[f"{key}1"] or statement[f"{key}2"]))
+    return max(statements)[1] if statements else None
 
 
 def _bare(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Quantities as people and models write them: 1,234.5; 45 %; 3/4; 1.5 × 10³; $3.2 million; twenty-one; ٣."""
+"""Reads quantities as people and models write them: 1,234.5; 45 %; 3/4; 1.5 × 10³; $3.2 million; twenty-one; ٣."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from vlmpo.verifiers.answer import braced, tidy, word_set
+from vlmpo.verifiers.answer import tidy, unwrap_latex, word_set
 
 _MOST_CHARACTERS, _MOST_DIGITS, _MOST_EXPONENT = 200, 60, 300
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number with what stands around it.
+    """A number with its unit.
 
     Attributes:
-        value: exact, magnitude words multiplied in; a percentage counts in hundredths, ``45 %`` is 45.
+        value: exact, with magnitude words multiplied in; of a percentage the number before the sign, 45 for ``45 %``.
         percent: whether a percent sign or word follows.
-        unit: kind of a known unit ("length", "USD"); None where there is none or an unknown one.
-        scale: how many base units of that kind one unit is.
+        unit: kind of the unit ("length", "USD"); None if there is none or an unknown one.
+        scale: the unit in base units of its kind.
         digits: whether it is written in plain digits alone, as years are.
     """
 
@@ -74,20 +74,21 @@ _ONES = (
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _THOUSANDS = ("thousand", "million", "billion")
 NUMBER_WORDS = {"none": 0} | {w: i for i, w in enumerate(_ONES)} | {w: 20 + 10 * i for i, w in enumerate(_TENS)}
-# Words that, after a number, make it another number or none.
+# Words that turn the number before them into another number or none.
 _NO_UNIT = word_set(
     "or and not no nor but than to of less more fewer over under minus plus times squared cubed half halves "
     "third thirds quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths "
     "either neither maybe possibly perhaps if unless except point negative positive up down sqrt pi"
 )
-# What, in a parenthesis after a number, takes it back: "3 (or 4)". Others explain: "3 (two red, one blue)".
+# Words that, in a parenthesis after a number, take it back: "3 (or 4)". Others explain: "3 (two red, one blue)".
 _OTHERWISE = word_set("or not maybe possibly perhaps if with without including excluding actually")
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
 _WORD = re.compile(r"[^\W\d_][\w'.-]*(?:[/^][^\W\d_]?[\w^-]*)*|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+")
 _NO_LEAD = word_set("not no never neither nor if unless than least most between cannot can't isn't aren't or")
+# Left out at the beginning: how close is close enough is the verifier's matter.
 _APPROXIMATE = re.compile(
-    r"(?:about|approximately|approx\.?|around|roughly|nearly|almost|circa|ca\.|exactly|only|just|a total of|equal to|"
-    r"equals|≈|~|=)\s*",
+    r"^(?:(?:about|approximately|approx\.?|around|roughly|nearly|almost|circa|ca\.|exactly|only|just|a total of|"
+    r"equal to|equals|≈|~|=)\s*)+",
     re.IGNORECASE,
 )
 _LEAD = re.compile(
@@ -120,32 +121,24 @@ _GROUPINGS = [
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """The one quantity ``text`` states; None where it states none, several, a range, a bound or a denial.
+    """Return the one quantity that ``text`` states; None if it states none, several, a range, a bound or a denial.
 
-    Read: thousands separators of several habits, a decimal comma, percent, fractions and mixed numbers, scientific
+    Understood are the usual thousands separators, a decimal comma, percent, fractions and mixed numbers, scientific
     notation, number words, digits of any script, currency, magnitudes (``3.5M``, ``2 billion``), a unit or a few plain
     words after the number, "about", "There are ...", and what follows the last ``=``.
     """
     side = _after_equals(_ascii(tidy(text))) if len(text) <= _MOST_CHARACTERS else None
     if not side:
         return None
-    text = side
-    found = _stated(_exact(text))
-    lead = _LEAD.match(text)
-    if found is None and lead and not _NO_LEAD & set(lead["lead"].lower().replace("’", "'").split()):
-        found = _stated(_exact(text[lead.end() :]))
-    return found
-
-
-def _exact(text: str) -> str:
-    """``text`` without "about", "a total of" and the like before it: tolerance is the verifier's matter."""
-    while found := _APPROXIMATE.match(text):
-        text = text[found.end() :]
-    return text
+    quantity = _stated(_APPROXIMATE.sub("", side))
+    lead = _LEAD.match(side)
+    if quantity is None and lead and not _NO_LEAD & set(lead["lead"].lower().replace("’", "'").split()):
+        quantity = _stated(_APPROXIMATE.sub("", side[lead.end() :]))
+    return quantity
 
 
 def _ascii(text: str) -> str:
-    """LaTeX, other scripts' digits, superscripts and vulgar fractions in plain characters."""
+    """Write LaTeX, other scripts' digits, superscripts and vulgar fractions in plain characters."""
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: "^" + unicodedata.normalize("NFKC", m.group()), text)
     text = "".join(
         f" {unicodedata.normalize('NFKC', c)} " if unicodedata.decomposition(c).startswith("<fraction>") else c
@@ -154,47 +147,28 @@ def _ascii(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("٫", ".").replace("٬", ",")
     text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     text = re.sub("[−–—‒﹣]", "-", text).replace("’", "'").replace("٪", "%")
-    text = re.sub(r"\\[dtc]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}|(\d)\s*(\d))", _fraction, text)
+    text = re.sub(r"\\[dtc]?frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}", r" \1/\2", text)
+    text = re.sub(r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", "°", text)
     text = re.sub(r"\\(?:times|cdot|ast)\b|×|·|⋅|∗", "*", text).replace(r"\approx", "≈")
-    text = _unwrapped(text)
+    text = unwrap_latex(text)
     text = re.sub(r"\\([%$])", r"\1", text.replace("{,}", ","))
     text = re.sub(r"\\[,;:! ]|(?<=\d)~", " ", text)
     return " ".join(text.split())
 
 
-def _fraction(found: re.Match[str]) -> str:
-    top, bottom = (found[1], found[2]) if found[1] else (found[3], found[4])
-    return f" {top}/{bottom}"
-
-
-def _unwrapped(text: str) -> str:
-    r"""``\text{cm}`` as ``cm``, with a space before it."""
-    while found := re.search(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{", text):
-        inner = braced(text, found.end())
-        if inner is None:
-            return text
-        text = f"{text[: found.start()]} {inner}{text[found.end() + len(inner) + 1 :]}"
-    return text
-
-
 def _after_equals(text: str) -> str | None:
-    """The right side of an equation; None where several are stated, or a bound."""
-    before, sign, after = _last_of(text, "=≈")
-    if not sign or not before.strip():
+    """Return the right side of an equation, or ``text`` if it is none; None if there are several, or a bound."""
+    equation = re.fullmatch(r"(.*)[=≈](.*)", text, re.DOTALL)
+    if not equation or not equation[1].strip():
         return text
-    if before[-1] in "<>!~" or re.search(r"[,;]\s|\b(?:and|or|not|if)\b|[≠≤≥<>]", before):
+    if equation[1][-1] in "<>!~" or re.search(r"[,;]\s|\b(?:and|or|not|if)\b|[≠≤≥<>]", equation[1]):
         return None
-    return after.strip()
-
-
-def _last_of(text: str, signs: str) -> tuple[str, str, str]:
-    at = max(text.rfind(sign) for sign in signs)
-    return (text[:at], text[at], text[at + 1 :]) if at >= 0 else (text, "", "")
+    return equation[2].strip()
 
 
 def _stated(text: str) -> Quantity | None:
-    """A quantity that begins where ``text`` does and is followed by nothing but its unit."""
+    """Read a quantity that begins where ``text`` does and is followed by nothing but its unit."""
     if text.startswith("(") and text.endswith(")") and "(" not in text[1:]:
         text = text[1:-1].strip()
     signed = _SIGNED.match(text)
@@ -204,10 +178,10 @@ def _stated(text: str) -> Quantity | None:
     sign = -1 if (signed["sign"] or signed["sign2"] or "+")[0].lower() in "-mn" else 1
     body = text[signed.end() :]
     for form in _FORMS:
-        found = form.match(body)
-        if found and (value := _value(found.groupdict())) is not None:
-            rest = body[found.end() :]
-            digits = body[: found.end()].isdigit() and not rest.strip() and not signed.group().strip()
+        match = form.match(body)
+        if match and (value := _value(match.groupdict())) is not None:
+            rest = body[match.end() :]
+            digits = match.group().isdigit() and not rest.strip() and not signed.group().strip()
             return _with_unit(sign * value, rest, signed["currency"], digits)
     value, rest = _spelled(body)
     return None if value is None else _with_unit(sign * value, rest, signed["currency"], digits=False)
@@ -235,13 +209,13 @@ def _grouped(text: str) -> Fraction | None:
 
 
 def _spelled(text: str) -> tuple[Fraction | None, str]:
-    """The number that the first words of ``text`` spell, and the text after them."""
+    """Return the number that the first words of ``text`` spell, and the text after them."""
     text = re.sub(r"(?i)\bhundred and (?=(\w+))", lambda m: "hundred " if m[1].lower() in NUMBER_WORDS else m[0], text)
     total = current = end = 0
     last = ""
-    for found in re.finditer(r"[A-Za-z]+", text):
-        word = found.group().lower()
-        if text[end : found.start()].strip(" -") or (end and not text[end : found.start()]):
+    for match in re.finditer(r"[A-Za-z]+", text):
+        word, between = match.group().lower(), text[end : match.start()]
+        if between.strip(" -") or (end and not between):
             break
         if word in NUMBER_WORDS and (last not in NUMBER_WORDS or (last in _TENS and 0 < NUMBER_WORDS[word] < 10)):
             current += NUMBER_WORDS[word]
@@ -251,7 +225,7 @@ def _spelled(text: str) -> tuple[Fraction | None, str]:
             total, current = total + current * _MAGNITUDES[word], 0
         else:
             break
-        end, last = found.end(), word
+        end, last = match.end(), word
     return (Fraction(total + current), text[end:]) if last else (None, text)
 
 
@@ -281,12 +255,12 @@ def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -
 
 
 def _known_unit(word: str) -> tuple[str, Fraction] | None:
-    """Short units count in their own case only: ``m`` is a metre, ``M`` is not."""
+    """Look a unit up; a short one must have the right case: ``m`` is a metre, ``M`` is not."""
     return _UNITS.get(word) or (_UNITS.get(word.lower()) if len(word) > 2 else None)
 
 
 def _plain_words(words: list[str]) -> bool:
-    """Whether these are a few words, or a unit such as km/h or m^2, that leave the number before them as it is."""
+    """Return whether these are a few words, or a unit such as km/h, that leave the number before them as it is."""
     plain = [word.lower().strip(".,") for word in words]
     if len(plain) > 5 or words[:1] in [["K"], ["k"], ["M"], ["B"]]:  # "5 M": a magnitude or a unit?
         return False

@@ -1,7 +1,7 @@
-"""A response against the truth: correct, wrong, or unparsed. Never guesses.
+"""Verifiers: is the final answer of a response the true one?
 
-``unparsed`` says that no final answer of the verifier's kind could be read: none is stated, or a letter is asked for
-and a sentence given, or two numbers stand where one should. It counts neither as wrong nor as right.
+The verdict is ``unparsed``, neither right nor wrong, if no final answer of the verifier's kind can be read: none is
+stated, a sentence is given instead of a letter, or two numbers instead of one. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -10,69 +10,68 @@ import logging
 import re
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from vlmpo.data.records import Verdict
 from vlmpo.errors import RecipeError, RecordError
-from vlmpo.verifiers.answer import first_sentence, parse_final_answer, tidy, word_set
+from vlmpo.verifiers.answer import first_sentence, parse_final_answer, tidy, unwrap_latex, word_set
 from vlmpo.verifiers.numbers import NUMBER_WORDS, Quantity, read_quantity
 
 TOLERANCE = Fraction(5, 100)
 ANLS_THRESHOLD = 0.5
 _MATH_SECONDS = 5
 
-# Says of a final answer (text) and the truth whether they agree; None: it cannot read the answer.
-Judge = Callable[[str, str], bool | None]
+T = TypeVar("T")
 
 
-def verify(response_text: str, answer: str, verifier: str = "auto") -> Verdict:
-    """Hold the final answer of ``response_text`` against ``answer``, the truth.
+def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
+    """Compare the final answer of ``response`` with ``truth``.
 
     Args:
-        response_text: a whole response; see :func:`vlmpo.verifiers.answer.parse_final_answer` for what is read from it.
-        answer: the truth, on one line.
-        verifier:
-            ``exact``: the same text, but for case, white space and a full stop.
-            ``option``: the same letter, ``e``, ``(e)`` or ``e) 46670``; the option's text where the truth has it; the
-            same letters, where the truth is a list such as ``b, c``.
-            ``number``: within 5 % of the truth, as charts are read; a truth of 0, or one in plain digits from 1800 to
-            2100, which is a year, exactly.
+        response: a whole response; :func:`vlmpo.verifiers.answer.parse_final_answer` reads its final answer.
+        truth: the right answer, on one line.
+        verifier: when the two agree.
+            ``exact``: the same text, apart from case, white space and a full stop.
+            ``option``: the same letter, ``e``, ``(e)`` or ``e) 46670``; the option's text if the truth has it; the same
+            letters, if the truth is a list such as ``b, c``.
+            ``number``: within 5 % of the truth, as charts are read; exactly, if the truth is 0 or a year, that is plain
+            digits from 1800 to 2100.
             ``anls``: normalised Levenshtein similarity, ``1 - distance / longer length``, at least 0.5; digits and
             denials must agree.
-            ``vqa``: the same words without articles, punctuation, case; number words are digits.
-            ``math``: mathematically equal; numbers exactly, everything else through math-verify.
-            ``auto``: by the truth's form: ``option`` for a letter, ``math`` for whole numbers, fractions and LaTeX,
-            ``number`` for decimals and percentages, else ``vqa``.
+            ``vqa``: the same words apart from articles, punctuation and case; number words are digits.
+            ``math``: mathematically equal; numbers exactly, everything else by math-verify.
+            ``auto``: by the form of the truth: ``option`` for a letter, ``math`` for whole numbers, fractions and
+            LaTeX, ``number`` for decimals and percentages, otherwise ``vqa``.
 
     Returns:
-        The verdict; its verifier is the one that decided, never ``auto``.
+        The verdict: ``status`` is ``correct``, ``wrong`` or ``unparsed``; ``parsed`` the final answer as read, None if
+        unparsed; ``verifier`` the one that decided, never ``auto``.
 
     Raises:
-        RecipeError: no such verifier.
-        RecordError: ``truth_unreadable``: the truth is empty, or not what the verifier is for.
+        RecipeError: the verifier is not known.
+        RecordError: ``truth_unreadable``: the truth is empty or not of the verifier's kind.
     """
-    name = choose_verifier(answer, verifier)
-    parsed = parse_final_answer(response_text)
-    agrees = None if parsed is None else _JUDGES[name](parsed, answer)
+    name = choose_verifier(truth, verifier)
+    parsed = parse_final_answer(response)
+    agrees = None if parsed is None else _VERIFIERS[name].judge(_readings(parsed), truth)
     if agrees is None:
         return Verdict("unparsed", None, name)
     return Verdict("correct" if agrees else "wrong", parsed, name)
 
 
-def choose_verifier(answer: str, verifier: str = "auto") -> str:
-    """The verifier that decides for this truth: ``verifier``, or what its form calls for. Raises as :func:`verify`."""
+def choose_verifier(truth: str, verifier: str = "auto") -> str:
+    """Return the verifier that decides: ``verifier``, or what the truth's form calls for. Raise as :func:`verify`."""
     if verifier not in VERIFIERS:
         raise RecipeError(f"verifier {verifier!r} is not known; use one of {', '.join(VERIFIERS)}")
-    if not answer.strip():
-        raise RecordError("truth_unreadable", "", "the answer is empty: there is nothing to hold a response against")
-    name = _by_form(answer) if verifier == "auto" else verifier
-    if (name == "number" and read_quantity(answer) is None) or (
-        name == "option" and _option(answer) is None and _letters(answer) is None
-    ):
-        kind = "number" if name == "number" else "option letter"
-        detail = f"verifier {name}: the answer {answer!r:.80} is no {kind}; name another verifier for this question"
+    if not truth.strip():
+        raise RecordError("truth_unreadable", "", "the answer is empty: responses cannot be compared with it")
+    name = _by_form(truth) if verifier == "auto" else verifier
+    kind = _VERIFIERS[name].kind
+    if kind is not None and not _VERIFIERS[name].reads_truth(truth):
+        detail = f"verifier {name}: the answer {truth!r:.80} is not {kind}; set another verifier for this question"
         raise RecordError("truth_unreadable", "", detail)
     return name
 
@@ -92,85 +91,94 @@ def _by_form(truth: str) -> str:
 
 # --- readings ---------------------------------------------------------------------------------------------------------
 
+# Decide whether one of the readings of a final answer agrees with the truth; None: the answer cannot be read.
+Judge = Callable[[Sequence[str], str], bool | None]
+
 _CONTRAST = re.compile(r"\s*[,;(]\s*(?:and |but )?(?:not|rather than|instead of|as opposed to)\b.*", re.IGNORECASE)
 _RETRACTED = re.compile(r"\d|\b(?:wait|no|not|actually|sorry|but|however|or|correction)\b|n't", re.IGNORECASE)
 
 
-def _readings(parsed: str) -> Iterator[str]:
-    """The answer as it stands; then without ", not ..." after it; then without sentences after it that add nothing."""
-    yield parsed
+def _readings(parsed: str) -> list[str]:
+    """Return the answer as it is; then without ", not ..." after it; then without later sentences that add nothing."""
+    readings = [parsed]
     if (shorter := _CONTRAST.sub("", parsed)) not in ("", parsed):
-        yield shorter
+        readings.append(shorter)
     first = first_sentence(parsed)
     if first != parsed and not _RETRACTED.search(parsed[len(first) :]):
-        yield first
+        readings.append(first)
+    return readings
+
+
+def _first(read: Callable[[str], T | None], readings: Sequence[str]) -> T | None:
+    """Return what ``read`` makes of the first reading it can read."""
+    return next((value for reading in readings if (value := read(reading)) is not None), None)
 
 
 def _text_judge(same: Callable[[str, str], bool]) -> Judge:
-    return lambda parsed, truth: any(same(reading, truth) for reading in _readings(parsed))
+    return lambda readings, truth: any(same(reading, truth) for reading in readings)
 
 
 # --- exact, vqa, anls -------------------------------------------------------------------------------------------------
 
 # Numbers with their sign, points and slashes; words; and the signs that tell "5 %" from "5", "A-" from "A".
 _TOKEN = re.compile(r"(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|[%$€£°+#&=<>≤≥^*@]|(?<=\w)-(?!\w)")
-# Before a word only, and `a` not before a single letter: "vitamin A" and "a, b" hold none.
+# Only before a word, and `a` not before a single letter: "vitamin A" and "a, b" contain no article.
 _ARTICLE = re.compile(r"\b(?:(?:an|the)\s+(?=\w)|a\s+(?=\w\w|\d))")
 _COPULA = re.compile(r"(?:it|this|that|they|the(?:\s+[\w-]+){1,6})\s+(?:is|are|was|were)\s+(?P<rest>.+)", re.IGNORECASE)
 _DENIAL = re.compile(r"\b(?:not|no|never|none|without|cannot)\b|n't", re.IGNORECASE)
 
 
 def _plain(text: str) -> str:
-    """Case, white space, quotes around and punctuation at the end evened out; as it is where nothing else is there."""
+    """Even out case, white space, quotes around the text and punctuation at its end, unless nothing else is left."""
     whole = " ".join(unicodedata.normalize("NFKC", tidy(text)).casefold().split())
     text = whole.rstrip(".,;:!? ").strip("\"'“”‘’ ")
     return text or whole
 
 
-def _same_text(one: str, other: str) -> bool:
-    return _plain(one) == _plain(other)
+def _same_text(answer: str, truth: str) -> bool:
+    return _plain(answer) == _plain(truth)
 
 
 def words_of(text: str) -> list[str]:
-    """The words of ``text`` as VQA scoring has them: no articles, no punctuation, number words as digits.
+    """Return the words of ``text`` as VQA scoring compares them: no articles or punctuation, number words as digits.
 
-    Signs, points and slashes inside numbers stay, separators of thousands go.
+    Signs, points and slashes inside numbers stay; separators of thousands go.
     """
-    text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", _plain(text)).replace("’", "").replace("'", "")
+    text = unwrap_latex(_plain(text)).replace("’", "").replace("'", "")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub("[−–—]", "-", text))
     text = _ARTICLE.sub("", text)
     words = _TOKEN.findall(re.sub(r"(?<=[^\W\d])\.(?=[^\W\d]|\s|$)", "", text))  # U.S.A.
     return [str(NUMBER_WORDS.get(word, word)) for word in words]
 
 
-def _same_words(one: str, other: str) -> bool:
-    """Equal as VQA scoring has it; "it is red" says red, and "yes, it does" says yes."""
-    if _same_text(one, other):
+def _same_words(answer: str, truth: str) -> bool:
+    """Compare as VQA scoring does; "it is red" is read as red, and "yes, it does" as yes."""
+    if _same_text(answer, truth):
         return True
-    truth = words_of(other)
-    if not truth:
+    right = words_of(truth)
+    if not right:
         return False
-    said = _COPULA.fullmatch(_plain(one))
-    if words_of(one) == truth or (said is not None and words_of(said["rest"]) == truth):
+    plain = _plain(answer)
+    statement = _COPULA.fullmatch(plain)
+    if words_of(answer) == right or (statement is not None and words_of(statement["rest"]) == right):
         return True
-    head = re.match(r"(yes|no)\s*[,;.:!-]\s*(.*)", _plain(one))
-    return head is not None and truth == [head[1]] and not {"yes", "no", "not"} & set(words_of(head[2]))
+    head = re.match(r"(yes|no)\s*[,;.:!-]\s*(.*)", plain)
+    return head is not None and right == [head[1]] and not {"yes", "no", "not"} & set(words_of(head[2]))
 
 
-def _similar(one: str, other: str) -> bool:
-    """ANLS at the threshold. A misread letter is forgiven; other digits, or a denial on one side, are not."""
-    one, other = _plain(one), _plain(other)
-    digits = [re.sub(r"\D", "", text) for text in (one, other)]
-    if digits[0] != digits[1] or bool(_DENIAL.search(one)) != bool(_DENIAL.search(other)):
+def _similar(answer: str, truth: str) -> bool:
+    """Apply ANLS at its threshold. A misread letter is forgiven; other digits, or a denial on one side, are not."""
+    one, other = _plain(answer), _plain(truth)
+    if re.sub(r"\D", "", one) != re.sub(r"\D", "", other) or bool(_DENIAL.search(one)) != bool(_DENIAL.search(other)):
         return False
     longer = max(len(one), len(other))
     if abs(len(one) - len(other)) > (1 - ANLS_THRESHOLD) * longer:  # the distance is at least that; spares long texts
         return False
-    return 1 - _distance(one, other) / longer >= ANLS_THRESHOLD
+    return 1 - _levenshtein(one, other) / longer >= ANLS_THRESHOLD
 
 
-def _distance(one: str, other: str) -> int:
-    """Levenshtein: how many characters must be put in, taken out or changed."""
+def _levenshtein(one: str, other: str) -> int:
+    """Return how many characters must be inserted, deleted or replaced to turn one text into the other."""
     row = list(range(len(other) + 1))
     for i, a in enumerate(one, start=1):
         diagonal, row[0] = row[0], i
@@ -196,65 +204,58 @@ _LIST = re.compile(rf"{_LETTER}(?:(?: ?[,;&] ?(?:and )?| and ){_LETTER})+")
 
 
 def _option(text: str) -> tuple[str, str] | None:
-    """Letter, in lower case, and the option's text ("" where there is none); None where no letter is named, or two."""
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", tidy(text))
-    text = re.sub(r"[*_`]", "", text)
-    found = _OPTION.fullmatch(text)
-    if not found or _OTHER_LABEL.search(found["text"]) or _LIST.fullmatch(text):
+    """Return the letter, in lower case, and the option's text ("" if there is none); None if no or two letters."""
+    text = " ".join(re.sub(r"[*_`]", "", unwrap_latex(tidy(text))).split())
+    option = _OPTION.fullmatch(text)
+    if not option or _OTHER_LABEL.search(option["text"]) or _LIST.fullmatch(text):
         return None
-    return (found["bracketed"] or found["open"]).lower(), found["text"].strip(" .")
+    return (option["bracketed"] or option["open"]).lower(), option["text"].strip(" .")
 
 
-def _letters(text: str, one: bool = False) -> frozenset[str] | None:
-    """The options of a list such as "b, c" or "(b) and (c)"; ``one``: or a single one. None where it is none."""
-    text = re.sub(r"\s+", " ", re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r"\1", tidy(text)))
-    if not (_LIST.fullmatch(text) or (one and re.fullmatch(_LETTER, text))):
+def _letters(text: str, *, allow_single: bool = False) -> frozenset[str] | None:
+    """Return the options of a list such as "b, c" or "(b) and (c)"; None if ``text`` is no such list."""
+    text = " ".join(unwrap_latex(tidy(text)).split())
+    if not (_LIST.fullmatch(text) or (allow_single and re.fullmatch(_LETTER, text))):
         return None
     return frozenset(re.findall(r"\b[a-z]\b", text.lower()))
 
 
-def _judge_option(parsed: str, truth: str) -> bool | None:
-    several = _letters(truth)
-    if several:
-        picked = next((letters for reading in _readings(parsed) if (letters := _letters(reading, one=True))), None)
-        return None if picked is None else picked == several
+def _judge_option(readings: Sequence[str], truth: str) -> bool | None:
+    right_letters = _letters(truth)
+    if right_letters:
+        letters = _first(lambda reading: _letters(reading, allow_single=True), readings)
+        return None if letters is None else letters == right_letters
     right = _option(truth)
-    assert right is not None  # choose_verifier has seen to it
-    read = next((option for reading in _readings(parsed) if (option := _option(reading))), None)
-    if read is None:
-        return True if right[1] and any(_same_option_text(r, right[1]) for r in _readings(parsed)) else None
-    if not right[1] or not read[1]:
-        return read[0] == right[0]
-    same_text = _same_option_text(read[1], right[1])
-    # One's letter with the other's text: which of the two was meant?
-    return same_text if same_text == (read[0] == right[0]) else None
+    assert right is not None  # choose_verifier checked it
+    option = _first(_option, readings)
+    if option is None:
+        return True if right[1] and any(_same_option_text(reading, right[1]) for reading in readings) else None
+    same_letter = option[0] == right[0]
+    if not right[1] or not option[1]:
+        return same_letter
+    # One option's letter with another's text: which of the two was meant?
+    return same_letter if same_letter == _same_option_text(option[1], right[1]) else None
 
 
-def _same_option_text(one: str, other: str) -> bool:
-    numbers = read_quantity(one), read_quantity(other)
-    if numbers[0] and numbers[1]:
-        return _close(numbers[0], numbers[1], Fraction(0))
-    return _same_words(one, other)
+def _same_option_text(answer: str, truth: str) -> bool:
+    read, right = read_quantity(answer), read_quantity(truth)
+    return _is_close(read, right, Fraction(0)) if read and right else _same_words(answer, truth)
 
 
 # --- number and math --------------------------------------------------------------------------------------------------
 
 
-def _quantity(parsed: str) -> Quantity | None:
-    return next((found for reading in _readings(parsed) if (found := read_quantity(reading))), None)
-
-
-def _judge_number(parsed: str, truth: str) -> bool | None:
-    right, read = read_quantity(truth), _quantity(parsed)
-    assert right is not None  # choose_verifier has seen to it
+def _judge_number(readings: Sequence[str], truth: str) -> bool | None:
+    right, read = read_quantity(truth), _first(read_quantity, readings)
+    assert right is not None  # choose_verifier checked it
     is_year = right.digits and 1800 <= right.value <= 2100
-    return None if read is None else _close(read, right, Fraction(0) if is_year else TOLERANCE)
+    return None if read is None else _is_close(read, right, Fraction(0) if is_year else TOLERANCE)
 
 
-def _close(read: Quantity, truth: Quantity, tolerance: Fraction) -> bool:
-    """Whether ``|read - truth| <= tolerance * |truth|``, in the units stated; a unit only one side states is left out.
+def _is_close(read: Quantity, truth: Quantity, tolerance: Fraction) -> bool:
+    """Return whether ``|read - truth| <= tolerance * |truth|``, in their units; a unit on one side only is ignored.
 
-    45 %, 45 and 0.45 agree where one side has the percent sign and the other has none.
+    45 %, 45 and 0.45 agree if one side has the percent sign and the other has none.
     """
     one, other = read.value, truth.value
     if read.unit and truth.unit:
@@ -267,36 +268,38 @@ def _close(read: Quantity, truth: Quantity, tolerance: Fraction) -> bool:
     return any(abs(a - b) <= tolerance * abs(b) for a, b in pairs)
 
 
-def _judge_math(parsed: str, truth: str) -> bool | None:
-    if any(_same_text(reading, truth) for reading in _readings(parsed)):
+def _judge_math(readings: Sequence[str], truth: str) -> bool | None:
+    if any(_same_text(reading, truth) for reading in readings):
         return True
-    right, read = read_quantity(truth), _quantity(parsed)
-    if right and read and (_close(read, right, Fraction(0)) or (right.is_whole and read.is_whole)):
-        return _close(read, right, Fraction(0))
+    right, read = read_quantity(truth), _first(read_quantity, readings)
+    if right and read:
+        is_equal = _is_close(read, right, Fraction(0))
+        if is_equal or (right.is_whole and read.is_whole):
+            return is_equal
     if right is None and not _is_formula(truth):  # a truth in words
-        return _text_judge(_same_words)(parsed, truth)
-    if not (_is_formula(parsed) and _is_formula(truth)):
+        return any(_same_words(reading, truth) for reading in readings)
+    if not (_is_formula(readings[0]) and _is_formula(truth)):
         return None if read is None else False
-    return _math_equal(parsed, truth)
+    return _math_equal(readings[0], truth)
 
 
 _NAMES = word_set(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt inf infty infinity max min lim "
     "mod det gcd lcm deg degrees cup cap and left right"
 )
-# What sympy would work on for years, once it is told to: towers of powers, huge exponents and factorials.
+# What sympy would work on for years: towers of powers, huge exponents and factorials.
 _ENDLESS = re.compile(r"\^\s*\{?[^{}^]*[\^]|\^\s*[({]?\s*\d{5,}|\d{4,}\s*\)?\s*!|\)\s*!|!\s*!")
 
 
 def _is_formula(text: str) -> bool:
-    """Whether math-verify may read it: no words, which it would take for products of letters, and nothing endless."""
+    """Return whether math-verify may read it: nothing endless, and no words, which it takes for products of letters."""
     bare = re.sub(r"\\[A-Za-z]+", " ", text)
     words = re.findall(r"[A-Za-z]{3,}", bare)
     return len(text) <= 300 and not _ENDLESS.search(text) and all(word.lower() in _NAMES for word in words)
 
 
-def _math_equal(parsed: str, truth: str) -> bool | None:
-    """What math-verify says; None where it can read no answer, or comes to no end."""
+def _math_equal(answer: str, truth: str) -> bool | None:
+    """Return what math-verify decides; None if it cannot read one of them or runs out of time."""
     from math_verify import parse
     from math_verify import verify as equal
     from math_verify.errors import TimeoutException
@@ -306,7 +309,7 @@ def _math_equal(parsed: str, truth: str) -> bool | None:
     seconds: Any = _MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
     try:
         gold, read = (
-            parse(f"${tidy(text)}$", parsing_timeout=seconds, raise_on_error=True) for text in (truth, parsed)
+            parse(f"${tidy(text)}$", parsing_timeout=seconds, raise_on_error=True) for text in (truth, answer)
         )
         if not gold or not read:
             return None
@@ -315,12 +318,24 @@ def _math_equal(parsed: str, truth: str) -> bool | None:
         return None
 
 
-_JUDGES: dict[str, Judge] = {
-    "exact": _text_judge(_same_text),
-    "option": _judge_option,
-    "number": _judge_number,
-    "anls": _text_judge(_similar),
-    "vqa": _text_judge(_same_words),
-    "math": _judge_math,
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Verifier:
+    """How answers are judged; if only truths of a ``kind`` can be, its name and what reads one."""
+
+    judge: Judge
+    kind: str | None = None
+    reads_truth: Callable[[str], object] = bool
+
+
+_VERIFIERS = {
+    "exact": _Verifier(_text_judge(_same_text)),
+    "option": _Verifier(_judge_option, "an option letter", lambda truth: _option(truth) or _letters(truth)),
+    "number": _Verifier(_judge_number, "a number", read_quantity),
+    "anls": _Verifier(_text_judge(_similar)),
+    "vqa": _Verifier(_text_judge(_same_words)),
+    "math": _Verifier(_judge_math),
 }
-VERIFIERS = (*_JUDGES, "auto")
+VERIFIERS = (*_VERIFIERS, "auto")

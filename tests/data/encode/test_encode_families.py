@@ -73,7 +73,7 @@ CONVERSATIONS = {
     [(family, kind) for family in ALL for kind in CONVERSATIONS if family.images or kind == "text only"],
     ids=lambda value: value.name if isinstance(value, Family) else value,
 )
-def test_trunk_and_branch_are_the_processors_own_conversation(family: Family, kind: str) -> None:
+def test_prompt_and_response_are_the_processors_own_conversation(family: Family, kind: str) -> None:
     question, items = CONVERSATIONS[kind]
     images = [item for item in items if not isinstance(item, str)]
     own = family.processor()
@@ -228,8 +228,8 @@ def test_pixels_of_a_model_that_reads_images_whole(
         assert "802816" in told[0]
 
 
-def test_a_setting_without_effect_is_told_once() -> None:
-    """Nobody tells these four families how many tiles to take."""
+def test_a_setting_without_effect_gives_one_notice() -> None:
+    """Six families have no setting for the number of tiles."""
     silent = {family.name: tile_notice(family.processor(), 12) for family in ALL}
     told = {name for name, notice in silent.items() if notice is not None}
     assert told == {"llava-1.5", "llava-next", "llava-onevision", "pixtral", "mistral3", "gemma3"}
@@ -277,7 +277,7 @@ def test_the_image_token_is_the_one_features_replace() -> None:
 # ---- templates and processors that are in the way ----
 
 
-def test_where_images_are_put_first_it_is_told() -> None:
+def test_a_template_that_puts_images_first_gives_a_notice() -> None:
     told = {f.name for f in ALL if any("images before its text" in n for n in PairEncoder(f.processor()).notices)}
     assert told == {"llava-1.5", "llava-onevision"}
 

@@ -72,7 +72,7 @@ def reason_of(encoder: PairEncoder, broken: PreferencePair) -> str:
 # ---- scored tokens ----
 
 
-def test_branches_are_the_responses_and_their_end_of_turn():
+def test_responses_end_with_the_end_of_turn():
     encoded = PairEncoder(processor()).encode(pair(source="charts"))
     assert text_of(encoded.chosen_ids) == "two red circles" + END  # the template's newline after it is not there
     assert text_of(encoded.rejected_ids) == "a blue square" + END
@@ -388,7 +388,7 @@ def test_a_template_that_changes_the_response_is_seen():
     assert reason_of(encoder, pair(chosen="no colour")) == "template_lost_response"
 
 
-def test_a_prompt_that_is_rendered_differently_is_told_once():
+def test_a_prompt_that_is_rendered_differently_gives_one_notice():
     generation = ASSISTANT + "<think>\n\n</think>\n\n"
     encoder = PairEncoder(with_template(template(generation=generation)))
     for _ in range(2):
@@ -399,7 +399,7 @@ def test_a_prompt_that_is_rendered_differently_is_told_once():
     assert r"'<think>\n\n</think>\n\n' where the model is to answer, '' where the answer is given" in encoder.notices[0]
 
 
-def test_only_what_differs_of_the_prompt_is_told():
+def test_the_notice_quotes_only_what_differs():
     encoder = PairEncoder(with_template(template(generation="<|im_start|>model\n")))
     assert text_of(encoder.encode(pair()).prompt_ids).endswith("<|im_start|>model\n")
     assert len(encoder.notices) == 1
@@ -412,7 +412,7 @@ ADDS_THINKING = template(
 )
 
 
-def test_what_the_template_writes_before_a_response_is_scored_and_told():
+def test_what_the_template_writes_before_a_response_is_scored():
     """As Qwen3's: empty reasoning is added to an answer without any, and the model has to write it."""
     encoder = PairEncoder(with_template(ADDS_THINKING))
     encoded = encoder.encode(pair(rejected=THINKS))
@@ -432,7 +432,7 @@ def test_reasoning_that_the_prompt_opens_is_not_opened_twice():
     assert text_of(encoded.chosen_ids) == f"red or blue\n</think>\n\nred{END}"
 
 
-def test_a_template_that_trims_responses_is_told():
+def test_a_template_that_trims_responses_gives_a_notice():
     encoder = PairEncoder(with_template(template("{{ c['text'] | trim }}")))
     assert text_of(encoder.encode(pair(chosen=" red\n")).chosen_ids) == "red" + END
     assert reason_of(encoder, pair(chosen="red\n", rejected=" red")) == "identical"
@@ -446,7 +446,7 @@ def test_trimming_where_the_prompt_differs_too():
 
 
 def test_the_end_of_turn_where_the_template_writes_none():
-    """The tokenizer's end-of-sequence token ends the response then, and that is told."""
+    """The tokenizer's end-of-sequence token then ends the response, with a notice."""
     plain = (
         "{% for m in messages %}{{ m['role'] + ':' }}{% for c in m['content'] %}{{ ' ' + c['text'] }}{% endfor %}"
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -546,7 +546,7 @@ def test_a_pickled_encoder_encodes_the_same(tmp_path):
 
 
 def test_the_notices_are_known_before_any_pair_is_read():
-    """A data loader's workers hold copies: what only they found would never be told."""
+    """A data loader's workers hold copies, whose notices would never be shown."""
     generation = ASSISTANT + "<think></think>"
     assert len(PairEncoder(with_template(template("{{ c['text'] | trim }}", generation))).notices) == 2
 

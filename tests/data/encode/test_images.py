@@ -346,6 +346,7 @@ def test_exif_examples_all_show_the_same_picture(shape: str) -> None:
     assert np.abs(reference[:, ::-1] - reference).mean() > 20
 
 
+@pytest.mark.slow
 @needs_odd_images
 def test_odd_files_take_little_time_and_memory() -> None:
     script = """

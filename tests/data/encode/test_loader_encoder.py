@@ -1,5 +1,5 @@
-"""What a loader saves itself: images decoded once for pairs of one prompt, runs of image tokens read at once,
-settings merged and endings of turns asked once."""
+"""What a loader does once only: decode a prompt's images, read a run of image tokens, merge settings, and find out how
+the template ends a turn."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ import torch
 from tests.tiny_models import noise_image, processor, tokenizer
 from tests.zoo import FAMILIES, Family
 from vlmpo import Message, PreferencePair
-from vlmpo.data.encode import encoder, prompt_cache, settings_memory
+from vlmpo.data.encode import encoder, prompt_cache
 from vlmpo.data.encode.chat_template import ChatTemplate
 from vlmpo.data.encode.encoder import PairEncoder
-from vlmpo.data.encode.fast_image_tokens import RunTokenizer, with_quick_runs
+from vlmpo.data.encode.fast_processor import RunTokenizer, SettingsCache, with_fast_image_tokens
 from vlmpo.data.encode.pixels import reads_alike
-from vlmpo.data.encode.settings_memory import MergedSettings
 from vlmpo.errors import RecordError
 
 # ---- images are decoded once ----
@@ -65,7 +64,7 @@ def test_pairs_of_one_prompt_decode_its_images_once(tmp_path: Path, opened: list
     assert fresh.chosen_ids.tolist() == second.chosen_ids.tolist()
 
 
-def test_whatever_changes_the_trunk_makes_it_anew(tmp_path: Path, opened: list[Any]) -> None:
+def test_whatever_changes_the_prompt_encodes_it_again(tmp_path: Path, opened: list[Any]) -> None:
     one, two = files(tmp_path, 2)
     encoder = PairEncoder(processor())
     asked = [pair(one), pair(two), pair(one, question="which?"), pair(one, tiles=1), pair(one, one)]
@@ -102,9 +101,9 @@ def test_only_the_last_few_are_kept_and_none_is_sent_to_workers(tmp_path: Path, 
     for path in [*paths, *paths[1:], paths[0]]:  # the first one has gone when it is asked for again
         encoder.encode(pair(path))
     assert opened == [*paths, paths[0]]
-    assert len(encoder._prompt_cache._kept) == prompt_cache.KEPT
-    assert not pickle.loads(pickle.dumps(encoder))._prompts._kept
-    assert not encoder.for_loader()._prompts._kept  # its pixels are bytes
+    assert len(encoder._prompt_cache._prompts) == prompt_cache.KEPT
+    assert not pickle.loads(pickle.dumps(encoder))._prompt_cache._prompts
+    assert not encoder.for_loader()._prompt_cache._prompts  # its pixels are bytes
 
 
 # ---- runs of image tokens ----
@@ -121,14 +120,16 @@ TEXTS = [
 ]
 
 
-def quick() -> RunTokenizer:
+def run_tokenizer() -> RunTokenizer:
     return RunTokenizer(tokenizer(), tokenizer().convert_tokens_to_ids(IMAGE))
 
 
 @pytest.mark.parametrize("kind", [None, "pt", "np"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_of_runs_becomes_the_same_tokens(text: str, kind: str | None) -> None:
-    plain, found = (each([text], return_tensors=kind, add_special_tokens=False) for each in (tokenizer(), quick()))
+    plain, found = (
+        each([text], return_tensors=kind, add_special_tokens=False) for each in (tokenizer(), run_tokenizer())
+    )
     assert plain.keys() == found.keys()
     for name, values in plain.items():
         assert type(found[name]) is type(values)
@@ -141,12 +142,12 @@ def test_a_text_of_runs_becomes_the_same_tokens(text: str, kind: str | None) -> 
 def test_several_texts_padding_and_cutting_are_the_tokenizers_own() -> None:
     texts = [f"a {IMAGE * 3}", f"{IMAGE * 9} b"]
     for settings in ({}, {"padding": True}, {"padding": "max_length", "max_length": 20}):
-        assert quick()(texts, **settings).data == tokenizer()(texts, **settings).data
+        assert run_tokenizer()(texts, **settings).data == tokenizer()(texts, **settings).data
     cut = {"truncation": True, "max_length": 4}
-    assert quick()(texts[:1], **cut).data == tokenizer()(texts[:1], **cut).data
-    offsets = quick()(texts[:1], return_offsets_mapping=True)
+    assert run_tokenizer()(texts[:1], **cut).data == tokenizer()(texts[:1], **cut).data
+    offsets = run_tokenizer()(texts[:1], return_offsets_mapping=True)
     assert offsets.data == tokenizer()(texts[:1], return_offsets_mapping=True).data
-    assert quick()(texts[0]).data == tokenizer()(texts[0]).data
+    assert run_tokenizer()(texts[0]).data == tokenizer()(texts[0]).data
 
 
 def test_a_run_is_read_as_one_token() -> None:
@@ -167,8 +168,8 @@ def test_a_run_is_read_as_one_token() -> None:
 
 
 def test_it_is_its_tokenizer_in_every_other_respect() -> None:
-    again = pickle.loads(pickle.dumps(quick()))
-    assert again.pad_token_id == quick().pad_token_id == tokenizer().pad_token_id
+    again = pickle.loads(pickle.dumps(run_tokenizer()))
+    assert again.pad_token_id == run_tokenizer().pad_token_id == tokenizer().pad_token_id
     assert again.decode([1, 2, 3]) == tokenizer().decode([1, 2, 3])
     assert again(TEXTS[3:4]).data == tokenizer()(TEXTS[3:4]).data
 
@@ -182,7 +183,7 @@ def test_families_read_runs_at_once(family: Family) -> None:
 
 
 def test_a_tokenizer_to_which_neighbours_matter_is_left_alone() -> None:
-    own = with_quick_runs(processor())
+    own = with_fast_image_tokens(processor())
     assert reads_alike(processor(), own)
 
     class Pairing(RunTokenizer):
@@ -206,7 +207,7 @@ def test_settings_are_merged_as_the_processor_merges_them_and_once() -> None:
         merged.append(given)
         return own._merge_kwargs(*args, **given)
 
-    kept = MergedSettings(listening)
+    kept = SettingsCache(listening)
     asked = [{"images_kwargs": {"max_patches": tiles}, "return_tensors": "pt"} for tiles in (1, 2, 1, 2)]
     for settings in asked:
         found = kept(tokenizer_init_kwargs=own.tokenizer.init_kwargs, **settings)
@@ -217,20 +218,11 @@ def test_settings_are_merged_as_the_processor_merges_them_and_once() -> None:
     assert len(merged) == 2
 
 
-def test_as_many_settings_as_tiles_are_kept() -> None:
-    asked: list[int] = []
-    kept = MergedSettings(lambda tiles, **_: asked.append(tiles) or {"tiles": tiles})
-    for tiles in (*range(settings_memory.KEPT + 1), settings_memory.KEPT):
-        assert kept(tiles) == {"tiles": tiles}
-    assert asked == [*range(settings_memory.KEPT + 1)]
-    assert len(kept._kept) <= settings_memory.KEPT
-
-
 @pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.images], ids=lambda family: family.name)
 def test_families_merge_their_settings_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs of two numbers of tiles, each twice; that their pixels are right is ``test_pixels``'s to say."""
+    """Pairs of two numbers of tiles, each twice; ``test_pixels`` checks their pixels."""
     encoder = PairEncoder(family.processor()).for_loader()
-    assert isinstance(encoder.processor._merge_kwargs, MergedSettings)
+    assert isinstance(encoder.processor._merge_kwargs, SettingsCache)
     asked = [pair(noise_image(112, 40, seed), tiles=tiles) for seed, tiles in enumerate((1, 4, 1, 4))]
     first = [encoder.encode(one) for one in asked]
     monkeypatch.setattr(encoder.processor._merge_kwargs, "_merge", None)  # nothing is left to merge
@@ -242,7 +234,7 @@ def test_families_merge_their_settings_once(family: Family, monkeypatch: pytest.
     assert "_merge_kwargs" not in vars(family.processor())  # the user's own is left as it was
 
 
-# ---- what the template writes after a response is asked once ----
+# ---- the end of a turn is looked up once ----
 
 TAILED = (  # the end of a turn depends on the question
     "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}"
@@ -261,7 +253,7 @@ def test_a_template_that_ends_turns_in_several_ways_is_read_by_each() -> None:
         message = [Message("user", f"x{question}")]
         found = kept.render(message, ["red", "7?"], "")
         assert found == ChatTemplate(own).render(message, ["red", "7?"], "")
-        assert found.replies == ("red", "7?")
+        assert found.responses == ("red", "7?")
         assert found.end_of_turn == f"x{question}<|im_end|>"
 
 
@@ -277,5 +269,5 @@ def test_each_conversation_is_rendered_once_where_turns_end_alike(monkeypatch: p
     kept.render([Message("user", "which?")], ["red", "blue"], "")
     assert rendered == [None, "red", "blue"]
     rendered.clear()
-    assert kept.render([Message("user", "which?")], [f"red{kept._tail}"], "").replies == (f"red{kept._tail}",)
+    assert kept.render([Message("user", "which?")], [f"red{kept._tail}"], "").responses == (f"red{kept._tail}",)
     assert rendered == [None, f"red{kept._tail}"]

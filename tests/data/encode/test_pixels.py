@@ -67,12 +67,12 @@ def test_restored_bytes_are_the_processors_pixels_bit_by_bit(family: Family, mak
     for one, other in zip(expected, bytes_, strict=True):
         assert other.vision["pixel_values"].dtype == torch.uint8
         assert one.vision["pixel_values"].dtype == torch.float32
-        assert equal(packed.pixel_scale.restored(other.vision), one.vision)
+        assert equal(packed.pixel_scale.normalise(other.vision), one.vision)
         assert (one.tiles, one.image_tokens) == (other.tiles, other.image_tokens)
         assert torch.equal(one.prompt_ids, other.prompt_ids)
         assert torch.equal(one.chosen_ids, other.chosen_ids)
     merged = merge_vision([one.vision for one in expected])
-    assert equal(packed.pixel_scale.restored(merge_vision([one.vision for one in bytes_])), merged)
+    assert equal(packed.pixel_scale.normalise(merge_vision([one.vision for one in bytes_])), merged)
 
 
 @pytest.mark.parametrize("family", SEEING, ids=by_name)
@@ -96,8 +96,8 @@ def test_padding_is_no_colour(name: str, rows: int | None) -> None:
     merged = merge_vision([encoder.encode(one).vision for one in prompts(lambda w, h, _: black(w, h))[:2]])
     if rows is None:  # its processor pads in no layout of the tests: two pictures of which one is padding
         merged["pixel_attention_mask"][:, -1] = 0
-    restored = scale.restored(merged)["pixel_values"]
-    naive = scale._normalised(merged["pixel_values"])
+    restored = scale.normalise(merged)["pixel_values"]
+    naive = scale._normalise_pixels(merged["pixel_values"])
     assert (naive != 0).all()
     assert (restored == 0).any()
     assert (restored != 0).any()
@@ -112,7 +112,7 @@ def test_the_formula_by_hand() -> None:
     scale = pixel_scale(processor())
     assert scale is not None
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
-    restored = scale.restored({"pixel_values": values})["pixel_values"]
+    restored = scale.normalise({"pixel_values": values})["pixel_values"]
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (scale.mean, scale.std))
     exact = (values[0].double() / 255 - mean) / std
     assert (restored[0].double() - exact).abs().max() < 1e-6
@@ -120,15 +120,15 @@ def test_the_formula_by_hand() -> None:
     fused = own.rescale_and_normalize(values, True, own.rescale_factor, True, own.image_mean, own.image_std)
     assert torch.equal(restored, fused)
     other = dataclasses.replace(scale, rescale=1 / 256)  # a scale that many a script takes instead
-    assert (other.restored({"pixel_values": values})["pixel_values"] - fused).abs().max() > 1e-3
+    assert (other.normalise({"pixel_values": values})["pixel_values"] - fused).abs().max() > 1e-3
 
 
 def test_floats_stay_as_they_are() -> None:
     scale = pixel_scale(processor())
     assert scale is not None
     vision = {"pixel_values": torch.rand(1, 3, 4, 4)}
-    assert scale.restored(vision) is vision
-    assert scale.restored({}) == {}
+    assert scale.normalise(vision) is vision
+    assert scale.normalise({}) == {}
 
 
 # ---- processors that do not leave their last step out ----
@@ -186,10 +186,10 @@ def test_processors_without_either_step_or_without_images_keep_their_own() -> No
 def test_pixels_that_turn_out_to_be_no_bytes_stop_the_run() -> None:
     scale = PixelScale((0.5,) * 3, (0.5,) * 3, 1 / 255)
     whole = torch.tensor([0.0, 255.0]).view(1, 1, 1, 2)
-    assert scale.packed({"pixel_values": whole})["pixel_values"].tolist() == [[[[0, 255]]]]
+    assert scale.pack({"pixel_values": whole})["pixel_values"].tolist() == [[[[0, 255]]]]
     for wrong in (0.5, -1.0, 256.0, float("nan")):
         with pytest.raises(ModelError, match="no bytes"):
-            scale.packed({"pixel_values": torch.tensor([0.0, wrong]).view(1, 1, 1, 2)})
+            scale.pack({"pixel_values": torch.tensor([0.0, wrong]).view(1, 1, 1, 2)})
 
 
 def test_bytes_and_floats_do_not_go_into_one_row() -> None:
@@ -226,6 +226,7 @@ def seen_by(model: Any, act: Any) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "workers"),
     [("internvl-qwen2", 0), ("internvl-qwen2", 1), ("idefics3", 0), ("pixtral", 0), ("qwen2.5-vl", 0)],
@@ -258,7 +259,8 @@ def test_training_checking_and_evaluating_read_the_processors_pixels(name: str, 
 
 
 def test_generating_reads_the_same_pixels() -> None:
-    from vlmpo.generate.local import GenerationRequest, LocalEngine, Sampling
+    from vlmpo.generate.base import GenerationRequest, Sampling
+    from vlmpo.generate.local import LocalEngine
 
     family, image = FAMILIES["internvl-qwen2"], noise_image(112, 40, 0)
     model = family.model(0)
@@ -267,7 +269,7 @@ def test_generating_reads_the_same_pixels() -> None:
     seen = seen_by(model, lambda: list(engine.generate([request])))
     encoder = PairEncoder(family.processor()).for_loader()
     assert encoder.pixel_scale is not None
-    restored = encoder.pixel_scale.restored(encoder.encode(pair(image)).vision)["pixel_values"]
+    restored = encoder.pixel_scale.normalise(encoder.encode(pair(image)).vision)["pixel_values"]
     assert len(seen) == 1
     assert torch.equal(seen[0], restored)
     assert np.ptp(restored.numpy()) > 1

@@ -1,4 +1,4 @@
-"""Replies read after the end of their prompt alone become, token by token, what they become after all of it."""
+"""Responses read after the end of their prompt alone become the same tokens as after all of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny_models import CORPUS, processor, tokenizer
 from tests.zoo import FAMILIES, Family
 from vlmpo import Message, PreferencePair
 from vlmpo.data.encode.encoder import PairEncoder
-from vlmpo.data.encode.response_tokens import QuickReplyReader, ReplyReader, quick_reader
+from vlmpo.data.encode.response_tokens import ResponseTokenizer, response_tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
 PROMPT = f"{START}user\nhow many red shapes?{END}\n{START}assistant\n"
@@ -73,54 +73,53 @@ KINDS = ["bytes", "llama", "first", "unigram"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(before=texts, prompt_end=texts, replies=st.lists(texts, min_size=1, max_size=3), adds=st.booleans())
+@given(before=texts, prompt_end=texts, responses=st.lists(texts, min_size=1, max_size=3), adds=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_any_text_becomes_the_same_tokens(
-    kind: str, before: str, prompt_end: str, replies: list[str], adds: bool
+    kind: str, before: str, prompt_end: str, responses: list[str], adds: bool
 ) -> None:
-    """Also where the prompt ends in half a token, or a reply begins with the other half."""
-    reader = quick_reader(made(kind), PROMPT)
-    assert type(reader) is QuickReplyReader
+    """Also if the prompt ends in half a token, or a response begins with the other half."""
+    tokenize = response_tokenizer(made(kind), PROMPT)
+    assert tokenize.fast
     prompt = f"{before}{START}{prompt_end}"
-    assert reader(prompt, replies, adds) == ReplyReader(made(kind))(prompt, replies, adds)
+    assert tokenize(prompt, responses, adds) == ResponseTokenizer(made(kind))(prompt, responses, adds)
 
 
-def test_a_token_over_the_seam_is_told() -> None:
+def test_a_token_that_spans_prompt_and_response_is_found() -> None:
     """ "red" after "the " of the prompt: with an ordinary tokenizer a space goes with the word that follows it."""
     words = tokenizer()
-    prompt, replies = f"{START}user\nred{END}\n{START}the ", ["red", "\n"]
-    plain, quick = ReplyReader(words), quick_reader(words, PROMPT)
-    assert plain(prompt, replies, False)[0] is None
-    assert quick(prompt, replies, False) == plain(prompt, replies, False)
+    prompt, responses = f"{START}user\nred{END}\n{START}the ", ["red", "\n"]
+    plain, fast = ResponseTokenizer(words), response_tokenizer(words, PROMPT)
+    assert plain(prompt, responses, False)[0] is None
+    assert fast(prompt, responses, False) == plain(prompt, responses, False)
 
 
 def test_only_the_prompts_end_is_read_again() -> None:
-    """That it is quicker is the benchmark's to show; here, that the tokenizer is given less to do."""
+    """The benchmark shows that it is faster; here, that the tokenizer gets less to read."""
     read: list[str] = []
 
-    class Listening(QuickReplyReader):
-        def _ids(self, texts: list[str], adds_special_tokens: bool) -> list[list[int]]:
-            read.extend(texts)
-            return super()._ids(texts, adds_special_tokens)
+    def listening(texts: list[str], **settings: Any) -> Any:
+        read.extend(texts)
+        return tokenizer()(texts, **settings)
 
-    Listening(tokenizer(), START)(PROMPT, ["red", "blue"], True)
+    ResponseTokenizer(listening, seam=START)(PROMPT, ["red", "blue"], True)
     end = f"{START}assistant\n"
     assert read == [end, f"{end}red", f"{end}blue"]
 
 
 def test_a_prompt_without_the_seam_is_read_whole() -> None:
-    plain, quick = ReplyReader(tokenizer()), QuickReplyReader(tokenizer(), START)
-    assert quick("how many? ", ["two", "three"], True) == plain("how many? ", ["two", "three"], True)
+    plain, fast = ResponseTokenizer(tokenizer()), ResponseTokenizer(tokenizer(), fast=True, seam=START)
+    assert fast("how many? ", ["two", "three"], True) == plain("how many? ", ["two", "three"], True)
 
 
-def test_padding_and_cutting_asked_for_before_or_after_are_left_out_and_kept() -> None:
+def test_padding_and_cutting_of_other_calls_have_no_effect_and_are_kept() -> None:
     words = made("first")
-    asked: dict[str, Any] = {"padding": "max_length", "max_length": 6, "truncation": True}
-    padded = words(["red", PROMPT], **asked).data
-    plain = ReplyReader(made("first"))(PROMPT, ["red"], True)
-    words(["red"], **asked)
-    assert QuickReplyReader(words, START)(PROMPT, ["red"], True) == plain
-    assert words(["red", PROMPT], **asked).data == padded
+    cutting: dict[str, Any] = {"padding": "max_length", "max_length": 6, "truncation": True}
+    padded = words(["red", PROMPT], **cutting).data
+    plain = ResponseTokenizer(made("first"))(PROMPT, ["red"], True)
+    words(["red"], **cutting)
+    assert ResponseTokenizer(words, fast=True, seam=START)(PROMPT, ["red"], True) == plain
+    assert words(["red", PROMPT], **cutting).data == padded
 
 
 # ---- tokenizers that are left alone ----
@@ -135,9 +134,9 @@ class Contextual(PreTrainedTokenizerFast):
         )
 
 
-def test_a_tokenizer_to_which_more_matters_reads_whole_prompts() -> None:
+def test_a_tokenizer_that_depends_on_earlier_text_reads_whole_prompts() -> None:
     odd = Contextual(tokenizer_object=tokenizer().backend_tokenizer, eos_token=END, pad_token="<|endoftext|>")
-    assert type(quick_reader(odd, PROMPT)) is ReplyReader
+    assert response_tokenizer(odd, PROMPT) == ResponseTokenizer(odd)
 
 
 def test_tokens_that_may_be_missed_are_no_seam() -> None:
@@ -145,13 +144,11 @@ def test_tokens_that_may_be_missed_are_no_seam() -> None:
     built = Tokenizer.from_str(tokenizer().backend_tokenizer.to_str())
     built.add_tokens([AddedToken("<end>", single_word=True, normalized=False), AddedToken("<low>", normalized=True)])
     words = PreTrainedTokenizerFast(tokenizer_object=built, eos_token=END, pad_token="<|endoftext|>")
-    reader = quick_reader(words, f"{START}user\nred?{END}\n<end> <low> ")
-    assert isinstance(reader, QuickReplyReader)
-    assert reader._seam == END
-    prompt, unmarked = "red? <end> ", quick_reader(words, "red? <end> ")
-    assert isinstance(unmarked, QuickReplyReader)
-    assert unmarked._seam is None
-    assert unmarked(prompt, ["blue", "<end>red"], True) == ReplyReader(words)(prompt, ["blue", "<end>red"], True)
+    fast = response_tokenizer(words, f"{START}user\nred?{END}\n<end> <low> ")
+    assert (fast.fast, fast.seam) == (True, END)
+    prompt, unmarked = "red? <end> ", response_tokenizer(words, "red? <end> ")
+    assert (unmarked.fast, unmarked.seam) == (True, None)
+    assert unmarked(prompt, ["blue", "<end>red"], True) == ResponseTokenizer(words)(prompt, ["blue", "<end>red"], True)
 
 
 # ---- in the encoder ----
@@ -160,12 +157,12 @@ def test_tokens_that_may_be_missed_are_no_seam() -> None:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 @given(response=texts.filter(lambda text: text.strip() and "<" not in text), question=texts)
 @settings(max_examples=10, deadline=None)
-def test_families_read_replies_quickly_and_alike(family: Family, response: str, question: str) -> None:
-    plain, quick = encoders(family.name)
-    assert type(plain._read_replies) is ReplyReader
-    assert type(quick._read_replies) is QuickReplyReader
+def test_families_read_responses_fast_and_alike(family: Family, response: str, question: str) -> None:
+    plain, fast = encoders(family.name)
+    assert not plain._tokenize_responses.fast
+    assert fast._tokenize_responses.fast
     pair = PreferencePair((Message("user", f"what? {question}"),), (), f" {response}", f"{response}\nno")
-    one, other = (encoder.encode(pair) for encoder in (plain, pickle.loads(pickle.dumps(quick))))
+    one, other = (encoder.encode(pair) for encoder in (plain, pickle.loads(pickle.dumps(fast))))
     assert one.chosen_ids.tolist() == other.chosen_ids.tolist()
     assert one.rejected_ids is not None
     assert other.rejected_ids is not None
@@ -174,10 +171,10 @@ def test_families_read_replies_quickly_and_alike(family: Family, response: str, 
 
 @functools.cache
 def encoders(family: str) -> tuple[PairEncoder, PairEncoder]:
-    encoder = PairEncoder(FAMILIES[family].processor())
-    return encoder, encoder.for_loader()
+    plain, fast = (PairEncoder(FAMILIES[family].processor()) for _ in range(2))
+    plain._tokenize_responses = ResponseTokenizer(plain._tokenizer)
+    return plain, fast
 
 
-def test_the_users_tokenizer_is_the_one_that_is_asked() -> None:
-    quick = PairEncoder(processor()).for_loader()
-    assert quick._read_replies._tokenizer is processor().tokenizer
+def test_it_reads_through_the_users_tokenizer() -> None:
+    assert PairEncoder(processor())._tokenize_responses.tokenizer is processor().tokenizer

@@ -151,7 +151,7 @@ def test_placeholders_must_fit(text: str, images: int, videos: int, expected: st
     assert (error.reason, error.origin) == (expected, "p.jsonl:4")
 
 
-def test_what_cannot_be_read_is_told(tmp_path) -> None:
+def test_a_video_that_cannot_be_read_is_refused_by_name(tmp_path) -> None:
     def pair(source) -> PreferencePair:
         return PreferencePair((Message("user", "<video>"),), (), "a", "b", origin="p.jsonl:9", videos=(source,))
 
@@ -170,6 +170,7 @@ def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
         read_frames(b"", 1)
 
 
+@pytest.mark.slow
 def test_a_run_on_videos(tmp_path) -> None:
     """MMPR records with `video`, by the command line: read as frames, a missing one counted with its line."""
     checkpoint = tmp_path / "model"

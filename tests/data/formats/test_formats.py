@@ -15,7 +15,7 @@ from trl import extract_prompt
 from trl.data_utils import prepare_multimodal_messages
 
 from tests.tiny_models import noise_image, processor
-from vlmpo import recipe
+from vlmpo import settings
 from vlmpo.data.dataset import PairDataset, open_pairs
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.formats import AUTO, FORMATS, RecordPairs, as_pairs, recognise
@@ -581,7 +581,7 @@ def test_recognition_looks_at_the_first_records_only() -> None:
 
 
 def test_the_recipe_names_the_same_formats() -> None:
-    assert get_args(recipe.DataFormat) == (AUTO, *FORMATS)
+    assert get_args(settings.DataFormat) == (AUTO, *FORMATS)
 
 
 def test_nothing_readable_is_taken_for_mmpr() -> None:

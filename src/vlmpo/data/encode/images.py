@@ -1,4 +1,4 @@
-"""Any image file into one upright 8-bit RGB image; a failure names the file, the record and the cause."""
+"""Opens any image file as one upright 8-bit RGB image; an error names the file, the record and the cause."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image
 
 from vlmpo.errors import RecordError
 
-# A VLM is shown a few megapixels of an image at most. Up to this many, every conversion below was measured to stay
-# under 1 GB; Pillow's own limit would let 2.7 times as many through.
+# VLMs read a few megapixels of an image at most. Up to this many pixels, every conversion below was measured to take
+# less than 1 GB; Pillow's own limit is 2.7 times as high.
 MAX_PIXELS = 8192 * 8192
 
 _WHITE = (255, 255, 255)
@@ -30,18 +30,18 @@ _UPRIGHT = {
 
 
 def open_image(source: str | os.PathLike[str] | bytes | Image.Image, origin: str = "") -> Image.Image:
-    """Reads one image as the model shall see it: mode RGB, 8 bits, upright, first frame, without metadata.
+    """Return an image as the model sees it: mode RGB, 8 bits, upright, first frame, without metadata.
 
-    EXIF orientation is applied (and removed: a processor that applies it again finds none), transparency is laid over
-    white, 16-bit gray is scaled from its full range, every other mode converted. A PIL image is left as it was.
+    EXIF orientation is applied and removed, so that no processor applies it again. Transparent pixels are laid over
+    white, 16-bit gray is scaled from its full range, every other mode is converted. A PIL image is not changed.
 
     Args:
         source: a path, the encoded file's bytes, or a PIL image.
         origin: ``file:line`` of the record, for messages.
 
     Raises:
-        RecordError: ``missing_image`` when the path is no file; ``undecodable_image`` when it cannot be read, is
-            damaged or cut off, or holds more than ``MAX_PIXELS`` pixels (told from its header, before decoding).
+        RecordError: ``missing_image`` if the path is no file; ``undecodable_image`` if the image cannot be read, is
+            damaged or cut off, or has more than ``MAX_PIXELS`` pixels by its header (it is then not decoded).
     """
     if isinstance(source, Image.Image):
         name = f"<{type(source).__name__} {source.width}x{source.height}>"
@@ -56,20 +56,20 @@ def open_image(source: str | os.PathLike[str] | bytes | Image.Image, origin: str
             image, orientation = _decode(source)
         else:
             image, orientation = _decode_file(io.BytesIO(source) if isinstance(source, bytes) else name)
-        # After _decode has let go of the original, so that no third copy is alive.
+        # After _decode has freed the original, so that there is never a third copy.
         return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
     except MemoryError:
-        raise  # this machine's trouble, not the file's: a record must not be dropped for it
-    except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them into
+        raise  # out of memory is not the record's fault
+    except Exception as error:  # on damaged files Pillow's plugins raise errors of all kinds
         cause = f"{type(error).__name__}: {error}"
         detail = f"image {name} cannot be used ({cause}); replace the file or take the record out"
         raise RecordError("undecodable_image", origin, detail) from error
 
 
 def size_in_header(source: str | os.PathLike[str] | bytes | Image.Image) -> tuple[int, int] | None:
-    """Height and width as they are written in the file, which may lie on its side; nothing is decoded.
+    """Return the height and width in the file's header, before any EXIF rotation; nothing is decoded.
 
-    None where :func:`open_image` would refuse the image by as much as that.
+    None if the header is enough for :func:`open_image` to refuse the image.
     """
     try:
         if isinstance(source, Image.Image):
@@ -79,13 +79,13 @@ def size_in_header(source: str | os.PathLike[str] | bytes | Image.Image) -> tupl
                 size = image.size
     except MemoryError:
         raise
-    except Exception:  # Pillow's plugins raise whatever a damaged file leads them into
+    except Exception:  # as above
         return None
     return (size[1], size[0]) if size[0] * size[1] <= MAX_PIXELS else None
 
 
 def missing_image(path: str, origin: str) -> RecordError:
-    """The error for an image path that is no file."""
+    """Return the error for an image path that is no file."""
     kind = "is not a file" if os.path.exists(path) else "does not exist"
     return RecordError("missing_image", origin, f"image {path} {kind}; check the image root and the record's `image`")
 
@@ -96,21 +96,21 @@ def _decode_file(file: str | BinaryIO) -> tuple[Image.Image, int]:
 
 
 def _decode(image: Image.Image) -> tuple[Image.Image, int]:
-    """The picture in RGB, not yet upright, and its EXIF orientation (1 when it has none that can be read)."""
+    """Return the picture in RGB, not yet upright, and its EXIF orientation (1 if it has none that can be read)."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are read: shrink it")
     image.load()
-    # Only now: Pillow turns TIFF files upright while loading and then takes the tag away.
+    # Only now: Pillow turns TIFF files upright while loading and then removes the tag.
     orientation = _orientation(image)
     rgb = _to_rgb(image)
-    rgb.info = {}  # orientation left here would be applied a second time by whoever looks
+    rgb.info = {}  # an orientation left here would be applied a second time
     return rgb, orientation
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged EXIF says nothing about orientation; the pixels are still good
+    except Exception:  # damaged EXIF data; the pixels are still good
         return 1
     return value if isinstance(value, int) else 1
 
@@ -130,7 +130,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _with_eight_bit_key(image: Image.Image) -> Image.Image:
-    """Pillow cuts 16-bit RGB to 8 bits but leaves the file's 16-bit transparent colour as it was."""
+    """Cut the transparent colour of a 16-bit RGB file to 8 bits, as Pillow does with the pixels only."""
     key = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
         image = image.copy()
@@ -139,10 +139,10 @@ def _with_eight_bit_key(image: Image.Image) -> Image.Image:
 
 
 def _deep_gray_to_eight_bits(image: Image.Image) -> Image.Image:
-    """Modes I;16*, I and F -> L. The range a file means is kept where it can be told, else the picture's own is used.
+    """Convert modes I;16*, I and F to L.
 
-    16-bit integers, also when held in mode I: 0..65535. Floats: 0..1 or 0..255. Anything else: its own minimum to its
-    own maximum.
+    The range of 16-bit integers, in mode I too, is 0..65535; that of floats is 0..1 or 0..255. Anything else is scaled
+    from its own minimum to its own maximum.
     """
     values = np.asarray(image)  # [height, width]
     finite = values[np.isfinite(values)] if image.mode == "F" else values

@@ -1,14 +1,14 @@
-"""What a model's own processor says of itself, whatever its family: its tokenizer, its image tokens, its tiles."""
+"""Reads a processor of any family: its tokenizer, its image tokens, its tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
-from vlmpo import compat
+from vlmpo.compat import image_token_counter
 from vlmpo.errors import ModelError
 
-# InternVL's tile, 256 tokens there; 256 tokens too in the Qwen-VL families of 28-pixel tokens, which read images whole.
+# InternVL's tile, of 256 tokens. As many pixels are 256 tokens in those Qwen-VL families whose token is 28 pixels wide.
 TILE_PIXELS = 448 * 448
 
 
@@ -23,14 +23,14 @@ class Sized(Protocol):
 
 
 class Size(NamedTuple):
-    """Pixels of an image."""
+    """The height and width of an image in pixels."""
 
     height: int
     width: int
 
 
 _MEDIA = ("image", "video", "audio")
-# Names under which processors or tokenizers know the tokens around and between image tokens.
+# Attributes of processors and tokenizers that hold a token around or between image tokens.
 _FRAMES = (
     "start_image_token",
     "end_image_token",
@@ -44,13 +44,13 @@ _FRAMES = (
     "image_break_token",
     "image_end_token",
 )
-_FRAME_IDS = ("row_col_ids",)
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer of a processor; a text-only model's is its processor.
+    """Return the tokenizer of a processor; a text-only model's processor is its tokenizer.
 
-    Raises ModelError where it is neither.
+    Raises:
+        ModelError: ``processor`` is neither.
     """
     if hasattr(processor, "tokenizer"):
         return processor.tokenizer
@@ -63,58 +63,59 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def reads_images(processor: Any) -> bool:
-    """Whether it turns images into what a vision tower reads; a tokenizer alone does not."""
+    """Return whether ``processor`` reads images; a tokenizer alone does not."""
     return getattr(processor, "image_processor", None) is not None
 
 
 def image_token_id(processor: Any) -> int | None:
-    """The token in whose place the features of an image stand, one token a feature; None for text-only models.
+    """Return the id of the token that an image's features replace, one token a feature; None for text-only models.
 
-    Gemma 3's processor calls the token before an image by that name; its tokenizer knows the image's own.
+    The tokenizer is asked first: Gemma 3's processor gives this name to the token before an image.
     """
     if not reads_images(processor):
         return None
     tokenizer = tokenizer_of(processor)
-    ids = (getattr(tokenizer, "image_token_id", None), getattr(processor, "image_token_id", None))
-    found = next((id_ for id_ in ids if id_ is not None), None)
-    if found is None:
-        found = _known(tokenizer, getattr(processor, "image_token", None))
-    return found
+    for source in (tokenizer, processor):
+        token_id = getattr(source, "image_token_id", None)
+        if token_id is not None:
+            return token_id
+    return _known_id(tokenizer, image_token(processor))
 
 
 def image_token(processor: Any) -> str | None:
-    """What a prompt's text holds where an image stands; the processor expands it. None where it has no such token."""
+    """Return the token that marks an image in a prompt's text, which the processor expands; None if there is none."""
     token = getattr(processor, "image_token", None)
     return None if token is None else str(token)
 
 
 def media_ids(processor: Any) -> frozenset[int]:
-    """Ids of the tokens that stand for images, video and sound, and of those that frame them."""
+    """Return the ids of the tokens that stand for images, video and sound, and of those that frame them."""
     tokenizer = tokenizer_of(processor)
-    ids: set[int | None] = {image_token_id(processor)}
+    ids: set[int | None] = {image_token_id(processor), *(getattr(processor, "row_col_ids", None) or ())}
     for medium in _MEDIA:
-        ids.add(_known(tokenizer, getattr(processor, f"{medium}_token", None)))
+        ids.add(_known_id(tokenizer, getattr(processor, f"{medium}_token", None)))
         ids.add(getattr(processor, f"{medium}_token_id", None))
         ids.update(getattr(processor, f"{medium}_token_ids", None) or ())
     for name in _FRAMES if reads_images(processor) else ():
-        ids.update(_known(tokenizer, getattr(source, name, None)) for source in (processor, tokenizer))
-    for name in _FRAME_IDS:
-        ids.update(getattr(processor, name, None) or ())
-    # A token the tokenizer does not know comes as its unknown token, which is no image.
-    return frozenset(id_ for id_ in ids if id_ is not None and id_ != tokenizer.unk_token_id)
+        ids.update(_known_id(tokenizer, getattr(source, name, None)) for source in (processor, tokenizer))
+    # For a token that the tokenizer does not have, processors give the id of the unknown token, which is no image.
+    return frozenset(token_id for token_id in ids if token_id is not None and token_id != tokenizer.unk_token_id)
 
 
-def _known(tokenizer: Any, token: Any) -> int | None:
-    found = None if token is None else tokenizer.convert_tokens_to_ids(str(token))
-    return None if found == tokenizer.unk_token_id else found
+def _known_id(tokenizer: Any, token: Any) -> int | None:
+    token_id = None if token is None else tokenizer.convert_tokens_to_ids(str(token))
+    return None if token_id == tokenizer.unk_token_id else token_id
 
 
 # ---- tiles ----
 
 
 def tile_kind(processor: Any) -> Literal["grid", "split", "pixels"] | None:
-    """How a family's images are bounded: by a grid of tiles (InternVL), by a size that is split into tiles (Idefics3),
-    by pixels where an image is read whole at its own shape (Qwen-VL); None where its processor leaves no choice."""
+    """Return how the size of images can be bounded; None if the processor leaves no choice.
+
+    ``grid``: by a grid of tiles (InternVL). ``split``: by a size that is split into tiles (Idefics3). ``pixels``: by
+    pixels, as images are read whole, at their own shape (Qwen-VL).
+    """
     if not reads_images(processor):
         return None
     image_processor = processor.image_processor
@@ -129,9 +130,9 @@ def tile_kind(processor: Any) -> Literal["grid", "split", "pixels"] | None:
 
 
 def tile_settings(processor: Any, tiles: int, images: Sequence[Sized]) -> dict[str, Any]:
-    """The image processor's keywords by which each of ``images`` takes its share of ``tiles``, at least one.
+    """Return the image processor's settings that give each of ``images`` its share of ``tiles``, at least one.
 
-    Thumbnails are not counted. Empty where there is nothing to bound, or where the model does not tile.
+    Thumbnails are not counted. Empty if there is nothing to bound, or if the processor leaves no choice.
     """
     if not images:
         return {}
@@ -147,38 +148,37 @@ def tile_settings(processor: Any, tiles: int, images: Sequence[Sized]) -> dict[s
 
 
 def count_image_tokens(processor: Any, tiles: int, images: Sequence[Sized]) -> int | None:
-    """Tokens that ``images`` of one prompt become, frames between them perhaps included; None where its processor
-    cannot tell it from their sizes."""
-    count = compat.image_token_counter(processor)
+    """Return how many tokens one prompt's ``images`` become, frames perhaps included; None if that is not known."""
+    count = image_token_counter(processor)
     if not images or count is None:
         return None if images else 0
     sizes = [[image.height, image.width] for image in images]
     try:
-        found = count(image_sizes=sizes, images_kwargs=tile_settings(processor, tiles, images))["num_image_tokens"]
-        return sum(int(tokens) for tokens in found)
+        counts = count(image_sizes=sizes, images_kwargs=tile_settings(processor, tiles, images))["num_image_tokens"]
+        return sum(int(tokens) for tokens in counts)
     except (AttributeError, KeyError, TypeError, ValueError):  # a method that is not public: it may change
         return None
 
 
 def tile_notice(processor: Any, tiles: int) -> str | None:
-    """What ``max_tiles`` comes to where it is not tiles; None where it is."""
+    """Explain what ``max_tiles`` means for a model that does not tile; None if it tiles."""
     kind = tile_kind(processor)
     if not reads_images(processor) or kind in ("grid", "split"):
         return None
     name = type(processor.image_processor).__name__
     if kind is None:
         return f"max_tiles has no effect on this model: {name} sizes its images by settings of its own"
-    own, bound = processor.image_processor.size["longest_edge"], tiles * TILE_PIXELS
-    if bound >= own:
+    default, bound = processor.image_processor.size["longest_edge"], tiles * TILE_PIXELS
+    if bound >= default:
         return None
     return (
         f"this model reads images whole: max_tiles {tiles} bounds a prompt's images to {tiles} x 448 x 448 = {bound} "
-        f"pixels, where {name} alone would take {own} each"
+        f"pixels, where {name} alone would take {default} each"
     )
 
 
 def _split_settings(image_processor: Any, share: int, images: Sequence[Sized]) -> dict[str, Any]:
-    """The largest ``size``, in whole tiles, at which no image takes more than ``share`` of them."""
+    """Return the largest ``size``, in whole tiles, at which no image takes more than ``share`` of them."""
     tile, longest = image_processor.max_image_size["longest_edge"], image_processor.size["longest_edge"]
     if _most_tiles(image_processor, longest, images) <= share:
         return {}

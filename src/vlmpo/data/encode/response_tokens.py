@@ -1,68 +1,68 @@
-"""Tokens of replies, as they continue the tokens of their prompt."""
+"""Token ids of responses, as they continue the tokens of their prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-# Short, long, not ASCII, white space at either end and inside: what may grow together with a prompt's last characters.
+# Short, long, not ASCII, white space at either end and inside: what may merge with a prompt's last characters.
 _PROBES = ("red", " Two  red\n\n\tshapes, 17. ", "\n", "\u00e0 la carte \u7ea2\u8272 \U0001f534", ":", "<")
 
 
-class ReplyReader:
-    """Reads replies with their prompt before them, all of it, through the tokenizer as transformers has it."""
+@dataclass(frozen=True)
+class ResponseTokenizer:
+    """Tokenizes responses together with the prompt before them.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, prompt: str, replies: Sequence[str], adds_special_tokens: bool) -> list[list[int] | None]:
-        """Ids of each reply as they continue the prompt's; None where a token would span the seam."""
-        before, *joint = self._ids([prompt, *(prompt + reply for reply in replies)], adds_special_tokens)
-        return [ids[len(before) :] if ids[: len(before)] == before else None for ids in joint]
-
-    def _ids(self, texts: list[str], adds_special_tokens: bool) -> list[list[int]]:
-        settings = {"add_special_tokens": adds_special_tokens, "truncation": False, "padding": False}
-        ids: list[list[int]] = self._tokenizer(texts, **settings)["input_ids"]
-        return ids
-
-
-class QuickReplyReader(ReplyReader):
-    """Reads replies after the end of their prompt alone, from the last ``seam`` on; notes no token's place in the text.
-
-    A tokenizer cuts a text at its added tokens before it does anything else: what follows one is read the same whatever
-    stands before it. Without a ``seam``, or in a prompt that does not hold it, the prompt is read whole.
+    Attributes:
+        tokenizer: the model's own.
+        fast: read through the Rust tokenizer, without offsets, and from the prompt's last ``seam`` on only.
+        seam: an added token. A tokenizer cuts a text at its added tokens before it does anything else, so what follows
+            one is read the same whatever stands before it. A prompt without it is read whole, as all are if it is None.
     """
 
-    def __init__(self, tokenizer: Any, seam: str | None) -> None:
-        super().__init__(tokenizer)
-        self._seam = seam
+    tokenizer: Any
+    fast: bool = False
+    seam: str | None = None
 
-    def __call__(self, prompt: str, replies: Sequence[str], adds_special_tokens: bool) -> list[list[int] | None]:
-        end = "".join(prompt.rpartition(self._seam)[1:]) if self._seam else prompt
-        return super().__call__(end, replies, adds_special_tokens)
+    def __call__(self, prompt: str, responses: Sequence[str], add_special_tokens: bool) -> list[list[int] | None]:
+        """Return each response's ids as they continue the prompt's; None if a token would span the two."""
+        if self.seam is not None:
+            prompt = "".join(prompt.rpartition(self.seam)[1:])
+        texts = [prompt, *(prompt + response for response in responses)]
+        if self.fast:
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            prompt_ids, *all_ids = (encoding.ids for encoding in encodings)
+        else:
+            settings = {"add_special_tokens": add_special_tokens, "truncation": False, "padding": False}
+            prompt_ids, *all_ids = self.tokenizer(texts, **settings)["input_ids"]
+        start = len(prompt_ids)
+        return [ids[start:] if ids[:start] == prompt_ids else None for ids in all_ids]
 
-    def _ids(self, texts: list[str], adds_special_tokens: bool) -> list[list[int]]:
-        backend = self._tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
-        return [read.ids for read in backend.encode_batch_fast(texts, add_special_tokens=adds_special_tokens)]
 
+def response_tokenizer(tokenizer: Any, prompt: str) -> ResponseTokenizer:
+    """Return the fast ResponseTokenizer for prompts that end as ``prompt`` does.
 
-def quick_reader(tokenizer: Any, prompt: str) -> ReplyReader:
-    """The quick reader for prompts that end as ``prompt`` does; the plain one where it does not do the same."""
-    plain = ReplyReader(tokenizer)
+    Returns the plain one if the fast one does not give the same ids for a few probes.
+    """
+    plain = ResponseTokenizer(tokenizer)
     try:
-        quick = QuickReplyReader(tokenizer, _last_added_token(tokenizer, prompt))
-        alike = all(quick(prompt, _PROBES, adds) == plain(prompt, _PROBES, adds) for adds in (True, False))
-    except Exception:  # no backend, or none of these methods
+        fast = ResponseTokenizer(tokenizer, fast=True, seam=_last_added_token(tokenizer, prompt))
+        same = all(fast(prompt, _PROBES, adds) == plain(prompt, _PROBES, adds) for adds in (True, False))
+    except Exception:  # no Rust tokenizer, or one without these methods
         return plain
-    return quick if alike else plain
+    return fast if same else plain
 
 
 def _last_added_token(tokenizer: Any, prompt: str) -> str | None:
-    """The added token that starts last in ``prompt``, of those that are sought in the text as it is written."""
+    """Return the added token that starts last in ``prompt``, of those that are matched in any unchanged text."""
     added = tokenizer.added_tokens_decoder.values()
-    found = [
-        token.content for token in added if not (token.normalized or token.single_word) and token.content in prompt
-    ]
-    return max(found, key=lambda token: (prompt.rfind(token), len(token)), default=None)
+    matched = [token.content for token in added if not token.normalized and not token.single_word]
+    return max(
+        (token for token in matched if token in prompt),
+        key=lambda token: (prompt.rfind(token), len(token)),
+        default=None,
+    )

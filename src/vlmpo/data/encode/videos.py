@@ -1,14 +1,14 @@
-"""A video as frames: what a model that reads images can be shown of it, whatever its family.
+"""Turns a video into frames, so that any model that reads several images can read it.
 
-Frames are taken evenly, at the middles of equal stretches of the video, and stand in the prompt as InternVL writes
-them: ``Frame1: <image>``, a line each. So a video needs nothing of a family that several images do not need.
+Frames are taken from the middles of equal stretches of the video. In the prompt they are written as InternVL writes
+them: ``Frame1: <image>``, a line each.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ DEFAULT_FRAMES = 8
 
 
 def with_frames(pair: PreferencePair, max_frames: int = DEFAULT_FRAMES) -> PreferencePair:
-    """``pair`` with every video as at most ``max_frames`` images, each where its ``<video>`` stood; no videos left.
+    """Return ``pair`` with at most ``max_frames`` images in place of each ``<video>``, and without videos.
 
     Raises:
         RecordError: ``placeholder_mismatch``, ``missing_video`` or ``undecodable_video``.
@@ -36,48 +36,45 @@ def with_frames(pair: PreferencePair, max_frames: int = DEFAULT_FRAMES) -> Prefe
         raise RecordError("placeholder_mismatch", pair.origin, detail)
     if not pair.videos:
         return pair
-    videos, images = iter(pair.videos), iter(pair.images)
-    shown: list[Any] = []
+    videos, remaining = iter(pair.videos), list(pair.images)
+    images: list[Any] = []
     prompt = []
     for message in pair.prompt:
-        first, *rest = message.text.split(VIDEO_PLACEHOLDER)
-        shown += _taken(images, first, pair.origin)
-        text = first
-        for part in rest:
-            frames = read_frames(next(videos), max_frames, pair.origin)
-            shown += [*frames, *_taken(images, part, pair.origin)]
-            lines = [f"Frame{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, len(frames) + 1)]
-            text += "".join(lines) + part.removeprefix("\n")
+        text = ""
+        for number, part in enumerate(message.text.split(VIDEO_PLACEHOLDER)):
+            if number:  # a video comes before every part but the first
+                frames = read_frames(next(videos), max_frames, pair.origin)
+                images += frames
+                text += "".join(f"Frame{count}: {IMAGE_PLACEHOLDER}\n" for count in range(1, len(frames) + 1))
+                part = part.removeprefix("\n")
+            placeholders = part.count(IMAGE_PLACEHOLDER)
+            if placeholders > len(remaining):
+                detail = f"the prompt has more {IMAGE_PLACEHOLDER} than images; write one where each stands"
+                raise RecordError("placeholder_mismatch", pair.origin, detail)
+            images += remaining[:placeholders]
+            del remaining[:placeholders]
+            text += part
         prompt.append(replace(message, text=text))
-    # Images that no placeholder claims are kept: the count is then refused where images are counted.
-    return replace(pair, prompt=tuple(prompt), images=(*shown, *images), videos=())
-
-
-def _taken(images: Iterator[Any], text: str, origin: str) -> list[Any]:
-    """The next images, one for each placeholder in ``text``."""
-    taken = []
-    for _ in range(text.count(IMAGE_PLACEHOLDER)):
-        image = next(images, None)
-        if image is None:
-            detail = f"the prompt has more {IMAGE_PLACEHOLDER} than images; write one where each stands"
-            raise RecordError("placeholder_mismatch", origin, detail)
-        taken.append(image)
-    return taken
+    # Images without a placeholder are kept, so that the encoder, which counts them, refuses the pair.
+    return replace(pair, prompt=tuple(prompt), images=(*images, *remaining), videos=())
 
 
 def read_frames(source: str | os.PathLike[str] | bytes, max_frames: int, origin: str = "") -> list[Image.Image]:
-    """At most ``max_frames`` upright RGB frames of a video, in order; all of them where it has no more.
+    """Return at most ``max_frames`` upright RGB frames of a video, in order; all frames if it has no more.
 
     Args:
         source: a path, or the encoded file's bytes.
-        max_frames: frames wanted, at least 1.
+        max_frames: most frames to return, at least 1.
         origin: ``file:line`` of the record, for messages.
 
     Raises:
-        RecordError: ``missing_video`` when the path is no file; ``undecodable_video`` when no frame can be read.
+        RecordError: ``missing_video`` if the path is no file; ``undecodable_video`` if no frame can be read.
         DataError: PyAV is not installed.
     """
-    av = _library()
+    try:
+        import av
+    except ImportError as error:
+        raise DataError("videos need PyAV: pip install 'vlmpo[video]' (or take records with `video` out)") from error
     name = f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
     if not isinstance(source, bytes) and not os.path.isfile(name):
         kind = "is not a file" if os.path.exists(name) else "does not exist"
@@ -89,7 +86,7 @@ def read_frames(source: str | os.PathLike[str] | bytes, max_frames: int, origin:
                 raise ValueError("it has no frame")
             return _frames_at(container, _evenly(times, max_frames))
     except MemoryError:
-        raise  # this machine's trouble, not the file's
+        raise  # out of memory is not the record's fault
     except Exception as error:  # FFmpeg's errors are of many kinds
         cause = f"{type(error).__name__}: {error}"
         detail = f"video {name} cannot be used ({cause}); replace the file or take the record out"
@@ -97,29 +94,21 @@ def read_frames(source: str | os.PathLike[str] | bytes, max_frames: int, origin:
 
 
 def _evenly(times: Sequence[int], count: int) -> list[int]:
-    """``count`` of ``times``: the middle one of each of as many equal stretches."""
+    """Return ``count`` of ``times``: the middle one of each of as many equal stretches."""
     if len(times) <= count:
         return list(times)
     return [times[(2 * index + 1) * len(times) // (2 * count)] for index in range(count)]
 
 
-def _frames_at(container: Any, wanted: Sequence[int]) -> list[Image.Image]:
-    """The frames shown at ``wanted``, ascending presentation times in the stream's units."""
+def _frames_at(container: Any, times: Sequence[int]) -> list[Image.Image]:
+    """Return the frames at ``times``, ascending presentation times in the stream's units."""
     stream = container.streams.video[0]
-    found = []
-    for time in wanted:
+    frames = []
+    for time in times:
         container.seek(time, stream=stream, backward=True)  # to the key frame before it
         frame = next((f for f in container.decode(stream) if f.pts is not None and f.pts >= time), None)
         if frame is None:
             raise ValueError(f"its frame at {float(time * stream.time_base):.2f} s cannot be decoded")
-        # Telephones write how to turn the picture instead of turning it.
-        found.append(frame.to_image().convert("RGB").rotate(frame.rotation, expand=True))
-    return found
-
-
-def _library() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise DataError("videos need PyAV: pip install 'vlmpo[video]' (or take records with `video` out)") from error
-    return av
+        # Telephones record how to turn the picture instead of turning it.
+        frames.append(frame.to_image().convert("RGB").rotate(frame.rotation, expand=True))
+    return frames

@@ -1,4 +1,4 @@
-"""Sizes of pairs without reading them: against what the encoder makes of them. And what those sizes cost."""
+"""Estimated lengths of pairs, against those the encoder makes of them; and what such pairs cost."""
 
 from __future__ import annotations
 
@@ -29,11 +29,27 @@ from vlmpo.data.index import store as cache
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import RecordError
-from vlmpo.train import cost
-from vlmpo.train.size_estimate import NOTHING, EstimatedSize, Rates, SizeEstimator, sample
+from vlmpo.train import lengths
+from vlmpo.train.lengths import (
+    UNUSABLE,
+    LengthEstimator,
+    PairLength,
+    Rates,
+    count_patch_pixels,
+    estimate_lengths,
+    measure_rates,
+    measure_tokens_per_patch,
+    pair_costs,
+)
 
 SIZES = [(112, 40), (40, 100), (60, 60), (300, 200), (500, 900)]
+ALONE: Any = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)
 SEEING = [family for family in FAMILIES.values() if family.images]
+
+
+def estimate(pairs: Any, encoder: PairEncoder) -> np.ndarray:
+    """The lengths that a process alone estimates."""
+    return estimate_lengths(pairs, encoder=encoder, patch_pixels=14 * 14, accelerator=ALONE)
 
 
 def picture(width: int, height: int, **changes: Any) -> PreferencePair:
@@ -53,8 +69,8 @@ def test_image_tokens_and_patches_of_every_family(family: Family) -> None:
             continue
         pairs.append(picture(*size))
     encoded = [encoder.encode(pair) for pair in pairs]
-    found = SizeEstimator.measured(encoder, pairs, 14 * 14)
-    guessed = [found.size(pair).prompt for pair in pairs]
+    found = LengthEstimator(encoder, measure_rates(encoder, pairs, 14 * 14))
+    guessed = [found.estimate(pair).prompt for pair in pairs]
     told = count_image_tokens(encoder.processor, 4, [Size(60, 60)])
     assert (told is None) == (family.name == "smolvlm")
     true = [one.prompt_ids.numel() for one in encoded]
@@ -63,7 +79,7 @@ def test_image_tokens_and_patches_of_every_family(family: Family) -> None:
         assert guessed == pytest.approx(true, rel=0.1, abs=2)
         assert sorted(guessed) == [size for _, size in sorted(zip(true, guessed, strict=True))]
     # LLaVA-NeXT reads patches that it then cuts off as padding: not quite in proportion
-    patches = [found.size(pair).patches for pair in pairs]
+    patches = [found.estimate(pair).patches for pair in pairs]
     assert sum(patches) == pytest.approx(sum(_patches(one.vision["pixel_values"]) for one in encoded), rel=0.02, abs=3)
 
 
@@ -77,41 +93,41 @@ def _patches(pixels: torch.Tensor) -> int:
 
 def test_the_sum_by_hand() -> None:
     encoder = PairEncoder(processor(), max_tiles=2)
-    found = SizeEstimator(encoder, Rates(bytes_per_token=2.0, overhead=10.0, tokens=0.5, patches=3.0))
+    found = LengthEstimator(encoder, Rates(bytes_per_token=2.0, overhead=10.0, tokens=0.5, patches=3.0))
     # two tiles and a thumbnail of four tokens, with the two around them: 14, of which half; "what is it?" and a line
     # break are 12 bytes, so 6 tokens; "red" 1.5 and "blue" 2, rounded, each with an end of turn
     assert count_image_tokens(processor(), 2, [Size(40, 112)]) == 14
-    assert found.size(picture(112, 40)) == EstimatedSize(10 + 6 + 7, (2 + 1) + (2 + 1), 3 * 14)
-    assert found.size(picture(112, 40, max_tiles=1)) == EstimatedSize(10 + 6 + 3, 6, 3 * 6)
-    assert found.size(picture(1, 1, images=())) == EstimatedSize(16, 6, 0)
+    assert found.estimate(picture(112, 40)) == PairLength(10 + 6 + 7, (2 + 1) + (2 + 1), 3 * 14)
+    assert found.estimate(picture(112, 40, max_tiles=1)) == PairLength(10 + 6 + 3, 6, 3 * 6)
+    assert found.estimate(picture(1, 1, images=())) == PairLength(16, 6, 0)
     # é is two bytes
-    assert found.size(picture(1, 1, images=(), chosen="éé")).responses == 3 + 3
+    assert found.estimate(picture(1, 1, images=(), chosen="éé")).responses == 3 + 3
     # a video is eight frames of 448 x 448: each two tiles' budget shared, so one tile
-    video = found.size(picture(1, 1, images=(), videos=("a.mp4",)))
+    video = found.estimate(picture(1, 1, images=(), videos=("a.mp4",)))
     assert video.patches == 3 * 8 * 6
 
 
 def test_supervised_pairs_have_one_response() -> None:
     encoder = PairEncoder(processor(), need_rejected=False)
-    found = SizeEstimator(encoder, Rates(2.0, 10.0))
-    assert found.size(picture(1, 1, images=(), rejected=None)).responses == 3
+    found = LengthEstimator(encoder, Rates(2.0, 10.0))
+    assert found.estimate(picture(1, 1, images=(), rejected=None)).responses == 3
 
 
 @pytest.mark.parametrize(
     ("over_long", "length", "expected"),
     [
-        ("drop", 117, EstimatedSize(16, 204, 0)),
-        ("drop", 100, EstimatedSize(16, 204, 0)),  # near the limit: perhaps it fits
-        ("drop", 90, NOTHING),
-        ("cut", 100, EstimatedSize(16, 84 + 84, 0)),
-        ("cut", 60, EstimatedSize(16, 44 + 44, 0)),
-        ("cut", 16, NOTHING),
+        ("drop", 117, PairLength(16, 204, 0)),
+        ("drop", 100, PairLength(16, 204, 0)),  # near the limit: perhaps it fits
+        ("drop", 90, UNUSABLE),
+        ("cut", 100, PairLength(16, 84 + 84, 0)),
+        ("cut", 60, PairLength(16, 44 + 44, 0)),
+        ("cut", 16, UNUSABLE),
     ],
 )
-def test_what_is_too_long(over_long: Any, length: int, expected: EstimatedSize) -> None:
+def test_what_is_too_long(over_long: Any, length: int, expected: PairLength) -> None:
     encoder = PairEncoder(processor(), max_length=length, over_long=over_long)
-    found = SizeEstimator(encoder, Rates(2.0, 10.0))
-    assert found.size(picture(1, 1, images=(), chosen="r" * 202, rejected="b" * 202)) == expected
+    found = LengthEstimator(encoder, Rates(2.0, 10.0))
+    assert found.estimate(picture(1, 1, images=(), chosen="r" * 202, rejected="b" * 202)) == expected
 
 
 def test_headers_and_what_cannot_be_read(tmp_path: Path) -> None:
@@ -125,22 +141,36 @@ def test_headers_and_what_cannot_be_read(tmp_path: Path) -> None:
     assert size_in_header(tmp_path / "cut.png") == (20, 30)
     assert size_in_header(content.getvalue()) == (20, 30)
     assert size_in_header(noise_image(30, 20, 0)) == (20, 30)
-    found = SizeEstimator(PairEncoder(processor()), Rates())
+    found = LengthEstimator(PairEncoder(processor()), Rates())
     for name in ("bad.png", "missing.png", "large.png"):
         assert size_in_header(tmp_path / name) is None
-        assert found.size(picture(1, 1, images=(str(tmp_path / name),))) == NOTHING
-    text_only = SizeEstimator(PairEncoder(FAMILIES["qwen2-text"].processor()), Rates())
-    assert text_only.size(picture(30, 20)) == NOTHING
-    assert text_only.size(picture(30, 20, images=())) != NOTHING
+        assert found.estimate(picture(1, 1, images=(str(tmp_path / name),))) == UNUSABLE
+    text_only = LengthEstimator(PairEncoder(FAMILIES["qwen2-text"].processor()), Rates())
+    assert text_only.estimate(picture(30, 20)) == UNUSABLE
+    assert text_only.estimate(picture(30, 20, images=())) != UNUSABLE
 
 
 def test_nothing_usable_to_measure_by() -> None:
     encoder = PairEncoder(processor())
-    assert SizeEstimator.measured(encoder, [], 196).rates == Rates()
-    assert SizeEstimator.measured(encoder, [picture(1, 1, images=(), chosen=" ")], 196).rates == Rates()
-    assert sample(0) == []
-    assert sample(3) == [0, 1, 2]
-    assert (len(sample(10**6)), sample(10**6)[0], sample(10**6)[-1]) == (256, 0, 10**6 - 1)
+    assert measure_rates(encoder, [], 196) == Rates()
+    assert measure_rates(encoder, [picture(1, 1, images=(), chosen=" ")], 196) == Rates()
+    assert estimate([], encoder).shape == (0, 3)
+
+
+def test_rates_are_measured_on_pairs_from_all_over_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    class Records:
+        def __len__(self) -> int:
+            return 10**6
+
+        def __getitem__(self, index: int) -> PreferencePair:
+            looked_at.append(index)
+            raise RecordError("bad_json", "x", "no")
+
+    monkeypatch.setattr(lengths, "_estimate_share", lambda pairs, indices, estimator: np.zeros((len(indices), 3)))
+    estimate(Records(), PairEncoder(processor()))
+    assert (len(looked_at), looked_at[0], looked_at[-1]) == (256, 0, 10**6 - 1)
 
 
 # ---- what it costs ----
@@ -168,14 +198,14 @@ class Tower(nn.Module):
 
 def test_what_a_patch_is_worth_by_hand() -> None:
     model = Tower()
-    assert cost.tokens_per_patch(model) == pytest.approx(30 / 10)
+    assert measure_tokens_per_patch(model) == pytest.approx(30 / 10)
     model.vision_tower.requires_grad_(False)  # forward only
-    assert cost.tokens_per_patch(model) == pytest.approx(30 / 3 / 10)
+    assert measure_tokens_per_patch(model) == pytest.approx(30 / 3 / 10)
     model.layers.requires_grad_(False)  # backward to what lies below it alone
-    assert cost.tokens_per_patch(model) == pytest.approx(30 / 3 / (10 * 2 / 3))
+    assert measure_tokens_per_patch(model) == pytest.approx(30 / 3 / (10 * 2 / 3))
     # two of eight experts at a time: 24 / 4 = 6
-    assert cost.tokens_per_patch(Tower(num_experts=8, num_experts_per_tok=2)) == pytest.approx(30 / 16)
-    assert cost.patch_pixels(model) == 14 * 14
+    assert measure_tokens_per_patch(Tower(num_experts=8, num_experts_per_tok=2)) == pytest.approx(30 / 16)
+    assert count_patch_pixels(model) == 14 * 14
 
 
 def test_what_a_patch_is_worth_in_real_models() -> None:
@@ -184,30 +214,27 @@ def test_what_a_patch_is_worth_in_real_models() -> None:
     for name, parameter in model.named_parameters():
         if not any(part in name for part in ("projector", "embed_tokens", "lm_head")):
             sizes["vision_tower" in name] += parameter.numel()
-    assert cost.tokens_per_patch(model) == pytest.approx(sizes[True] / sizes[False])
+    assert measure_tokens_per_patch(model) == pytest.approx(sizes[True] / sizes[False])
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], exclude_modules=".*vision.*"))
-    assert cost.tokens_per_patch(adapted) == pytest.approx(sizes[True] / (2 * sizes[False]), rel=0.25)
+    assert measure_tokens_per_patch(adapted) == pytest.approx(sizes[True] / (2 * sizes[False]), rel=0.25)
     with torch.device("meta"):
         qwen = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen2_5_vl"))
-    assert cost.patch_pixels(qwen) == 14 * 14
-    assert 0 < cost.tokens_per_patch(qwen) < 1
+    assert count_patch_pixels(qwen) == 14 * 14
+    assert 0 < measure_tokens_per_patch(qwen) < 1
 
 
 def test_costs_by_hand() -> None:
     sizes = np.array([[100, 50, 400], [30, 20, 0], [0, 0, 0]], np.int32)
-    shared = cost.costs_of(sizes, 0.25, 2, shared=True)
-    assert shared.whole.tolist() == [100 + 50 + 100, 50, 0]
+    shared = pair_costs(sizes, tokens_per_patch=0.25, num_responses=2, shared=True)
+    assert shared.pair.tolist() == [100 + 50 + 100, 50, 0]
     assert shared.prompt.tolist() == [200, 30, 0]
     # each response with a prompt of its own, and nothing saved by standing together
-    separate = cost.costs_of(sizes, 0.25, 2, shared=False)
-    assert separate.whole.tolist() == [2 * 200 + 50, 2 * 30 + 20, 0]
+    separate = pair_costs(sizes, tokens_per_patch=0.25, num_responses=2, shared=False)
+    assert separate.pair.tolist() == [2 * 200 + 50, 2 * 30 + 20, 0]
     assert separate.prompt.tolist() == [0, 0, 0]
 
 
-ALONE: Any = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)
-
-
-def test_sizes_of_a_data_set_bad_records_among_it() -> None:
+def test_lengths_of_a_data_set_bad_records_among_it() -> None:
     class Records(list):
         def __getitem__(self, index: int) -> PreferencePair:
             if index == 1:
@@ -216,45 +243,50 @@ def test_sizes_of_a_data_set_bad_records_among_it() -> None:
 
     encoder = PairEncoder(processor())
     pairs = Records(random_pair(i, images=i % 3) for i in range(6))
-    found = cost.sizes_of_all(ALONE, pairs, encoder, 196)
+    found = estimate(pairs, encoder)
     assert found.dtype == np.int32
     assert found[1].tolist() == [0, 0, 0]
     usable = [pairs[i] for i in (0, 2, 3, 4, 5)]
-    estimator = SizeEstimator.measured(encoder, usable, 196)
-    assert found[[0, 2, 3, 4, 5]].tolist() == [list(estimator.size(pair)) for pair in usable]
+    estimator = LengthEstimator(encoder, measure_rates(encoder, usable, 196))
+    assert found[[0, 2, 3, 4, 5]].tolist() == [list(estimator.estimate(pair)) for pair in usable]
 
 
-def test_sizes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_of_a_data_set_in_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "MIN_BYTES", 0)
     monkeypatch.setenv("VLMPO_CACHE", str(tmp_path / "cache"))
     write_data(tmp_path, records(9))
-    asked: list[int] = []
-    plain = cost._size
-    monkeypatch.setattr(cost, "_size", lambda *given: asked.append(given[1]) or plain(*given))
+    estimated: list[str] = []
+    plain = LengthEstimator.estimate
+
+    def counted(self: LengthEstimator, pair: PreferencePair) -> PairLength:
+        estimated.append(pair.origin)
+        return plain(self, pair)
+
+    monkeypatch.setattr(LengthEstimator, "estimate", counted)
 
     def found(**settings: Any) -> np.ndarray:
-        asked.clear()
+        estimated.clear()
         pairs = open_pairs([SourceSpec(str(tmp_path / "set" / "meta.json"))])
-        return cost.sizes_of_all(ALONE, pairs, PairEncoder(processor(), **settings), 196)
+        return estimate(pairs, PairEncoder(processor(), **settings))
 
     first = found()
     assert first.all()
-    assert asked == list(range(9))
+    assert len(set(estimated)) == len(estimated) == 9
     assert np.array_equal(found(), first)
-    assert asked == []
+    assert estimated == []
     found(max_tiles=1)
-    assert len(asked) == 9
+    assert len(estimated) == 9
     for entry in (tmp_path / "cache").glob("sizes-*.bin"):
         entry.write_bytes(entry.read_bytes()[:-3])
     assert np.array_equal(found(), first)
-    assert len(asked) == 9
+    assert len(estimated) == 9
     with (tmp_path / "set" / "pairs.jsonl").open("a") as file:
         file.write(json.dumps(records(9)[0]) + "\n")
-    assert len(found()) == len(asked) == 10
+    assert len(found()) == len(estimated) == 10
     assert len(list((tmp_path / "cache").glob("sizes-*.bin"))) == 1  # those of the earlier state are gone
 
 
-def test_it_is_told_where_it_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(cost, "_PATIENCE", -1.0)
-    cost.sizes_of_all(ALONE, [random_pair(i) for i in range(4)], PairEncoder(processor()), 196)
-    assert "share work out evenly: 50%" in capsys.readouterr().err
+def test_a_notice_if_it_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(lengths, "_NOTICE_EVERY", -1.0)
+    estimate([random_pair(i) for i in range(4)], PairEncoder(processor()))
+    assert "to share them out evenly: 50%" in capsys.readouterr().err

@@ -1,0 +1,205 @@
+"""Recipes as YAML: reading, ``key=value`` overrides, paths, error messages, writing. Imports no torch."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from vlmpo.errors import RecipeError
+from vlmpo.recipe import SECTIONS, Recipe, nearest
+from vlmpo.settings import MPO_WEIGHTS
+
+
+def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
+    """Return the recipe in a YAML text, paths as written. ``where`` names the text in messages.
+
+    Raises:
+        RecipeError: the text is not valid YAML, or the recipe in it is not valid.
+    """
+    return _validate(_read_mapping(text, where), where, overridden=())
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in a YAML file, changed by ``key=value`` overrides, e.g. ``loss.beta=0.2``; values are YAML.
+
+    A relative path in the file (models, data, questions, ``image_root``) is relative to the file's folder if it exists
+    there, else to the working directory; one in an override is relative to the working directory.
+    ``training.output_dir`` defaults to ``runs/<file name without suffix>``, ``build.output_dir`` to ``build`` in it.
+
+    Raises:
+        RecipeError: the message names the file, the dotted key, the value and what was expected.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"cannot read the recipe {path}: {reason}") from None
+    raw = _anchor_paths(_read_mapping(text, str(path)), path.parent)
+    overridden = [_override(raw, override) for override in overrides]
+    if isinstance(training := raw.setdefault("training", {}), dict):
+        training.setdefault("output_dir", os.path.join("runs", path.stem))
+    if isinstance(build := raw.get("build"), dict) and build.get("output_dir") is None:
+        build["output_dir"] = os.path.join("runs", path.stem, "build")
+    return _validate(raw, str(path), overridden)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the whole recipe, defaults included, as YAML that parses back to an equal recipe."""
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+# ---- YAML ----
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice (YAML silently keeps the last one)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key_node.value} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a string which _Loader would read as a number."""
+
+
+# YAML 1.1 reads `1e-6` as a string, since it has no dot and its exponent no sign; everyone means the number.
+_SCIENTIFIC = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
+for _yaml_class in (_Loader, _Dumper):
+    _yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
+# No setting is a date: `run_name: 2026-01-31` is a name.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{where}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number that YAML recognises and Python cannot make
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+
+
+def _read_mapping(text: str, where: str) -> dict[str, Any]:
+    raw = _read_yaml(text, where)
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{where}: expected a mapping with the keys {', '.join(Recipe.model_fields)}, got {raw!r:.80}"
+        )
+    # `training:` with all its lines commented out is an empty section
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+# ---- overrides and paths ----
+
+
+def _override(raw: dict[str, Any], override: str) -> str:
+    """Set one ``a.b=value`` in ``raw`` and return ``a.b``."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r}: expected key=value, e.g. loss.beta=0.2")
+    value = _read_yaml(text, f"override {override!r}")
+    if keys[:2] == ["loss", "weights"] and len(keys) > 2:
+        # One weight of an objective that the file leaves at its default: the other terms stay on.
+        loss = raw.setdefault("loss", {})
+        if isinstance(loss, dict):
+            loss.setdefault("weights", dict(MPO_WEIGHTS))
+    section: Any = raw
+    for depth, key in enumerate(keys[:-1], start=1):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise RecipeError(f"override {override!r}: {'.'.join(keys[:depth])} is {section!r} and has no keys")
+    section[keys[-1]] = value
+    return ".".join(keys)
+
+
+_PATH_KEYS = {
+    "model": ("path",),
+    "build": ("questions", "image_root"),
+    "evaluate": ("model", "reference", "against", "questions", "image_root"),
+}
+_SOURCE_PATH_KEYS = ("path", "image_root")
+
+
+def _anchor_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make each relative path in ``raw`` that exists below ``folder`` absolute; validation reports wrong types."""
+
+    def anchored(value: Any) -> Any:
+        if not isinstance(value, str) or not value:
+            return value
+        beside = folder / os.path.expanduser(value)
+        matches = glob.has_magic(str(beside)) and any(True for _ in glob.iglob(str(beside), recursive=True))
+        return os.path.abspath(beside) if beside.exists() or matches else os.path.expanduser(value)
+
+    def with_anchored(values: Any, keys: Sequence[str]) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: anchored(value) if key in keys else value for key, value in values.items()}
+
+    def source(value: Any) -> Any:
+        return with_anchored(value, _SOURCE_PATH_KEYS) if isinstance(value, dict) else anchored(value)
+
+    raw = {section: with_anchored(values, _PATH_KEYS.get(section, ())) for section, values in raw.items()}
+    if isinstance(data := raw.get("data"), dict):
+        lists = {key: [source(v) for v in data[key]] for key in ("train", "eval") if isinstance(data.get(key), list)}
+        raw["data"] = {**data, **lists}
+    return raw
+
+
+# ---- validation and its messages ----
+
+_EXPECTED = {
+    "model_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
+    "tuple_type": "a list",
+    "string_too_short": "a name or path",
+}
+
+
+def _validate(raw: dict[str, Any], where: str, overridden: Sequence[str]) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    lines = []
+    for problem in problems:
+        dotted = ".".join(str(part) for part in problem["loc"])
+        from_command_line = any(dotted == key or dotted.startswith(f"{key}.") for key in overridden)
+        lines.append(f"{'command line' if from_command_line else where}: {_explain(dotted, problem)}")
+    raise RecipeError("\n".join(lines))
+
+
+def _explain(dotted: str, problem: Any) -> str:
+    """Return one line for one pydantic error at the key ``dotted``."""
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        parts = [part for part in problem["loc"] if isinstance(part, str)]
+        section = ".".join(parts[:-1])
+        return f"{dotted}: unknown key{nearest(parts[-1], list(SECTIONS[section].model_fields), section)}"
+    if kind == "missing":
+        return f"{dotted}: missing; the recipe must give it"
+    if kind == "value_error":  # raised by a validator of ours, with a full message
+        return f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
+    expected = _EXPECTED.get(kind, problem["msg"].removeprefix("Input should be "))
+    return f"{dotted}: expected {expected}, got {problem['input']!r:.80}"
