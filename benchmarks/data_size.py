@@ -101,6 +101,11 @@ def own_bytes() -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) * 1024
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of those it started and waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def open_once(recipe_path: str) -> dict[str, Any]:
     """Open the recipe's data as ``vlmpo train`` does; return the figures and what was found."""
     started = time.perf_counter()
@@ -117,6 +122,7 @@ def open_once(recipe_path: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "overlap_seconds": time.perf_counter() - opened,
         "peak_bytes": peak_bytes(),
+        "cpu_seconds": cpu_seconds(),
         "reader_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }
     held_out = data.evaluation["held_out"]
@@ -187,6 +193,7 @@ def row(name: str, opening: dict[str, Any]) -> str:
     workers = opening["workers"]
     figures = [
         f"{opening['seconds']:.1f} s",
+        f"{opening['cpu_seconds']:.1f} s",
         f"{opening['peak_bytes'] / 1e9:.2f} GB",
         f"{opening['import_peak_bytes'] / 1e9:.2f} GB",
         f"{workers['peak_bytes'] / 1e9:.2f} GB, {workers['own_bytes'] / 1e9:.2f} GB its own",
@@ -197,7 +204,15 @@ def row(name: str, opening: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    head = ["opening", "time", "peak memory", "of it, after imports", "DataLoader worker, peak", "pairs/s, 2 workers"]
+    head = [
+        "opening",
+        "time",
+        "CPU time, imports included",
+        "peak memory",
+        "of it, after imports",
+        "DataLoader worker, peak",
+        "pairs/s, 2 workers",
+    ]
     return "\n".join(
         [
             f"{result['lines']:,} lines ({result['annotation_bytes'] / 1e9:.2f} GB) on {result['images']:,} images, "

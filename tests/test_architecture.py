@@ -17,7 +17,7 @@ SOURCE = REPO / "src" / "vlmpo"
 # A module imports from its own floor and lower ones, and no two packages need each other. `vlmpo/__init__.py` only
 # gathers the public names: it is the top floor, and no other module imports from it.
 FLOORS = [
-    {"compat", "settings", "errors", "fileio", "log", "stats", "recipe", "recipe_yaml", "torchvision_shim"},
+    {"compat", "errors", "fileio", "hashing", "log", "recipe", "recipe_yaml", "settings", "stats", "torchvision_shim"},
     {"data", "verifiers", "loss"},
     {"models"},
     {"tree"},
@@ -38,8 +38,8 @@ MAY_PRINT = {"log", "commands", "cli"}
 MAY_PRINT_TOO = {"train.callbacks"}  # the line a log on the screen, if there is no progress bar
 # Commands build the trainer and see it through; compat.py reads what transformers' Trainer keeps private.
 MAY_TAKE_THE_TRAINER = {"commands", "compat"}
-ALLOWED_CYCLES: list[set[str]] = [{"train.model_card", "train.trainer"}]
-ALLOWED_TO_TAKE_THE_TRAINER = {"train.model_card"}
+ALLOWED_CYCLES: list[set[str]] = []
+ALLOWED_TO_TAKE_THE_TRAINER: set[str] = set()
 
 
 # ---- reading the source ----

@@ -52,11 +52,11 @@ def one_weight(value: float, dtype: torch.dtype = torch.float32) -> nn.Linear:
 def test_by_hand() -> None:
     """4, then steps to 2, 0 and 8 at decay 0.5: 4 -> (4+2)/2 = 3 -> (3+0)/2 = 1.5 -> (1.5+8)/2 = 4.75."""
     layer, average = one_weight(4.0), WeightAverage(0.5)
-    average.start(layer)
+    average.on_train_begin(None, None, None, model=layer)
     found = [average.averages["weight"].item()]
     for value in (2.0, 0.0, 8.0):
         layer.weight.data.fill_(value)
-        average.update(layer)
+        average.on_optimizer_step(None, None, None, model=layer)
         found.append(average.averages["weight"].item())
     assert found == [4.0, 3.0, 1.5, 4.75]
 
@@ -64,12 +64,12 @@ def test_by_hand() -> None:
 def test_it_is_kept_in_float32_for_bfloat16_weights() -> None:
     """1 and then 1.0078125, the next bfloat16: at decay 0.75 the average is 1.001953125, which bfloat16 has not."""
     layer, average = one_weight(1.0, torch.bfloat16), WeightAverage(0.75)
-    average.start(layer)
+    average.on_train_begin(None, None, None, model=layer)
     layer.weight.data.fill_(1.0078125)
-    average.update(layer)
+    average.on_optimizer_step(None, None, None, model=layer)
     assert average.averages["weight"].dtype == torch.float32
     assert average.averages["weight"].item() == 1.001953125
-    with average.in_place_of(layer):
+    with average.applied_to(layer):
         assert layer.weight.dtype == torch.bfloat16
         assert layer.weight.item() == 1.0  # rounded to the model's dtype
     assert layer.weight.item() == 1.0078125
@@ -91,12 +91,12 @@ def test_a_skipped_step_is_none_and_frozen_weights_have_no_average() -> None:
 
 def test_the_model_gets_its_weights_back_even_after_an_error() -> None:
     layer, average = one_weight(4.0), WeightAverage(0.5)
-    average.start(layer)
+    average.on_train_begin(None, None, None, model=layer)
     layer.weight.data.fill_(0.1)
     during = []
 
     def fail() -> None:
-        with average.in_place_of(layer):
+        with average.applied_to(layer):
             during.append(layer.weight.item())
             raise KeyError
 
@@ -162,8 +162,24 @@ def test_resuming_with_what_is_not_there_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path / "b", pairs(4), ema_decay=0.9).train(resume_from_checkpoint=True)
     frozen = tiny_model()
     frozen.model.vision_tower.requires_grad_(False)
+    average = WeightAverage(0.5)
+    average.start_from(tmp_path / "b" / "checkpoint-2")
     with pytest.raises(RunError, match="of other parameters than those that train"):
-        WeightAverage(0.5).load(tmp_path / "b" / "checkpoint-2")
+        average.on_train_begin(None, None, None, model=frozen)
+
+
+def test_training_again_starts_a_new_average(tmp_path: Path) -> None:
+    """Resumed once, then trained again without: from the weights it finds."""
+    layer, average = one_weight(4.0), WeightAverage(0.5)
+    average.on_train_begin(None, None, None, model=layer)
+    average.save(tmp_path)
+    layer.weight.data.fill_(1.0)
+    average.start_from(tmp_path)
+    average.on_train_begin(None, None, None, model=layer)
+    assert average.averages["weight"].item() == 4.0
+    average.start_from(None)
+    average.on_train_begin(None, None, None, model=layer)
+    assert average.averages["weight"].item() == 1.0
 
 
 def test_no_average_no_folder(tmp_path: Path) -> None:
@@ -173,12 +189,10 @@ def test_no_average_no_folder(tmp_path: Path) -> None:
         trainer(tmp_path, pairs(2), ema_decay=0.5).save_average(tmp_path / "ema")
 
 
-@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_weights_are_refused(tmp_path: Path, flag: str) -> None:
-    run = trainer(tmp_path, pairs(2), ema_decay=0.5)
-    setattr(run, flag, True)
+def test_sharded_weights_are_refused() -> None:
     with pytest.raises(RecipeError, match="FSDP and DeepSpeed hold parts of them"):
-        run._start_average()
+        WeightAverage.for_run(0.5, sharded=True)
+    assert WeightAverage.for_run(0.0, sharded=True) is None
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, "0.9", True])

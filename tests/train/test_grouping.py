@@ -104,6 +104,7 @@ def test_only_the_same_prompt_and_image_are_grouped() -> None:
     assert [len(part) for part in Collator(None, False, group=5)(encoded).micro_batches] == [2, 1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", ["auto", "separate"])
 def test_a_grouped_step_is_the_same_step(tmp_path: Path, shared: str) -> None:
     """Six pairs of two prompts, one step a time: loss, gradient and weights as without grouping; the order too."""
@@ -135,6 +136,7 @@ def test_a_grouped_step_is_the_same_step(tmp_path: Path, shared: str) -> None:
         assert accounts == found[0][3]
 
 
+@pytest.mark.slow
 def test_a_shuffled_run_brings_prompts_together(tmp_path: Path) -> None:
     data = [pair for seed in range(4) for pair in one_prompt(seed, 3)]
     run = trainer(tmp_path, data, group_by_prompt=3, per_device_train_batch_size=3)

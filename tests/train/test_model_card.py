@@ -17,8 +17,7 @@ from tests.tiny_models import random_pair
 from tests.training import logged, pairs, trainer
 from vlmpo.errors import RunError
 from vlmpo.train.checkpoint import STATE_FILE
-from vlmpo.train.citations import citations, method
-from vlmpo.train.model_card import RunSummary, hub_name
+from vlmpo.train.model_card import RunSummary, hub_name, model_card
 
 SECRET = "hf_aSecretThatMustNotBeTold"
 
@@ -48,6 +47,7 @@ def card_of(folder: Path, **settings: Any) -> tuple[dict[str, Any], str]:
     return split((folder / "README.md").read_text())
 
 
+@pytest.mark.slow
 def test_the_card_of_a_run(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", SECRET)
     write_data(tmp_path, [*records(16), *bad_lines()[1:4]])
@@ -120,6 +120,7 @@ def test_the_card_of_a_run(tmp_path: Path, checkpoint: Path, monkeypatch: pytest
     assert SECRET not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "name", "tags", "papers"),
     [
@@ -146,30 +147,80 @@ def test_it_is_called_what_it_was(tmp_path: Path, weights: Any, name: str, tags:
     assert "No evaluation was asked for." in body
 
 
-def test_every_mix_of_terms_has_a_name() -> None:
+def summary(**fields: Any) -> RunSummary:
+    """A run of three steps on nothing."""
+    known: dict[str, Any] = {
+        **{"title": "run", "location": "me/run", "base_model": None, "adapter": False, "reads_images": True},
+        **{"processor_class": "AutoProcessor", "weights": {"nll": 1.0}, "beta": 0.1, "reward_shift": "previous"},
+        **{"nll_reduction": "token", "label_smoothing": 0.0, "reference": "a frozen model", "settings": []},
+        **{"log_history": [], "final_step": 3},
+    }
+    return RunSummary(**{**known, **fields})
+
+
+@pytest.mark.parametrize("mask", range(1, 8))
+def test_every_mix_of_terms_has_a_name_and_its_papers(mask: int) -> None:
     terms = ("sigmoid", "bco_pair", "nll")
-    for mask in range(1, 8):
-        on = [term for bit, term in enumerate(terms) if mask >> bit & 1]
-        short, _, _ = method(on)
-        assert (short == "MPO") == (mask == 7)
-        assert len(citations(on)) == ("sigmoid" in on) + ("bco_pair" in on) + (mask == 7)
+    weights = {term: 1.0 for bit, term in enumerate(terms) if mask >> bit & 1}
+    head, body = split(model_card(summary(weights=weights), {}))
+    assert ("mpo" in head["tags"]) == ("(MPO)" in body) == (mask == 7)
+    papers = [name for name in ("2411.10442", "2305.18290", "2404.04656") if f"arXiv:{name}" in body]
+    expected = [("2411.10442", mask == 7), ("2305.18290", "sigmoid" in weights), ("2404.04656", "bco_pair" in weights)]
+    assert papers == [name for name, cited in expected if cited]
+    assert body.count("@article") == len(papers)
+    bibtex = body.partition("```bibtex\n")[2].partition("```")[0]
+    assert bibtex.count("\n}\n") == len(papers)
+    assert bibtex.count("\n\n@") == max(0, len(papers) - 1)
 
 
+def test_a_card_of_values_alone() -> None:
+    """Which weights, whether averaged, which answers: those at the final step; and nothing to report."""
+    _, body = split(model_card(summary(), {}))
+    assert "A model trained with supervised fine-tuning (SFT)." in body
+    assert "The weights are those of the last optimizer step, 3." in body
+    assert "No pair was used." in body
+    assert "No evaluation was asked for." in body
+    answers = {"eval_answers/items": 8, "eval_answers/low": 0.25, "eval_answers/high": 0.75}
+    answers["eval_answers/unparsed"] = 0.125
+    log = [{"step": step, "eval_answers/accuracy": step / 8, **answers} for step in (2, 3, 4)]
+    _, body = split(
+        model_card(
+            summary(best_by=("eval_loss", 0.123456), ema={"decay": 0.9, "step": 4}, log_history=log, adapter=True), {}
+        )
+    )
+    assert "of optimizer step 3, the best checkpoint by `eval_loss` (0.1235)." in body
+    assert "(decay 0.9, through step 4)" in body
+    assert "answers to 8 questions at step 3: accuracy 0.375 [0.250, 0.750], unparsed 12.5%." in body
+    assert 'from_pretrained("the base model")' in body
+
+
+def test_odd_names_stay_in_their_cells() -> None:
+    data = {"a|b\nc": {"used": 2, "dropped": {"bad_json": 1}}}
+    metrics = {"x|y_pairs": 2, "x|y_loss": 0.5}
+    _, body = split(model_card(summary(data=data, results={"x|y": metrics}, settings=[("adapter", "a|b")]), {}))
+    assert table(body, "data set") == [["a\\|b c", "not counted", "2", "not counted", "1", "not counted"]]
+    assert "Dropped of a\\|b c: 1 bad_json." in body
+    assert table(body, "evaluation set") == [["x\\|y", "all", "2", "0.5000", "", ""]]
+    assert table(body, "setting") == [["adapter", "a\\|b"]]
+
+
+@pytest.mark.slow
 def test_results_of_supervised_fine_tuning_have_no_rewards(tmp_path: Path) -> None:
     run = trainer(tmp_path, pairs(4), loss_weights={"nll": 1.0})
     run.train()
     results = run.evaluate(pairs(3, 10), metric_key_prefix="eval")
-    run.facts.results = {"eval": results}
+    run.card_fields["results"] = {"eval": results}
     run.create_model_card()
     _, body = split((tmp_path / "README.md").read_text())
     assert table(body, "evaluation set") == [["eval", "all", "3", f"{results['eval_loss']:.4f}", "", ""]]
 
 
+@pytest.mark.slow
 def test_several_data_sets_and_odd_names(tmp_path: Path) -> None:
     data = [random_pair(seed, images=0, source=("a|b", "c")[seed % 2]) for seed in range(6)]
     run = trainer(tmp_path, data)
     run.train()
-    run.facts.results = {"eval": run.evaluate(data, metric_key_prefix="eval")}
+    run.card_fields["results"] = {"eval": run.evaluate(data, metric_key_prefix="eval")}
     run.create_model_card(license="mit", language="en", tags="mine", model_name="Bob", dataset_tags=["who/what"])
     head, body = split((tmp_path / "README.md").read_text())
     assert [(row[0], row[2]) for row in table(body, "data set")] == [("a\\|b", "3"), ("c", "3")]
@@ -179,12 +230,12 @@ def test_several_data_sets_and_odd_names(tmp_path: Path) -> None:
     assert head["tags"] == ["vlmpo", "mpo", "mine"]
 
 
+@pytest.mark.slow
 def test_an_adapter_says_so(tmp_path: Path) -> None:
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     run = trainer(tmp_path, pairs(4), peft_config=adapter)
-    run.facts = RunSummary(
-        base_model="owner/some-model", datasets=["owner/some-data", "pairs.jsonl", "data/pairs.jsonl"]
-    )
+    run.card_fields["base_model"] = "owner/some-model"
+    run.card_fields["datasets"] = ["owner/some-data", "pairs.jsonl", "data/pairs.jsonl"]
     run.train()
     run.save_model()
     assert (tmp_path / "README.md").exists()  # PEFT's own, a form to fill in
@@ -251,6 +302,7 @@ def pushing(folder: Path, checkpoint: Path, **training: Any) -> str:  # noqa: F8
     return write_recipe(folder, checkpoint, data={"hold_out": 0.25}, training=given)
 
 
+@pytest.mark.slow
 def test_what_is_pushed_has_its_card_and_results(tmp_path: Path, checkpoint: Path, hub: FakeHub) -> None:  # noqa: F811
     result = call("train", pushing(tmp_path, checkpoint, ema_decay=0.9))
     assert result.exit_code == 0, result.output
@@ -267,6 +319,7 @@ def test_what_is_pushed_has_its_card_and_results(tmp_path: Path, checkpoint: Pat
     assert table(body, "evaluation set")[0][:2] == ["held_out", "all"]
 
 
+@pytest.mark.slow
 def test_a_pushed_checkpoint_can_be_resumed_from(tmp_path: Path, checkpoint: Path, hub: FakeHub) -> None:  # noqa: F811
     more = {"save_strategy": "steps", "save_steps": 2, "hub_strategy": "checkpoint", "ema_decay": 0.9}
     result = call("train", pushing(tmp_path, checkpoint, **more))
@@ -285,6 +338,7 @@ def test_a_token_in_a_recipe_is_refused(tmp_path: Path, checkpoint: Path, hub: F
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("refuse", "words"), [("create", "401 Client Error: Unauthorized (log in"), ("upload", "503")])
 def test_a_hub_that_refuses_is_told(tmp_path: Path, checkpoint: Path, hub: FakeHub, refuse: str, words: str) -> None:  # noqa: F811
     hub.refuse = refuse
@@ -298,6 +352,7 @@ def test_a_hub_that_refuses_is_told(tmp_path: Path, checkpoint: Path, hub: FakeH
         assert (tmp_path / "run" / "README.md").exists()
 
 
+@pytest.mark.slow
 def test_pushing_by_hand_keeps_our_card(tmp_path: Path, hub: FakeHub) -> None:
     run = trainer(tmp_path / "by-hand", pairs(4))
     run.train()

@@ -33,7 +33,7 @@ from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import AVERAGE_FOLDER
 from vlmpo.train.metrics import length_warning, without_set_name
-from vlmpo.train.model_card import RunSummary, package_versions
+from vlmpo.train.model_card import package_versions
 from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 
@@ -144,7 +144,8 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
         logger.info(f"note: {remark}")
     manifest["data"] |= _data_counts(data, pair_counts)
     named = [source.path for source in recipe.data.train]
-    trainer.facts = RunSummary(recipe.model.path, manifest["data"]["sets"], named, results, pair_counts)
+    trainer.card_fields |= {"base_model": recipe.model.path, "datasets": named, "results": results}
+    trainer.card_fields["data"] = manifest["data"]["sets"]
     if trainer.accelerator.is_main_process:
         final = {"final_model": trainer.final_model(), "evaluation": results}
         replace_json(folder / "manifest.json", {**manifest, "status": "finished", **final})

@@ -1,7 +1,7 @@
-"""Sets of preference pairs, read where they lie and in whatever format they are, as one data set by index.
+"""Data sets of preference pairs, read in place and in whatever format they are, as one data set by index.
 
-A record is read and parsed when it is asked for; ``jsonfiles`` and ``tables`` hold no more of a file than where its
-records are. What a pass over all records found is in :class:`vlmpo.data.index.record_index.RecordIndex`.
+A record is read and parsed on access; the readers hold no more of a file than where its records are. What one pass over
+all records found is in :class:`vlmpo.data.index.record_index.RecordIndex`.
 """
 
 from __future__ import annotations
@@ -10,36 +10,61 @@ import copy
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmpo.data.formats import RecordContext, recognise
-from vlmpo.data.index.hashing import stable_hash
-from vlmpo.data.index.record_index import Indices, RecordIndex, distinct
-from vlmpo.data.index.scan import Progress, Survey, survey
+from vlmpo.data.formats.detect import HEAD
+from vlmpo.data.index.record_index import Indices, RecordIndex
+from vlmpo.data.index.scan import Progress, scan
 from vlmpo.data.index.store import Cache
-from vlmpo.data.readers.containers import head, open_records
+from vlmpo.data.readers.arrow import TableRecords, load_named, open_parquet, open_saved
 from vlmpo.data.readers.json import JsonRecords
 from vlmpo.data.readers.spec import FileSpec, SourceSpec, file_specs
 from vlmpo.data.records import PreferencePair
-from vlmpo.errors import DataError
+from vlmpo.errors import DataError, RecordError
+from vlmpo.hashing import content_hash, stable_hash
+
+# Both are picklable, and each process opens the files for itself.
+Records = JsonRecords | TableRecords
+
+
+def open_records(spec: FileSpec, cache: Cache) -> Records:
+    """Open what ``spec`` names. Raises DataError if it cannot be read."""
+    if spec.kind == "parquet":
+        return open_parquet(spec.files)
+    if spec.kind == "saved":
+        return open_saved(spec.path, spec.split)
+    if spec.kind in ("folder", "hub"):
+        return load_named(spec.path, spec.subset, spec.split, is_folder=spec.kind == "folder")
+    return JsonRecords(spec.path, is_array=spec.kind == "array", cache=cache)
+
+
+def _head(records: Records) -> list[Mapping[str, Any]]:
+    """Read the first few records, without those that cannot be read."""
+    head: list[Mapping[str, Any]] = []
+    for index in range(min(HEAD, len(records))):
+        try:
+            head.append(records.record(index))
+        except RecordError:
+            continue
+    return head
 
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """What a source was found to be.
+    """A description of a source.
 
     Attributes:
         name: what metrics call it.
-        container: what its records lie in, e.g. ``JSON Lines``.
+        container: what its records are stored in, e.g. ``JSON Lines``.
         format: name of the format of its records.
-        title: what people call that format.
-        why: what it was told by.
+        title: what users call that format.
+        why: why it is taken to be that format.
         records: how many it holds, good or bad, before any repeat.
     """
 
@@ -52,74 +77,81 @@ class SourceInfo:
 
 
 class _Source:
-    """One source: its records, and the format they are in."""
+    """The records of one source, and the format they are in."""
 
     def __init__(self, spec: FileSpec, name: str, cache: Cache) -> None:
         self.name = name
-        self._cache = cache
-        self._facts: dict[bool, RecordIndex] = {}  # by need_rejected: the last ones that were asked for
-        self._reads_as = (spec.kind, spec.path, spec.split, spec.subset, spec.image_root)
         self.path = spec.path
         self.image_root = spec.image_root
         self.max_tiles = spec.max_tiles
+        self._cache = cache
+        self._indices: dict[bool, RecordIndex] = {}  # by need_rejected
         self.records = open_records(spec, cache)
-        # Of a copy, which opens the file for itself: a file that changes before it is read in earnest is then refused.
-        self.recognised = recognise(head(copy.copy(self.records)), spec.format, spec.path)
+        # The copy opens the file for itself, so that a change of the file before the first real read is noticed.
+        self.recognised = recognise(_head(copy.copy(self.records)), spec.format, spec.path)
+        read_as = (spec.kind, spec.path, spec.split, spec.subset, spec.image_root)
+        self._settings = (*read_as, self.recognised.format.name)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_facts": {}}  # other processes read pairs
+        return {**self.__dict__, "_indices": {}}  # other processes read pairs only
 
     @property
     def info(self) -> SourceInfo:
-        found = self.recognised.format
-        return SourceInfo(self.name, self.records.kind, found.name, found.title, self.recognised.why, len(self))
+        format = self.recognised.format
+        return SourceInfo(self.name, self.records.kind, format.name, format.title, self.recognised.why, len(self))
 
     def pair(self, index: int, need_rejected: bool) -> PreferencePair:
         record, origin = self.records.record(index), self.records.origin(index)
         context = RecordContext(origin, self.name, self.image_root, self.max_tiles, need_rejected)
         return self.recognised.format.parse(record, context)
 
-    def facts(
+    def index(
         self, records: Indices, need_rejected: bool, progress: Progress | None, waiting: Callable[[], None] | None
     ) -> RecordIndex:
-        """The facts of ``records``, ascending, and perhaps of others."""
-        known = self._facts.get(need_rejected)
-        if known is None or not known.covers(records):
-            settings = (*self._reads_as, self.recognised.format.name)
-            in_lines = isinstance(self.records, JsonRecords)  # Arrow has threads of its own, which no fork survives
-            asked = Survey(self, records, need_rejected, self.records.stamp, settings, can_fork=in_lines)
-            known = self._facts[need_rejected] = survey(asked, self._cache, progress, waiting)
-        return known
+        """Return an index of at least ``records``, ascending; the last one made is kept."""
+        index = self._indices.get(need_rejected)
+        if index is None or index.find(records) is None:
+            index = self._indices[need_rejected] = scan(
+                self,
+                records,
+                need_rejected,
+                stamp=self.records.stamp,
+                settings=self._settings,
+                can_fork=isinstance(self.records, JsonRecords),  # Arrow has threads of its own, which no fork survives
+                cache=self._cache,
+                progress=progress,
+                waiting=waiting,
+            )
+        return index
 
 
-class SourceRows(NamedTuple):
-    """Pairs of one source.
+@dataclass(frozen=True)
+class ScannedSource:
+    """What a scan of a data set found of the pairs of one source.
 
     Attributes:
-        name: of the source.
-        facts: of its records, at least of those that are pairs.
-        at: int64 [pairs], which pairs of the data set, ascending.
-        records: int64 [pairs], their records in the source.
+        name: name of the source.
+        pairs: int64 [pairs], which pairs of the data set, ascending.
+        index: a row for each of these pairs, in that order.
     """
 
     name: str
-    facts: RecordIndex
-    at: Indices
-    records: Indices
+    pairs: Indices
+    index: RecordIndex
 
 
 class PairDataset:
-    """Preference pairs of one or several files, by index; a pair is read and checked when it is asked for.
+    """Preference pairs of one or several files, by index; a pair is read and checked on access.
 
     Made by :func:`open_pairs`. Picklable; each process opens the files for itself.
 
     Attributes:
-        notices: what the user should know about the sources though nothing is wrong with them, e.g. keys of no effect.
+        notices: remarks on the sources that are no errors, e.g. keys without effect.
         need_rejected: whether pairs are for preference training. If not, ``rejected`` is not looked at and None.
-        source_names: names of the sources, in the order they were named.
+        source_names: names of the sources, in the order given.
     """
 
     def __init__(
@@ -135,43 +167,40 @@ class PairDataset:
 
     @property
     def paths(self) -> list[str]:
-        """The files behind the pairs, each once."""
+        """List the files behind the pairs, each once."""
         return list(dict.fromkeys(path for file in self._files for path in file.records.paths))
 
     @property
     def infos(self) -> list[SourceInfo]:
-        """What each source was found to be, in the order they were named."""
+        """Describe each source, in the order given."""
         return [file.info for file in self._files]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> PreferencePair:
-        """Pair ``index``; its images are absolute paths, whose existence is not looked at here, or encoded bytes.
+        """Read pair ``index``. Its images are encoded bytes, or absolute paths of files that may not exist.
 
-        Raises:
-            RecordError: ``bad_json``, ``missing_field``, ``ambiguous_field``, ``unsupported_field``,
-                ``bad_conversation``, ``prompts_differ``, ``unpaired_feedback``, ``placeholder_mismatch``,
-                ``missing_image`` or ``missing_video`` (a web address), ``empty_response`` or ``identical``.
+        Raises RecordError if the record cannot be used.
         """
         file, record = self._locate(index)
         return file.pair(record, self.need_rejected)
 
     def origin(self, index: int) -> str:
-        """``file:line`` of pair ``index``, without reading it."""
+        """Return ``file:line`` of pair ``index``, without reading it."""
         file, record = self._locate(index)
         return file.records.origin(record)
 
     def source(self, index: int) -> str:
-        """Name of the source of pair ``index``, without reading it."""
+        """Return the name of the source of pair ``index``, without reading it."""
         return self._locate(index)[0].name
 
     def select(self, indices: NDArray[Any] | Sequence[int]) -> PairDataset:
-        """A view that holds the pairs at ``indices``, in that order."""
+        """Return a view of the pairs at ``indices``, in that order."""
         return self._view(self._rows[np.asarray(indices, np.int64)], self.need_rejected)
 
     def for_training(self, need_rejected: bool) -> PairDataset:
-        """The same pairs, for preference training or for supervised fine-tuning."""
+        """Return a view of the same pairs for preference training, or for supervised fine-tuning."""
         return self._view(self._rows, need_rejected)
 
     def _view(self, rows: Indices, need_rejected: bool) -> PairDataset:
@@ -183,63 +212,63 @@ class PairDataset:
         return self._files[position], row - int(self._bounds[position])
 
     def fingerprint(self) -> str:
-        """Tells this data set from others, and from itself after a change of its files; no record is read for it."""
-        digest = blake2b(self._rows.tobytes(), digest_size=16)
+        """Return a hash that changes with the pairs, their settings, or their files; reads no record."""
+        parts: list[str | bytes] = [self._rows.tobytes()]
         for file in self._files:
-            digest.update(f"{file.name} {file.image_root} {file.max_tiles} {file.recognised.format.name}".encode())
+            parts.append(f"{file.name} {file.image_root} {file.max_tiles} {file.recognised.format.name}")
             for path in file.records.paths:
                 state = os.stat(path) if os.path.exists(path) else None
-                digest.update(f"{path} {state and (state.st_size, state.st_mtime_ns)} {self.need_rejected}".encode())
-        return digest.hexdigest()
+                parts.append(f"{path} {state and (state.st_size, state.st_mtime_ns)} {self.need_rejected}")
+        return content_hash(*parts)
 
-    def surveyed(
+    def scan(
         self, progress: Progress | None = None, waiting: Callable[[str], None] | None = None
-    ) -> Iterator[SourceRows]:
-        """What has to be known of every pair, source by source, from the cache or by reading every record once.
+    ) -> Iterator[ScannedSource]:
+        """Yield an index of the pairs of each source, from the cache or by reading every record once.
 
         Args:
             progress: called now and then with (records read, records in all).
-            waiting: called with the path of a source that another process reads just now; its result is waited for.
+            waiting: called with the path of a source that another process is reading, before waiting for it.
         """
-        order = np.argsort(self._rows, kind="stable")  # sources follow each other
-        bounds = np.searchsorted(self._rows[order], self._bounds)
-        parts = []
-        for file, first, begin, end in zip(self._files, self._bounds, bounds, bounds[1:], strict=False):
-            at = np.sort(order[begin:end])
-            records = self._rows[at] - first
-            parts.append((file, at, records, distinct(self._rows[order[begin:end]] - first)))
-        total, before = sum(len(needed) for *_, needed in parts), 0
-        for file, at, records, needed in parts:
-            shown = None if progress is None else functools.partial(_shifted, progress, before, total)
-            told = None if waiting is None else functools.partial(waiting, file.path)
-            yield SourceRows(file.name, file.facts(needed, self.need_rejected, shown, told), at, records)
-            before += len(needed)
-        _note_trouble(self._cache, self.notices)
+        source_of = np.searchsorted(self._bounds, self._rows, side="right") - 1
+        ends = np.cumsum(np.bincount(source_of, minlength=len(self._files)))
+        pairs_of = np.split(np.argsort(source_of, kind="stable"), ends[:-1])
+        records_of = [self._rows[pairs] - first for pairs, first in zip(pairs_of, self._bounds, strict=False)]
+        distinct_of = [np.unique(records) for records in records_of]
+        total, done = sum(len(records) for records in distinct_of), 0
+
+        def show(records_read: int, _: int) -> None:
+            assert progress is not None
+            progress(done + records_read, total)
+
+        for file, pairs, records, distinct in zip(self._files, pairs_of, records_of, distinct_of, strict=True):
+            wait = None if waiting is None else functools.partial(waiting, file.path)
+            index = file.index(distinct, self.need_rejected, None if progress is None else show, wait)
+            rows = index.find(records)
+            assert rows is not None
+            yield ScannedSource(file.name, pairs, index.take(rows))
+            done += len(distinct)
+        _add_notice(self._cache, self.notices)
 
     def common_root(self) -> str:
-        """The deepest folder above all image roots."""
+        """Return the deepest folder above all image roots."""
         return os.path.commonpath([os.path.normpath(file.image_root) for file in self._files])
 
 
-def _note_trouble(cache: Cache, notices: list[str]) -> None:
-    """The cache's notice, once."""
-    trouble = cache.notice()
-    if trouble is not None and trouble not in notices:
-        notices.append(trouble)
-
-
-def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
-    progress(before + done, total)
+def _add_notice(cache: Cache, notices: list[str]) -> None:
+    """Add the cache's notice, once."""
+    notice = cache.notice()
+    if notice is not None and notice not in notices:
+        notices.append(notice)
 
 
 def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: bool = True) -> PairDataset:
-    """Opens the files named by ``specs``. Reads each for its line offsets, unless the cache has them; parses no record.
+    """Open the files named by ``specs``. Reads each to find its records, unless the cache has them.
 
     Args:
         specs: the sources, in order; a repeated source's pairs follow each other, repeat after repeat.
-        seed: decides which pairs make up the fraction of a ``repeat`` that is not whole; the draw of one source does
-            not depend on the others.
-        need_rejected: False for supervised fine-tuning, where ``rejected`` may be absent or anything.
+        seed: draws the pairs for the fractional part of a ``repeat``; each source is drawn independently of the others.
+        need_rejected: False for supervised fine-tuning, for which ``rejected`` may be absent or anything.
 
     Raises:
         DataError: a file or folder that does not exist (every path tried is named), a malformed meta.json, a bad
@@ -250,7 +279,7 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
     files: list[_Source] = []
     rows: list[Indices] = [np.empty(0, np.int64)]
     records_before = 0
-    for spec in itertools.chain.from_iterable(file_specs(named, notices) for named in specs):
+    for spec in itertools.chain.from_iterable(file_specs(source, notices) for source in specs):
         file = _Source(spec, _free_name(spec.name, {file.name for file in files}), cache)
         if spec.declared_length is not None and spec.declared_length != len(file):
             notices.append(f"{file.name}: meta.json says length {spec.declared_length}, {file.path} has {len(file)}")
@@ -260,15 +289,15 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
         files.append(file)
         rows.append(drawn + records_before)
         records_before += len(file)
-    _note_trouble(cache, notices)
+    _add_notice(cache, notices)
     dataset = PairDataset(files, np.concatenate(rows), need_rejected, notices, cache)
     if not len(dataset):
-        raise DataError(f"no pair in {', '.join(named.path for named in specs) or 'the data: no source is named'}")
+        raise DataError(f"no pair in {', '.join(source.path for source in specs) or 'the data: no source is named'}")
     return dataset
 
 
 def _free_name(name: str, taken: set[str]) -> str:
-    """``name``, or ``name-2``, ``name-3``, ...: counts and metrics of two sources must not run together."""
+    """Return ``name``, or ``name-2``, ``name-3``, ...: counts and metrics of two sources must stay apart."""
     free, number = name, 1
     while free in taken:
         number += 1
@@ -277,7 +306,7 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 def _repeated(records: int, repeat: float, seed: str) -> Indices:
-    """Record numbers for ``repeat`` passes: whole ones, then a seeded subset, in file order, for the fraction."""
+    """Return record numbers for ``repeat`` passes: whole ones, then a seeded subset in file order for the fraction."""
     total = round(records * repeat)
     whole, rest = divmod(total, records) if records else (0, 0)
     generator = np.random.default_rng(stable_hash(seed))

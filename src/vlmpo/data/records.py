@@ -1,17 +1,22 @@
-"""The records everything starts from. Frozen, free of torch, each with a JSON round trip."""
+"""Pairs, questions, responses and verdicts, and how their fields are read from JSON. Free of torch."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from vlmpo.errors import RecordError
+
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
+BOM = b"\xef\xbb\xbf"  # UTF-8 byte order mark, which a JSON file may begin with
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of the prompt. ``text`` holds one ``<image>`` or ``<video>`` placeholder wherever one stands."""
+    """One turn of the prompt. ``text`` holds ``<image>`` or ``<video>`` at the place of each image or video."""
 
     role: str
     text: str
@@ -19,18 +24,18 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """One prompt, a preferred and a rejected response.
+    """One prompt with a preferred and a rejected response.
 
     Attributes:
-        prompt: the turns before the scored response, images marked by ``<image>`` in order of ``images``.
-        images: one source an image: a path, encoded bytes, or a PIL image.
-        chosen: the preferred response.
-        rejected: the other one; None in supervised fine-tuning data.
-        source: name of the data set it belongs to; metrics are also reported by it.
+        prompt: turns before the scored response, with an ``<image>`` for each of ``images``, in order.
+        images: a path, encoded bytes or a PIL image for each.
+        chosen: preferred response.
+        rejected: the other response; None in supervised fine-tuning data.
+        source: name of its data set; metrics are also reported by it.
         origin: ``file:line`` it was read from, for messages.
-        max_tiles: tiles per pair its data set allows; None leaves it to the recipe.
-        metadata: whatever else the record held.
-        videos: one source a video, a path or encoded bytes, marked by ``<video>`` in order; read as frames.
+        max_tiles: limit of tiles per pair set by its data set; None leaves it to the recipe.
+        metadata: all other fields of the record.
+        videos: a path or encoded bytes for each ``<video>``, in order; read as frames.
     """
 
     prompt: tuple[Message, ...]
@@ -44,7 +49,7 @@ class PreferencePair:
     videos: tuple[Any, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; refuses images and videos that are not paths, since JSON has no place for them."""
+        """Return plain JSON values. Raises TypeError for an image or video that is not a path."""
         for medium in (*self.images, *self.videos):
             if not isinstance(medium, str):
                 raise TypeError(f"only paths have a JSON form, this pair holds a {type(medium).__name__}")
@@ -62,7 +67,7 @@ class PreferencePair:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> PreferencePair:
-        """Inverse of :meth:`to_json`."""
+        """Return the pair that :meth:`to_json` gave ``record`` for."""
         fields = dict(record)
         fields["prompt"] = tuple(Message(m["role"], m["text"]) for m in record["prompt"])
         fields["images"], fields["videos"] = tuple(record["images"]), tuple(record.get("videos", ()))
@@ -71,15 +76,15 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with its true answer: what preference pairs are built from, and what models are tested on.
+    """A question with its true answer, from which pairs are built or on which a model is evaluated.
 
     Attributes:
         id: unique in its file; by default a hash of the content.
-        images: one source an image: a path, encoded bytes, or a PIL image.
-        question: the text, ``<image>`` where an image stands (one image and none written: it goes first).
-        answer: the truth.
-        verifier: how a response is held against it; None leaves it to the recipe.
-        split: e.g. ``train`` or ``test``; None where the data have none.
+        images: a path, encoded bytes or a PIL image for each.
+        question: text with an ``<image>`` for each image.
+        answer: the true answer.
+        verifier: name of the verifier that compares responses with it; None leaves it to the recipe.
+        split: e.g. ``train`` or ``test``; None if the data have no splits.
         origin: ``file:line`` it was read from, for messages.
     """
 
@@ -97,11 +102,12 @@ class Response:
     """One sampled answer to a question.
 
     Attributes:
-        question_id, sample_index: which sample of which question.
-        text: without the end-of-turn token.
+        question_id: id of the question.
+        sample_index: number of the sample among those of the question.
+        text: the answer without its end-of-turn token.
         finish_reason: ``stop`` (the model ended its turn) or ``length`` (cut at the token limit).
-        model: who answered.
-        settings: how it was sampled: temperature, top_p, max_new_tokens, seed, prompt style.
+        model: name of the model.
+        settings: sampling settings: temperature, top_p, max_new_tokens, seed, prompt style.
     """
 
     question_id: str
@@ -112,25 +118,66 @@ class Response:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Response:
-        """Inverse of :meth:`to_json`."""
+        """Return the response that :meth:`to_json` gave ``record`` for."""
         return cls(**record)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verifier says of a response: never a guess.
+    """A verifier's judgement of a response; never a guess.
 
     Attributes:
-        status: ``correct``, ``wrong``, or ``unparsed`` where no final answer could be read from the response.
-        parsed: the final answer as read from the response; None when unparsed.
-        verifier: the one that decided.
+        status: ``correct``, ``wrong``, or ``unparsed`` if no final answer could be read from the response.
+        parsed: final answer as read from the response; None if unparsed.
+        verifier: name of the verifier that decided.
     """
 
     status: Literal["correct", "wrong", "unparsed"]
     parsed: str | None
     verifier: str
+
+
+# ---- fields of JSON records ----
+
+
+def json_object(raw: bytes, origin: str, unit: str = "line") -> dict[str, Any]:
+    """Parse one line (or another ``unit``) of JSON. Raises RecordError ``bad_json`` if it is not an object."""
+    remedy = "write one JSON object a line" if unit == "line" else "write a JSON object"
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        detail = f"the {unit} is not valid JSON in UTF-8 ({error}); {remedy}"
+        raise RecordError("bad_json", origin, detail) from error
+    if not isinstance(record, dict):
+        raise RecordError("bad_json", origin, f"the {unit} holds {json_kind(record)}; {remedy}")
+    return record
+
+
+def text_field(record: Mapping[str, Any], key: str, origin: str) -> str:
+    """Return the string under ``key``. Raises RecordError ``missing_field``, or see :func:`checked_text`."""
+    value = record.get(key)
+    if not isinstance(value, str):
+        what = f"must be a string, not {json_kind(value)}" if key in record else "is missing"
+        raise RecordError("missing_field", origin, f"`{key}` {what}")
+    return checked_text(value, key, origin)
+
+
+def checked_text(value: str, key: str, origin: str) -> str:
+    """Return ``value``. Raises RecordError ``bad_json`` if it holds half of a surrogate pair."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # "\ud83d" alone is JSON, but no tokenizer takes it
+        detail = f"`{key}` holds half of a surrogate pair at character {error.start}; write the whole character"
+        raise RecordError("bad_json", origin, detail) from error
+    return value
+
+
+def json_kind(value: Any) -> str:
+    """Return the JSON name of a value's type, for messages."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -30,7 +30,6 @@ from vlmpo.train.batching import Batch, MicroBatch
 from vlmpo.train.logps_store import ReferenceStore, Scored, content_key
 from vlmpo.train.reference import CopyReference, Reference, freeze, weights_hash
 from vlmpo.train.sharding import all_gather_object, passes_are_shared, prepare_frozen
-from vlmpo.tree.layout import PackedRow
 
 # Of a config, what decides no log-prob: where the model is from, how it is stored, how it generates.
 _IDLE_SETTINGS = frozenset(
@@ -127,9 +126,14 @@ class CachedReference:
         dummies = [0.0] * (micro_batch.num_responses - len(values))
         return torch.tensor([*values, *dummies], dtype=torch.float64, device=micro_batch.chosen.device)
 
-    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
-        """Return ``[scored of all rows]`` of the model: the store keeps sums only."""
-        return self.load().token_logps(rows)
+    def stop_sharing(self) -> None:
+        """Pass it on to the model, if it is in memory; a model that is loaded later asks for itself."""
+        if self._model is not None:
+            self._model.stop_sharing()
+
+    def tower_owner(self) -> Any | None:
+        """Return None: the store reads no images."""
+        return None
 
     def weights_hash(self) -> str:
         """Return a hash of the reference's weights."""

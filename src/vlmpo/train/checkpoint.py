@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlmpo.errors import ModelError, RunError
 from vlmpo.fileio import replace_json
+from vlmpo.loss import RewardShift
 from vlmpo.models.adapters import active_adapter, is_peft, take_over
+from vlmpo.train.counts import PairCounts
 
 STATE_FILE = "vlmpo_state.json"  # written last: a checkpoint that has it is complete
 
@@ -44,13 +47,34 @@ def adapter_folder(model: Any, checkpoint: str | os.PathLike[str]) -> Path:
     return Path(checkpoint) if name == "default" else Path(checkpoint) / name
 
 
-def write_state(checkpoint: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write MPO's own state into a checkpoint: the last file of it, put there in one move."""
+def write_state(
+    checkpoint: str | os.PathLike[str],
+    *,
+    reward_shift: RewardShift,
+    reference_hash: str | None,
+    pair_counts: PairCounts,
+    learning_rates: Mapping[str, float] | None,
+) -> None:
+    """Write MPO's own state into a checkpoint: the last file of it, put there in one move.
+
+    Args:
+        checkpoint: its folder.
+        reward_shift: delta.
+        reference_hash: of the reference's weights; None without a reference.
+        pair_counts: of all ranks.
+        learning_rates: by part, if any.
+    """
+    state = {
+        "reward_shift": reward_shift.state_dict(),
+        "reference_hash": reference_hash,
+        "accounts": pair_counts.to_json(),
+        "learning_rates": learning_rates or None,
+    }
     replace_json(Path(checkpoint) / STATE_FILE, state)
 
 
 def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """MPO's own state. Raises RunError where the checkpoint has none: it is not ours, or was cut short."""
+    """Return MPO's own state. Raises RunError if the checkpoint has none: it is not ours, or was cut short."""
     file = Path(checkpoint) / STATE_FILE
     if not file.is_file():
         raise RunError(
@@ -58,6 +82,37 @@ def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
             "name another one in training.resume_from_checkpoint"
         )
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check_rates(checkpoint: str | os.PathLike[str], learning_rates: Mapping[str, float] | None) -> None:
+    """Raise RunError if the checkpoint was trained with other rates by part."""
+    before, now = read_state(checkpoint).get("learning_rates"), learning_rates or None
+    if before != now:
+        raise RunError(
+            f"{checkpoint} was trained with training.learning_rates {before}, this run has {now}; "
+            "the optimizer goes on with the rates it had, so give the same"
+        )
+
+
+def restore_state(
+    checkpoint: str | os.PathLike[str], *, reward_shift: RewardShift, reference_hash: str | None
+) -> PairCounts:
+    """Restore delta from a checkpoint, and return its pair counts.
+
+    Raises:
+        RunError: the checkpoint was trained against another reference, or with another mode of delta.
+    """
+    state = read_state(checkpoint)
+    if state["reference_hash"] != reference_hash:
+        raise RunError(
+            f"{checkpoint} was trained against a different reference model; start from the same initial model "
+            "(a resumed policy must not become its own reference)"
+        )
+    try:
+        reward_shift.load_state_dict(state["reward_shift"])
+    except ValueError as error:
+        raise RunError(f"{checkpoint}: {error}") from error
+    return PairCounts.from_json(state["accounts"])
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:

@@ -1,4 +1,7 @@
-"""The model card of a run: what was trained, on what, how, and what came of it. Names only: no path, no secret."""
+"""Write the model card of a run: what was trained, on what, how, and with which results.
+
+It holds names, but no path and no secret.
+"""
 
 from __future__ import annotations
 
@@ -10,278 +13,235 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import yaml
 
 from vlmpo import compat
 from vlmpo.models.adapters import is_peft, unwrap_peft
-from vlmpo.train.citations import citations, method
-from vlmpo.train.counts import PairCounts
 from vlmpo.train.reference import AdapterReference
 
-if TYPE_CHECKING:
-    from vlmpo.train.trainer import MPOTrainer as ChoosingTrainer
-
 CARD_FILE = "README.md"
-_TEMPLATE = "model_card.md.jinja"
 _PACKAGES = ("vlmpo", "torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "tokenizers", "pillow")
 _PROGRESS = ("loss", "loss/sigmoid", "loss/bco_pair", "loss/nll", "rewards/accuracies", "rewards/margins")
 _INTERVALS = (("rewards/accuracies", "{:.3f} [{:.3f}, {:.3f}]"), ("rewards/margins", "{:+.3f} [{:+.3f}, {:+.3f}]"))
 
+# By the terms that are on: the objective's name, and tags. It is MPO only with all three.
+OBJECTIVES: dict[frozenset[str], tuple[str, list[str]]] = {
+    frozenset({"sigmoid", "bco_pair", "nll"}): ("Mixed Preference Optimization (MPO)", ["mpo"]),
+    frozenset({"sigmoid", "nll"}): ("Direct Preference Optimization with an NLL term (DPO+)", ["dpo"]),
+    frozenset({"sigmoid"}): ("Direct Preference Optimization (DPO)", ["dpo"]),
+    frozenset({"bco_pair", "nll"}): ("Binary Classifier Optimization with an NLL term (BCO+)", ["bco"]),
+    frozenset({"bco_pair"}): ("Binary Classifier Optimization (BCO)", ["bco"]),
+    frozenset({"sigmoid", "bco_pair"}): ("a mix of DPO and BCO without an NLL term", ["dpo", "bco"]),
+    frozenset({"nll"}): ("supervised fine-tuning (SFT)", ["sft"]),
+}
 
-@dataclass
+
+@dataclass(kw_only=True)
 class RunSummary:
-    """What a trainer does not know of its run by itself.
+    """Everything the model card states of a run.
 
     Attributes:
-        base_model: path or Hub name; None: as the model's config has it.
-        data: by data set, ``read``, ``used``, ``held_out``, ``dropped`` by reason, ``not_reached``; None: from
-            ``pair_counts``.
-        datasets: data sets as the recipe names them; those that are Hub names go into the metadata.
+        title: of the card.
+        location: the model's name on the Hub, or of the run folder.
+        base_model: path or Hub name of the model that training started from, if known.
+        adapter: whether the result is an adapter.
+        reads_images: whether the model is an image-text-to-text model.
+        processor_class: that loads its processor.
+        weights, beta, reward_shift, nll_reduction, label_smoothing: of the objective.
+        reference: what the rewards are measured against.
+        settings: rows of the table of settings.
+        log_history: what was logged while training.
+        final_step: the optimizer step of the final weights.
+        best_by: the metric that chose them and its value; None: they are those of the last step.
+        ema: ``decay`` and ``step`` of the averaged weights, if there are any.
+        data: by data set, ``used`` and ``dropped`` (by reason) and, if counted, ``read``, ``held_out``,
+            ``not_reached``.
+        datasets: names of the data sets; those on the Hub go into the metadata.
         results: metrics of each evaluation set after training, by its name, which is their prefix.
-        pair_counts: of the pairs training met.
     """
 
-    base_model: str | None = None
-    data: Mapping[str, Mapping[str, Any]] | None = None
+    title: str
+    location: str
+    base_model: str | None
+    adapter: bool
+    reads_images: bool
+    processor_class: str
+    weights: Mapping[str, float]
+    beta: float
+    reward_shift: str
+    nll_reduction: str
+    label_smoothing: float
+    reference: str
+    settings: Sequence[tuple[str, Any]]
+    log_history: Sequence[Mapping[str, Any]]
+    final_step: int
+    best_by: tuple[str, float] | None = None
+    ema: Mapping[str, Any] | None = None
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    pair_counts: PairCounts = field(default_factory=PairCounts)
 
 
 def package_versions() -> dict[str, str | None]:
-    """Python and the packages a run rests on; None: not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    """Return the versions of Python and of the packages a run depends on; None if one is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 def hub_name(path: str | None) -> str | None:
-    """``path`` if it is a name on the Hub, ``owner/name``, and nothing on this disk."""
+    """Return ``path`` if it is a name on the Hub, ``owner/name``, and not a path on this disk; else None."""
     if path is None or os.path.exists(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
         return None
     return None if re.search(r"\.(jsonl?|parquet|ya?ml|csv|txt)(\.gz)?$", path) else path
 
 
-def model_card(
-    trainer: ChoosingTrainer, given: Mapping[str, Any], title: str | None = None, base_model: str | None = None
-) -> str:
-    """The card as Markdown with its YAML head.
+def model_card(run: RunSummary, given: Mapping[str, Any]) -> str:
+    """Return the card as Markdown with a YAML head.
 
     Args:
-        trainer: a trainer whose training is over; its ``facts`` are told too.
-        given: metadata from outside (``license``, ``language``, ``datasets``, ``tags``); empty values stay out.
-        title, base_model: instead of the run folder's name and of what the facts say.
+        run: which is over.
+        given: further metadata (``license``, ``language``, ``datasets``, ``tags``); empty values are left out.
     """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    template = environment.from_string(files("vlmpo.train").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
-    base = base_model or trainer.facts.base_model or compat.name_or_path(unwrap_peft(trainer.model).config)
-    base = hub_name(base) or (Path(base).name if base else None)
-    final = trainer.final_model()
+    environment.filters["cell"] = _cell
+    template = environment.from_string(files("vlmpo.train").joinpath("model_card.md.jinja").read_text(encoding="utf-8"))
+    logs = [entry for entry in run.log_history if "loss" in entry] or [{}]
+    first, last = logs[0], logs[-1]
     return template.render(
-        metadata=yaml.safe_dump(_metadata(trainer, given, hub_name(base)), sort_keys=True, allow_unicode=True),
-        title=title or Path(trainer.args.output_dir).absolute().name,
-        base_model=base,
+        run=run,
+        metadata=yaml.safe_dump(_metadata(run, given), sort_keys=True, allow_unicode=True),
+        base_model=hub_name(run.base_model) or (Path(run.base_model).name if run.base_model else None),
+        auto_class="AutoModelForImageTextToText" if run.reads_images else "AutoModelForCausalLM",
+        objective=OBJECTIVES[frozenset(run.weights)][0],
+        progress=[(name, first[name], last[name]) for name in _PROGRESS if name in first and name in last],
+        first_step=first.get("step"),
+        last_step=last.get("step"),
+        results=[row for name, metrics in run.results.items() for row in _result_rows(name, metrics)],
+        answers=_answers(run),
         versions=package_versions(),
-        weights_remark=_weights_remark(final),
-        ema=final.get("ema"),
-        citations=citations(trainer.args.weights),
-        **_loading(trainer, base),
-        **_objective(trainer, base),
-        **_data_and_training(trainer),
-        **_results(trainer),
     )
 
 
-# ---- head and loading ----
-
-
-def _metadata(trainer: ChoosingTrainer, given: Mapping[str, Any], base: str | None) -> dict[str, Any]:
-    adapter, (_, _, tags) = is_peft(trainer.model), method(trainer.args.weights)
-    more = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or ())
-    datasets = given.get("datasets") or [name for name in map(hub_name, trainer.facts.datasets) if name]
+def _metadata(run: RunSummary, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the head's values; keys as the Hub defines them."""
+    base, (_, tags) = hub_name(run.base_model), OBJECTIVES[frozenset(run.weights)]
+    datasets, more_tags = given.get("datasets"), given.get("tags") or ()
+    tags = ["vlmpo", *tags, *(["lora"] if run.adapter else [])]
+    tags += [more_tags] if isinstance(more_tags, str) else more_tags
     head = {
         "base_model": base,
-        "base_model_relation": ("adapter" if adapter else "finetune") if base else None,
-        "datasets": [datasets] if isinstance(datasets, str) else datasets,
+        "base_model_relation": ("adapter" if run.adapter else "finetune") if base else None,
+        "datasets": [datasets] if isinstance(datasets, str) else datasets or list(filter(hub_name, run.datasets)),
         "language": given.get("language"),
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": "peft" if run.adapter else "transformers",
         "license": given.get("license"),
-        "pipeline_tag": "image-text-to-text" if _reads_images(trainer) else "text-generation",
-        "tags": list(dict.fromkeys(["vlmpo", *tags, *(["lora"] if adapter else []), *more])),
+        "pipeline_tag": "image-text-to-text" if run.reads_images else "text-generation",
+        "tags": list(dict.fromkeys(tags)),
     }
     return {key: value for key, value in head.items() if value}
 
 
-def _reads_images(trainer: ChoosingTrainer) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    return unwrap_peft(trainer.model).config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-
-def _loading(trainer: ChoosingTrainer, base: str | None) -> dict[str, Any]:
-    processor = "AutoProcessor" if hasattr(trainer.processing_class, "tokenizer") else "AutoTokenizer"
-    return {
-        "adapter": is_peft(trainer.model),
-        "auto_class": "AutoModelForImageTextToText" if _reads_images(trainer) else "AutoModelForCausalLM",
-        "auto_processor": processor,
-        "where": getattr(trainer, "hub_model_id", None) or Path(trainer.args.output_dir).absolute().name,
-        "sentence": f"{f'`{base}`' if base else 'A model'} trained with {method(trainer.args.weights)[1]}.",
-    }
-
-
-def _weights_remark(final: Mapping[str, Any]) -> str:
-    if final["checkpoint"] is None:
-        return f"The weights are those of the last optimizer step, {final['step']}."
-    ((metric, value),) = final["best_by"].items()
-    return f"The weights are those of optimizer step {final['step']}, the best checkpoint by `{metric}` ({value:.4g})."
-
-
-# ---- objective, data, training ----
-
-
-def _objective(trainer: ChoosingTrainer, base: str | None) -> dict[str, Any]:
-    args, weights = trainer.args, trainer.args.weights
-    lines = []
-    if "sigmoid" in weights or "bco_pair" in weights:
-        reference = "a frozen model"
-        if isinstance(own := getattr(trainer, "reference", None), AdapterReference):
-            reference = "the model with its adapter off" if own.frozen is None else "the model under its first adapter"
-        lines.append(f"rewards: beta {args.beta:g}, against {reference}")
-    if "bco_pair" in weights:
-        lines.append(f"reward shift (delta): {args.reward_shift}")
-    if "nll" in weights:
-        lines.append(f"nll reduction: {args.nll_reduction}")
-    if "sigmoid" in weights and args.label_smoothing:
-        lines.append(f"label smoothing: {args.label_smoothing:g}")
-    name = method(weights)[1]
-    return {
-        "objective": f"{name[0].upper()}{name[1:]}: the weighted sum of these terms, each a mean over the optimizer "
-        "step's global batch.",
-        "loss_weights": {name: f"{weight:g}" for name, weight in weights.items()},
-        "loss_settings": lines,
-    }
-
-
-def _data_and_training(trainer: ChoosingTrainer) -> dict[str, Any]:
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    first, last = (logs[0], logs[-1]) if logs else ({}, {})
-    names = [name for name in _PROGRESS if name in first and name in last]
-    return {
-        "data": list(_data_rows(trainer.facts)),
-        "settings": [(name, _cell(value)) for name, value in _settings(trainer)],
-        "progress": [(name, f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names],
-        "first_step": first.get("step"),
-        "last_step": last.get("step"),
-    }
-
-
-def _data_rows(facts: RunSummary) -> Iterator[dict[str, Any]]:
-    sets = facts.data
-    if sets is None:
-        known = facts.pair_counts.to_json()
-        names = sorted({*known["used"], *known["dropped"]})
-        sets = {n: {"used": known["used"].get(n, 0), "dropped": known["dropped"].get(n, {})} for n in names}
-    for name, counts in sets.items():
-        dropped = sum(counts["dropped"].values())
-        yield {
-            "name": _cell(name),
-            "read": counts.get("read", "not counted"),
-            "used": counts["used"],
-            "held_out": counts.get("held_out", "not counted"),
-            "dropped": dropped,
-            "not_reached": counts.get("not_reached", "not counted"),
-            "reasons": ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()),
-        }
-
-
-def _settings(trainer: ChoosingTrainer) -> Iterator[tuple[str, Any]]:
-    args, state = trainer.args, trainer.state
-    batch = compat.batch_size_per_device(trainer) * args.gradient_accumulation_steps * args.world_size
-    yield "global batch", f"{batch} pairs ({args.world_size} ranks)" if args.world_size > 1 else f"{batch} pairs"
-    yield "optimizer steps", state.global_step
-    yield "epochs", f"{state.epoch or 0.0:.4g}"
-    yield "learning rate", f"{args.learning_rate:g}"
-    for part, rate in (args.learning_rates or {}).items():
-        yield f"learning rate, {part}", f"{rate:g}"
-    yield "schedule", f"{args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g} {_warmup_unit(args)}"
-    yield "optimizer", f"{args.optim.value}, weight decay {args.weight_decay:g}"
-    yield "gradient clipping", f"norm {args.max_grad_norm:g}" if args.max_grad_norm > 0 else "none"
-    kept = next((p.dtype for p in trainer.model.parameters() if p.requires_grad), None)
-    yield "trained weights kept in", str(kept).removeprefix("torch.")
-    yield "mixed precision", "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"
-    for part, (every, trained) in trainer.parameter_counts.items():
-        yield f"parameters, {part}", f"{trained:,} trained of {every:,}"
-    if is_peft(trainer.model):
-        yield "adapter", _adapter(trainer.model)
-    yield "longest pair", "no limit" if args.max_length is None else f"{args.max_length} tokens, else {args.over_long}"
-    yield "tiles", f"at most {args.max_tiles} a pair"
-    yield "prompt shared between responses", "yes" if getattr(trainer, "shared", False) else "no"
-    yield "seed", args.seed
-
-
-def _warmup_unit(args: Any) -> str:
-    return "of all steps" if 0 < args.warmup_steps < 1 else "steps"
-
-
-def _adapter(model: Any) -> str:
-    config = model.peft_config[model.active_adapter]
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    names = config.target_modules
-    targets = names if isinstance(names, str) else ", ".join(sorted(names or ()))
-    if getattr(config, "lora_alpha", None) is None:  # an adapter that is not LoRA's
-        return f"{kind}, on {targets}"
-    return f"{kind}, rank {config.r}, alpha {config.lora_alpha:g}, on {targets}"
-
-
-# ---- results ----
-
-
-def _results(trainer: ChoosingTrainer) -> dict[str, Any]:
-    rows = [row for name, metrics in trainer.facts.results.items() for row in _result_rows(name, metrics)]
-    return {"results": rows, "answers": _answers(trainer)}
-
-
 def _result_rows(name: str, metrics: Mapping[str, float]) -> Iterator[list[str]]:
+    """Yield a row for the whole evaluation set and one for each of its data sets, if there are several."""
     prefix = f"{name}_pairs/"
     sources = [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]
     for label, suffix in [("all", ""), *((source, f"/{source}") for source in sources)]:
         loss = metrics.get(f"{name}_loss{suffix}")
-        figures = [_with_interval(metrics, f"{name}_{key}", suffix, form) for key, form in _INTERVALS]
-        pairs = f"{int(metrics[f'{name}_pairs{suffix}'])}"
-        yield [_cell(name), _cell(label), pairs, "" if loss is None else f"{loss:.4f}", *figures]
+        row = [name, label, str(int(metrics[f"{name}_pairs{suffix}"])), "" if loss is None else f"{loss:.4f}"]
+        for metric, form in _INTERVALS:
+            values = [metrics.get(f"{name}_{metric}{bound}{suffix}") for bound in ("", "_low", "_high")]
+            row.append("" if None in values else form.format(*values))
+        yield row
 
 
-def _with_interval(metrics: Mapping[str, float], name: str, suffix: str, form: str) -> str:
-    values = [metrics.get(f"{name}{bound}{suffix}") for bound in ("", "_low", "_high")]
-    return "" if None in values else form.format(*values)
-
-
-def _answers(trainer: ChoosingTrainer) -> dict[str, Any] | None:
-    """Figures of the questions asked while training: at the final weights' step, else the last time."""
-    asked = [entry for entry in trainer.state.log_history if entry.get("eval_answers/items")]
-    if not asked:
-        return None
-    found = next((entry for entry in asked if entry["step"] == trainer.final_step), asked[-1])
-    accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*(found[f"eval_answers/{key}"] for key in ("accuracy", "low", "high")))
-    unparsed = f"{found['eval_answers/unparsed']:.1%}"
-    return {
-        "questions": int(found["eval_answers/items"]),
-        "step": found["step"],
-        "accuracy": accuracy,
-        "unparsed": unparsed,
-    }
+def _answers(run: RunSummary) -> Mapping[str, Any] | None:
+    """Return the logged figures of answers to questions: those at the final weights' step, else the last ones."""
+    logged = [entry for entry in run.log_history if entry.get("eval_answers/items")]
+    return next((entry for entry in logged if entry["step"] == run.final_step), logged[-1] if logged else None)
 
 
 def _cell(value: Any) -> str:
-    """``value`` on one line of a Markdown table."""
+    """Put ``value`` on one line of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")
+
+
+# ---- what the card says of a run ----
+
+
+def objective_fields(args: Any) -> dict[str, Any]:
+    """Return the fields of RunSummary that the run's MPOConfig gives."""
+    names = ("weights", "beta", "reward_shift", "nll_reduction", "label_smoothing")
+    return {"title": Path(args.output_dir).absolute().name, **{name: getattr(args, name) for name in names}}
+
+
+def describe_model(model: Any, processor: Any, reference: Any) -> dict[str, Any]:
+    """Return the fields of RunSummary that policy, processor and reference give."""
+    config = unwrap_peft(model).config
+    words = "a frozen model"
+    if isinstance(reference, AdapterReference):
+        words = "the model with its adapter off" if reference.frozen is None else "the model under its first adapter"
+    return {
+        "base_model": compat.name_or_path(config),
+        "adapter": is_peft(model),
+        "reads_images": compat.is_image_text_config(config),
+        "processor_class": "AutoProcessor" if hasattr(processor, "tokenizer") else "AutoTokenizer",
+        "reference": words,
+    }
+
+
+def training_settings(
+    args: Any, *, per_device: int, state: Any, model: Any, parameter_counts: Mapping[str, tuple[int, int]], shared: bool
+) -> list[tuple[str, Any]]:
+    """Return the rows of the table of settings.
+
+    Args:
+        args: the run's MPOConfig.
+        per_device: pairs in a batch of one rank.
+        state: transformers' TrainerState at the end of training.
+        model: the policy.
+        parameter_counts: numbers of (all, trained) parameters by part.
+        shared: whether responses share their prompt.
+    """
+    pairs_per_step = per_device * args.gradient_accumulation_steps * args.world_size
+    weights_dtype = next((p.dtype for p in model.parameters() if p.requires_grad), None)
+    adapter = model.peft_config[model.active_adapter] if is_peft(model) else None
+    ranks = f" ({args.world_size} ranks)" if args.world_size > 1 else ""
+    unit = "of all steps" if 0 < args.warmup_steps < 1 else "steps"
+    limit = "no limit" if args.max_length is None else f"{args.max_length} tokens, else {args.over_long}"
+    return [
+        ("global batch", f"{pairs_per_step} pairs{ranks}"),
+        ("optimizer steps", state.global_step),
+        ("epochs", f"{state.epoch or 0.0:.4g}"),
+        ("learning rate", f"{args.learning_rate:g}"),
+        *((f"learning rate, {part}", f"{rate:g}") for part, rate in (args.learning_rates or {}).items()),
+        ("schedule", f"{args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g} {unit}"),
+        ("optimizer", f"{args.optim.value}, weight decay {args.weight_decay:g}"),
+        ("gradient clipping", f"norm {args.max_grad_norm:g}" if args.max_grad_norm > 0 else "none"),
+        ("trained weights kept in", str(weights_dtype).removeprefix("torch.")),
+        ("mixed precision", "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"),
+        *((f"parameters, {part}", f"{trained:,} trained of {n:,}") for part, (n, trained) in parameter_counts.items()),
+        *([] if adapter is None else [("adapter", _describe_adapter(adapter))]),
+        ("longest pair", limit),
+        ("tiles", f"at most {args.max_tiles} a pair"),
+        ("prompt shared between responses", "yes" if shared else "no"),
+        ("seed", args.seed),
+    ]
+
+
+def _describe_adapter(config: Any) -> str:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    names = config.target_modules
+    targets = names if isinstance(names, str) else ", ".join(sorted(names or ()))
+    if getattr(config, "lora_alpha", None) is None:  # no LoRA
+        return f"{kind}, on {targets}"
+    return f"{kind}, rank {config.r}, alpha {config.lora_alpha:g}, on {targets}"

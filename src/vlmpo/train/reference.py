@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +23,7 @@ from vlmpo.models.adapters import (
 )
 from vlmpo.train.batching import MicroBatch
 from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
-from vlmpo.tree.forward import install, uses_shared_rows
-from vlmpo.tree.layout import PackedRow, sum_by_response
+from vlmpo.tree.forward import install, response_logps, uses_shared_rows
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
 _DROPOUT_RATES = (
@@ -40,16 +38,19 @@ _DROPOUT_RATES = (
 
 
 class Reference(Protocol):
-    """Whatever knows the reference's token log-probs of rows."""
-
-    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
-        """``[scored of all rows]``, without gradient."""
+    """Answers with the frozen reference's log-probs."""
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
-        """``[responses]`` of ``part``, summed over scored tokens, without gradient."""
+        """Return ``[responses]``, summed over scored tokens, without gradient."""
+
+    def stop_sharing(self) -> None:
+        """Read every response in a row of its own from now on."""
+
+    def tower_owner(self) -> Any | None:
+        """Return the model whose image features the policy may take; None if the reference reads no images here."""
 
     def weights_hash(self) -> str:
-        """Tells one reference's weights from another's."""
+        """Return a hash of the reference's weights."""
 
 
 class CopyReference:
@@ -59,19 +60,23 @@ class CopyReference:
         self.model = model
         self._hash: str | None = None
 
-    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
-        """``[scored of all rows]``, without gradient."""
+    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Return ``[responses]``, without gradient."""
         with torch.no_grad():
-            logps = self.model(packed_rows=rows)
+            logps = response_logps(self.model, micro_batch.rows)
         release(self.model)
         return logps
 
-    def response_logps(self, micro_batch: MicroBatch) -> Tensor:
-        """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(micro_batch.rows), micro_batch.rows)
+    def stop_sharing(self) -> None:
+        """Read every response in a row of its own from now on."""
+        install(self.tower_owner(), shared=False)
+
+    def tower_owner(self) -> Any | None:
+        """Return the model, under no wrapper."""
+        return unwrap_peft(unwrapped(self.model))
 
     def weights_hash(self) -> str:
-        """Tells one reference's weights from another's."""
+        """Return a hash of the weights, and of the adapter if there is one."""
         if self._hash is None:
             model: Any = unwrapped(self.model)
             self._hash = weights_hash(model, active_adapter(model) if is_peft(model) else None)
@@ -79,7 +84,7 @@ class CopyReference:
 
 
 class AdapterReference:
-    """The policy itself, read with its adapter switched off or a frozen one in its place: no second copy of the base.
+    """The policy itself, read with its adapter off or a frozen one in its place: no second copy of the base.
 
     Args:
         policy: a PEFT model.
@@ -91,17 +96,20 @@ class AdapterReference:
         self.frozen = frozen
         self._hash: str | None = None
 
-    def token_logps(self, rows: Sequence[PackedRow]) -> Tensor:
-        """``[scored of all rows]``, without gradient."""
-        with torch.no_grad(), use_adapter(self.policy, self.frozen):
-            return self.policy(packed_rows=rows)
-
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
-        """``[responses]`` of ``part``, without gradient."""
-        return sum_by_response(self.token_logps(micro_batch.rows), micro_batch.rows)
+        """Return ``[responses]``, without gradient."""
+        with torch.no_grad(), use_adapter(self.policy, self.frozen):
+            return response_logps(self.policy, micro_batch.rows)
+
+    def stop_sharing(self) -> None:
+        """Do nothing: the policy itself is read, and stops."""
+
+    def tower_owner(self) -> Any | None:
+        """Return the policy's own base model."""
+        return unwrap_peft(self.policy)
 
     def weights_hash(self) -> str:
-        """Tells one reference's weights from another's."""
+        """Return a hash of the base model's weights, and of the frozen adapter's if there is one."""
         self._hash = self._hash or weights_hash(self.policy, self.frozen)
         return self._hash
 

@@ -16,16 +16,23 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat
-from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
+from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.errors import RecipeError, RecordError, RunError, first_line
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
-from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch, lay_out, merge
+from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, EpochWatch, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
-from vlmpo.train.checkpoint import last_complete_checkpoint, load_weights, read_state, write_state
+from vlmpo.train.checkpoint import (
+    check_rates,
+    last_complete_checkpoint,
+    load_weights,
+    read_state,
+    restore_state,
+    write_state,
+)
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import WeightAverage
@@ -33,12 +40,17 @@ from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
 from vlmpo.train.loaders import LoaderFactory
 from vlmpo.train.metrics import StepSums, settle_best_metric, start_loss, window_metrics
-from vlmpo.train.model_card import CARD_FILE, RunSummary, model_card
+from vlmpo.train.model_card import (
+    CARD_FILE,
+    RunSummary,
+    describe_model,
+    model_card,
+    objective_fields,
+    training_settings,
+)
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.reference import (
-    AdapterReference,
-    CopyReference,
     Reference,
     online_reference,
     switch_dropout_off,
@@ -51,10 +63,10 @@ from vlmpo.train.sharding import (
     prepare_to_score,
     whole_state_dict,
 )
+from vlmpo.train.start_check import shared_rows_hold
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
-from vlmpo.tree.self_check import check_rows
 
 
 class MPOTrainer(Trainer):
@@ -81,7 +93,8 @@ class MPOTrainer(Trainer):
         average: of the weights, if ``ema_decay`` is set.
         parameter_counts: numbers of (all, trained) parameters by part.
         extra_evaluations: called at every evaluation without a data set of its own; return further metrics.
-        facts: what the model card says beyond what the trainer knows itself.
+        trained_pairs: what became of the pairs of all ranks, once training is over.
+        card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model.
@@ -138,7 +151,8 @@ class MPOTrainer(Trainer):
         self.clock = StepClock()
         self.pair_counts = PairCounts()
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
-        self.facts = RunSummary()
+        self.card_fields: dict[str, Any] = {}
+        self.trained_pairs = PairCounts()
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
         super().__init__(
             model=model,
@@ -163,7 +177,9 @@ class MPOTrainer(Trainer):
             self.optimizer,
             self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None,
         )
-        self.average = self._start_average()
+        self.average = WeightAverage.for_run(args.ema_decay, self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if self.average is not None:
+            self.add_callback(self.average)
         self.loaders = LoaderFactory(
             args,
             encoder=self.encoder,
@@ -226,50 +242,31 @@ class MPOTrainer(Trainer):
         return reference
 
     def _share_frozen_tower(self) -> None:
-        """Let the policy take image features from its reference, if its vision tower is frozen and equal.
+        """Let the policy take image features from its reference if its vision tower is frozen and equal.
 
-        Not under FSDP or DeepSpeed, whose hooks would miss a tower that is called outside of its model's forward, nor
-        with log-probs from a store, which reads no images. Decided anew when other weights are loaded.
+        Not under FSDP or DeepSpeed, whose hooks would miss a tower that is called outside of its model's forward.
+        Decided anew when other weights are loaded.
         """
-        policy = unwrap_peft(self.model)
-        if isinstance(self.reference, AdapterReference):
-            other = policy
-        elif isinstance(self.reference, CopyReference):
-            other = unwrap_peft(self.accelerator.unwrap_model(self.reference.model))
-        else:
-            return
-        share_features(policy, other, share=not self.ranks.share_passes)
+        owner = None if self.reference is None else self.reference.tower_owner()
+        if owner is not None:
+            share_features(unwrap_peft(self.model), owner, share=not self.ranks.share_passes)
 
     def _check_rows(self) -> None:
-        """Read one real pair as the run does and as the model does; if shared rows differ, share no more.
-
-        Raises:
-            ModelError: even separate rows are not what the model itself says.
-        """
-        data = EncodedPairs(self.train_dataset, self.loader_encoder)
-        usable = (item for item in map(data.__getitem__, range(len(data))) if isinstance(item, EncodedPair))
-        pair = max(itertools.islice(usable, 8), key=lambda item: bool(item.vision), default=None)  # an image, if any
-        if pair is None:
-            return
-        shared, separate = (self._prepare_inputs(lay_out([pair], shared)).rows for shared in (True, False))
-        difference = check_rows(
-            unwrap_peft(self.model),
-            shared if self.data_collator.shared else None,
-            separate,
+        """Stop sharing prompts if shared rows differ from separate ones; see :func:`shared_rows_hold`."""
+        policy = unwrap_peft(self.model)
+        hold = shared_rows_hold(
+            EncodedPairs(self.train_dataset, self.loader_encoder),
+            policy,
+            shared=self.shared,
+            prepare=self._prepare_inputs,
             half=self.args.bf16 or self.args.fp16,
             wrapped=self.model_wrapped if self.ranks.share_passes else None,
         )
-        if difference is None:
-            return
-        logger.info(
-            f"NOT sharing the prompt between responses: on {pair.origin or 'the first pair'} shared and separate rows "
-            f"differ by {difference:.3g} nats a token. Each response is read in a row of its own."
-        )
-        self.data_collator.shared = False
-        install(unwrap_peft(self.model), shared=False)
-        reference = self.reference.model if isinstance(self.reference, CachedReference) else self.reference
-        if isinstance(reference, CopyReference):
-            install(unwrap_peft(self.accelerator.unwrap_model(reference.model)), shared=False)
+        if not hold:
+            self.data_collator.shared = False
+            install(policy, shared=False)
+            if self.reference is not None:
+                self.reference.stop_sharing()
 
     # ---- data ----
 
@@ -298,13 +295,17 @@ class MPOTrainer(Trainer):
 
     def _count_pairs(self, batches: list[Batch]) -> RecordError | None:
         """Count what became of the pairs; return the error of a bad record if it is to end the run."""
-        for unusable in itertools.chain.from_iterable(batch.dropped for batch in batches):
-            if self._fail_on_bad:
-                return unusable.error
-            if self.pair_counts.is_news(unusable.error):
-                logger.info(f"dropped: {unusable.error}")
-        if (self.state.epoch or 0.0) < 1.0:  # every pair comes once an epoch: the first one counts them
-            self.pair_counts.add(batches)
+        first_epoch = (self.state.epoch or 0.0) < 1.0  # every pair comes once an epoch
+        for batch in batches:
+            for unusable in batch.dropped:
+                if self._fail_on_bad:
+                    return unusable.error
+                if self.pair_counts.add_example(unusable.error.reason, str(unusable.error)):
+                    logger.info(f"dropped: {unusable.error}")
+                if first_epoch:
+                    self.pair_counts.drop(unusable.source, unusable.error)
+            if first_epoch:
+                self.pair_counts.used.update(source for part in batch.micro_batches for source in part.sources)
         return None
 
     # ---- one step ----
@@ -548,23 +549,11 @@ class MPOTrainer(Trainer):
 
     # ---- averaged weights, the best checkpoint ----
 
-    def _start_average(self) -> WeightAverage | None:
-        if not self.args.ema_decay:
-            return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise RecipeError(
-                "training.ema_decay: an average is kept of whole weights, and FSDP and DeepSpeed hold parts of them; "
-                "leave ema_decay out, or train data-parallel (DDP)"
-            )
-        average = WeightAverage(self.args.ema_decay)
-        self.add_callback(average)
-        return average
-
     def save_average(self, folder: str | os.PathLike[str]) -> None:
         """Save the model with the averaged weights, and the processor, as a model folder of its own."""
         if self.average is None or not self.average.averages:
             raise RunError("there is no average to save: set ema_decay, and train")
-        with self.average.in_place_of(self.model):
+        with self.average.applied_to(self.model):
             self.save_model(os.fspath(folder), _internal_call=True)
         if self.args.should_save:
             (Path(folder) / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which is a form to fill in
@@ -632,12 +621,12 @@ class MPOTrainer(Trainer):
         else:
             self._check_rows()
         self.settle_best_metric()
-        if checkpoint:
-            self._check_checkpoint(checkpoint)
         if self.average is not None:
-            self.average.resume_from = checkpoint
+            self.average.start_from(checkpoint)
+        if checkpoint:
+            check_rates(checkpoint, self.args.learning_rates)
         output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        self.facts.pair_counts = self.all_pair_counts()
+        self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             logger.info(
                 f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
@@ -662,26 +651,20 @@ class MPOTrainer(Trainer):
 
     def _save_state(self, checkpoint: str) -> None:
         """Write our own part of a checkpoint, the file that marks it complete last."""
-        state = {
-            "reward_shift": self.reward_shift.state_dict(),
-            "reference_hash": None if self.reference is None else self.reference.weights_hash(),
-            "accounts": self.all_pair_counts().to_json(),
-            "learning_rates": self.args.learning_rates or None,
-        }
+        reference_hash, pair_counts = self._reference_hash(), self.all_pair_counts()
         if self.args.should_save:
             if self.average is not None:
                 self.average.save(checkpoint)
-            write_state(checkpoint, state)
-
-    def _check_checkpoint(self, checkpoint: str) -> None:
-        if self.average is not None:
-            self.average.check(checkpoint)
-        before, now = read_state(checkpoint).get("learning_rates"), self.args.learning_rates or None
-        if before != now:
-            raise RunError(
-                f"{checkpoint} was trained with training.learning_rates {before}, this run has {now}; "
-                "the optimizer goes on with the rates it had, so give the same"
+            write_state(
+                checkpoint,
+                reward_shift=self.reward_shift,
+                reference_hash=reference_hash,
+                pair_counts=pair_counts,
+                learning_rates=self.args.learning_rates,
             )
+
+    def _reference_hash(self) -> str | None:
+        return None if self.reference is None else self.reference.weights_hash()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
         self._load_state(resume_from_checkpoint)
@@ -693,19 +676,10 @@ class MPOTrainer(Trainer):
 
     def _load_state(self, checkpoint: str) -> None:
         """Restore delta and pair counts; raise RunError if the checkpoint was trained against another reference."""
-        state = read_state(checkpoint)
-        reference_hash = None if self.reference is None else self.reference.weights_hash()
-        if state["reference_hash"] != self.ranks.all_gather(reference_hash)[0]:
-            raise RunError(
-                f"{checkpoint} was trained against a different reference model; start from the same initial model "
-                "(a resumed policy must not become its own reference)"
-            )
-        try:
-            self.reward_shift.load_state_dict(state["reward_shift"])
-        except ValueError as error:
-            raise RunError(f"{checkpoint}: {error}") from error
+        first_hash = self.ranks.all_gather(self._reference_hash())[0]
+        pair_counts = restore_state(checkpoint, reward_shift=self.reward_shift, reference_hash=first_hash)
         if self.accelerator.is_main_process:  # one rank carries the counts on, so that they add up
-            self.pair_counts = PairCounts.from_json(state["accounts"])
+            self.pair_counts = pair_counts
 
     def _load_best_model(self) -> None:
         self.accelerator.wait_for_everyone()  # the first rank may still be writing the last checkpoint
@@ -752,8 +726,31 @@ class MPOTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         given = {"language": language, "license": license, "datasets": dataset_tags, "tags": tags}
-        text = model_card(self, given, title=model_name, base_model=finetuned_from)
+        named = {name: value for name, value in (("title", model_name), ("base_model", finetuned_from)) if value}
+        text = model_card(self.run_summary(**named), given)
         (Path(self.args.output_dir) / CARD_FILE).write_text(text, encoding="utf-8")
+
+    def run_summary(self, **fields: Any) -> RunSummary:
+        """Summarise the run for its model card; ``card_fields`` and ``fields`` go before what the trainer knows."""
+        final = self.final_model()
+        known = {
+            **describe_model(self.model, self.processing_class, self.reference),
+            "location": getattr(self, "hub_model_id", None) or Path(self.args.output_dir).absolute().name,
+            "settings": training_settings(
+                self.args,
+                per_device=compat.batch_size_per_device(self),
+                state=self.state,
+                model=self.model,
+                parameter_counts=self.parameter_counts,
+                shared=self.shared,
+            ),
+            "log_history": self.state.log_history,
+            "final_step": final["step"],
+            "best_by": next(iter(final.get("best_by", {}).items()), None),
+            "ema": final.get("ema"),
+            "data": self.trained_pairs.by_source(),
+        }
+        return RunSummary(**{**objective_fields(self.args), **known, **self.card_fields, **fields})
 
 
 def _shares_prompts(args: MPOConfig, model: Any) -> bool:
@@ -768,4 +765,4 @@ def _hub_errors(remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"training.push_to_hub: {first_line(error)}; {remedy}") from error
+        raise RunError(f"training.push_to_hub: {first_line(error)} ({remedy})") from error

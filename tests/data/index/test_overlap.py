@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmpo.data.index.overlap import Item, find_overlap
+from vlmpo.data.index.overlap import Item, Overlap, find_overlaps
+
+
+def find_overlap(training: list[Item], evaluation: list[Item]) -> Overlap:
+    return find_overlaps(training, {"test": evaluation})["test"]
 
 
 def test_overlap_goes_by_content_not_by_name(tmp_path: Path) -> None:

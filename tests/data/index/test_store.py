@@ -13,17 +13,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from vlmpo.data import dataset as sources
 from vlmpo.data.dataset import PairDataset, open_pairs
-from vlmpo.data.index import filter as screening
-from vlmpo.data.index import presence
-from vlmpo.data.index import scan as survey
-from vlmpo.data.index import store as cache
+from vlmpo.data.index import filter, scan, store
 from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, Overlap, find_overlaps
-from vlmpo.data.index.record_index import RecordIndex, Strings
+from vlmpo.data.index.record_index import SCHEMA, Medium, RecordIndex, index_table
 from vlmpo.data.index.store import Cache, Stamp, cache_folder
 from vlmpo.data.readers.spec import SourceSpec
 
@@ -32,21 +30,21 @@ from vlmpo.data.readers.spec import SourceSpec
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder in which data sets of any size are kept."""
     monkeypatch.setenv("VLMPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "MIN_BYTES", 0)
+    monkeypatch.setattr(store, "MIN_BYTES", 0)
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of records each time a source is surveyed by reading it."""
+    """Grows by the number of records each time a source is scanned by reading it."""
     seen: list[int] = []
-    real = survey._facts
+    real = scan._read_records
 
-    def counted(source: Any, records: Any, need_rejected: bool) -> RecordIndex:
+    def counted(source: Any, records: Any, need_rejected: bool) -> pa.RecordBatch:
         seen.append(len(records))
         return real(source, records, need_rejected)
 
-    monkeypatch.setattr(survey, "_facts", counted)
+    monkeypatch.setattr(scan, "_read_records", counted)
     return seen
 
 
@@ -115,7 +113,7 @@ def everything(specs: list[SourceSpec], **options: Any) -> dict[str, Any]:
 def from_the_start(specs: list[SourceSpec], **options: Any) -> dict[str, Any]:
     """The same with no cache at all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "MIN_BYTES", 1 << 60)
+        patch.setattr(store, "MIN_BYTES", 1 << 60)
         return everything(specs, **options)
 
 
@@ -134,7 +132,7 @@ def test_the_second_opening_finds_the_same_and_reads_nothing(tmp_path: Path, fol
     reads.clear()
     assert everything(specs) == expected
     assert reads == []
-    assert sorted({path.name.split("-")[0] for path in folder.glob("*.bin")}) == ["array", "facts", "lines"]
+    assert sorted({path.name.split("-")[0] for path in folder.glob("*.arrow")}) == ["array", "lines", "records"]
 
 
 def test_a_small_data_set_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +161,7 @@ def test_an_edited_file_is_read_again(
 ) -> None:
     if large:
         for name, value in {"_HASHED_WHOLE": 0, "_ENDS": 8, "_SAMPLES": 2, "_SAMPLE": 4}.items():
-            monkeypatch.setattr(cache, name, value)
+            monkeypatch.setattr(store, name, value)
     path = tmp_path / "a.jsonl"
     write(path, [record(question=f"Q{i}", chosen="good") for i in range(30)])
     specs = [SourceSpec(str(path))]
@@ -213,8 +211,8 @@ def test_other_settings_are_other_entries(tmp_path: Path, folder: Path, reads: l
         for (spec, options), values in zip(settings, expected, strict=True):
             assert everything([spec], **options) == values
         assert len(reads) == 6, again
-    assert len(list(folder.glob("facts-*.bin"))) == 6
-    assert len(list(folder.glob("lines-*.bin"))) == 1
+    assert len(list(folder.glob("records-*.arrow"))) == 6
+    assert len(list(folder.glob("lines-*.arrow"))) == 1
 
 
 def test_tiles_and_names_do_not_matter(tmp_path: Path, folder: Path, reads: list[int]) -> None:
@@ -233,11 +231,11 @@ def test_other_rules_are_other_entries(
 ) -> None:
     specs = write_everything(tmp_path / "data")[:1]
     everything(specs)
-    monkeypatch.setattr(cache, "rules", lambda: "a later version")
+    monkeypatch.setattr(store, "code_hash", lambda: "a later version")
     reads.clear()
     everything(specs)
     assert len(reads) == 1
-    assert len(list(folder.glob("*.bin"))) == 2  # those of the version before are gone
+    assert len(list(folder.glob("*.arrow"))) == 2  # those of the version before are gone
 
 
 def test_entries_of_an_earlier_state_go(tmp_path: Path, folder: Path) -> None:
@@ -245,10 +243,10 @@ def test_entries_of_an_earlier_state_go(tmp_path: Path, folder: Path) -> None:
     for path in (a, b):
         write(path, [record(question=f"Q{i}") for i in range(10)])
         screen(open_pairs([SourceSpec(str(path))]))
-    before = {path.name for path in folder.glob("*.bin")}
+    before = {path.name for path in folder.glob("*.arrow")}
     write(a, [record(question=f"Q{i}") for i in range(11)])
     screen(open_pairs([SourceSpec(str(a))]))
-    after = {path.name for path in folder.glob("*.bin")}
+    after = {path.name for path in folder.glob("*.arrow")}
     assert len(before) == len(after) == 4
     assert len(before & after) == 2
 
@@ -256,11 +254,17 @@ def test_entries_of_an_earlier_state_go(tmp_path: Path, folder: Path) -> None:
 # --- images come and go
 
 
+def index_of(media: list[list[Medium]]) -> RecordIndex:
+    """An index of records that show these images and videos."""
+    rows = [{"record": at, "words": 1, "prompt": 1, "media": [m.encode() for m in row]} for at, row in enumerate(media)]
+    return RecordIndex(index_table([pa.RecordBatch.from_pylist(rows, SCHEMA)]))
+
+
 @pytest.mark.parametrize("listed_from", [1, 32])
 def test_an_image_that_goes_is_missed_and_one_that_comes_is_seen(
     tmp_path: Path, folder: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch, listed_from: int
 ) -> None:
-    monkeypatch.setattr(presence, "MIN_LISTED", listed_from)
+    monkeypatch.setattr(filter, "MIN_LISTED", listed_from)
     specs = write_everything(tmp_path / "data")
     everything(specs)
     reads.clear()
@@ -289,15 +293,13 @@ def test_images_are_looked_for_as_isfile_does(tmp_path: Path, monkeypatch: pytes
     names += ["file.png/", "folder/../file.png", "a\0b", "half \ud83d.png", "..", ".", "x/y.png", "gone", "./file.png"]
     paths = [os.path.join(tmp_path, name) for name in names]
     for listed_from in (1, 1000):
-        monkeypatch.setattr(presence, "MIN_LISTED", listed_from)
-        builder = survey.RecordIndexBuilder()
-        builder.good(1, 1, [(survey.IMAGE, path, -1) for path in paths])
-        facts = builder.facts(np.arange(1))
-        found = presence.presence(facts, np.ones(len(paths), np.bool_))
-        states = {facts.names.at(at): int(found[at]) for at in range(len(paths))}
-        for path in paths:
-            expected = 0 if os.path.isfile(path) else 2 if os.path.exists(path) else 1
-            assert states[path] == expected, path
+        monkeypatch.setattr(filter, "MIN_LISTED", listed_from)
+        index = index_of([[Medium.of(path) for path in paths]])
+        missing = filter.find_missing(index)
+        for number, (_, _, path) in index.shown_media():
+            what = "is not a file" if os.path.exists(path) else "does not exist"
+            assert (number not in missing) == os.path.isfile(path), path
+            assert number not in missing or missing[number][1].startswith(f"image {path} {what}; "), path
 
 
 def test_a_folder_is_listed_instead_of_asking_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +318,7 @@ def test_a_folder_is_listed_instead_of_asking_for_each_file(tmp_path: Path, monk
 
 
 def entries(folder: Path) -> Iterator[tuple[Path, bytes]]:
-    for path in sorted(folder.glob("*.bin")):
+    for path in sorted(folder.glob("*.arrow")):
         yield path, path.read_bytes()
 
 
@@ -329,10 +331,12 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, folder: Path) -> None:
         damages = [content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :] for at in places]
         damages += [content[:at] for at in (0, 1, 31, 40, len(content) // 2, len(content) - 1)]
         damages += [content + b"\0", bytes(len(content)), b"vlmpo"]
+        key = pa.ipc.open_stream(content).schema.metadata[b"vlmpo"].decode()
+        assert store._read(path, key) is not None
         for damaged in damages:
+            path.unlink()  # a mapped file is never cut: entries are replaced
             path.write_bytes(damaged)
-            key = json.loads(content[32 : 32 + int.from_bytes(content[24:32], "little")])["key"]
-            assert cache._read(path, key) is None
+            assert store._read(path, key) is None
         assert everything(specs) == expected
         assert path.read_bytes() == content
 
@@ -341,7 +345,7 @@ def test_an_entry_under_another_name_is_not_taken(tmp_path: Path, folder: Path, 
     for name, count in (("a", 5), ("b", 7)):
         write(tmp_path / f"{name}.jsonl", [record(question=f"Q{i}") for i in range(count)])
         screen(open_pairs([SourceSpec(str(tmp_path / f"{name}.jsonl"))]))
-    one, other = sorted(folder.glob("facts-*.bin"))
+    one, other = sorted(folder.glob("records-*.arrow"))
     one.write_bytes(other.read_bytes())
     reads.clear()
     for name, count in (("a", 5), ("b", 7)):
@@ -367,11 +371,11 @@ def test_a_full_disk_leaves_no_part_of_an_entry(tmp_path: Path, folder: Path, mo
     specs = write_everything(tmp_path / "data")[:1]
     expected = from_the_start(specs)
 
-    def full(file: Any, *rest: Any) -> None:
-        file.write(b"some")
+    def full(path: str, table: pa.Table) -> None:
+        Path(path).write_bytes(b"some")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "_write_entry", full)
+    monkeypatch.setattr(store, "_write_table", full)
     found = everything(specs)
     assert "No space left" in found.pop("notices")[0]
     assert found == {key: value for key, value in expected.items() if key != "notices"}
@@ -383,15 +387,15 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
 ) -> None:
     path = tmp_path / "a.jsonl"
     write(path, [record(question=f"Q{i}") for i in range(10)])
-    real = survey._facts
+    real = scan._read_records
 
-    def touched(*args: Any) -> RecordIndex:
+    def touched(*args: Any) -> pa.RecordBatch:
         os.utime(path, ns=(1, 1))
         return real(*args)
 
-    monkeypatch.setattr(survey, "_facts", touched)
+    monkeypatch.setattr(scan, "_read_records", touched)
     assert len(screen(open_pairs([SourceSpec(str(path))])).kept) == 10
-    assert list(folder.glob("facts-*.bin")) == []
+    assert list(folder.glob("records-*.arrow")) == []
 
 
 # --- several processes
@@ -421,15 +425,15 @@ def test_of_several_processes_one_reads_and_all_find_the_same(
     specs = write_everything(tmp_path / "data")
     expected = from_the_start(specs)
     log = tmp_path / "log"
-    real = survey._facts
+    real = scan._read_records
 
-    def logged(*args: Any) -> RecordIndex:
+    def logged(*args: Any) -> pa.RecordBatch:
         with log.open("a") as file:
             file.write("read\n")
         time.sleep(0.05)
         return real(*args)
 
-    monkeypatch.setattr(survey, "_facts", logged)
+    monkeypatch.setattr(scan, "_read_records", logged)
     found = run_together(lambda: everything(specs), 4)
     assert all(values == expected for values in found)
     assert log.read_text() == "read\n" * 3  # once a source
@@ -441,12 +445,12 @@ def test_who_waits_is_told_and_a_killed_reader_holds_nobody_up(tmp_path: Path, f
     context = multiprocessing.get_context("fork")
     begun = context.Event()
 
-    def hangs() -> dict[str, Any]:
+    def hangs() -> pa.Table:
         begun.set()
         time.sleep(600)
         raise AssertionError("not reached")
 
-    holder = context.Process(target=lambda: Cache().arrays("kind", stamp, [], hangs))
+    holder = context.Process(target=lambda: Cache().table("kind", stamp, [], hangs))
     holder.start()
     assert begun.wait(60)
     told: list[int] = []
@@ -455,10 +459,10 @@ def test_who_waits_is_told_and_a_killed_reader_holds_nobody_up(tmp_path: Path, f
         told.append(1)
         os.kill(holder.pid, signal.SIGKILL)
 
-    found = Cache().arrays("kind", stamp, [], lambda: {"a": np.arange(3)}, waiting)
+    found = Cache().table("kind", stamp, [], lambda: pa.table({"a": np.arange(3)}), waiting)
     holder.join()
     assert told == [1]
-    assert found["a"].tolist() == [0, 1, 2]
+    assert found["a"].to_pylist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("chunk", "processes"), [(1, 1), (7, 1), (7, 3), (1000, 2)])
@@ -467,27 +471,22 @@ def test_chunks_and_processes_change_nothing(
 ) -> None:
     specs = write_everything(tmp_path / "data")[:2]
     expected = everything(specs)
-    whole = [rows.facts.arrays() for rows in open_pairs(specs).surveyed()]
-    monkeypatch.setattr(survey, "_CHUNK", chunk)
-    monkeypatch.setattr(survey, "MIN_PARALLEL", 0)
-    monkeypatch.setattr(survey, "_processes", lambda each_rank_reads: processes)
-    parts = [rows.facts.arrays() for rows in open_pairs(specs).surveyed()]
-    for one, other in zip(whole, parts, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert one[name].dtype == other[name].dtype, name
-            assert np.array_equal(one[name], other[name]), name
+    whole = [source.index.table for source in open_pairs(specs).scan()]
+    monkeypatch.setattr(scan, "_CHUNK", chunk)
+    monkeypatch.setattr(scan, "MIN_PARALLEL", 0)
+    monkeypatch.setattr(scan, "_processes", lambda each_rank_reads: processes)
+    assert [source.index.table for source in open_pairs(specs).scan()] == whole
     assert everything(specs) == expected
 
 
 def test_processes_are_shared_among_ranks_that_each_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
-    monkeypatch.setattr(survey.sys, "platform", "linux")
+    monkeypatch.setattr(scan.sys, "platform", "linux")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert survey._processes(each_rank_reads=False) == 12
-    assert survey._processes(each_rank_reads=True) == 3
+    assert scan._processes(each_rank_reads=False) == 12
+    assert scan._processes(each_rank_reads=True) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
-    assert survey._processes(each_rank_reads=True) == 1
+    assert scan._processes(each_rank_reads=True) == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -498,7 +497,7 @@ def test_workers_map_the_index_instead_of_receiving_it(tmp_path: Path, folder: P
     assert len(pickle.dumps(dataset)) < 8000  # the index alone has 80,000 bytes
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert [pair.chosen for pair in pool.map(dataset.__getitem__, [0, 1])] == ["c4999", "c17"]
-    for path in folder.glob("*.bin"):
+    for path in folder.glob("*.arrow"):
         path.unlink()
     assert pickle.loads(pickle.dumps(dataset))[1].chosen == "c17"  # made anew
 
@@ -506,13 +505,22 @@ def test_workers_map_the_index_instead_of_receiving_it(tmp_path: Path, folder: P
 # --- the parts
 
 
-def test_strings_hold_any_text() -> None:
-    texts = ["", "a", "ü€😀", "half \ud83d", "a\0b", "", "x" * 1000]
-    strings = Strings.of(texts)
-    assert [strings.at(i) for i in range(len(texts))] == texts
-    taken = strings.take(np.array([6, 0, 3, 3]))
-    assert [taken.at(i) for i in range(4)] == [texts[6], "", texts[3], texts[3]]
-    assert len(Strings.of([]).bounds) == 1
+def test_media_of_any_name_are_held_once() -> None:
+    names = ["", "a", "ü€😀", "half \ud83d", "a\0b", "two  spaces", "x" * 1000]
+    media = [[Medium.of(name) for name in names], [], [Medium.of("a", "video"), Medium.of("a"), Medium.of(b"a")]]
+    index = index_of(media)
+    assert [medium.name for _, medium in index.shown_media()][: len(names)] == names
+    assert index.media.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 1, 8]
+    assert [medium for _, medium in index.take(np.array([2, 1])).shown_media()] == [
+        media[2][1],
+        media[2][0],
+        media[2][2],
+    ]
+    is_wanted = np.arange(index.media_count) == 1
+    assert index.shows_any(is_wanted).tolist() == [True, False, True]
+    assert index.take(np.array([1, 2, 2])).shows_any(is_wanted).tolist() == [False, True, True]
+    assert (index.find(np.array([2, 0])).tolist(), index.find(np.array([1, 3]))) == ([2, 0], None)
+    assert len(RecordIndex(index_table([]))) == 0
 
 
 def test_linked_groups_match_a_walk_through_the_graph() -> None:
@@ -533,9 +541,9 @@ def test_linked_groups_match_a_walk_through_the_graph() -> None:
                 reached |= fresh
                 left += fresh
             expected.append(min(reached))
-        assert screening._linked(keys, links).tolist() == expected, trial
+        assert filter._linked(keys, links).tolist() == expected, trial
     chain = np.arange(5000, dtype=np.uint64)[draw.permutation(5000)]
-    assert not screening._linked(chain, np.stack([np.arange(4999), np.arange(1, 5000)], 1).astype(np.uint64)).any()
+    assert not filter._linked(chain, np.stack([np.arange(4999), np.arange(1, 5000)], 1).astype(np.uint64)).any()
 
 
 def naive_overlap(training: list[Item], evaluation: list[Item]) -> Overlap:
@@ -586,8 +594,8 @@ def test_images_that_cannot_match_are_not_read(tmp_path: Path, monkeypatch: pyte
     for name, content in {"a": b"x" * 100, "b": b"y" * 101, "c": b"z" * 100, "d": b"z" * 100}.items():
         (tmp_path / name).write_bytes(content)
     read: list[str] = []
-    real = overlap._file_digest
-    monkeypatch.setattr(overlap, "_file_digest", lambda path: (read.append(Path(path).name), real(path))[1])
+    real = overlap._file_hash
+    monkeypatch.setattr(overlap, "_file_hash", lambda path: (read.append(Path(path).name), real(path))[1])
     items = {name: Item("q", (str(tmp_path / name),), name) for name in "abcd"}
     found = find_overlaps([items["a"], items["b"], items["c"]], {"": [items["d"]]})[""]
     assert (found.with_seen_image, sorted(read)) == (1, ["c", "d"])

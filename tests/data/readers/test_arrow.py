@@ -22,7 +22,7 @@ from vlmpo.data.dataset import PairDataset, open_pairs
 from vlmpo.data.formats import as_pairs
 from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, find_overlaps
-from vlmpo.data.readers import jsonarray
+from vlmpo.data.readers import json as json_reader
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import DataError, RecordError
@@ -100,9 +100,7 @@ def test_lines_of_an_array(tmp_path: Path) -> None:
 
 BAD_RECORDS = [
     ("17", "bad_json", "the record holds a number; write a JSON object"),
-    ('{"question": }', "bad_json", "the record is not valid JSON"),
-    ('{"question": "a"} {"question": "b"}', "bad_json", "Extra data"),
-    ("", "bad_json", "the record is not valid JSON"),
+    (r'{"question": "\ud83d", "chosen": "a", "rejected": "b"}', "bad_json", "surrogate"),
     (json.dumps(record(rejected="good")), "identical", "are the same"),
 ]
 
@@ -113,7 +111,7 @@ def test_bad_record_of_an_array(tmp_path: Path, text: str, reason: str, detail: 
     with pytest.raises(RecordError) as caught:
         data[1]
     assert (caught.value.reason, detail in caught.value.detail) == (reason, True)
-    assert caught.value.origin == f"{tmp_path}/pairs.json:{3 if text else 4}"
+    assert caught.value.origin == f"{tmp_path}/pairs.json:3"
     assert data[2].chosen == "after"
 
 
@@ -123,23 +121,48 @@ GOOD = json.dumps(record())
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"[{GOOD},\n{GOOD}", "pairs.json: a JSON array that is not closed; its last record begins in line 2"),
-        (f"[{GOOD},\n{GOOD[:-1]},\n{GOOD}]", "is not closed; its last record begins in line 2"),
-        (f"[{GOOD},\n{GOOD[:-2]}}}]", "is not closed; its last record begins in line 2"),
-        (f"[{GOOD}}},\n{GOOD}]", "pairs.json:1: the JSON array ends before this"),
-        (f"[{GOOD}]\n\n{GOOD}", "pairs.json:3: the JSON array ends before this"),
-        ("[", "is not closed: a bracket"),
+        (
+            f"[{GOOD},\n{GOOD}",
+            "pairs.json:2: not a valid JSON array (Expecting ',' or ']'): look for",
+        ),
+        (
+            f"[{GOOD},\n{GOOD[:-1]},\n{GOOD}]",
+            "pairs.json:3: not a valid JSON array (Expecting property name enclosed in double quotes); the "
+            "last record begins in line 2: look for",
+        ),
+        (f"[{GOOD},\n{GOOD[:-2]}}}]", "pairs.json:2: not a valid JSON array (Unterminated string"),
+        (f"[{GOOD}}},\n{GOOD}]", "pairs.json:1: not a valid JSON array (Expecting ',' or ']')"),
+        (f"[{GOOD}]\n\n{GOOD}", "pairs.json:3: not a valid JSON array (the array ends before this)"),
+        (f'[{GOOD},\n{{"question": }}\n,{GOOD}]', "pairs.json:2: not a valid JSON array (Expecting value)"),
+        (f"[{GOOD},\n{GOOD} {GOOD}]", "pairs.json:2: not a valid JSON array (Expecting ',' or ']')"),
+        (f"[{GOOD},\n\n,\n{GOOD}]", "pairs.json:3: not a valid JSON array (Expecting value)"),
+        (f"[{GOOD},\n]", "pairs.json:2: not a valid JSON array (Expecting value)"),
+        (f"[{GOOD},\n{'[' * 100_000}]", "pairs.json:2: not a valid JSON array (maximum recursion depth"),
+        ("[", "pairs.json:1: not a valid JSON array (Expecting value): look for a bracket, brace, quote or comma"),
         ("[]", "no pair in "),
         ("[ \n ]", "no pair in "),
         ("", "cannot be read"),
     ],
 )
-@pytest.mark.parametrize("chunk", [3, 1 << 20])
-def test_broken_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str, chunk: int) -> None:
-    monkeypatch.setattr(jsonarray, "_CHUNK", chunk)
+def test_broken_arrays(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError) as caught:
         array_of(tmp_path, text)
     assert message in str(caught.value)
+
+
+def test_bytes_of_an_array_that_are_no_utf8_are_the_records_fault(tmp_path: Path) -> None:
+    text = f"[{json.dumps(record())},\n{json.dumps(record(chosen='Größe'), ensure_ascii=False)}]"
+    data = array_of(tmp_path, text.encode("latin-1"))
+    assert data[0].chosen == "good"
+    with pytest.raises(RecordError, match=r"pairs\.json:2: the record is not valid JSON in UTF-8"):
+        data[1]
+
+
+def test_an_array_too_large_to_be_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_reader, "MAX_ARRAY_BYTES", 100)
+    assert len(array_of(tmp_path, f"[{GOOD}]")) == 1
+    with pytest.raises(DataError, match=r"pairs\.json: a JSON array of 0\.0 GB, .* whole .*; write it as JSON Lines"):
+        array_of(tmp_path, f"[{GOOD}, {GOOD}]")
 
 
 JSON = st.recursive(
@@ -150,24 +173,16 @@ JSON = st.recursive(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    values=st.lists(JSON, max_size=6),
-    indent=st.sampled_from([None, 1]),
-    ascii_only=st.booleans(),
-    chunk=st.integers(1, 9),
-)
+@given(values=st.lists(JSON, max_size=6), indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
 def test_any_array_falls_into_its_items(
-    tmp_path: Path, values: list[Any], indent: int | None, ascii_only: bool, chunk: int
+    tmp_path: Path, values: list[Any], indent: int | None, ascii_only: bool
 ) -> None:
     file = tmp_path / "any.json"
-    text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
-    file.write_text(text, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonarray, "_CHUNK", chunk)
-        starts, ends, lines = jsonarray.index_array(str(file))
+    file.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    places = json_reader.find_elements(str(file)).to_pylist()
     content = file.read_bytes()
-    assert [json.loads(content[start:end]) for start, end in zip(starts, ends, strict=True)] == values
-    assert lines.tolist() == [content[:start].count(b"\n") + 1 for start in starts]
+    assert [json.loads(content[place["start"] : place["end"]]) for place in places] == values
+    assert [place["line"] for place in places] == [content[: place["start"]].count(b"\n") + 1 for place in places]
 
 
 # --- Parquet

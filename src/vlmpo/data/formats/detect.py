@@ -1,57 +1,29 @@
-"""The formats vlmpo reads, and which of them a data set is in: told by what its first records hold."""
+"""The formats vlmpo reads, and which of them a data set is in, judged by what its first records hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from vlmpo.data.formats.base import RecordContext
+from vlmpo.data.formats.base import Format
 from vlmpo.data.formats.llamafactory import parse_alpaca, parse_sharegpt
-from vlmpo.data.formats.media import is_null
+from vlmpo.data.formats.media import MEDIA_KEYS, is_null
 from vlmpo.data.formats.question import parse_question, parse_question_in_text
 from vlmpo.data.formats.swift import parse_swift
 from vlmpo.data.formats.trl import parse_explicit, parse_implicit
 from vlmpo.data.formats.turns import is_conversation, is_message, message_list
-from vlmpo.data.records import PreferencePair
 from vlmpo.errors import DataError
 
 HEAD = 8  # records looked at
 AUTO = "auto"
-Parse = Callable[[Mapping[str, Any], RecordContext], PreferencePair]
-_MEDIA_KEYS = ("image", "images", "video", "videos")
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A format of records.
-
-    Attributes:
-        name: what a recipe's ``format`` calls it.
-        title: what people call it.
-        keys: what its records hold, for messages.
-        parse: one record to a pair; raises RecordError.
-    """
-
-    name: str
-    title: str
-    keys: str
-    parse: Parse
-
-
-@dataclass(frozen=True, slots=True)
-class Recognised:
-    """The format of a data set, and why it is taken to be that one."""
-
-    format: Format
-    why: str
 
 
 FORMATS: dict[str, Format] = {
-    found.name: found
-    for found in (
+    format.name: format
+    for format in (
         Format("mmpr", "MMPR", "`question`, `chosen`, `rejected`, `image` or `video` as paths", parse_question),
         Format("rlaif_v", "RLAIF-V", "`question`, `chosen`, `rejected`, `image` embedded", parse_question),
         Format(
@@ -68,41 +40,54 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def recognise(records: Sequence[Mapping[str, Any]], asked: str, where: str) -> Recognised:
-    """The one format of a data set.
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """The format of a data set, and why it is taken to be that one."""
+
+    format: Format
+    why: str
+
+
+def recognise(records: Sequence[Mapping[str, Any]], name: str, where: str) -> Recognised:
+    """Return the one format of a data set.
 
     Args:
-        records: its first few that could be read at all.
-        asked: a name of FORMATS, or AUTO to tell by the records.
-        where: the data set, for messages.
+        records: its first few readable records.
+        name: a name in FORMATS, or AUTO to judge by the records.
+        where: name of the data set, for messages.
 
     Raises:
         DataError: an unknown name, or records that fit no format.
     """
-    if asked != AUTO:
-        if asked not in FORMATS:
-            raise DataError(f"{where}: format: {asked!r} is not known; known are {AUTO}, {', '.join(FORMATS)}")
-        return Recognised(FORMATS[asked], "as `format` says")
+    if name != AUTO:
+        if name not in FORMATS:
+            raise DataError(f"{where}: format: {name!r} is not known; known are {AUTO}, {', '.join(FORMATS)}")
+        return Recognised(FORMATS[name], "as `format` says")
     if not records:
         return Recognised(FORMATS["mmpr"], "taken for granted: none of its first records could be read")
-    sample = _sample(records)
-    name, keys, remark = _fit(sample)
-    if name is None:
-        known = "; ".join(f"{found.name} ({found.keys})" for found in FORMATS.values())
+    sample: dict[str, Any] = {}  # for each key its first value, empty ones only if no record has another
+    for record in records:
+        for key, value in record.items():
+            if not is_null(value) and (key not in sample or sample[key] in ("", [])):
+                sample[key] = value
+    match = _match(sample)
+    if match is None:
+        known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS.values())
         held = ", ".join(f"`{key}`" for key in sample) or "nothing"
         raise DataError(
             f"{where}: its first records hold {held}, which fits no format; known are: {known}. Rename the keys, or "
             "name the format under `format`"
         )
-    shown = [f"`{key}` ({_kind(sample[key])})" for key in (*keys, *_MEDIA_KEYS) if key in sample]
-    return Recognised(FORMATS[name], f"has {', '.join(shown)}{f'; {remark}' if remark else ''}")
+    detected, keys, remark = match
+    shown = [f"`{key}` ({_kind(sample[key])})" for key in (*keys, *MEDIA_KEYS) if key in sample]
+    return Recognised(FORMATS[detected], f"has {', '.join(shown)}{f'; {remark}' if remark else ''}")
 
 
 _LAST_TURN = "the last assistant's turn alone is scored"
 
 
-def _fit(sample: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...], str]:
-    """Name of the format, the keys that decided, and what the user should know of how it is read."""
+def _match(sample: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str] | None:
+    """Return the name of the format, the keys that decide, and a remark on how it is read; None if none fits."""
     chosen = sample.get("chosen")
     if "conversations" in sample:
         remark = "" if chosen is not None else _LAST_TURN
@@ -128,27 +113,17 @@ def _fit(sample: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...], str]:
     if isinstance(chosen, str) and isinstance(sample.get("rejected"), str):
         remark = "the words both begin with are the prompt, put as the user's turn"
         return "trl_implicit", ("chosen", "rejected"), remark
-    return None, (), ""
+    return None
 
 
 def _holds_prompt(conversation: Any) -> bool:
-    """Whether it is more than the assistant's answer."""
+    """Return whether a user speaks in it: it is then more than the assistant's answer."""
     messages = message_list(conversation) or []
     return any((message.get("role") or message.get("from")) in ("user", "human") for message in messages)
 
 
-def _sample(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Its first value for every key that holds any in one of the records; an empty one only for want of others."""
-    sample: dict[str, Any] = {}
-    for record in records:
-        for key, value in record.items():
-            if not is_null(value) and (key not in sample or sample[key] in ("", [])):
-                sample[key] = value
-    return sample
-
-
 def _kind(value: Any) -> str:
-    """What a value is, in a word or two."""
+    """Return a word or two for a value, for messages."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, bytes):

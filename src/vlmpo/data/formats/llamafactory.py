@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmpo.data.fields import text_field
 from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
-from vlmpo.data.records import PreferencePair
+from vlmpo.data.records import PreferencePair, text_field
 
 _CONVERSATION_KEYS = frozenset({"conversations", "messages", "chosen", "rejected", "system"})
 _ALPACA_KEYS = frozenset({"instruction", "input", "output", "chosen", "rejected", "history", "system"})
 
 
 def parse_sharegpt(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """``{conversations, chosen, rejected}``; for fine-tuning ``conversations`` alone, whose last turn is scored.
+    """Parse ``{conversations, chosen, rejected}``; for fine-tuning ``conversations`` alone, whose last turn is scored.
 
-    ``messages`` may stand for ``conversations``. The conversation's own system turn goes before the ``system`` key.
+    ``messages`` may replace ``conversations``. The conversation's own system turn takes precedence over ``system``.
     """
     refuse_unsupported(record, context)
     key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
@@ -32,9 +31,9 @@ def parse_sharegpt(record: Mapping[str, Any], context: RecordContext) -> Prefere
 
 
 def parse_alpaca(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """``{instruction, input?, chosen, rejected, history?, system?}``; for fine-tuning ``output`` in place of chosen.
+    """Parse ``{instruction, input?, chosen, rejected, history?, system?}``; for fine-tuning ``output`` replaces chosen.
 
-    The user says the instruction, and on the next line the input.
+    The user's turn is the instruction, and on the next line the input.
     """
     refuse_unsupported(record, context)
     parts = [text_field(record, "instruction", context.origin)]

@@ -1,4 +1,4 @@
-"""Images and videos of a record, in every form data sets hold them: paths, bytes, ``datasets``' dicts, PIL images."""
+"""Reads images and videos of a record in all the forms of data sets: paths, bytes, ``{bytes, path}``, PIL images."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from PIL import Image
 
 from vlmpo.data.formats.base import RecordContext
 
+MEDIA_KEYS = ("image", "images", "video", "videos")
 _FORMS = "a path, encoded bytes, {bytes, path}, or a list of these"
 
 
 def media_of(record: Mapping[str, Any], kind: str, context: RecordContext) -> tuple[Any, ...]:
-    """The record's images or videos, in order: absolute paths, bytes or PIL images. Nothing is opened.
+    """Return the record's images or videos, in order, as absolute paths, bytes or PIL images. Opens none.
 
     Args:
-        record: it holds them under ``kind`` or its plural, one or a list; null, "" and [] are none.
+        record: holds them under ``kind`` or its plural, one or a list; null, "" and [] are none.
         kind: ``image`` or ``video``.
-        context: where the record stands.
+        context: where the record comes from.
 
     Raises:
-        RecordError: ``missing_field`` for a form that is not known, ``missing_image`` or ``missing_video`` for a web
-            address, ``ambiguous_field`` where both keys hold something.
+        RecordError: ``missing_field`` for an unknown form, ``missing_image`` or ``missing_video`` for a web address,
+            ``ambiguous_field`` if both keys hold something.
     """
     given = [key for key in (kind, f"{kind}s") if not is_null(record.get(key)) and record[key] not in ("", [], ())]
     if len(given) > 1:
@@ -37,12 +38,12 @@ def media_of(record: Mapping[str, Any], kind: str, context: RecordContext) -> tu
 
 
 def is_null(value: Any) -> bool:
-    """Whether nothing is there: None, or a mapping of nulls, as tables may hold an absent one."""
+    """Return whether ``value`` is None, or a mapping of nulls, which is how tables may store None."""
     return value is None or (isinstance(value, Mapping) and bool(value) and all(v is None for v in value.values()))
 
 
 def medium(value: Any, kind: str, key: str, context: RecordContext) -> Any:
-    """One image or video as :func:`media_of` gives it; ``key`` is what messages call it."""
+    """Return one image or video as :func:`media_of` does; messages call it ``key``."""
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         return value["bytes"]
     if isinstance(value, Mapping) and value.get("path"):

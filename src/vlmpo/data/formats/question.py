@@ -6,17 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vlmpo.data.fields import json_kind, text_field
 from vlmpo.data.formats.assemble import preference_pair, with_system
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import text_turn
-from vlmpo.data.records import PreferencePair
+from vlmpo.data.records import PreferencePair, json_kind, text_field
 
 _KEYS = frozenset({"question", "chosen", "rejected", "system"})
 
 
 def parse_question(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """``{system?, image or video, question, chosen, rejected}``, as in MMPR (paths) and RLAIF-V (embedded images)."""
+    """Parse ``{system?, image or video, question, chosen, rejected}``, as in MMPR (paths) and RLAIF-V (embedded)."""
     question = text_field(record, "question", context.origin)
     if not question.strip() and not any(record.get(key) for key in ("image", "images", "video", "videos")):
         raise context.error("missing_field", "`question` is empty and there is no image: nothing to answer")
@@ -27,7 +26,7 @@ def parse_question(record: Mapping[str, Any], context: RecordContext) -> Prefere
 
 
 def parse_question_in_text(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """RLHF-V: ``text`` holds ``{question, chosen, rejected}`` as a string of JSON, or as a mapping."""
+    """Parse RLHF-V's ``text``, which holds ``{question, chosen, rejected}`` as a string of JSON, or as a mapping."""
     inner = record.get("text")
     if isinstance(inner, str):
         try:

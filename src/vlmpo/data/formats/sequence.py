@@ -1,8 +1,7 @@
-"""Any sequence of records as pairs: what a trainer given a ``datasets.Dataset`` or a list of dicts reads."""
+"""Reads pairs from any sequence of records, such as a ``datasets.Dataset`` or a list of dicts given to a trainer."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +13,10 @@ from vlmpo.errors import DataError, RecordError
 
 
 class RecordPairs:
-    """Records of one format, parsed on access. Made by :func:`as_pairs`; picklable where the data set is.
+    """Records of one format, parsed on access. Made by :func:`as_pairs`; picklable if the data set is.
 
     Attributes:
-        recognised: the format, and why.
+        recognised: the format of the records, and why.
         need_rejected: whether pairs are for preference training. If not, ``rejected`` is not looked at and None.
     """
 
@@ -32,7 +31,7 @@ class RecordPairs:
         return len(self._records)
 
     def __getitem__(self, index: int) -> PreferencePair:
-        """Pair ``index``. Raises RecordError, ``bad_json`` where the item is no record at all."""
+        """Read pair ``index``. Raises RecordError, ``bad_json`` if the item is not a record at all."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         item = self._records[index]
@@ -45,11 +44,11 @@ class RecordPairs:
         return self.recognised.format.parse(item, context)
 
     def origin(self, index: int) -> str:
-        """``train_dataset[17]``, without reading it."""
+        """Return e.g. ``train_dataset[17]``, without reading it."""
         return f"{self._name}[{range(len(self))[index]}]"
 
     def source(self, index: int) -> str:
-        """Name of the data set pair ``index`` is counted under, without reading it."""
+        """Return the name of the data set that pair ``index`` is counted under, without reading it."""
         return self._source
 
 
@@ -61,18 +60,18 @@ def as_pairs(
     source: str = "data",
     format: str = AUTO,
 ) -> Any:
-    """``dataset`` with PreferencePairs as its items.
+    """Return ``dataset`` with PreferencePairs as its items.
 
-    A data set of PreferencePairs, a PairDataset among them, comes back as it is. Of others the first few items tell
-    the format. Images of a ``datasets.Dataset`` stay encoded until they are needed, unless it has a format or
-    transform of its own: what that makes of a record is then read.
+    A data set of PreferencePairs, e.g. a PairDataset, is returned as it is. For others the format is judged by the
+    first few items. Images of a ``datasets.Dataset`` stay encoded until they are needed, unless it has a format or
+    transform of its own: then its result is read.
 
     Args:
         dataset: a ``datasets.Dataset``, a list of dicts, or anything with ``len()`` and ``[i]``.
-        need_rejected: False for supervised fine-tuning, where ``rejected`` is not looked at.
+        need_rejected: False for supervised fine-tuning, which does not look at ``rejected``.
         name: what messages call the data set.
-        source: name its pairs are counted under.
-        format: the format's name; by default it is told by the items.
+        source: name that its pairs are counted under.
+        format: name of the format; by default it is judged by the items.
 
     Raises:
         DataError: it has no length or no items by number, or its first items fit no format.
@@ -86,15 +85,15 @@ def as_pairs(
         )
     rows = raw_rows(dataset)
     head: list[Mapping[str, Any]] = []
-    for index in itertools.islice(range(len(rows)), HEAD):
+    for index in range(min(HEAD, len(rows))):
         try:
             item = rows[index]
         except RecordError:
             return dataset  # it reports its own bad records
         if isinstance(item, PreferencePair):
-            return (
-                dataset if not head else RecordPairs(rows, recognise(head, format, name), need_rejected, name, source)
-            )
+            if not head:
+                return dataset
+            break
         if isinstance(item, Mapping):
             head.append(item)
     if not len(rows):

@@ -17,9 +17,9 @@ _KEYS = frozenset({"messages", "system", *_REJECTED})
 
 
 def parse_swift(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """``{messages, rejected_response or rejected_messages}``; for fine-tuning ``messages`` alone.
+    """Parse ``{messages, rejected_response or rejected_messages}``; for fine-tuning ``messages`` alone.
 
-    Images without placeholders stand before the first user's text.
+    Images without placeholders go before the first user's text.
     """
     refuse_unsupported(record, context)
     turns = with_system(read_turns(record.get("messages"), "messages", context), record.get("system"), context)

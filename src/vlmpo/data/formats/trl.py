@@ -1,4 +1,4 @@
-"""Preference records as TRL reads them: an explicit prompt, or one that chosen and rejected begin with."""
+"""TRL's preference records: with an explicit prompt, or one that chosen and rejected begin with."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from vlmpo.data.fields import text_field
 from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
-from vlmpo.data.records import PreferencePair
+from vlmpo.data.records import PreferencePair, text_field
 
 _KEYS = frozenset({"prompt", "chosen", "rejected", "completion", "system"})
 
 
 def parse_explicit(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """``{prompt, chosen, rejected}``, each a text or messages; for fine-tuning also ``{prompt, completion}``.
+    """Parse ``{prompt, chosen, rejected}``, each a text or messages; for fine-tuning also ``{prompt, completion}``.
 
-    A prompt of plain text is the user's turn; a ``system`` key goes before it. Images without placeholders stand before
+    A prompt of plain text is the user's turn; a ``system`` key goes before it. Images without placeholders go before
     the first user's text.
     """
     refuse_unsupported(record, context)
@@ -36,9 +35,9 @@ def parse_explicit(record: Mapping[str, Any], context: RecordContext) -> Prefere
 
 
 def parse_implicit(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
-    """``{chosen, rejected}``, each the whole conversation; all but the last turn is the prompt, the same in both.
+    """Parse ``{chosen, rejected}``, each a whole conversation: the same prompt and then, as last turn, the response.
 
-    Raises RecordError ``prompts_differ`` where it is not, and what other formats raise.
+    Raises RecordError ``prompts_differ`` if the prompts are not the same, or as other formats do.
     """
     refuse_unsupported(record, context)
     if isinstance(record.get("chosen"), str):
@@ -60,7 +59,7 @@ def _rejected(record: Mapping[str, Any], prompt: list[Turn], context: RecordCont
 def require_same_prompt(
     prompt: list[Turn], other: list[Turn], key: str, other_key: str, context: RecordContext
 ) -> None:
-    """Raises RecordError ``prompts_differ`` where the turns before two responses are not the same."""
+    """Raise RecordError ``prompts_differ`` if the turns before two responses are not the same."""
     if prompt == other:
         return
     same = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(prompt, other, strict=False)))
@@ -69,11 +68,11 @@ def require_same_prompt(
 
 
 def _split_texts(record: Mapping[str, Any], context: RecordContext) -> tuple[list[Turn], str, str | None]:
-    """Plain texts: what they have in common, up to its last space, is the prompt."""
+    """Split plain texts: what both begin with, up to its last space, is the prompt."""
     texts = [text_field(record, key, context.origin) for key in ("chosen", "rejected")]
     if texts[0] == texts[1]:
         raise context.error("identical", "`chosen` and `rejected` are the same: no preference to learn")
-    # TRL cuts where the texts first differ, be it within a word; here a response begins with a whole one.
+    # TRL cuts where the texts first differ, even within a word; here a response begins with a whole word.
     common = "".join(one for one, other in takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False)))
     prompt = re.sub(r"\S+\Z", "", common).removesuffix(" ")
     if not prompt.strip():

@@ -1,14 +1,13 @@
-"""Conversations as data sets write them, into turns of text with placeholders: who speaks, what, where images stand."""
+"""Reads conversations in all the forms of data sets into turns: who speaks, and text with a placeholder an image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vlmpo.data.fields import checked_text, json_kind
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.media import is_null, medium
-from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, checked_text, json_kind
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # Parts of a message that change what a model reads or writes, and that a plain turn has no place for.
@@ -20,8 +19,9 @@ class Turn(NamedTuple):
 
     Attributes:
         role: ``system``, ``user`` or ``assistant``.
-        text: with a placeholder wherever an image or video stands.
-        images, videos: one entry a placeholder, in order: the source where the message holds it itself, else None.
+        text: text with a placeholder for each image or video.
+        images: one entry for each placeholder, in order: the image if the message itself holds it, else None.
+        videos: the same for videos.
     """
 
     role: str
@@ -31,12 +31,12 @@ class Turn(NamedTuple):
 
 
 def text_turn(role: str, text: str) -> Turn:
-    """A turn of plain text, whose placeholders are still to be filled."""
+    """Return a turn of plain text, whose placeholders are still to be filled."""
     return Turn(role, text, (None,) * text.count(IMAGE_PLACEHOLDER), (None,) * text.count(VIDEO_PLACEHOLDER))
 
 
 def message_list(value: Any) -> list[Any] | None:
-    """``value`` as a list of messages; None where it is none.
+    """Return ``value`` as a list of messages; None if it is not one.
 
     Older ``datasets`` hold a list of messages as one mapping of lists.
     """
@@ -46,21 +46,21 @@ def message_list(value: Any) -> list[Any] | None:
 
 
 def is_message(value: Any) -> bool:
-    """Whether ``value`` is a mapping that says who speaks."""
+    """Return whether ``value`` is a mapping that names a speaker."""
     return isinstance(value, Mapping) and any(isinstance(value.get(key), str) for key in ("role", "from"))
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether ``value`` is a list of messages, not empty."""
+    """Return whether ``value`` is a list of messages, not empty."""
     messages = message_list(value)
     return bool(messages) and all(is_message(message) for message in messages or ())
 
 
 def read_turns(value: Any, key: str, context: RecordContext) -> list[Turn]:
-    """The turns of a list of messages, ``{role, content}`` or ``{from, value}``, content as text or as items.
+    """Read a list of messages, ``{role, content}`` or ``{from, value}``, content as text or as items.
 
     Raises:
-        RecordError: ``missing_field`` where there is no such list; ``bad_conversation`` for a message that is no turn
+        RecordError: ``missing_field`` if there is no such list; ``bad_conversation`` for a message that is not a turn
             of system, user or assistant.
     """
     messages = message_list(value)
@@ -71,7 +71,7 @@ def read_turns(value: Any, key: str, context: RecordContext) -> list[Turn]:
 
 
 def read_turn(message: Any, key: str, context: RecordContext) -> Turn:
-    """One message as a turn; see :func:`read_turns`."""
+    """Read one message; see :func:`read_turns`."""
     if not isinstance(message, Mapping):
         raise context.error("bad_conversation", f"`{key}` must be a message {{role, content}}, not {message!r:.60}")
     name = message.get("role") or message.get("from")
@@ -107,10 +107,10 @@ def _of_items(role: str, items: Sequence[Any], key: str, context: RecordContext)
             detail = f"`{where}` is of type {kind!r} in an assistant's turn, which must be text"
             raise context.error("bad_conversation", detail)
         elif kind in media:
-            # The encoder takes one newline after a placeholder out again: the next item's own text stays as it is.
+            # The encoder removes one newline after a placeholder, so the next item's own text stays as it is.
             text.append(f"<{kind}>\n")
-            held = next((item[name] for name in (kind, "path", "url") if not is_null(item.get(name))), None)
-            media[kind].append(None if held is None else medium(held, kind, where, context))
+            value = next((item[name] for name in (kind, "path", "url") if not is_null(item.get(name))), None)
+            media[kind].append(None if value is None else medium(value, kind, where, context))
         else:
             what = f"is of type {kind!r}" if kind != "text" else "has no text"
             raise context.error("bad_conversation", f"`{where}` {what}; known are text, image and video")
@@ -118,16 +118,16 @@ def _of_items(role: str, items: Sequence[Any], key: str, context: RecordContext)
 
 
 def response_of(value: Any, key: str, context: RecordContext) -> str:
-    """The response under ``key``: a text, an assistant's message, or a list of that one message.
+    """Return the response under ``key``: a text, an assistant's message, or a list of one such message.
 
     Raises:
-        RecordError: ``missing_field`` where it is none of these; ``bad_conversation`` for another number of messages,
+        RecordError: ``missing_field`` if it is none of these; ``bad_conversation`` for another number of messages,
             another speaker, or a response with an image.
     """
     if isinstance(value, str):
         return checked_text(value, key, context.origin)
     if is_message(value):
-        return _said(read_turn(value, key, context), key, context)
+        return _assistant_text(read_turn(value, key, context), key, context)
     if value is None or message_list(value) is None:
         what = "is missing" if value is None else f"must be a text or a message, not {json_kind(value)}"
         raise context.error("missing_field", f"`{key}` {what}")
@@ -135,15 +135,15 @@ def response_of(value: Any, key: str, context: RecordContext) -> str:
     if len(turns) != 1:
         remedy = "move the turns before the last into the prompt"
         raise context.error("bad_conversation", f"`{key}` holds {len(turns)} messages, one is scored; {remedy}")
-    return _said(turns[0], key, context)
+    return _assistant_text(turns[0], key, context)
 
 
 def split_response(turns: Sequence[Turn], key: str, context: RecordContext) -> tuple[list[Turn], str]:
-    """A conversation as what comes before its last turn, and that turn, which has to be the assistant's."""
-    return list(turns[:-1]), _said(turns[-1], key, context)
+    """Split a conversation into the turns before the last, and the text of that, which must be the assistant's."""
+    return list(turns[:-1]), _assistant_text(turns[-1], key, context)
 
 
-def _said(turn: Turn, key: str, context: RecordContext) -> str:
+def _assistant_text(turn: Turn, key: str, context: RecordContext) -> str:
     if turn.role != "assistant":
         raise context.error("bad_conversation", f"the last turn of `{key}` is the {turn.role}'s, not the assistant's")
     return turn.text

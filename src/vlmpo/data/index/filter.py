@@ -1,21 +1,23 @@
-"""A whole data set gone through once: which pairs can be used, and which of them are held out from training."""
+"""Which pairs of a data set can be used, and which of them are held out from training."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmpo.data.dataset import PairDataset, SourceRows
-from vlmpo.data.index.hashing import stable_hash
-from vlmpo.data.index.presence import NO_FILE, presence
-from vlmpo.data.index.record_index import EMBEDDED_IMAGE, IMAGE, Hashes, Indices, RecordIndex, take_pieces
+from vlmpo.data.dataset import PairDataset
+from vlmpo.data.index.record_index import Hashes, Indices, RecordIndex
 from vlmpo.errors import RecipeError
+from vlmpo.hashing import stable_hash
+
+# A folder of which fewer files are wanted is not listed: it may hold millions of others.
+MIN_LISTED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Dropped:
 
 @dataclass
 class SourceCounts:
-    """Pairs of one source: ``read == kept + sum(dropped.values())``; a pair repeated counts each time."""
+    """Counts of one source's pairs: ``read == kept + sum(dropped.values())``; a repeated pair counts each time."""
 
     read: int = 0
     kept: int = 0
@@ -39,21 +41,21 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class Screening:
-    """What one pass over a data set found.
+    """The result of :func:`screen`.
 
     Attributes:
         kept: int64 [kept], indices of the pairs that can be used, ascending.
-        dropped: the others, in order; made when they are looked at.
-        sources: counts by source name, every source of the data set among them.
+        dropped: the other pairs, in order.
+        sources: counts by name of every source of the data set.
     """
 
     kept: Indices
-    dropped: Sequence[Dropped]
+    dropped: list[Dropped]
     sources: dict[str, SourceCounts]
 
     def counts(self) -> dict[str, int]:
-        """Dropped pairs by reason, the most frequent first."""
-        return dict(Counter(drop.reason for drop in self.dropped).most_common())
+        """Count the dropped pairs by reason, the most frequent first."""
+        return dict(Counter(pair.reason for pair in self.dropped).most_common())
 
 
 def screen(
@@ -63,126 +65,94 @@ def screen(
     progress: Callable[[int, int], None] | None = None,
     waiting: Callable[[str], None] | None = None,
 ) -> Screening:
-    """Whether every record can be used and its images and videos are there; opens none of them.
+    """Find the pairs whose record can be used and whose images and videos exist; opens none of these.
 
-    What is wrong with a record itself is found by reading it once, and of a large data set kept in the cache: the next
+    Faults of a record itself are found by reading it once. For a large data set they are kept in the cache: the next
     time nothing is read, and only the images are looked for again.
 
     Args:
-        dataset: what to read.
-        need_rejected: in place of the data set's own setting; None keeps that.
+        dataset: the pairs.
+        need_rejected: replaces the data set's own setting; None keeps that.
         progress: called now and then, and at the end, with (records read, records in all).
-        waiting: called with the path of a source that another process reads just now; its result is waited for.
+        waiting: called with the path of a source that another process is reading, before waiting for it.
     """
     if need_rejected is not None:
         dataset = dataset.for_training(need_rejected)
     sources = {name: SourceCounts() for name in dataset.source_names}
     is_kept = np.ones(len(dataset), np.bool_)
-    faults = []
-    for rows in dataset.surveyed(progress, waiting):
-        found = _source_faults(rows)
-        is_kept[found.at] = False
-        counts = sources[rows.name]
-        counts.read, counts.kept = len(rows.at), len(rows.at) - len(found.at)
-        counts.dropped = dict(Counter(found.reason(place) for place in range(len(found.at))))
-        faults.append(found)
-    return Screening(np.flatnonzero(is_kept), _DroppedPairs(dataset, faults), sources)
+    dropped: list[Dropped] = []
+    for source in dataset.scan(progress, waiting):
+        index = source.index
+        missing = find_missing(index)
+        is_missing = np.zeros(index.media_count, np.bool_)
+        is_missing[list(missing)] = True
+        counts: Counter[str] = Counter()
+        for row in np.flatnonzero(index.is_bad | index.shows_any(is_missing)).tolist():
+            if index.is_bad[row]:
+                reason, detail = index.error(row)
+            else:
+                shown = index.media[index.bounds[row] : index.bounds[row + 1]]
+                reason, detail = missing[int(shown[is_missing[shown]][0])]
+            pair = int(source.pairs[row])
+            is_kept[pair] = False
+            counts[reason] += 1
+            dropped.append(Dropped(pair, dataset.origin(pair), reason, detail))
+        sources[source.name] = SourceCounts(len(index), len(index) - counts.total(), dict(counts))
+    dropped.sort(key=lambda pair: pair.index)
+    return Screening(np.flatnonzero(is_kept), dropped, sources)
 
 
-class _Faults(NamedTuple):
-    """Pairs of one source that cannot be used.
+def find_missing(index: RecordIndex) -> dict[int, tuple[str, str]]:
+    """Look for the image and video files of an index now, as ``os.path.isfile`` does.
 
-    Attributes:
-        at: int64 [dropped], which pairs of the data set, ascending.
-        places: int64 [dropped], of a bad record its place in ``RecordIndex.bad``; else -1 - (number of the first absent
-            image or video).
-        facts, presence: of the source.
+    Returns:
+        For the number of each that is not there: reason and detail of the RecordError.
     """
-
-    at: Indices
-    places: Indices
-    facts: RecordIndex
-    presence: NDArray[np.uint8]
-
-    def reason(self, index: int) -> str:
-        """Why pair ``at[index]`` cannot be used, in a word."""
-        place = int(self.places[index])
-        if place >= 0:
-            return self.facts.reasons.at(place)
-        return "missing_image" if self.facts.kinds[-1 - place] == IMAGE else "missing_video"
-
-    def detail(self, index: int) -> str:
-        """The same in a sentence."""
-        place = int(self.places[index])
-        if place >= 0:
-            return self.facts.details.at(place)
-        kind = "image" if self.facts.kinds[-1 - place] == IMAGE else "video"
-        what = "is not a file" if self.presence[-1 - place] == NO_FILE else "does not exist"
-        return f"{kind} {self.facts.names.at(-1 - place)} {what}; check the image root and the record's `{kind}`"
+    in_folder: dict[str, list[int]] = defaultdict(list)
+    for number, medium in index.shown_media():
+        if not medium.is_embedded:
+            in_folder[medium.name.rpartition(os.sep)[0]].append(number)
+    missing = {}
+    for folder, numbers in in_folder.items():
+        media = np.array(numbers)
+        listed: set[str] = set()
+        if len(numbers) >= MIN_LISTED:
+            names = {medium.name.rpartition(os.sep)[2] for _, medium in index.describe(media)}
+            listed = _files_in(folder or os.sep, names)
+        for number, (kind, _, path) in index.describe(media):
+            # The system is asked about the others: names that differ in case or form from the listed ones may exist.
+            if path.rpartition(os.sep)[2] not in listed and not os.path.isfile(path):
+                what = "is not a file" if os.path.exists(path) else "does not exist"
+                detail = f"{kind} {path} {what}; check the image root and the record's `{kind}`"
+                missing[number] = f"missing_{kind}", detail
+    return missing
 
 
-def _source_faults(rows: SourceRows) -> _Faults:
-    """What is wrong with the pairs of one source."""
-    facts = rows.facts
-    positions = facts.positions(rows.records)
-    present = presence(facts, facts.shown(take_pieces(facts.bounds, facts.media, positions)[1]))
-    fault = np.zeros(len(facts.records), np.int64)  # 0: none; else 1 + place, or the place of an absent medium
-    absent = np.flatnonzero(present[facts.media])[::-1]  # of a record's absent ones the first is written last
-    fault[np.searchsorted(facts.bounds, absent, side="right") - 1] = -1 - facts.media[absent].astype(np.int64)
-    fault[facts.bad] = 1 + np.arange(len(facts.bad))
-    found = fault[positions]
-    at = np.flatnonzero(found)
-    places = found[at]
-    return _Faults(rows.at[at], np.where(places > 0, places - 1, places), facts, present)
-
-
-class _DroppedPairs(Sequence[Dropped]):
-    """The dropped pairs of all sources in the data set's order, each made when it is asked for."""
-
-    def __init__(self, dataset: PairDataset, faults: Sequence[_Faults]) -> None:
-        self._dataset = dataset
-        self._faults = faults
-        at = np.concatenate([np.empty(0, np.int64), *(found.at for found in faults)])
-        source = np.repeat(np.arange(len(faults)), [len(found.at) for found in faults])
-        within = np.concatenate([np.empty(0, np.int64), *(np.arange(len(found.at)) for found in faults)])
-        order = np.argsort(at, kind="stable")
-        self._source, self._within = source[order], within[order]
-
-    def __len__(self) -> int:
-        return len(self._within)
-
-    @overload
-    def __getitem__(self, index: int) -> Dropped: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Dropped]: ...
-
-    def __getitem__(self, index: int | slice) -> Dropped | list[Dropped]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(len(self))[index]]
-        found, within = self._faults[self._source[index]], int(self._within[index])
-        pair = int(found.at[within])
-        return Dropped(pair, self._dataset.origin(pair), found.reason(within), found.detail(within))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
+def _files_in(folder: str, names: Container[str]) -> set[str]:
+    """Return those of ``names`` that are files in ``folder``; none if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            # A link is followed, which takes a look at its target, only if it is wanted.
+            return {entry.name for entry in entries if entry.name in names and entry.is_file()}
+    except (OSError, ValueError):
+        return set()
 
 
 def split_hold_out(
     dataset: PairDataset, indices: NDArray[Any] | Sequence[int], fraction: float, seed: int
 ) -> tuple[Indices, Indices]:
-    """Splits pairs so that no image or video, and no text-only prompt, stands on both sides.
+    """Split pairs so that no image or video, and no text-only prompt, is on both sides.
 
     Whole groups (pairs that share an image, directly or through other pairs; text-only pairs of one prompt) are held
     out, in an order drawn by ``seed``, until they hold at least ``fraction`` of the pairs. The draw hashes image paths
     below the sources' common folder, and the content of embedded images, so it depends neither on the order of records
-    nor on where the data lie. An image that one source embeds and another names is two images to it.
+    nor on where the data are. An image that one source embeds and another names counts as two.
 
     Args:
-        dataset: where the pairs are.
-        indices: [n], the pairs to split; all must be readable, e.g. ``Screening.kept``.
+        dataset: the data set that holds the pairs.
+        indices: int64 [n], the pairs to split; all must be readable, e.g. ``Screening.kept``.
         fraction: from 0 (nothing held out) to below 1.
-        seed: another seed, another draw.
+        seed: seed of the draw.
 
     Returns:
         (train, held out): two parts of ``indices``, each in the order given.
@@ -196,7 +166,7 @@ def split_hold_out(
     indices = np.asarray(indices, np.int64)
     if fraction == 0 or not len(indices):
         return indices, indices[:0]
-    groups, group_of, sizes = np.unique(_groups(dataset, indices), return_inverse=True, return_counts=True)
+    groups, group_of, sizes = np.unique(_groups(dataset.select(indices)), return_inverse=True, return_counts=True)
     order = np.argsort(
         np.fromiter((stable_hash(f"{seed}:{group}") for group in groups.tolist()), np.uint64, len(groups))
     )
@@ -206,62 +176,45 @@ def split_hold_out(
             f"hold_out {fraction}: the {len(indices)} pairs form {len(groups)} groups that share no image, too few to "
             "hold some out and train on others; use less, or name a separate file under data.eval"
         )
-    held = np.zeros(len(groups), np.bool_)
-    held[order[:needed]] = True
-    return indices[~held[group_of]], indices[held[group_of]]
+    is_held = np.zeros(len(groups), np.bool_)
+    is_held[order[:needed]] = True
+    return indices[~is_held[group_of]], indices[is_held[group_of]]
 
 
-def _groups(dataset: PairDataset, indices: Indices) -> Hashes:
-    """uint64 [n]: equal for two pairs if and only if they are linked by images (64-bit hashes, not the paths)."""
-    root = dataset.common_root()
-    keys = np.zeros(len(dataset), np.uint64)
-    is_bad = np.zeros(len(dataset), np.bool_)
-    links: list[Hashes] = [np.empty((0, 2), np.uint64)]  # [links, 2]: keys of images that stand in one pair
-    asked = np.zeros(len(dataset), np.bool_)
-    asked[indices] = True
-    for rows in dataset.surveyed():
-        facts, is_asked = rows.facts, asked[rows.at]
-        at, positions = rows.at[is_asked], facts.positions(rows.records[is_asked])
-        is_bad[at] = np.isin(positions, facts.bad)
-        bounds, media = take_pieces(facts.bounds, facts.media, positions)
-        named = _media_keys(facts, media, root)[media]
-        counts = np.diff(bounds)
-        first = bounds[:-1][counts > 0]
-        keys[at] = facts.texts[positions]
-        keys[at[counts > 0]] = named[first]
-        is_first = np.zeros(len(named), np.bool_)
-        is_first[first] = True
-        links.append(np.stack([np.repeat(named[first], counts[counts > 0]), named], axis=1)[~is_first])
-    bad = np.flatnonzero(is_bad[indices])
-    if len(bad):
-        dataset[int(indices[bad[0]])]  # raises
-    return _linked(keys[indices], np.concatenate(links))
-
-
-def _media_keys(facts: RecordIndex, media: NDArray[Any], root: str) -> Hashes:
-    """uint64 [media of the source]: what stands for an image or video that one of ``media`` names; 0 for others.
-
-    Its path below ``root``, or its content where it is embedded.
-    """
-    keys = np.zeros(len(facts.keys), np.uint64)
-    shown = facts.shown(media)
-    embedded = np.flatnonzero(shown & (facts.kinds >= EMBEDDED_IMAGE))
-    paths = np.flatnonzero(shown & (facts.kinds < EMBEDDED_IMAGE))
-    for at, name in zip(embedded.tolist(), facts.names.texts(embedded), strict=True):
-        keys[at] = stable_hash(f"bytes:{name}")
-    for at, name in zip(paths.tolist(), facts.names.texts(paths), strict=True):
-        keys[at] = stable_hash(f"image:{os.path.normpath(name).removeprefix(root)}")
-    return keys
+def _groups(pairs: PairDataset) -> Hashes:
+    """Return uint64 [pairs], equal for two pairs if and only if images link them (by 64-bit hashes of the images)."""
+    root = pairs.common_root()
+    keys = np.zeros(len(pairs), np.uint64)
+    is_bad = np.zeros(len(pairs), np.bool_)
+    links: list[Hashes] = [np.empty((0, 2), np.uint64)]  # [links, 2]: keys of two images of one pair
+    for source in pairs.scan():
+        index = source.index
+        key_of = np.zeros(index.media_count, np.uint64)
+        for number, medium in index.shown_media():
+            path = "" if medium.is_embedded else os.path.normpath(medium.name).removeprefix(root)
+            key_of[number] = stable_hash(f"bytes:{medium.name}" if medium.is_embedded else f"image:{path}")
+        counts = np.diff(index.bounds)
+        has_media = counts > 0
+        is_bad[source.pairs] = index.is_bad
+        first = key_of[index.media[index.bounds[:-1][has_media]]]  # of each row that shows any
+        row_keys = index.prompts.copy()
+        row_keys[has_media] = first
+        keys[source.pairs] = row_keys
+        linked = np.stack([np.repeat(first, counts[has_media]), key_of[index.media]], axis=1)
+        links.append(linked[linked[:, 0] != linked[:, 1]])
+    for pair in np.flatnonzero(is_bad)[:1].tolist():
+        pairs[pair]  # raises
+    return _linked(keys, np.concatenate(links))
 
 
 def _linked(keys: Hashes, links: Hashes) -> Hashes:
-    """``keys`` with the smallest key of its group for each; ``links`` [links, 2] tie groups together."""
+    """Return for each of ``keys`` the smallest key that ``links`` [links, 2] tie to it, directly or through others."""
     if not len(links):
         return keys
     nodes, flat = np.unique(links, return_inverse=True)
     one, other = flat.reshape(-1, 2).T
-    lowest = np.arange(len(nodes))  # the smallest node known to be tied to each, whose own is itself
-    while len(np.flatnonzero(lowest[one] != lowest[other])):
+    lowest = np.arange(len(nodes))  # the smallest node known to be tied to each
+    while np.any(lowest[one] != lowest[other]):
         low = np.minimum(lowest[one], lowest[other])
         np.minimum.at(lowest, np.maximum(lowest[one], lowest[other]), low)
         while not np.array_equal(lowest, lowest[lowest]):

@@ -1,31 +1,27 @@
-"""What stands in both training and evaluation data: figures on such items measure memory."""
+"""Evaluation items that are in the training data too: figures on them measure memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from vlmpo.data.dataset import PairDataset, SourceRows
-from vlmpo.data.index.hashing import words_hash
-from vlmpo.data.index.record_index import (
-    EMBEDDED_IMAGE,
-    IMAGE,
-    Hashes,
-    Indices,
-    RecordIndex,
-    RecordIndexBuilder,
-    take_pieces,
-)
+from vlmpo.data.dataset import PairDataset
+from vlmpo.data.index.record_index import SCHEMA, Hashes, Indices, Medium, RecordIndex, index_table, words_hash
+from vlmpo.hashing import content_hash
+
+_UNKNOWN = 0  # in place of a hash: the file cannot be read, or nothing on the other side can equal it
+_ABSENT = -1  # in place of a size
+_END = 4096  # bytes
 
 
 class Item(NamedTuple):
-    """A prompt as overlap sees it: its words, its images (paths, or bytes), and where it was read."""
+    """A prompt: its words, its images (paths, bytes or PIL images), and where it was read."""
 
     text: str
     images: tuple[Any, ...]
@@ -34,12 +30,12 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """Evaluation items that training saw too.
+    """Counts of evaluation items that training saw too.
 
     Attributes:
         items: evaluation items in all.
         with_seen_image: of these, items with an image whose content is also a training image.
-        seen_whole: of these, items whose words and images together (words alone, where there are none) are also a
+        seen_whole: of these, items whose words and images together (words alone, if there are no images) are also a
             training prompt.
         examples: origins of the first few such items.
     """
@@ -50,7 +46,7 @@ class Overlap:
     examples: tuple[str, ...]
 
     def message(self, name: str) -> str | None:
-        """One line for the user, or None where nothing is shared."""
+        """Return one line for the user, or None if nothing is shared."""
         if not self.with_seen_image and not self.seen_whole:
             return None
         return (
@@ -60,188 +56,137 @@ class Overlap:
         )
 
 
-def find_overlap(training: PairDataset | Iterable[Item], evaluation: PairDataset | Iterable[Item]) -> Overlap:
-    """What of one evaluation set training saw too; see :func:`find_overlaps`."""
-    return find_overlaps(training, {"": evaluation})[""]
-
-
 def find_overlaps(
     training: PairDataset | Iterable[Item], evaluations: Mapping[str, PairDataset | Iterable[Item]]
 ) -> dict[str, Overlap]:
-    """For each evaluation set by name, what of it training saw too.
+    """Count for each evaluation set, by name, what training saw too.
 
-    They are compared by content: images by a hash of their bytes, words with case and spaces evened out (both in 64
-    bits). Of a training image no more than its size is asked unless an evaluation image has the same; then its first
-    and last 4 KiB are read, and the whole only where these are the same too. A file that cannot be read equals none.
+    Images are compared by a hash of their bytes, words by a hash that ignores case and spaces (64 bits both). Of a
+    training image only the size is looked up, unless an evaluation image has the same; then its first and last 4 KiB
+    are read, and the whole file only if these are the same too. A file that cannot be read equals none.
     """
-    shown = _prompts(training)
-    asked = {name: _prompts(items) for name, items in evaluations.items()}
-    _find_contents(shown, [part for parts in asked.values() for part in parts])
-    seen_images = np.unique(np.concatenate([np.empty(0, np.uint64), *(part.contents for part in shown)]))
-    seen_images = seen_images[seen_images != _NO_CONTENT]
-    words = np.concatenate([np.empty(0, np.uint64), *(part.words() for parts in asked.values() for part in parts)])
-    seen_prompts: set[tuple[int, ...]] = set()
-    for part in shown:
-        seen_prompts.update(part.keys(np.isin(part.words(), words)).values())
-    return {name: _overlap(parts, seen_images, seen_prompts) for name, parts in asked.items()}
-
-
-# ---- prompts, and the contents of their images ----
-
-_NO_CONTENT = 0  # of an image that cannot be read, or is like none on the other side
-_PIXELS = -2  # in place of the size of a PIL image: its pixels are hashed
-_MARKED = 4096
+    trained = _read_prompts(training)
+    evaluated = {name: _read_prompts(items) for name, items in evaluations.items()}
+    all_evaluated = [prompts for parts in evaluated.values() for prompts in parts]
+    _hash_images(trained, all_evaluated)
+    seen_images = _joined([prompts.hashes for prompts in trained])
+    seen_images = seen_images[seen_images != _UNKNOWN]
+    words = _joined([prompts.index.words for prompts in all_evaluated])
+    seen_prompts = {key for prompts in trained for key in prompts.keys(words).values()}
+    return {name: _count(parts, seen_images, seen_prompts) for name, parts in evaluated.items()}
 
 
 class _Prompts:
-    """The prompts of one source.
+    """The prompts of one source, a row of ``index`` each.
 
     Attributes:
-        facts: of the source.
-        positions: int64 [prompts], where each stands in ``facts``.
-        origin: where prompt ``i`` was read.
-        used: int64 [used], the images and videos that any of them shows.
-        sizes: int64 [used], their sizes; -1 where there is no such file, _PIXELS for a PIL image.
-        contents: uint64 [used], what stands for their contents where that matters, else _NO_CONTENT.
+        index: prompts and their images and videos.
+        origin: returns where the prompt of a row was read.
+        sizes: int64 [media], bytes of each that a row shows; _ABSENT if there is no such file.
+        is_embedded: bool [media].
+        ends: uint64 [media], hash of a file's size, first and last bytes, if its size is also on the other side.
+        hashes: uint64 [media], hash of the content, if its like may be on the other side.
     """
 
-    def __init__(self, facts: RecordIndex, positions: Indices, origin: Callable[[int], str]) -> None:
-        self.facts = facts
-        self.positions = positions
+    def __init__(self, index: RecordIndex, origin: Callable[[int], str]) -> None:
+        self.index = index
         self.origin = origin
-        self.bounds, media = take_pieces(facts.bounds, facts.media, positions)
-        shown = facts.shown(media)
-        self.used = np.flatnonzero(shown)
-        self.media = (np.cumsum(shown) - 1)[media]  # int64 [bounds[-1]], into `used`
-        self.is_embedded = facts.kinds[self.used] >= EMBEDDED_IMAGE
-        self.sizes = facts.sizes[self.used].copy()
-        paths = np.flatnonzero(~self.is_embedded)
-        self.sizes[paths] = np.fromiter((_size(name) for name in self.names(paths)), np.int64, len(paths))
-        self.contents = np.zeros(len(self.used), np.uint64)
+        self.sizes = np.full(index.media_count, _ABSENT, np.int64)
+        self.is_embedded = np.zeros(index.media_count, np.bool_)
+        self.ends = np.full(index.media_count, _UNKNOWN, np.uint64)
+        self.hashes = np.full(index.media_count, _UNKNOWN, np.uint64)
+        for number, medium in index.shown_media():
+            self.is_embedded[number] = medium.is_embedded
+            self.sizes[number] = medium.size if medium.is_embedded else _size_of(medium.name)
 
-    def names(self, at: Indices) -> Iterator[str]:
-        """Paths or digests of the images ``used[at]``."""
-        return self.facts.names.texts(self.used[at])
-
-    def words(self) -> Hashes:
-        """uint64 [prompts], hashes of their words."""
-        return self.facts.words[self.positions]
-
-    def shows(self, values: Hashes) -> NDArray[np.bool_]:
-        """bool [prompts], whether any image's content is one of ``values``."""
-        return _counted(np.isin(self.contents, values)[self.media], self.bounds) > 0
-
-    def keys(self, wanted: NDArray[np.bool_]) -> dict[int, tuple[int, ...]]:
-        """Words and contents of the prompts that are wanted and have all their images' contents, by number."""
-        known = _counted((self.contents == _NO_CONTENT)[self.media], self.bounds) == 0
-        found = {}
-        for at in np.flatnonzero(wanted & known).tolist():
-            shown = self.media[self.bounds[at] : self.bounds[at + 1]]
-            found[at] = (int(self.facts.words[self.positions[at]]), *self.contents[shown].tolist())
-        return found
+    def keys(self, words: Hashes) -> dict[int, tuple[int, ...]]:
+        """Return what stands for a whole prompt, by row, for those with one of ``words`` and all images hashed."""
+        index = self.index
+        rows = np.flatnonzero(np.isin(index.words, words) & ~index.shows_any(self.hashes == _UNKNOWN))
+        shown_by = {row: index.media[index.bounds[row] : index.bounds[row + 1]] for row in rows.tolist()}
+        return {row: (int(index.words[row]), *self.hashes[shown].tolist()) for row, shown in shown_by.items()}
 
 
-def _counted(flags: NDArray[np.bool_], bounds: Indices) -> Indices:
-    """int64 [pieces], how many of each piece's flags are set."""
-    return np.diff(np.concatenate([np.zeros(1, np.int64), np.cumsum(flags, dtype=np.int64)])[bounds])
-
-
-def _prompts(items: PairDataset | Iterable[Item]) -> list[_Prompts]:
+def _read_prompts(items: PairDataset | Iterable[Item]) -> list[_Prompts]:
     if isinstance(items, PairDataset):
-        return [_source_prompts(items, rows) for rows in items.surveyed()]
-    found = RecordIndexBuilder()
+        return [_Prompts(source.index, _origin_of(items, source.pairs)) for source in items.scan()]
+    rows: list[dict[str, Any]] = []
     origins: list[str] = []
     for item in items:
-        found.good(words_hash(item.text), 0, [_medium(image) for image in item.images])
+        media = [Medium.of(image).encode() for image in item.images]
+        rows.append({"record": len(rows), "words": words_hash(item.text), "prompt": 0, "media": media})
         origins.append(item.origin or item.text[:40])
-    count = np.arange(len(origins), dtype=np.int64)
-    return [_Prompts(found.facts(count), count, origins.__getitem__)]
+    return [_Prompts(RecordIndex(index_table([pa.RecordBatch.from_pylist(rows, SCHEMA)])), origins.__getitem__)]
 
 
-def _source_prompts(dataset: PairDataset, rows: SourceRows) -> _Prompts:
-    return _Prompts(rows.facts, rows.facts.positions(rows.records), lambda at: dataset.origin(int(rows.at[at])))
+def _origin_of(dataset: PairDataset, pairs: Indices) -> Callable[[int], str]:
+    return lambda row: dataset.origin(int(pairs[row]))
 
 
-def _medium(image: Any) -> tuple[int, str, int]:
-    """Kind, name and size, as a survey has them."""
-    if isinstance(image, str | os.PathLike):
-        return IMAGE, os.fspath(image), -1
-    if isinstance(image, bytes):
-        return EMBEDDED_IMAGE, _digest(image), len(image)
-    return EMBEDDED_IMAGE, _digest(image.tobytes()), _PIXELS
+def _hash_images(training: Sequence[_Prompts], evaluation: Sequence[_Prompts]) -> None:
+    """Set ``hashes`` of all images that may have their like on the other side."""
+    sizes = _shared([prompts.sizes for prompts in training], [prompts.sizes for prompts in evaluation], _ABSENT)
+    for prompts in (*training, *evaluation):
+        files = np.flatnonzero(np.isin(prompts.sizes, sizes) & ~prompts.is_embedded)
+        for number, medium in prompts.index.describe(files):
+            prompts.ends[number] = _ends_hash(medium.name, int(prompts.sizes[number]))
+    ends = _shared([prompts.ends for prompts in training], [prompts.ends for prompts in evaluation], _UNKNOWN)
+    for side, other_side in ((training, evaluation), (evaluation, training)):
+        embedded_sizes = _joined([prompts.sizes[prompts.is_embedded] for prompts in other_side])
+        for prompts in side:
+            may_equal_a_file = np.isin(prompts.ends, ends) | np.isin(prompts.sizes, embedded_sizes)
+            chosen = np.isin(prompts.sizes, sizes) & (prompts.is_embedded | may_equal_a_file)
+            for number, medium in prompts.index.describe(np.flatnonzero(chosen)):
+                digest = medium.name if medium.is_embedded else _file_hash(medium.name)
+                prompts.hashes[number] = int(digest[:16], 16) or 1 if digest else _UNKNOWN
 
 
-def _find_contents(training: list[_Prompts], evaluation: list[_Prompts]) -> None:
-    """Set ``contents`` of all images that may have their like on the other side."""
-    sides = (training, evaluation)
-    shown, asked = (np.concatenate([np.empty(0, np.int64), *(part.sizes for part in side)]) for side in sides)
-    common = np.intersect1d(shown, asked)
-    common = common[common != -1]
-    embedded = [np.concatenate([common[:0], *(part.sizes[part.is_embedded] for part in side)]) for side in sides]
-    marks = [[_marks(part, common) for part in side] for side in sides]
-    shown_marks, asked_marks = (np.concatenate([np.empty(0, np.uint64), *side]) for side in marks)
-    alike = np.intersect1d(shown_marks, asked_marks)
-    for side, others, side_marks in zip(sides, reversed(embedded), marks, strict=True):
-        for part, part_marks in zip(side, side_marks, strict=True):
-            may_match = np.isin(part.sizes, common) & (
-                part.is_embedded | np.isin(part.sizes, others) | ((part_marks != 0) & np.isin(part_marks, alike))
-            )
-            chosen = np.flatnonzero(may_match)
-            for at, name in zip(chosen.tolist(), part.names(chosen), strict=True):
-                digest = name if part.is_embedded[at] else _file_digest(name)
-                part.contents[at] = int(digest[:16], 16) or 1 if digest else _NO_CONTENT
-
-
-def _marks(part: _Prompts, sizes: Indices) -> Hashes:
-    """uint64 [used], a hash of size, first and last bytes of each file of one of ``sizes``; 0 for the others."""
-    marks = np.zeros(len(part.used), np.uint64)
-    chosen = np.flatnonzero(np.isin(part.sizes, sizes) & ~part.is_embedded)
-    for at, name in zip(chosen.tolist(), part.names(chosen), strict=True):
-        marks[at] = _mark(name, int(part.sizes[at]))
-    return marks
-
-
-def _mark(path: str, size: int) -> int:
-    try:
-        with open(path, "rb", buffering=0) as file:
-            digest = blake2b(b"%d:" % size + file.read(_MARKED), digest_size=8)
-            if size > _MARKED:
-                file.seek(size - _MARKED)
-                digest.update(file.read(_MARKED))
-    except OSError:
-        return 0
-    return int.from_bytes(digest.digest(), "big")
-
-
-def _overlap(evaluation: list[_Prompts], seen_images: Hashes, seen_prompts: set[tuple[int, ...]]) -> Overlap:
-    items = with_image = whole = 0
+def _count(evaluation: Sequence[_Prompts], seen_images: Hashes, seen_prompts: set[tuple[int, ...]]) -> Overlap:
+    items = with_seen_image = seen_whole = 0
     examples: list[str] = []
-    for part in evaluation:
-        has_image = part.shows(seen_images)
-        is_whole = np.zeros(len(part.positions), np.bool_)
-        for at, key in part.keys(np.ones(len(part.positions), np.bool_)).items():
-            is_whole[at] = key in seen_prompts
-        items += len(part.positions)
-        with_image += int(has_image.sum())
-        whole += int(is_whole.sum())
-        examples += [part.origin(at) for at in np.flatnonzero(has_image | is_whole)[: 3 - len(examples)].tolist()]
-    return Overlap(items, with_image, whole, tuple(examples))
+    for prompts in evaluation:
+        index = prompts.index
+        shows_seen = index.shows_any(np.isin(prompts.hashes, seen_images))
+        is_seen = np.zeros(len(index), np.bool_)
+        is_seen[[row for row, key in prompts.keys(index.words).items() if key in seen_prompts]] = True
+        items += len(index)
+        with_seen_image += int(shows_seen.sum())
+        seen_whole += int(is_seen.sum())
+        examples += map(prompts.origin, np.flatnonzero(shows_seen | is_seen)[: 3 - len(examples)].tolist())
+    return Overlap(items, with_seen_image, seen_whole, tuple(examples))
 
 
-def _size(path: str) -> int:
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+
+
+def _shared(arrays: Sequence[NDArray[Any]], other_arrays: Sequence[NDArray[Any]], nothing: int) -> NDArray[Any]:
+    values = np.intersect1d(_joined(arrays), _joined(other_arrays))
+    return values[values != nothing]
+
+
+def _size_of(path: str) -> int:
     try:
         return os.path.getsize(path)
     except (OSError, ValueError):
-        return -1
+        return _ABSENT
 
 
-def _file_digest(path: str) -> str | None:
+def _ends_hash(path: str, size: int) -> int:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            ends = file.read(_END)
+            if size > _END:
+                file.seek(size - _END)
+                ends += file.read(_END)
+    except OSError:
+        return _UNKNOWN
+    return int(content_hash(f"{size}:", ends, size=8), 16)
+
+
+def _file_hash(path: str) -> str | None:
     try:
         with open(path, "rb") as file:
-            return _digest(file.read())
+            return content_hash(file.read())
     except OSError:
         return None
-
-
-def _digest(content: bytes) -> str:
-    return blake2b(content, digest_size=16).hexdigest()

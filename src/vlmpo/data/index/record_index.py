@@ -1,235 +1,153 @@
-"""What has to be known of every record of a source before training, in arrays: no Python object a record."""
+"""What one pass over the records of a source found: prompts by hash, images and videos by name, and what is wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vlmpo.data.index.hashing import stable_hash
+from vlmpo.data.records import IMAGE_PLACEHOLDER
+from vlmpo.hashing import content_hash, stable_hash
 
 Indices = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
-IMAGE, VIDEO, EMBEDDED_IMAGE, EMBEDDED_VIDEO = range(4)  # kinds of media; the first two are paths
+PATH = -1  # in place of the size of a medium that is not embedded
+PIXELS = -2  # in place of the size of a PIL image, whose pixels are hashed
 _SLICE = 1 << 14
 
-
-class Strings(NamedTuple):
-    """Texts end to end: ``data`` uint8 [bytes] in UTF-8, ``bounds`` int64 [texts + 1]."""
-
-    data: NDArray[np.uint8]
-    bounds: Indices
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> Strings:
-        """The texts, half characters too."""
-        return cls._joined([text.encode("utf-8", "surrogatepass") for text in texts])
-
-    @classmethod
-    def _joined(cls, parts: Sequence[Any]) -> Strings:
-        sizes = np.fromiter((len(part) for part in parts), np.int64, len(parts))
-        return cls(np.frombuffer(b"".join(parts), np.uint8), bounds_of(sizes))
-
-    @classmethod
-    def concatenated(cls, parts: Sequence[Strings]) -> Strings:
-        """All texts of ``parts`` in order."""
-        sizes = np.concatenate([np.empty(0, np.int64), *(np.diff(part.bounds) for part in parts)])
-        return cls(np.concatenate([np.empty(0, np.uint8), *(part.data for part in parts)]), bounds_of(sizes))
-
-    def at(self, index: int) -> str:
-        """Text ``index``, from 0."""
-        return self.data[self.bounds[index] : self.bounds[index + 1]].tobytes().decode("utf-8", "surrogatepass")
-
-    def texts(self, indices: Indices) -> Iterator[str]:
-        """The texts at ``indices``, one after the other."""
-        data = memoryview(self.data)  # type: ignore[arg-type]
-        for start in range(0, len(indices), _SLICE):
-            some = indices[start : start + _SLICE]
-            for begin, end in zip(self.bounds[some].tolist(), self.bounds[some + 1].tolist(), strict=True):
-                yield str(data[begin:end], "utf-8", "surrogatepass")
-
-    def take(self, indices: Indices) -> Strings:
-        """The texts at ``indices``, in that order."""
-        taken = [Strings.of(())]
-        for start in range(0, len(indices), _SLICE):
-            some = indices[start : start + _SLICE]
-            pairs = zip(self.bounds[some].tolist(), self.bounds[some + 1].tolist(), strict=True)
-            taken.append(self._joined([self.data[begin:end] for begin, end in pairs]))
-        return Strings.concatenated(taken)
+# Of one record. Names and details are bytes because Arrow's strings cannot hold the surrogates that a path may.
+SCHEMA = pa.schema(
+    [
+        ("record", pa.int64()),  # its number in the source
+        ("words", pa.uint64()),  # words_hash of the prompt; 0 if the record is bad
+        ("prompt", pa.uint64()),  # hash of the prompt as it is; 0 if the record is bad
+        ("media", pa.list_(pa.large_binary())),  # encoded media: its images and then its videos, in order
+        ("reason", pa.string()),  # of the RecordError that reading it raised; null if it is good
+        ("detail", pa.large_binary()),
+    ]
+)
 
 
-def bounds_of(sizes: NDArray[Any]) -> Indices:
-    """Where pieces of these sizes begin and end, laid end to end: int64 [pieces + 1]."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
-
-
-def distinct(ascending: Indices) -> Indices:
-    """The values, each once; ``np.unique`` without the sorting."""
-    return ascending[np.diff(ascending, prepend=ascending[:1] - 1) > 0]
-
-
-def take_pieces(bounds: Indices, values: NDArray[Any], indices: Indices) -> tuple[Indices, NDArray[Any]]:
-    """Bounds and values of the pieces at ``indices``, laid end to end anew."""
-    starts, sizes = bounds[indices], bounds[indices + 1] - bounds[indices]
-    taken = bounds_of(sizes)
-    at = np.arange(taken[-1]) - np.repeat(taken[:-1] - starts, sizes)
-    return taken, values[at]
-
-
-@dataclass(frozen=True)
-class RecordIndex:
-    """Records of one source, and the images and videos they name, each once.
+class Medium(NamedTuple):
+    """An image or video of a record.
 
     Attributes:
-        records: int64 [records], which records of the source, ascending.
-        words: uint64 [records], :func:`vlmpo.data.index.hashing.words_hash` of the prompt; 0 where it is bad.
-        texts: uint64 [records], hash of the prompt as it is; 0 where it is bad.
-        bounds: int64 [records + 1], each record's part of ``media``.
-        media: int32, which images and then videos, in order.
-        keys: uint64 [media], hash of kind and name, ascending.
-        kinds: uint8 [media], IMAGE, VIDEO, EMBEDDED_IMAGE or EMBEDDED_VIDEO.
-        names: the path, or 32 hexadecimal digits that stand for the content.
-        sizes: int64 [media], bytes of an embedded one; -1 for a path.
-        bad: int64 [bad], positions in ``records`` of those that cannot be used, whatever files there are.
-        reasons, details: why, as in RecordError.
+        kind: ``image`` or ``video``.
+        size: bytes of an embedded one, PIXELS of a PIL image, PATH of all others.
+        name: its path; if it is embedded, a hash of its content.
     """
 
-    records: Indices
-    words: Hashes
-    texts: Hashes
-    bounds: Indices
-    media: NDArray[np.int32]
-    keys: Hashes
-    kinds: NDArray[np.uint8]
-    names: Strings
-    sizes: Indices
-    bad: Indices
-    reasons: Strings
-    details: Strings
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Plain arrays by name; inverse of :meth:`from_arrays`."""
-        found: dict[str, NDArray[Any]] = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, Strings):
-                found |= {f"{entry.name}.data": value.data, f"{entry.name}.bounds": value.bounds}
-            else:
-                found[entry.name] = value
-        return found
+    kind: str
+    size: int
+    name: str
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> RecordIndex:
-        """Inverse of :meth:`arrays`."""
-        texts: dict[str, Any] = {
-            name: Strings(arrays[f"{name}.data"], arrays[f"{name}.bounds"]) for name in ("names", "reasons", "details")
-        }
-        plain: dict[str, Any] = {name: array for name, array in arrays.items() if "." not in name}
-        return cls(**plain, **texts)
+    def of(cls, value: Any, kind: str = "image") -> Medium:
+        """Describe a path, encoded bytes or a PIL image."""
+        if isinstance(value, str | os.PathLike):
+            return cls(kind, PATH, os.fspath(value))
+        if isinstance(value, bytes):
+            return cls(kind, len(value), content_hash(value))
+        return cls(kind, PIXELS, content_hash(value.tobytes()))
 
-    def shown(self, media: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """bool [media of the source], which of them are in ``media``."""
-        found = np.zeros(len(self.keys), np.bool_)
-        found[media] = True
-        return found
+    @property
+    def is_embedded(self) -> bool:
+        """Whether its content is in the record itself."""
+        return self.size != PATH
 
-    def positions(self, records: Indices) -> Indices:
-        """Where ``records`` stand in ``self.records``, all of which are there."""
-        return np.searchsorted(self.records, records).astype(np.int64)
-
-    def covers(self, records: Indices) -> bool:
-        """Whether all of ``records`` (ascending) were looked at."""
-        if not len(records):
-            return True
-        at = np.searchsorted(self.records, records)
-        return bool(at[-1] < len(self.records)) and np.array_equal(self.records[at], records)
+    def encode(self) -> bytes:
+        """Return the medium as bytes."""
+        return f"{self.kind} {self.size} {self.name}".encode("utf-8", "surrogatepass")
 
     @classmethod
-    def merged(cls, parts: Sequence[RecordIndex]) -> RecordIndex:
-        """The facts of several parts of one source, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        keys, first, known = np.unique(
-            np.concatenate([part.keys for part in parts]), return_index=True, return_inverse=True
-        )
-        before = bounds_of(np.array([len(part.keys) for part in parts]))
-        records_before = bounds_of(np.array([len(part.records) for part in parts]))
-        media = [known[start + part.media] for part, start in zip(parts, before.tolist(), strict=False)]
-        bad = [part.bad + start for part, start in zip(parts, records_before.tolist(), strict=False)]
-        joined = {
-            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("records", "words", "texts")
-        }
-        return cls(
-            **joined,
-            bounds=bounds_of(np.concatenate([np.diff(part.bounds) for part in parts])),
-            media=np.concatenate(media).astype(np.int32),
-            keys=keys,
-            kinds=np.concatenate([part.kinds for part in parts])[first],
-            names=Strings.concatenated([part.names for part in parts]).take(first),
-            sizes=np.concatenate([part.sizes for part in parts])[first],
-            bad=np.concatenate(bad),
-            reasons=Strings.concatenated([part.reasons for part in parts]),
-            details=Strings.concatenated([part.details for part in parts]),
-        )
+    def decode(cls, content: bytes) -> Medium:
+        """Return the medium that :meth:`encode` gave ``content`` for."""
+        kind, size, name = content.decode("utf-8", "surrogatepass").split(" ", 2)
+        return cls(kind, int(size), name)
 
 
-@dataclass
-class RecordIndexBuilder:
-    """Gathers the facts of a few records, one after the other."""
+def words_hash(text: str) -> int:
+    """Return a hash of the words of a prompt that ignores case, spaces and image placeholders."""
+    return stable_hash(" ".join(text.replace(IMAGE_PLACEHOLDER, " ").lower().split()))
 
-    words: list[int] = field(default_factory=list)
-    texts: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)  # media of each record
-    media: list[int] = field(default_factory=list)
-    known: dict[tuple[int, str], int] = field(default_factory=dict)  # (kind, name): number
-    bytes: list[int] = field(default_factory=list)
-    bad: list[tuple[int, str, str]] = field(default_factory=list)
 
-    def good(self, words: int, text: int, media: Sequence[tuple[int, str, int]]) -> None:
-        """A record that can be used: its hashes, and kind, name and size of its images and videos."""
-        self.words.append(words)
-        self.texts.append(text)
-        self.sizes.append(len(media))
-        for kind, name, size in media:
-            number = self.known.setdefault((kind, name), len(self.known))
-            if number == len(self.bytes):
-                self.bytes.append(size)
-            self.media.append(number)
+def index_table(batches: Sequence[pa.RecordBatch]) -> pa.Table:
+    """Join batches of SCHEMA into a table in which each image and video is stored once, by Arrow's dictionaries."""
+    table = pa.Table.from_batches(batches, SCHEMA)
+    bounds = np.zeros(len(table) + 1, np.int32)
+    np.cumsum(pc.list_value_length(table["media"]).to_numpy(), out=bounds[1:])
+    names = pc.list_flatten(table["media"]).dictionary_encode().combine_chunks()
+    media = pa.ListArray.from_arrays(pa.array(bounds), names)
+    return table.set_column(table.column_names.index("media"), "media", media).combine_chunks()
 
-    def unusable(self, reason: str, detail: str) -> None:
-        """A record that cannot be used."""
-        self.bad.append((len(self.words), reason, detail))
-        self.good(0, 0, ())
 
-    def facts(self, records: Indices) -> RecordIndex:
-        """The facts of ``records``, as many as were gathered."""
-        unsorted = np.array([stable_hash(f"{kind}:{name}") for kind, name in self.known], np.uint64)
-        order = np.argsort(unsorted, kind="stable")
-        return replace(
-            self._unordered(records),
-            media=np.argsort(order, kind="stable").astype(np.int32)[np.array(self.media, np.int64)],
-            keys=unsorted[order],
-            kinds=np.array([kind for kind, _ in self.known], np.uint8)[order],
-            names=Strings.of(name for _, name in self.known).take(order),
-            sizes=np.array(self.bytes, np.int64)[order],
-        )
+class RecordIndex:
+    """Records of one source, a row each, over a table as :func:`index_table` makes it.
 
-    def _unordered(self, records: Indices) -> RecordIndex:
-        return RecordIndex(
-            records=records,
-            words=np.array(self.words, np.uint64),
-            texts=np.array(self.texts, np.uint64),
-            bounds=bounds_of(np.array(self.sizes, np.int64)),
-            media=np.empty(0, np.int32),
-            keys=np.empty(0, np.uint64),
-            kinds=np.empty(0, np.uint8),
-            names=Strings.of(()),
-            sizes=np.empty(0, np.int64),
-            bad=np.array([at for at, _, _ in self.bad], np.int64),
-            reasons=Strings.of(reason for _, reason, _ in self.bad),
-            details=Strings.of(detail for _, _, detail in self.bad),
-        )
+    Attributes:
+        records: int64 [rows], numbers of the records in the source.
+        words: uint64 [rows], :func:`words_hash` of the prompt; 0 if the record is bad.
+        prompts: uint64 [rows], hash of the prompt as it is; 0 if the record is bad.
+        is_bad: bool [rows], whether the record cannot be used, whatever files there are.
+        bounds: int32 [rows + 1], each row's part of ``media``.
+        media: int32 [bounds[-1]], numbers of the images and videos that the rows show.
+        media_count: how many numbers there are; a row may show none of them.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self.records: Indices = table["record"].to_numpy()
+        self.words: Hashes = table["words"].to_numpy()
+        self.prompts: Hashes = table["prompt"].to_numpy()
+        self._reasons, self._details, media = (_one_chunk(table[name]) for name in ("reason", "detail", "media"))
+        self.is_bad: NDArray[np.bool_] = self._reasons.is_valid().to_numpy(zero_copy_only=False)
+        self.bounds: NDArray[np.int32] = media.offsets.to_numpy()
+        self.media: NDArray[np.int32] = media.values.indices.to_numpy()
+        self._names = media.values.dictionary
+        self.media_count = len(self._names)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def find(self, records: Indices) -> Indices | None:
+        """Return the rows of ``records`` in an index in which they ascend; None if one of them is not in it."""
+        rows = np.searchsorted(self.records, records)
+        is_past = bool(len(rows)) and rows.max() >= len(self)
+        return None if is_past or not np.array_equal(self.records[rows], records) else rows
+
+    def take(self, rows: Indices) -> RecordIndex:
+        """Return an index of ``rows``, in that order. Its media keep their numbers."""
+        if np.array_equal(rows, np.arange(len(self))):
+            return self
+        return RecordIndex(self.table.take(pa.array(rows)))
+
+    def error(self, row: int) -> tuple[str, str]:
+        """Return reason and detail of the RecordError of a bad row."""
+        return self._reasons[row].as_py(), self._details[row].as_py().decode("utf-8", "surrogatepass")
+
+    def shown_media(self) -> Iterator[tuple[int, Medium]]:
+        """Yield number and description of every image and video that a row shows, each once."""
+        return self.describe(np.unique(self.media))
+
+    def describe(self, numbers: NDArray[Any]) -> Iterator[tuple[int, Medium]]:
+        """Yield number and description of images and videos."""
+        for start in range(0, len(numbers), _SLICE):
+            part = numbers[start : start + _SLICE]
+            for number, name in zip(part.tolist(), self._names.take(pa.array(part)).to_pylist(), strict=True):
+                yield number, Medium.decode(name)
+
+    def shows_any(self, is_wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return whether a row shows any wanted medium, bool [rows], given bool [media_count]."""
+        counts = np.zeros(len(self.media) + 1, np.int64)
+        np.cumsum(is_wanted[self.media], out=counts[1:])
+        return np.diff(counts[self.bounds]) > 0
+
+
+def _one_chunk(column: pa.ChunkedArray) -> Any:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -1,4 +1,4 @@
-"""One pass over the records of a source, in several processes where it is long; what it finds is kept in the cache."""
+"""One pass over the records of a source, by several processes if it is long; the result is kept in the cache."""
 
 from __future__ import annotations
 
@@ -7,25 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from hashlib import blake2b
-from itertools import repeat
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
+import pyarrow as pa
 
-from vlmpo.data.index.hashing import stable_hash, words_hash
-from vlmpo.data.index.record_index import (
-    EMBEDDED_IMAGE,
-    EMBEDDED_VIDEO,
-    IMAGE,
-    VIDEO,
-    Indices,
-    RecordIndex,
-    RecordIndexBuilder,
-)
+from vlmpo.data.index.record_index import SCHEMA, Indices, Medium, RecordIndex, index_table, words_hash
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
+from vlmpo.hashing import content_hash, stable_hash
 
 _CHUNK = 1000  # records
 # Below, starting processes takes longer than they save.
@@ -36,82 +26,78 @@ Progress = Callable[[int, int], None]
 
 
 class Readable(Protocol):
-    """What can be surveyed: records that become pairs one by one."""
+    """Records that become pairs one by one."""
 
     def __len__(self) -> int: ...
 
     def pair(self, index: int, need_rejected: bool) -> PreferencePair:
-        """Pair ``index``. Raises RecordError."""
+        """Read pair ``index``. Raises RecordError."""
 
 
-class Survey(NamedTuple):
-    """What is asked: which records of ``source``, for which purpose.
-
-    Attributes:
-        stamp: the files behind the source in the state in which they were opened; None: nothing is kept.
-        settings: JSON values, what beside the files decides how a record is read.
-        can_fork: whether several processes may read the source.
-    """
-
-    source: Readable
-    records: Indices
-    need_rejected: bool
-    stamp: Stamp | None
-    settings: tuple[Any, ...]
-    can_fork: bool
-
-
-def survey(asked: Survey, cache: Cache, progress: Progress | None, waiting: Callable[[], None] | None) -> RecordIndex:
-    """The facts of the records, ascending, from the cache or read now; the same whatever the number of processes.
+def scan(
+    source: Readable,
+    records: Indices,
+    need_rejected: bool,
+    *,
+    stamp: Stamp | None,
+    settings: tuple[Any, ...],
+    can_fork: bool,
+    cache: Cache,
+    progress: Progress | None = None,
+    waiting: Callable[[], None] | None = None,
+) -> RecordIndex:
+    """Return what is known of ``records``, from the cache or by reading them; the same by any number of processes.
 
     Args:
-        asked: which records of which source.
-        cache: where the facts are kept.
+        source: what holds the records.
+        records: int64 [records], their numbers, ascending.
+        need_rejected: False for supervised fine-tuning.
+        stamp: state of the files behind the source when they were opened; None keeps nothing.
+        settings: JSON values: all else that decides how a record is read.
+        can_fork: whether forked processes may read the source.
+        cache: where the result is kept.
         progress: called now and then with (records read, records in all).
-        waiting: called where another process reads the same source just now, and this one waits for it.
-
-    Raises:
-        DataError: the files changed since they were opened.
+        waiting: called if another process is reading the same source, before waiting for it.
     """
-    total = len(asked.records)
-    part = None if total == len(asked.source) else blake2b(asked.records.tobytes(), digest_size=16).hexdigest()
-    settings = (*asked.settings, asked.need_rejected, len(asked.source), part)
+    total = len(records)
+    part = None if total == len(source) else content_hash(records.tobytes())
 
-    def make() -> dict[str, Any]:
-        parts = []
+    def read() -> pa.Table:
+        batches = []
         done = 0
-        for found in _parts(asked, each_rank_reads=asked.stamp is None or cache.problem is not None):
-            parts.append(found)
-            done += len(found.records)
+        each_rank_reads = stamp is None or cache.problem is not None
+        processes = _processes(each_rank_reads) if can_fork and total >= MIN_PARALLEL else 1
+        for batch in _read_all(source, records, need_rejected, processes):
+            batches.append(batch)
+            done += len(batch)
             if progress is not None and done < total:
                 progress(done, total)
-        return (RecordIndex.merged(parts) if parts else RecordIndexBuilder().facts(asked.records)).arrays()
+        return index_table(batches)
 
-    facts = RecordIndex.from_arrays(cache.arrays("facts", asked.stamp, settings, make, waiting))
+    table = cache.table("records", stamp, (*settings, need_rejected, len(source), part), read, waiting)
     if progress is not None and total:
         progress(total, total)
-    return facts
+    return RecordIndex(table)
 
 
-def _parts(asked: Survey, each_rank_reads: bool) -> Iterator[RecordIndex]:
-    """The facts of every _CHUNK records, in order."""
-    chunks = [asked.records[start : start + _CHUNK] for start in range(0, len(asked.records), _CHUNK)]
-    processes = _processes(each_rank_reads) if asked.can_fork and len(asked.records) >= MIN_PARALLEL else 1
+def _read_all(source: Readable, records: Indices, need_rejected: bool, processes: int) -> Iterator[pa.RecordBatch]:
+    """Yield what is known of each _CHUNK records, in order."""
+    chunks = [records[start : start + _CHUNK] for start in range(0, len(records), _CHUNK)]
     if processes == 1:
-        yield from map(_facts, repeat(asked.source), chunks, repeat(asked.need_rejected))
+        yield from (_read_records(source, chunk, need_rejected) for chunk in chunks)
         return
     # Forked, the processes have the source already; one that dies raises here instead of leaving this one waiting.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _set_source, (asked.source, asked.need_rejected)) as pool:
+    with ProcessPoolExecutor(processes, context, _set_source, (source, need_rejected)) as pool:
         try:
-            yield from pool.map(_facts_of_source, chunks)
+            yield from pool.map(_read_forked, chunks)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _processes(each_rank_reads: bool) -> int:
-    """How many processes may read: the cores of this job, shared with the other ranks where each reads for itself."""
+    """Return how many processes may read: this job's cores, shared with the other ranks if each reads for itself."""
     if not sys.platform.startswith("linux") or multiprocessing.current_process().daemon:
         return 1
     cores = len(os.sched_getaffinity(0))
@@ -127,29 +113,29 @@ def _set_source(source: Readable, need_rejected: bool) -> None:
     _forked = source, need_rejected
 
 
-def _facts_of_source(records: Indices) -> RecordIndex:
+def _read_forked(records: Indices) -> pa.RecordBatch:
     assert _forked is not None
-    return _facts(_forked[0], records, _forked[1])
+    return _read_records(_forked[0], records, _forked[1])
 
 
-def _facts(source: Readable, records: Indices, need_rejected: bool) -> RecordIndex:
-    """The facts of a few records."""
-    found = RecordIndexBuilder()
+def _read_records(source: Readable, records: Indices, need_rejected: bool) -> pa.RecordBatch:
+    """Read a few records, into a row each."""
+    rows = []
     for record in records.tolist():
         try:
             pair = source.pair(record, need_rejected)
         except RecordError as error:
-            found.unusable(error.reason, error.detail)
-            continue
-        texts = [message.text for message in pair.prompt]
-        media = [_medium(image, IMAGE) for image in pair.images] + [_medium(video, VIDEO) for video in pair.videos]
-        found.good(words_hash(" ".join(texts)), stable_hash("text:" + "\n".join(texts)), media)
-    return found.facts(np.asarray(records, np.int64))
-
-
-def _medium(medium: Any, kind: int) -> tuple[int, str, int]:
-    """Kind, name and size of an image or video: a path, or the hash of its content where it is embedded."""
-    if isinstance(medium, bytes):
-        kind = EMBEDDED_IMAGE if kind == IMAGE else EMBEDDED_VIDEO
-        return kind, blake2b(medium, digest_size=16).hexdigest(), len(medium)
-    return kind, medium, -1
+            detail = error.detail.encode("utf-8", "surrogatepass")
+            row = {"record": record, "words": 0, "prompt": 0, "media": [], "reason": error.reason, "detail": detail}
+        else:
+            texts = [message.text for message in pair.prompt]
+            media = [Medium.of(image) for image in pair.images]
+            media += [Medium.of(video, "video") for video in pair.videos]
+            row = {
+                "record": record,
+                "words": words_hash(" ".join(texts)),
+                "prompt": stable_hash("text:" + "\n".join(texts)),
+                "media": [medium.encode() for medium in media],
+            }
+        rows.append(row)
+    return pa.RecordBatch.from_pylist(rows, SCHEMA)

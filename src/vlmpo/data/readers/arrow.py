@@ -1,7 +1,6 @@
-"""Records in Arrow tables, through ``datasets``: Parquet files, saved folders, Hub names. Memory-mapped, undecoded.
+"""Records in Arrow tables, through ``datasets``: Parquet files, saved folders, Hub names. Memory-mapped.
 
-Images stay the bytes they are stored as; the encoder opens them. A row's origin is ``file.parquet:row 17``, counted
-from 0 as every library of tables counts.
+Images stay encoded; the encoder opens them. A row's origin is ``file.parquet:row 17``, counted from 0.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 from vlmpo.data.index.store import Stamp
 from vlmpo.errors import DataError
 
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class TableRecords:
@@ -25,12 +24,12 @@ class TableRecords:
 
     Args:
         dataset: the rows.
-        kind: what people call the container.
-        parts: (label, rows) of each file the rows are from, in order; the labels begin the rows' origins.
+        kind: what users call the container.
+        parts: label and number of rows of each file, in order; a row's origin begins with the label.
         paths: the files behind the rows.
 
     Attributes:
-        stamp: these files, in the state in which they were opened.
+        stamp: state of these files when they were opened.
     """
 
     def __init__(self, dataset: Any, kind: str, parts: Sequence[tuple[str, int]], paths: Sequence[str]) -> None:
@@ -45,17 +44,17 @@ class TableRecords:
         return len(self._rows)
 
     def origin(self, index: int) -> str:
-        """``file.parquet:row 17`` of record ``index``; the row counts within its file."""
+        """Return ``file.parquet:row 17`` of record ``index``, counted within its file."""
         part = int(np.searchsorted(self._bounds, index, side="right")) - 1
         return f"{self._labels[part]}:row {index - int(self._bounds[part])}"
 
     def record(self, index: int) -> dict[str, Any]:
-        """Record ``index``."""
+        """Read record ``index``."""
         return self._rows[index]
 
 
 class RawRows:
-    """Rows of a ``datasets.Dataset`` as plain values, images, videos and sounds as ``{bytes, path}``."""
+    """Reads rows of a ``datasets.Dataset`` as plain values; images, videos and sounds as ``{bytes, path}``."""
 
     def __init__(self, dataset: Any) -> None:
         self._table = dataset.with_format("arrow")
@@ -71,7 +70,7 @@ class RawRows:
 
 
 def raw_rows(dataset: Any) -> Any:
-    """``dataset`` with its rows as they are stored where it is a ``datasets.Dataset`` without a format of its own."""
+    """Return the rows as they are stored, if ``dataset`` is a ``datasets.Dataset`` without a format of its own."""
     library = sys.modules.get("datasets")  # who holds one has imported it
     if library is None or not isinstance(dataset, library.Dataset) or dataset.format["type"] is not None:
         return dataset
@@ -79,7 +78,7 @@ def raw_rows(dataset: Any) -> Any:
 
 
 def undecoded(feature: Any) -> Any:
-    """A feature of ``datasets``, nested ones too, that leaves images, videos and sounds encoded."""
+    """Return a feature of ``datasets``, perhaps nested, that leaves images, videos and sounds encoded."""
     if isinstance(feature, dict):
         return {name: undecoded(inner) for name, inner in feature.items()}
     if isinstance(feature, list | tuple):
@@ -87,17 +86,14 @@ def undecoded(feature: Any) -> Any:
     changed = copy.copy(feature)
     if hasattr(feature, "feature"):
         changed.feature = undecoded(feature.feature)
-    # Json is text as stored, and a value for whoever reads it: that one is decoded.
+    # Json is stored as text; it is the one kind to decode.
     elif hasattr(feature, "decode") and type(feature).__name__ != "Json":
         changed.decode = False
     return changed
 
 
 def open_parquet(files: Sequence[str]) -> TableRecords:
-    """The rows of Parquet files, one after the other.
-
-    ``datasets`` writes them into its cache once, as Arrow files that are mapped into memory.
-    """
+    """Open Parquet files as one sequence of rows. ``datasets`` converts them once, into Arrow files in its cache."""
     import datasets
     from pyarrow import parquet
 
@@ -111,62 +107,54 @@ def open_parquet(files: Sequence[str]) -> TableRecords:
 
 
 def open_saved(folder: str, split: str | None) -> TableRecords:
-    """A folder that ``save_to_disk`` wrote; of a DatasetDict its ``split``, which may be left out where it has one."""
+    """Open a folder that ``save_to_disk`` wrote, or one split of it. ``split`` may be left out if there is only one."""
     import datasets
 
-    found = _or_data_error(folder, lambda: datasets.load_from_disk(folder))
-    if isinstance(found, datasets.DatasetDict):
-        split = _one_split(split, list(found), folder)
-        found = found[split]
+    saved = _or_data_error(folder, lambda: datasets.load_from_disk(folder))
+    label, kind = folder, "saved datasets folder"
+    if isinstance(saved, datasets.DatasetDict):
+        split = _choose_split(split, list(saved), folder)
+        saved, label, kind = saved[split], f"{folder}[{split}]", f"{kind}, split {split}"
     elif split is not None:
         raise DataError(f"{folder}: split: {split!r} is asked for, but one data set is saved here, without splits")
-    label, kind = (
-        (folder, "saved datasets folder")
-        if split is None
-        else (f"{folder}[{split}]", _split_kind("saved datasets folder", split))
-    )
-    return TableRecords(found, kind, [(label, len(found))], [file["filename"] for file in found.cache_files])
+    return TableRecords(saved, kind, [(label, len(saved))], [file["filename"] for file in saved.cache_files])
 
 
 def load_named(name: str, subset: str | None, split: str | None, is_folder: bool) -> TableRecords:
-    """A Hub name, or a folder laid out as a data set of the Hub is: what ``datasets.load_dataset`` takes."""
+    """Load a Hub name, or a folder laid out as a data set of the Hub, by ``datasets.load_dataset``."""
     import datasets
 
-    what = "folder" if is_folder else "Hub data set"
     where = name
     if not is_folder:
         where = f"{name}: neither a file nor a folder here ({os.path.abspath(name)}), and as a data set of the Hub"
     if split is None:
-        known = _or_data_error(where, lambda: datasets.get_dataset_split_names(name, subset))
-        split = _one_split(None, known, name)
-    found = _or_data_error(where, lambda: datasets.load_dataset(name, subset, split=split))
+        splits = _or_data_error(where, lambda: datasets.get_dataset_split_names(name, subset))
+        split = _choose_split(None, splits, name)
+    rows = _or_data_error(where, lambda: datasets.load_dataset(name, subset, split=split))
     label = f"{name}{f'/{subset}' if subset and not is_folder else ''}[{split}]"
-    kind = _split_kind(what if subset is None else f"{what}, subset {subset}", split)
-    return TableRecords(found, kind, [(label, len(found))], [file["filename"] for file in found.cache_files])
+    container = "folder" if is_folder else "Hub data set"
+    kind = f"{container}{'' if subset is None else f', subset {subset}'}, split {split}"
+    return TableRecords(rows, kind, [(label, len(rows))], [file["filename"] for file in rows.cache_files])
 
 
-def _split_kind(kind: str, split: str) -> str:
-    return f"{kind}, split {split}"
-
-
-def _one_split(asked: str | None, known: Sequence[str], where: str) -> str:
-    if asked is None and len(known) == 1:
+def _choose_split(split: str | None, known: Sequence[str], where: str) -> str:
+    if split is None and len(known) == 1:
         return known[0]
-    if asked not in known:
-        what = "name one under `split`" if asked is None else f"split: there is no {asked!r}"
+    if split is None or split not in known:
+        what = "name one under `split`" if split is None else f"split: there is no {split!r}"
         raise DataError(f"{where}: {what}; its splits are {', '.join(known) or 'none'}")
-    return str(asked)
+    return split
 
 
-def _or_data_error(where: str, action: Callable[[], _Found]) -> _Found:
-    """What ``action`` gives; what it raises, in one DataError: the libraries below it raise all kinds."""
+def _or_data_error(where: str, action: Callable[[], _Result]) -> _Result:
+    """Return the result of ``action``. Raises DataError for whatever kind of error a library raises in it."""
     try:
         return action()
     except (MemoryError, DataError):
         raise
     except Exception as error:
         cause = error
-        while isinstance(cause.__cause__, Exception):  # `datasets` says on top that it could not, below why
+        while isinstance(cause.__cause__, Exception):  # the outer errors of `datasets` only say that it failed
             cause = cause.__cause__
         detail = " ".join(str(cause).split())[:300]
         raise DataError(f"{where}: cannot be read ({type(cause).__name__}: {detail})") from error

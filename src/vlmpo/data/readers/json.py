@@ -1,44 +1,50 @@
-"""Records in JSON files: JSON Lines, and arrays of objects. Parsed one at a time.
+"""Records in JSON files: JSON Lines, and arrays of objects. Each is parsed when it is read.
 
-Of a file only where each record begins (and, of an array, ends) and the number of its line are held, as int64 arrays.
-So three million lines cost some 50 MB. Of a large file they lie in the cache, and all processes map the same ones.
+Only the place of each record is held: its first and last byte and its line, three int64 arrays. So three million lines
+cost some 70 MB. For a large file they are in the cache, and all processes map the same ones.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import re
 from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from vlmpo.data.fields import json_object
-from vlmpo.data.index.store import Arrays, Cache, Stamp
-from vlmpo.data.readers.jsonarray import index_array
+from vlmpo.data.index.store import Cache, Stamp
+from vlmpo.data.records import BOM, json_object
 from vlmpo.errors import DataError
 
-Indices = NDArray[np.int64]
+# An array is read whole to find its records, once if the cache can be written to.
+MAX_ARRAY_BYTES = 2 << 30
 
 _CHUNK = 8 << 20
-_BOM = b"\xef\xbb\xbf"
 _NEWLINE = 10
 _WHITESPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
+_skip_spaces = re.compile(r"[ \t\r\n]*").match
 
 
 class JsonRecords:
-    """The records of one JSON file: where they begin, and their bytes, from a file opened on first use.
+    """The records of one JSON file, opened on first use. Picklable; each process opens the file for itself.
 
     Args:
         path: the file.
-        is_array: whether it is one array of objects; else JSON Lines.
-        cache: where the index may lie; by default it is made now.
+        is_array: True if it is one array of objects, False for JSON Lines.
+        cache: where the places of the records may be kept; None finds them anew.
 
     Attributes:
-        stamp: the file in the state in which it was opened.
+        kind: what users call such a file.
+        stamp: state of the file when it was opened; None if nothing is kept of it.
 
     Raises:
-        DataError: it cannot be read, or is no whole array.
+        DataError: the file cannot be read, or is not a whole array.
     """
 
     def __init__(self, path: str, is_array: bool = False, cache: Cache | None = None) -> None:
@@ -50,59 +56,46 @@ class JsonRecords:
         self.stamp = None if cache is None else Stamp.of([path])
         try:
             self._size = os.path.getsize(path)
-            self._load_index()
+            self._load_places()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
 
-    def _load_index(self) -> None:
-        """int64 [records] each: byte offset; of an array, where it ends; line number, from 1."""
-        kind, make = ("array", self._array_index) if self._is_array else ("lines", self._line_index)
-        index = make() if self._cache is None else self._cache.arrays(kind, self.stamp, [], make)
-        self.starts, self.lines, self._ends = index["starts"], index["lines"], index.get("ends")
-
-    def _line_index(self) -> Arrays:
-        starts, lines = _index_lines(self.path)
-        return {"starts": starts, "lines": lines}
-
-    def _array_index(self) -> Arrays:
-        starts, ends, lines = index_array(self.path)
-        return {"starts": starts, "ends": ends, "lines": lines}
+    def _load_places(self) -> None:
+        kind, find = ("array", find_elements) if self._is_array else ("lines", find_lines)
+        make = functools.partial(find, self.path)
+        places = make() if self._cache is None else self._cache.table(kind, self.stamp, [], make)
+        self._starts, self._ends, self._lines = (places[name].to_numpy() for name in ("start", "end", "line"))
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self._starts)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_file": None}  # a file cannot be pickled: the other process opens its own
+        state = {**self.__dict__, "_file": None}
         if self.stamp is not None:
-            for name in ("starts", "lines", "_ends"):
-                del state[name]  # it maps the cache's
+            for name in ("_starts", "_ends", "_lines"):
+                del state[name]  # the other process maps the cache's
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         if self.stamp is not None:
-            self._load_index()
+            self._load_places()
 
     @property
     def paths(self) -> list[str]:
-        """The files behind the records."""
+        """List the file."""
         return [self.path]
 
     def origin(self, index: int) -> str:
-        """``file:line`` of record ``index``."""
-        return f"{self.path}:{self.lines[index]}"
+        """Return ``file:line`` of record ``index``."""
+        return f"{self.path}:{self._lines[index]}"
 
     def record(self, index: int) -> dict[str, Any]:
-        """Record ``index``. Raises RecordError ``bad_json``."""
-        return json_object(self._read(index), self.origin(index), "line" if self._ends is None else "record")
-
-    def _read(self, index: int) -> bytes:
+        """Read record ``index``. Raises RecordError ``bad_json``."""
         file = self._file or self._open()
-        start = int(self.starts[index])
-        if self._ends is not None:
-            return os.pread(file.fileno(), int(self._ends[index]) - start, start)
-        end = int(self.starts[index + 1]) if index + 1 < len(self.starts) else self._size
-        return os.pread(file.fileno(), end - start, start).partition(b"\n")[0]  # blank lines may follow
+        start = int(self._starts[index])
+        content = os.pread(file.fileno(), int(self._ends[index]) - start, start)
+        return json_object(content, self.origin(index), "record" if self._is_array else "line")
 
     def _open(self) -> FileIO:
         try:
@@ -116,37 +109,87 @@ class JsonRecords:
         return file
 
 
-def _index_lines(path: str) -> tuple[Indices, Indices]:
-    """Byte offset and 1-based number of every line that is not blank; a UTF-8 byte order mark is stepped over."""
-    starts: list[Indices] = [np.empty(0, np.int64)]
-    numbers: list[Indices] = [np.empty(0, np.int64)]
+def find_lines(path: str) -> pa.Table:
+    """Find every line that is not blank: ``start`` and ``end`` in bytes, and ``line``, its number from 1.
+
+    A UTF-8 byte order mark is skipped.
+    """
+    parts = [_places([], [], [])]
     with open(path, "rb") as file:
-        offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+        offset = len(BOM) if file.read(len(BOM)) == BOM else 0
         file.seek(offset)
         line = 1
         while chunk := file.read(_CHUNK):
             chunk += file.readline()  # so that every chunk holds whole lines
-            begins, is_record = _chunk_lines(chunk)
-            starts.append(begins[is_record] + offset)
-            numbers.append(np.flatnonzero(is_record) + line)
+            starts, ends = _chunk_lines(chunk)
+            is_blank = np.zeros(len(starts), np.bool_)
+            for index in np.flatnonzero(np.isin(np.frombuffer(chunk, np.uint8)[starts], _WHITESPACE)):
+                is_blank[index] = not chunk[starts[index] : ends[index]].strip()
+            kept = np.flatnonzero(~is_blank)
+            parts.append(_places(starts[kept] + offset, ends[kept] + offset, kept + line))
             offset += len(chunk)
-            line += len(begins)
-    return np.concatenate(starts), np.concatenate(numbers)
+            line += len(starts)
+    return pa.concat_tables(parts).combine_chunks()
 
 
-def _chunk_lines(chunk: bytes) -> tuple[Indices, NDArray[np.bool_]]:
-    """Offset of each line in ``chunk`` [lines], and whether it holds more than whitespace [lines]."""
-    data = np.frombuffer(chunk, np.uint8)
-    newlines = np.flatnonzero(data == _NEWLINE)
-    begins = np.concatenate([np.zeros(1, np.int64), newlines + 1])
-    if begins[-1] == len(chunk):
-        begins = begins[:-1]
-    is_record = np.ones(len(begins), np.bool_)
-    for index in np.flatnonzero(np.isin(data[begins], _WHITESPACE)):
-        end = newlines[index] if index < len(newlines) else len(chunk)
-        is_record[index] = bool(chunk[begins[index] : end].strip())
-    return begins, is_record
+def _places(starts: Any, ends: Any, lines: Any) -> pa.Table:
+    columns = {"start": starts, "end": ends, "line": lines}
+    return pa.table({name: pa.array(values, pa.int64()) for name, values in columns.items()})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set
+def _chunk_lines(chunk: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where each line in ``chunk`` starts and ends, its newline left out: int64 [lines] each."""
+    newlines = np.flatnonzero(np.frombuffer(chunk, np.uint8) == _NEWLINE)
+    ends = newlines if chunk.endswith(b"\n") else np.append(newlines, len(chunk))
+    return np.append(np.int64(0), newlines + 1)[: len(ends)], ends
+
+
+def find_elements(path: str) -> pa.Table:
+    """Find the elements of the JSON array in ``path``, with the columns of :func:`find_lines`.
+
+    Raises:
+        DataError: the array is larger than MAX_ARRAY_BYTES, or is not valid JSON; the message names the line.
+    """
+    size = os.path.getsize(path)
+    if size > MAX_ARRAY_BYTES:
+        raise DataError(
+            f"{path}: a JSON array of {size / 1e9:.1f} GB, which would be read into memory whole (the limit is "
+            f"{MAX_ARRAY_BYTES / 1e9:.1f} GB); write it as JSON Lines, one object a line, and name that file .jsonl"
+        )
+    # Latin-1 makes one character of each byte, so positions in the text are offsets in the file. Only they are used.
+    text = Path(path).read_bytes().decode("latin-1")
+    starts: list[int] = []
+    ends: list[int] = []
+    lines: list[int] = []
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+    try:
+        at = _end_of_spaces(text, text.index("[") + 1)
+        while text[at : at + 1] != "]" or starts:
+            line, counted = line + text.count("\n", counted, at), at
+            starts.append(at)
+            lines.append(line)
+            at = decoder.raw_decode(text, at)[1]
+            ends.append(at)
+            at = _end_of_spaces(text, at)
+            if text[at : at + 1] != ",":
+                break
+            at = _end_of_spaces(text, at + 1)
+        if text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+        if (behind := _end_of_spaces(text, at + 1)) < len(text):
+            raise json.JSONDecodeError("the array ends before this", text, behind)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where, what = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (line, str(error))
+        begins = f"; the last record begins in line {lines[-1]}" if lines and lines[-1] != where else ""
+        raise DataError(
+            f"{path}:{where}: not a valid JSON array ({what}){begins}: look for a bracket, brace, quote or comma that "
+            "is missing or too many"
+        ) from None  # the error holds the whole text
+    return _places(starts, ends, lines)
+
+
+def _end_of_spaces(text: str, at: int) -> int:
+    match = _skip_spaces(text, at)
+    assert match is not None  # it may be empty
+    return match.end()

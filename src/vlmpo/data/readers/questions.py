@@ -1,37 +1,34 @@
-"""Files of questions with their answers, JSON Lines: what responses are sampled for, and models tested on."""
+"""Files of questions with their answers, JSON Lines."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 from vlmpo.data.encode.images import missing_image
-from vlmpo.data.fields import image_names, json_kind, json_object, place_images, text_field
-from vlmpo.data.records import Question
+from vlmpo.data.readers.json import JsonRecords
+from vlmpo.data.records import IMAGE_PLACEHOLDER, Question, json_kind, text_field
 from vlmpo.errors import DataError, RecordError
-
-_BOM = b"\xef\xbb\xbf"
+from vlmpo.hashing import content_hash
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of one file, in its order, and the records that are none.
+    """The questions of one file, in its order, and what was wrong with the other records.
 
     Attributes:
-        questions: all with different ids.
-        dropped: one error a record that cannot be used; counted by :meth:`counts`.
+        questions: questions, all with different ids.
+        dropped: one error for each record that cannot be used.
     """
 
     questions: list[Question]
     dropped: list[RecordError]
 
     def counts(self) -> dict[str, int]:
-        """Dropped records by reason, the most frequent first."""
+        """Count the dropped records by reason, the most frequent first."""
         return dict(Counter(error.reason for error in self.dropped).most_common())
 
 
@@ -42,22 +39,20 @@ def read_questions(
     split: str | None = None,
     need_answer: bool = True,
 ) -> QuestionSet:
-    """Questions from a JSON Lines file: ``{id?, image (path, list or absent), question, answer, verifier?, split?}``.
+    """Read a JSON Lines file of ``{id?, image (path, list or absent), question, answer, verifier?, split?}``.
 
-    An id is a string or a whole number; without one it is a hash of question, answer and image names. Whether an image
-    file exists is looked at, the file is not opened.
+    An id is a string or a whole number; by default it is a hash of question, answer and image names. Image files must
+    exist; they are not opened. Records are dropped as ``bad_json``, ``missing_field``, ``placeholder_mismatch``,
+    ``missing_image`` or ``duplicate_id`` (the second and later records of an id).
 
     Args:
         path: the file.
         image_root: folder that image names are relative to; default: the file's own.
-        split: only the records whose ``split`` says so; the others are passed over.
-        need_answer: False where nothing is held against the truth; a missing answer is then "".
+        split: reads only the records with this ``split``.
+        need_answer: False if no response is verified; a missing answer is then "".
 
     Raises:
-        DataError: no such file or folder, no record at all, or none of the asked split.
-
-    Reasons under which records are dropped: ``bad_json``, ``missing_field``, ``placeholder_mismatch``,
-    ``missing_image``, ``duplicate_id`` (the second and later records of an id).
+        DataError: no such file or folder, no record at all, or none of ``split``.
     """
     path = os.path.abspath(os.path.expanduser(path))
     if not os.path.isfile(path):
@@ -65,62 +60,76 @@ def read_questions(
     root = os.path.abspath(os.path.expanduser(image_root)) if image_root is not None else os.path.dirname(path)
     if not os.path.isdir(root):
         raise DataError(f"{path}: image_root {root} is not a folder")
-    found = QuestionSet([], [])
+    result = QuestionSet([], [])
     first_seen: dict[str, str] = {}
     splits: Counter[str] = Counter()
-    for origin, line in _lines(path):
+    lines = JsonRecords(path)
+    for number in range(len(lines)):
+        origin = lines.origin(number)
         try:
-            record = json_object(line, origin)
+            record = lines.record(number)
             splits[str(record.get("split"))] += 1
             if split is not None and record.get("split") != split:
                 continue
             question = _question(record, root, origin, need_answer)
             if question.id in first_seen:
-                raise _duplicate(question.id, first_seen[question.id], origin)
+                first = first_seen[question.id]
+                detail = (
+                    f"id {question.id!r} was given at {first} already; give every question an id of its own, or none"
+                )
+                raise RecordError("duplicate_id", origin, detail)
             first_seen[question.id] = origin
-            found.questions.append(question)
+            result.questions.append(question)
         except RecordError as error:
-            found.dropped.append(error)
+            result.dropped.append(error)
     if split is not None and split not in splits:
         known = ", ".join(f"{name} ({count})" for name, count in splits.most_common(8))
         raise DataError(f"{path}: no record of split {split!r}; there are {known or 'none at all'}")
-    if not found.questions and not found.dropped:
+    if not result.questions and not result.dropped:
         raise DataError(f"{path}: no record in it; write one JSON object a line")
-    return found
-
-
-def _lines(path: str) -> Iterator[tuple[str, bytes]]:
-    """``file:line`` and bytes of every line that is not blank."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                content = line.removeprefix(_BOM) if number == 1 else line
-                if content.strip():
-                    yield f"{path}:{number}", content
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+    return result
 
 
 def _question(record: dict[str, Any], root: str, origin: str, need_answer: bool) -> Question:
-    names = image_names(record, origin)
+    names = _image_names(record, origin)
     text = text_field(record, "question", origin)
     if not text.strip():
         raise RecordError("missing_field", origin, "`question` is empty: nothing to answer")
-    placed = place_images(text, len(names), origin)
+    placeholders = text.count(IMAGE_PLACEHOLDER)
+    if len(names) == 1 and placeholders == 0:
+        text = f"{IMAGE_PLACEHOLDER}\n{text}"
+    elif placeholders != len(names):
+        detail = (
+            f"`question` has {placeholders} {IMAGE_PLACEHOLDER} for {len(names)} images; write one where each stands"
+        )
+        raise RecordError("placeholder_mismatch", origin, detail)
     answer = _answer(record, origin, need_answer)
     images = tuple(os.path.join(root, name) for name in names)
     for image in images:
         if not os.path.isfile(image):
             raise missing_image(image, origin)
     return Question(
-        id=_id(record, origin) or _content_hash(placed, answer, names),
+        # Without an id: a hash of the record's own text alone, whatever the place of the data.
+        id=_id(record, origin) or content_hash(json.dumps([text, answer, names], ensure_ascii=True), size=8),
         images=images,
-        question=placed,
+        question=text,
         answer=answer,
         verifier=_optional_text(record, "verifier", origin),
         split=_optional_text(record, "split", origin),
         origin=origin,
     )
+
+
+def _image_names(record: dict[str, Any], origin: str) -> list[str]:
+    """Return the paths under ``image``, as written; none if it is absent."""
+    value = record.get("image")
+    if value is None or value == "":
+        return []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        detail = f"`image` must be a path, a list of paths or null, not {json.dumps(value)[:80]}"
+        raise RecordError("missing_field", origin, detail)
+    return names
 
 
 def _answer(record: dict[str, Any], origin: str, needed: bool) -> str:
@@ -149,14 +158,3 @@ def _id(record: dict[str, Any], origin: str) -> str | None:
         detail = f"`id` must be a string that is not empty or a whole number, not {json_kind(value)}"
         raise RecordError("missing_field", origin, detail)
     return text_field(record, "id", origin)
-
-
-def _content_hash(question: str, answer: str, images: list[str]) -> str:
-    """16 hex digits that depend on the record's own text alone, not on where the data lie."""
-    content = json.dumps([question, answer, images], ensure_ascii=True)
-    return blake2b(content.encode(), digest_size=8).hexdigest()
-
-
-def _duplicate(id_: str, first: str, origin: str) -> RecordError:
-    detail = f"id {id_!r} was given at {first} already; give every question an id of its own, or none"
-    return RecordError("duplicate_id", origin, detail)

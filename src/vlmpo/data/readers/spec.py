@@ -13,16 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmpo.data.fields import json_kind
+from vlmpo.data.records import BOM, json_kind
 from vlmpo.errors import DataError
 
-# A file of JSON Lines, an array of records, an MMPR meta.json, Parquet files, a folder save_to_disk wrote, any other
-# folder, a data set of the Hub.
+# JSON Lines, an array of records, an MMPR meta.json, Parquet files, a folder that save_to_disk wrote, any other folder,
+# a data set of the Hub.
 Kind = Literal["lines", "array", "meta", "parquet", "saved", "folder", "hub"]
 
 _EXTENSIONS = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
+_META_SHAPE = 'must be one JSON object, {"name": {"root": "...", "annotation": "....jsonl", "repeat_time": 1}, ...}'
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class SourceSpec:
     Attributes:
         path: a ``.jsonl`` file, a ``.json`` file (an array of records, or an MMPR ``meta.json``), a ``.parquet`` file
             or a glob of them, a folder (saved by ``datasets``, or laid out as on the Hub), or a Hub name ``org/name``.
-        image_root: folder the image names are relative to; default: the file's own. Not for a ``meta.json``.
+        image_root: folder that image names are relative to; default: the file's own. Not for a ``meta.json``.
         repeat: how often its pairs are seen; below 1 a seeded subset. Multiplies a meta.json's ``repeat_time``.
         max_tiles: tiles per pair, in place of a meta.json's ``max_dynamic_patch``. None leaves it to that, or to the
             recipe.
-        name: what metrics call it; default: the file's stem. Of a meta.json: put before the name of each set in it.
-        format: the format of its records; ``auto`` tells it by the first few.
-        split: which part of a folder's or Hub data set; may be left out where there is one.
-        subset: which configuration of a Hub data set, or of a folder laid out as one.
+        name: what metrics call it; default: the file's stem. For a meta.json: put before the name of each set in it.
+        format: the format of its records; ``auto`` detects it from the first few.
+        split: part of a folder's or Hub data set; may be left out if there is only one.
+        subset: configuration of a Hub data set, or of a folder laid out as one.
     """
 
     path: str
@@ -53,66 +54,78 @@ class SourceSpec:
 
 
 @dataclass(frozen=True)
-class FileSpec:
-    """One container of records with everything settled: what a SourceSpec or an entry of a meta.json comes down to.
+class FileSpec(SourceSpec):
+    """One container of records with every setting resolved, from a SourceSpec or an entry of a meta.json.
 
-    ``path`` names it in messages; ``files`` are the Parquet files, of which there may be several.
+    Attributes:
+        path: absolute, but for a Hub name.
+        kind: what the path is.
+        files: the Parquet files, which may be several.
+        declared_length: number of records a meta.json says there are.
     """
 
-    name: str
-    path: str
-    image_root: str
-    repeat: float
-    max_tiles: int | None
-    declared_length: Any = None
+    image_root: str = ""
+    name: str = ""
     kind: Kind = "lines"
     files: tuple[str, ...] = ()
-    format: str = "auto"
-    split: str | None = None
-    subset: str | None = None
+    declared_length: Any = None
 
 
 def file_specs(spec: SourceSpec, notices: list[str]) -> list[FileSpec]:
-    """The containers a SourceSpec comes down to; remarks on them are added to ``notices``.
+    """Resolve a SourceSpec into containers of records; remarks on them are added to ``notices``.
 
     Raises:
         DataError: a file or folder that does not exist (every path tried is named), a malformed meta.json, a bad
             setting, or one without effect.
     """
     path = os.path.abspath(os.path.expanduser(spec.path))
-    repeat = _repeat(spec.repeat, f"{spec.path}: repeat")
-    max_tiles = _max_tiles(spec.max_tiles, f"{spec.path}: max_tiles")
-    kind, files = _kind_of(spec.path, path)
-    _refuse_without_effect(spec, kind)
+    repeat = _checked_repeat(spec.repeat, f"{spec.path}: repeat")
+    max_tiles = _checked_tiles(spec.max_tiles, f"{spec.path}: max_tiles")
+    kind, files = _find_kind(spec.path, path)
+    if kind == "meta" and spec.image_root is not None:
+        raise DataError(f"{spec.path}: a meta.json names each set's `root` itself; image_root is for other sources")
+    if kind not in ("saved", "folder", "hub") and spec.split is not None:
+        raise DataError(f"{spec.path}: split: has no effect on a file; it is for datasets folders and Hub names")
+    if kind not in ("folder", "hub") and spec.subset is not None:
+        raise DataError(f"{spec.path}: subset: has no effect here; it is for Hub names and folders laid out as there")
     if kind == "meta":
         return _meta_specs(spec, path, repeat, max_tiles, notices)
-    beside = path if kind in ("saved", "folder") else os.path.dirname(files[0]) if files else os.path.dirname(path)
     if kind == "hub":
         path, beside = spec.path, os.getcwd()
+    else:
+        beside = path if kind in ("saved", "folder") else os.path.dirname(files[0] if files else path)
     root = os.path.abspath(os.path.expanduser(spec.image_root or beside))
     if not os.path.isdir(root):
         raise DataError(f"{spec.path}: image_root {root} is not a folder")
-    name = spec.name or _default_name(path, kind, spec.split)
     return [
         FileSpec(
-            name, path, root, repeat, max_tiles, None, kind, files, spec.format, split=spec.split, subset=spec.subset
+            name=spec.name or _default_name(path, kind, spec.split),
+            path=path,
+            image_root=root,
+            repeat=repeat,
+            max_tiles=max_tiles,
+            format=spec.format,
+            split=spec.split,
+            subset=spec.subset,
+            kind=kind,
+            files=files,
         )
     ]
 
 
-def _kind_of(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
-    """What lies at ``path``, and the files where it is Parquet."""
+def _find_kind(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
+    """Return what is at ``path``, and the files if it is Parquet."""
     if os.path.isdir(path):
-        marks = ("dataset_dict.json", "state.json")
-        return ("saved" if any(os.path.isfile(os.path.join(path, mark)) for mark in marks) else "folder"), ()
+        is_saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
+        return ("saved" if is_saved else "folder"), ()
     extension = os.path.splitext(path)[1].lower()
     if not os.path.exists(path) and glob.has_magic(written):
         files = tuple(sorted(glob.glob(path, recursive=True)))
         if not files:
             raise DataError(f"{written}: no file matches {path}")
-        odd = next((file for file in files if not file.lower().endswith(".parquet")), None)
-        if odd is not None:
-            raise DataError(f"{written}: matches {odd}; several files in one source must all be .parquet")
+        for file in files:
+            if not file.lower().endswith(".parquet"):
+                raise DataError(f"{written}: matches {file}; several files in one source must all be .parquet")
         return "parquet", files
     if not os.path.exists(path) and _HUB_NAME.fullmatch(written) and extension not in _EXTENSIONS:
         return "hub", ()
@@ -122,26 +135,13 @@ def _kind_of(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
         )
     if not os.path.isfile(path):
         raise DataError(f"{written}: no such file; looked for {path}")
-    if extension == ".json":
-        return ("array" if _first_byte(path) == b"[" else "meta"), ()
-    return ("parquet", (path,)) if extension == ".parquet" else ("lines", ())
-
-
-def _first_byte(path: str) -> bytes:
-    """The first byte of a file that is neither white space nor its byte order mark."""
-    with open(path, "rb") as file:
-        start = file.read(1 << 16)
-    return start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-
-
-def _refuse_without_effect(spec: SourceSpec, kind: Kind) -> None:
-    """A key that nobody reads is an error."""
-    if kind == "meta" and spec.image_root is not None:
-        raise DataError(f"{spec.path}: a meta.json names each set's `root` itself; image_root is for other sources")
-    if kind not in ("saved", "folder", "hub") and spec.split is not None:
-        raise DataError(f"{spec.path}: split: has no effect on a file; it is for datasets folders and Hub names")
-    if kind not in ("folder", "hub") and spec.subset is not None:
-        raise DataError(f"{spec.path}: subset: has no effect here; it is for Hub names and folders laid out as there")
+    if extension == ".parquet":
+        return "parquet", (path,)
+    if extension == ".jsonl":
+        return "lines", ()
+    with open(path, "rb") as content:
+        start = content.read(1 << 16).removeprefix(BOM).lstrip()
+    return ("array" if start.startswith(b"[") else "meta"), ()
 
 
 def _default_name(path: str, kind: Kind, split: str | None) -> str:
@@ -162,31 +162,38 @@ def _meta_specs(
         where = f"{path}: set {name!r}"
         if not isinstance(entry, dict):
             raise DataError(f"{where}: must be an object with `root` and `annotation`, not {json_kind(entry)}")
-        _notice_entry(entry, where, notices)
-        annotation = _resolve(path, entry.get("annotation"), f"{where}: annotation", os.path.isfile)
+        if entry.get("data_augment"):
+            notices.append(
+                f"{where}: data_augment is set, but images are read as they are "
+                "(InternVL's trainer would degrade them by JPEG compression)"
+            )
+        for key in entry:
+            if key not in _META_KEYS:
+                near = difflib.get_close_matches(key, _META_KEYS, n=1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                notices.append(f"{where}: key {key!r} is not known and has no effect{meant}")
+        annotation = _resolve(path, entry.get("annotation"), f"{where}: annotation", "file", os.path.isfile)
         if not annotation.lower().endswith(".jsonl"):
             raise DataError(f"{where}: annotation {annotation} is not a .jsonl file, one JSON object a line")
         root = os.path.dirname(annotation)
         if entry.get("root") is not None:
-            root = _resolve(path, entry["root"], f"{where}: root", os.path.isdir)
-        own_tiles = _max_tiles(entry.get("max_dynamic_patch"), f"{where}: max_dynamic_patch")
+            root = _resolve(path, entry["root"], f"{where}: root", "folder", os.path.isdir)
+        set_tiles = _checked_tiles(entry.get("max_dynamic_patch"), f"{where}: max_dynamic_patch")
         specs.append(
             FileSpec(
                 name=f"{spec.name}/{name}" if spec.name else name,
                 path=annotation,
                 image_root=root,
-                repeat=repeat * _repeat(entry.get("repeat_time", 1), f"{where}: repeat_time"),
-                max_tiles=own_tiles if max_tiles is None else max_tiles,
-                declared_length=entry.get("length"),
+                repeat=repeat * _checked_repeat(entry.get("repeat_time", 1), f"{where}: repeat_time"),
+                max_tiles=set_tiles if max_tiles is None else max_tiles,
                 format=spec.format,
+                declared_length=entry.get("length"),
             )
         )
     return specs
 
 
 def _read_meta(path: str) -> dict[str, Any]:
-    shape = 'must be one JSON object, {"name": {"root": "...", "annotation": "....jsonl", "repeat_time": 1}, ...}'
-
     def no_name_twice(items: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, times in Counter(name for name, _ in items).items():
             if times > 1:
@@ -199,47 +206,33 @@ def _read_meta(path: str) -> dict[str, Any]:
     except DataError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        lines = ". One JSON object a line is JSON Lines: name it .jsonl" if "Extra data" in str(error) else ""
-        raise DataError(f"{path}: cannot be read ({error}); it {shape}{lines}") from error
+        remedy = ". One JSON object a line is JSON Lines: name it .jsonl" if "Extra data" in str(error) else ""
+        raise DataError(f"{path}: cannot be read ({error}); it {_META_SHAPE}{remedy}") from error
     if not isinstance(meta, dict) or not meta:
-        raise DataError(f"{path}: {json_kind(meta) if meta else 'empty'}; it {shape}")
+        raise DataError(f"{path}: {json_kind(meta) if meta else 'empty'}; it {_META_SHAPE}")
     return meta
 
 
-def _notice_entry(entry: dict[str, Any], where: str, notices: list[str]) -> None:
-    if entry.get("data_augment"):
-        notices.append(
-            f"{where}: data_augment is set, but images are read as they are "
-            "(InternVL's trainer would degrade them by JPEG compression)"
-        )
-    for key in entry:
-        if key not in _META_KEYS:
-            near = difflib.get_close_matches(key, _META_KEYS, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            notices.append(f"{where}: key {key!r} is not known and has no effect{meant}")
-
-
-def _resolve(meta_path: str, value: Any, where: str, exists: Callable[[str], bool]) -> str:
-    """MMPR writes paths relative to the folder above meta.json's; other people's files, to its own or the cwd."""
+def _resolve(meta_path: str, value: Any, where: str, kind: str, exists: Callable[[str], bool]) -> str:
+    """Find a path of a meta.json. MMPR's are relative to the folder above it; others' to its own folder or the cwd."""
     if not isinstance(value, str):
         raise DataError(f"{where}: must be a path, not {json_kind(value)}")
-    own = os.path.dirname(meta_path)
-    bases = [""] if os.path.isabs(value) else [os.path.dirname(own), own, os.getcwd()]
-    tried = [os.path.join(base, value) for base in bases]
-    for candidate in tried:
+    folder = os.path.dirname(meta_path)
+    bases = [""] if os.path.isabs(value) else [os.path.dirname(folder), folder, os.getcwd()]
+    candidates = [os.path.join(base, value) for base in bases]
+    for candidate in candidates:
         if exists(candidate):
             return candidate
-    kind = "file" if exists is os.path.isfile else "folder"
-    raise DataError(f"{where}: no such {kind}; tried {', '.join(dict.fromkeys(tried))}")
+    raise DataError(f"{where}: no such {kind}; tried {', '.join(dict.fromkeys(candidates))}")
 
 
-def _repeat(value: Any, where: str) -> float:
+def _checked_repeat(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise DataError(f"{where}: must be a number from 0 up, not {value!r}")
     return float(value)
 
 
-def _max_tiles(value: Any, where: str) -> int | None:
+def _checked_tiles(value: Any, where: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise DataError(f"{where}: must be a whole number from 1 up, not {value!r}")
     return value
