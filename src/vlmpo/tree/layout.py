@@ -233,15 +233,15 @@ class PackedRow:
 
     def to(self, device: torch.device) -> PackedRow:
         """Return the row with its tensors on ``device``."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
-        }
-        vision, token_types = (
-            {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
-            for named in (self.vision, self.token_types)
-        )
-        return replace(self, vision=vision, token_types=token_types, **moved)
+        vision = {name: tensor.to(device, non_blocking=True) for name, tensor in self.vision.items()}
+        return replace(self, vision=vision, **self.text_tensors(device))
+
+    def text_tensors(self, device: torch.device) -> dict[str, Any]:
+        """Return the fields that hold tensors, all but ``vision``, on ``device``."""
+        names = ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
+        tensors: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        types = {name: tensor.to(device, non_blocking=True) for name, tensor in self.token_types.items()}
+        return {**tensors, "token_types": types}
 
 
 def build_row(trees: Sequence[PromptTree]) -> PackedRow:
