@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,7 @@ def split_trees(draw: Any) -> list[list[PromptTree]]:
     return [found[one:other] for one, other in itertools.pairwise(cuts)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(split_trees())
 def test_any_trees_in_any_rows(groups: Sequence[list[PromptTree]]) -> None:

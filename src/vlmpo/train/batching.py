@@ -134,7 +134,10 @@ class Collator:
     def __call__(self, items: Sequence[EncodedPair | Unusable]) -> Batch:
         pairs = [item for item in items if isinstance(item, EncodedPair)]
         groups = []
-        for members in split_runs(pairs, max(1, self.group), _same_prompt):
+        for indices in split_runs(
+            range(len(pairs)), max(1, self.group), lambda one, other: _same_prompt(pairs[one], pairs[other])
+        ):
+            members = [pairs[index] for index in indices]
             # A response that several pairs hold is read once.
             position: dict[tuple[int, ...], int] = {}
             responses: list[Tensor] = []

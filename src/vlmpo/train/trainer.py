@@ -338,7 +338,7 @@ class MPOTrainer(Trainer):
                 vision = scale.normalise(vision)
             if dtype is not None:
                 vision = {name: t.to(dtype) if t.is_floating_point() else t for name, t in vision.items()}
-            rows.append(replace(row.to(device), vision=vision))
+            rows.append(replace(row, vision=vision, **row.text_tensors(device)))
         return replace(
             inputs,
             rows=rows,

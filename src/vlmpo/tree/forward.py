@@ -162,7 +162,8 @@ def _read_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
     """Return the log-probs of one row's scored tokens, ``[scored]``."""
     refuse_missing_types(model, row)
     refuse_bytes(row.vision.get("pixel_values"))
-    arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **vision_arguments(model, row)}
+    vision = row.vision if model._vlmpo.frozen_tower is None else vision_arguments(model, row)
+    arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **vision}
     arguments |= accepted(model.base_model, row.token_types)
     if shared:
         # A separate row is an ordinary prompt: the model counts its positions as it always does.

@@ -68,7 +68,7 @@ class Segments(NamedTuple):
         cu_seqlens_q, cu_seqlens_k: ``[segments + 1]`` int32, where each begins; the last entry is the end.
         max_seqlen_q, max_seqlen_k: tokens of the longest.
         keys: ``[gathered]``, the token of the row that each key is; None if the keys are the row itself.
-        own: ``[tokens]``, the place in ``keys`` of each token in its own segment; None if ``keys`` is.
+        key_of_token: ``[tokens]``, the place in ``keys`` of each token in its own segment; None if ``keys`` is.
         repeats: the further copies of prompts: first token in the row, first place in ``keys``, length.
     """
 
@@ -77,14 +77,14 @@ class Segments(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     keys: Tensor | None
-    own: Tensor | None
+    key_of_token: Tensor | None
     repeats: tuple[tuple[int, int, int], ...]
 
 
 def _attention_segments(spans: Sequence[TreeSpan], device: torch.device) -> Segments:
     queries: list[int] = []
     keys: list[Tensor] = []
-    own: list[Tensor] = []
+    key_of_token: list[Tensor] = []
     repeats: list[tuple[int, int, int]] = []
     place = 0
     for span in spans:
@@ -98,19 +98,19 @@ def _attention_segments(spans: Sequence[TreeSpan], device: torch.device) -> Segm
                 length += span.prompt
             queries.append(length)
             keys.append(torch.arange(at, at + length))
-            own.append(torch.arange(place, place + length))
+            key_of_token.append(torch.arange(place, place + length))
             at, place = at + length, place + length
     longest = max(span.prompt + max(span.responses) for span in spans)
     starts = torch.tensor([0, *queries]).cumsum(0)
     # A segment's keys end where its own tokens end.
-    ends = torch.cat([part[-1:] + 1 for part in own])
+    ends = torch.cat([part[-1:] + 1 for part in key_of_token])
     return Segments(
         cu_seqlens_q=starts.to(device, torch.int32),
         cu_seqlens_k=torch.cat([ends.new_zeros(1), ends]).to(device, torch.int32),
         max_seqlen_q=max(queries),
         max_seqlen_k=longest,
         keys=torch.cat(keys).to(device) if repeats else None,
-        own=torch.cat(own).to(device) if repeats else None,
+        key_of_token=torch.cat(key_of_token).to(device) if repeats else None,
         repeats=tuple(repeats),
     )
 
@@ -233,15 +233,15 @@ class PackedRow:
 
     def to(self, device: torch.device) -> PackedRow:
         """Return the row with its tensors on ``device``."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
-        }
-        vision, token_types = (
-            {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
-            for named in (self.vision, self.token_types)
-        )
-        return replace(self, vision=vision, token_types=token_types, **moved)
+        vision = {name: tensor.to(device, non_blocking=True) for name, tensor in self.vision.items()}
+        return replace(self, vision=vision, **self.text_tensors(device))
+
+    def text_tensors(self, device: torch.device) -> dict[str, Any]:
+        """Return the fields that hold tensors, all but ``vision``, on ``device``."""
+        names = ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
+        tensors: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        types = {name: tensor.to(device, non_blocking=True) for name, tensor in self.token_types.items()}
+        return {**tensors, "token_types": types}
 
 
 def build_row(trees: Sequence[PromptTree]) -> PackedRow:

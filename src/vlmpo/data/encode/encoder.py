@@ -157,9 +157,11 @@ class PairEncoder:
         responses = self._check_texts(pair)
         rendering = self._chat.render(pair.prompt, responses, pair.origin)
         response_ids = self._response_ids(rendering, pair.origin)
-        prompt = self._prompt_cache.get(
-            rendering.prompt, pair.images, self.tiles_of(pair), lambda: self._encode_prompt(rendering.prompt, pair)
-        )
+        key = self._prompt_cache.key(rendering.prompt, pair.images, self.tiles_of(pair))
+        prompt = self._prompt_cache.find(key)
+        if prompt is None:
+            prompt = self._encode_prompt(rendering.prompt, pair)
+            self._prompt_cache.add(key, prompt)
         prompt_length, longest = prompt.prompt_ids.numel(), max(len(ids) for ids in response_ids)
         room = longest if self.max_length is None else self.max_length - prompt_length
         if longest > room:
