@@ -166,6 +166,7 @@ def measure(folder: Path, lines: int, images: int, line_bytes: int) -> dict[str,
     size = write_set(folder / "set", lines, images, line_bytes)
     print(f"{lines} lines, {size / 1e9:.2f} GB, written in {time.perf_counter() - started:.0f} s", flush=True)
     recipe = write_recipe(folder)
+    (folder / "cache").mkdir()  # it stays empty if the files are too small to be worth it
     environment = {**os.environ, "VLMPO_CACHE": str(folder / "cache")}
     openings = {}
     for name in ("first", "second"):

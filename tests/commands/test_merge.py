@@ -123,6 +123,7 @@ def test_dtype_of_what_is_written(tmp_path: Path, base: Path, dtype: str) -> Non
         assert torch.equal(loaded[name], weight.to(wanted)), name
 
 
+@pytest.mark.slow
 def test_a_run_and_a_checkpoint_merge_too(tmp_path: Path, base: Path) -> None:
     """From the recipe to a whole model that trains on."""
     write_data(tmp_path, records(4))

@@ -85,6 +85,7 @@ def test_a_broken_layout_shows(name: str, fault: Callable[[PackedRow], PackedRow
     assert (check_rows(model, [fault(row)], separate, half=False) or 0.0) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_run_with_broken_rows_falls_back_with_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -172,6 +173,7 @@ def test_the_heads_on_the_list_are_all_tested() -> None:
     assert {kind for kind, _ in marks.args[1]} == listed
 
 
+@pytest.mark.slow
 def test_a_family_off_the_list_is_told_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = MPOTrainer(
         model=FAMILIES["gemma2-text"].model(0),

@@ -77,6 +77,7 @@ def reference_logps(run: MPOTrainer, rows: list[PackedRow]) -> torch.Tensor:
     return run.reference.response_logps(SimpleNamespace(rows=rows))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_frozen_adapter_is_the_initial_policy_on_the_same_base(tmp_path: Path) -> None:
     model = policy()
     before = own_weights(model)
@@ -105,6 +106,7 @@ def frozen_copy_of(model: Any) -> Any:
     return twin.requires_grad_(False).eval()
 
 
+@pytest.mark.slow
 def test_it_trains_as_against_a_deep_copy(tmp_path: Path) -> None:
     """The same run with a whole frozen model as reference: equal rewards and weights."""
     other = frozen_copy_of(policy())
@@ -123,6 +125,7 @@ def test_it_trains_as_against_a_deep_copy(tmp_path: Path) -> None:
     assert with_copy.reference.weights_hash() == with_adapter.reference.weights_hash()
 
 
+@pytest.mark.slow
 def test_reading_as_another_adapter_leaves_no_trace(tmp_path: Path) -> None:
     """PEFT's switches thaw whatever they switch on; here part of the adapter stays frozen, inside and after."""
     model = policy()
@@ -144,6 +147,7 @@ def test_reading_as_another_adapter_leaves_no_trace(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_dropout_that_came_with_the_adapter_is_off(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = trainer(tmp_path, pairs(4), model=policy(lora_dropout=0.5), learning_rate=1e-2)
     assert "dropout switched off in 6 modules" in capsys.readouterr().err  # three layers, two projections each
@@ -155,6 +159,7 @@ def test_dropout_that_came_with_the_adapter_is_off(tmp_path: Path, capsys: pytes
 # ---- trained copies of whole modules ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fresh", [True, False], ids=["adapter off", "frozen adapter"])
 def test_modules_to_save_are_switched_with_the_adapter(tmp_path: Path, fresh: bool) -> None:
     """The reference reads the modules as they were, and its hash does not move with the trained copies."""
@@ -191,6 +196,7 @@ def test_modules_to_save_are_switched_with_the_adapter(tmp_path: Path, fresh: bo
 # ---- what is saved, and what resumes ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter_name", ["default", "mine"])
 def test_resume_of_an_adapter_that_came_with_the_policy(tmp_path: Path, adapter_name: str) -> None:
     """Bit-equal to the run that was not cut; the reference is the initial adapter, never the resumed one."""
@@ -217,6 +223,7 @@ def test_resume_of_an_adapter_that_came_with_the_policy(tmp_path: Path, adapter_
         trainer(tmp_path / "cut", pairs(6), model=whole.model, **CHECKPOINTS).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["checkpoint-2", "final"])
 def test_only_the_policys_adapter_is_saved(tmp_path: Path, place: str) -> None:
     run = trainer(tmp_path, pairs(2), model=policy(), **CHECKPOINTS)
@@ -245,6 +252,7 @@ def test_a_second_trainer_on_the_same_model_takes_a_reference_of_its_own(tmp_pat
 # ---- other fields of LoraConfig ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "reference"),
     [
@@ -278,6 +286,7 @@ def test_every_kind_of_lora_starts_at_zero_and_keeps_its_reference(
         assert (response_logps(run.model, rows) - before).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_trained_biases_ask_for_a_whole_copy(tmp_path: Path) -> None:
     """``bias: all`` trains weights of the base: an adapter switched off would leave them moved in the reference."""
     config = LoraConfig(r=4, target_modules=TARGETS, bias="all")
@@ -335,6 +344,7 @@ def test_what_cannot_train_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, pairs(2), model=merged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_adapter_the_same_gradients(tmp_path: Path, reentrant: bool) -> None:
     steps = []
@@ -349,6 +359,7 @@ def test_gradient_checkpointing_gives_the_adapter_the_same_gradients(tmp_path: P
     assert relative(steps[1], steps[0]) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_step_without_pairs_is_survived_under_an_adapter(tmp_path: Path) -> None:
     """The empty part hangs on a weight that trains: the head's own is frozen under LoRA."""
     bad = [replace(pair, rejected=pair.chosen) for pair in pairs(2)]
@@ -363,6 +374,7 @@ def on_ranks(folder: Path, **settings: Any) -> Any:
     return trainer(folder, pairs(5), model=model, **common)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     """Under DDP, whose hooks hang on the parameters that trained when it was put around the model."""
     weights = two_processes("adapter", tmp_path / "two")
@@ -415,6 +427,7 @@ def adapter_on(base: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter_folder(tmp_path: Path, base: Path) -> None:
     adapter = adapter_on(base, tmp_path / "adapter")
     assert named_base(adapter) == str(base)
@@ -501,6 +514,7 @@ def test_an_adapter_folder_and_a_fresh_adapter_are_too_much(tmp_path: Path, base
     assert "model.lora" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [None, "q_proj", ["q_proj", "lm_head"]], ids=str)
 def test_frozen_parts_get_no_adapter(tmp_path: Path, base: Path, given: Any) -> None:
     """all-linear would adapt the vision tower; what is excluded already stays excluded."""
@@ -518,6 +532,7 @@ def test_frozen_parts_get_no_adapter(tmp_path: Path, base: Path, given: Any) -> 
     assert any("q_proj" in name for name in names) == (given is None)
 
 
+@pytest.mark.slow
 def test_all_linear_reaches_the_vision_tower(tmp_path: Path, base: Path) -> None:
     """The default, as documented; and the head stays as it is."""
     write_data(tmp_path, records(2))
@@ -535,6 +550,7 @@ def test_freezing_a_part_that_is_trained_whole_is_refused() -> None:
         lora_config(parse_recipe(text))
 
 
+@pytest.mark.slow
 def test_freezing_parts_of_an_adapter_that_came_along(tmp_path: Path, base: Path) -> None:
     """Neither the reference beside it nor its switching thaws the frozen part of the policy's adapter."""
     adapter = adapter_on(base, tmp_path / "adapter")
@@ -590,6 +606,7 @@ def test_where_bitsandbytes_knows_no_device_its_own_words_are_passed_on(
     assert "None of the available devices are supported by the bitsandbytes" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("size", ["4bit", "8bit"])
 def test_qlora_from_a_recipe(tmp_path: Path, size: str) -> None:

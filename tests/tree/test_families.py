@@ -195,6 +195,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_three_steps_start_from_zero_rewards_and_end_as_in_separate_rows(trained: Trained) -> None:
     assert len(trained.log) == 3
     for first in (trained.log[0], trained.separate_log[0]):
@@ -209,6 +210,7 @@ def test_three_steps_start_from_zero_rewards_and_end_as_in_separate_rows(trained
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_saved_and_reloaded_it_answers_as_before(trained: Trained) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 

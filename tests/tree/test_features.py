@@ -195,6 +195,7 @@ RUNS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_runs_the_tower_once_where_it_may(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And losses, evaluation and final weights are those of a run that does not share."""
@@ -243,6 +244,7 @@ def test_the_start_up_check_goes_the_same_way(tmp_path: Path) -> None:
         run._check_rows()
 
 
+@pytest.mark.slow
 def test_separate_rows_share_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path, with_images(4), model=frozen(), attention="separate")
     monkeypatch.setattr(run, "_check_rows", lambda: None)
@@ -251,6 +253,7 @@ def test_separate_rows_share_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert calls.count == 8  # four pairs of two responses, each in a row of its own
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_between_steps(tmp_path: Path) -> None:
     run = trainer(tmp_path, pairs(6), model=frozen(), gradient_accumulation_steps=3)
     kept: list[Any] = []
@@ -267,6 +270,7 @@ def test_nothing_is_kept_between_steps(tmp_path: Path) -> None:
     assert all(layout.features is None for layout in kept)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_tower_is_noticed(tmp_path: Path) -> None:
     """First the tower trains, then a run with a frozen one loads it: its reference is still the initial model."""
     data = with_images(4)

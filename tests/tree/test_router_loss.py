@@ -199,6 +199,7 @@ def text_pairs(count: int) -> list:
     return [random_pair(seed, images=0) for seed in range(count)]
 
 
+@pytest.mark.slow
 def test_the_batch_layout_changes_nothing(tmp_path: Path) -> None:
     """The same 8 pairs a step however split and laid out: loss, router loss and gradient, two steps in float64."""
     layouts = {
@@ -225,6 +226,7 @@ def test_the_batch_layout_changes_nothing(tmp_path: Path) -> None:
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-6), (name, key)
 
 
+@pytest.mark.slow
 def test_the_mean_over_all_responses_is_added(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = text_pairs(3)
     run = trainer(tmp_path, data, model=routed("qwen3_moe"), per_device_train_batch_size=3)
@@ -242,6 +244,7 @@ def test_the_mean_over_all_responses_is_added(tmp_path: Path, capsys: pytest.Cap
     assert f"+ router {COEFFICIENT * expected:.4f}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_supervised_fine_tuning_counts_the_chosen_alone(tmp_path: Path) -> None:
     data = text_pairs(3)
     run = trainer(tmp_path, data, model=routed("qwen3_moe"), per_device_train_batch_size=3, loss_weights={"nll": 1.0})
@@ -251,6 +254,7 @@ def test_supervised_fine_tuning_counts_the_chosen_alone(tmp_path: Path) -> None:
     assert logged(tmp_path)[0]["loss/router_aux"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"output_router_logits": False}, {"router_aux_loss_coef": 0.0}], ids=str)
 def test_off_when_the_config_does_not_say_so(tmp_path: Path, changes: dict) -> None:
     trainer(tmp_path, text_pairs(4), model=routed("qwen3_moe", **changes), **SETTINGS).train()
@@ -260,6 +264,7 @@ def test_off_when_the_config_does_not_say_so(tmp_path: Path, changes: dict) -> N
     assert line["loss"] == pytest.approx(terms, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_reports_mpo_alone(tmp_path: Path) -> None:
     """And changes nothing in the run around it."""
     weights = []
@@ -276,6 +281,7 @@ def test_evaluation_reports_mpo_alone(tmp_path: Path) -> None:
     assert metrics["eval_loss"] == pytest.approx(terms, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
     steps = []
     for name, on in (("plain", False), ("checkpointed", True)):
@@ -293,6 +299,7 @@ def test_checkpointing_that_would_lose_the_gradient_is_refused(tmp_path: Path) -
         run.train()
 
 
+@pytest.mark.slow
 def test_it_reaches_an_adapter(tmp_path: Path) -> None:
     """Under LoRA the routers are frozen; the loss still moves what they are given. Under bfloat16 autocast, too."""
     steps = []
@@ -313,6 +320,7 @@ def on_ranks(folder: Path, **settings: Any) -> Any:
     return trainer(folder, text_pairs(5), model=in_float64(), **{**SETTINGS, **settings})
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     weights = two_processes("router", tmp_path / "two")
     single = on_ranks(tmp_path / "one")
@@ -323,6 +331,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             assert mine[key] == pytest.approx(other[key], rel=1e-6), key
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_experts(tmp_path: Path) -> None:
     """Experts are one weight, no linear layers: ``target_parameters`` reaches them, and so does a frozen copy."""
     torch.manual_seed(0)
@@ -351,6 +360,7 @@ def test_routers_that_are_not_known_are_refused() -> None:
         router_coefficient(config)
 
 
+@pytest.mark.slow
 def test_router_jitter_is_noise_and_switched_off(tmp_path: Path) -> None:
     noisy = routed("mixtral", router_jitter_noise=0.3)
     assert len(switch_dropout_off(copy.deepcopy(noisy))) == 2
@@ -358,6 +368,7 @@ def test_router_jitter_is_noise_and_switched_off(tmp_path: Path) -> None:
     assert logged(tmp_path)[0]["rewards/chosen"] == 0.0
 
 
+@pytest.mark.slow
 def test_pairs_with_images_through_a_mixture(tmp_path: Path) -> None:
     """InternVL with a Qwen3-MoE text tower, as InternVL3.5 has it: three steps, router loss in each."""
     trainer(tmp_path, pairs(6), model=routed("internvl"), learning_rate=1e-3).train()

@@ -155,6 +155,7 @@ def test_inspecting(recipe: str) -> None:
     assert "prompts shared" in text
 
 
+@pytest.mark.slow
 def test_a_run_from_recipe_to_reloaded_model(recipe: str, tmp_path: Path) -> None:
     call("train", recipe)
     run = tmp_path / "run"
@@ -173,6 +174,7 @@ def test_a_run_from_recipe_to_reloaded_model(recipe: str, tmp_path: Path) -> Non
     assert 1e-4 < moved < 10
 
 
+@pytest.mark.slow
 def test_sampling_and_evaluating(recipe: str, tmp_path: Path) -> None:
     call("train", recipe)
     call("sample", recipe)

@@ -7,14 +7,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_models import image_tree, model, noise_image
 from tests.tree.test_forward import separate_logps
-from vlmpo.tree.forward import install
-from vlmpo.tree.layout import PromptTree, build_row, sum_by_response
+from vlmpo.tree.forward import install, sum_by_response
+from vlmpo.tree.layout import PromptTree, build_row
 
 SHAPES = [(60, 60), (120, 56), (40, 90)]  # one tile; two beside each other and a thumbnail; two below each other
 
@@ -44,6 +45,7 @@ def split_trees(draw: Any) -> list[list[PromptTree]]:
     return [found[one:other] for one, other in itertools.pairwise(cuts)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(split_trees())
 def test_any_trees_in_any_rows(groups: Sequence[list[PromptTree]]) -> None:

@@ -77,7 +77,7 @@ def test_segments_worked_out_by_hand() -> None:
     assert segments.cu_seqlens_q.tolist() == [0, 5, 6, 8, 13]
     assert segments.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 6, 7, 8, 9, 10, 11, 12]
     assert segments.cu_seqlens_k.tolist() == [0, 5, 9, 14, 19]
-    assert segments.own.tolist() == [0, 1, 2, 3, 4, 8, 12, 13, 14, 15, 16, 17, 18]
+    assert segments.key_of_token.tolist() == [0, 1, 2, 3, 4, 8, 12, 13, 14, 15, 16, 17, 18]
     assert segments.repeats == ((0, 5, 3), (0, 9, 3))
     assert (segments.max_seqlen_q, segments.max_seqlen_k) == (5, 5)
     assert segments.cu_seqlens_q.dtype == segments.cu_seqlens_k.dtype == torch.int32

@@ -1,4 +1,4 @@
-"""A checkpoint and its processor, whole or not at all."""
+"""Loads checkpoints and their processors, whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlmpo.models.adapters import load_adapter, named_base
 
 
 def load_processor(path: str) -> Any:
-    """The model's own processor, from a folder or the hub; a text-only model's is its tokenizer.
+    """Load a model's own processor, from a folder or the hub; a text-only model's is its tokenizer.
 
     An adapter has its own, or its base model's.
 
@@ -44,10 +44,12 @@ def load_processor(path: str) -> Any:
 
 
 def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | None = None) -> Any:
-    """The model at ``path``, a folder or a hub name, with weights of ``dtype``, on the CPU; it may be text-only.
+    """Load a model, text-only or not, on the CPU; a PEFT adapter comes on its base model, trainable.
 
-    A PEFT adapter comes on its base model, trainable. ``quantized``: further arguments of ``from_pretrained`` that
-    quantise the weights.
+    Args:
+        path: a folder or a hub name.
+        dtype: of the weights.
+        quantized: further arguments of ``from_pretrained``, which quantise the weights.
 
     Raises:
         ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
@@ -89,14 +91,15 @@ def _base_of_adapter(adapter: str, base: str, load: Callable[[str], Any]) -> Any
 
 
 def freeze_parts(model: Any, parts: Sequence[str]) -> None:
-    """Take the named submodules out of training: ``vision_tower`` matches any submodule of that name, at any depth.
+    """Freeze the named submodules: ``vision_tower`` matches any submodule of that name, at any depth.
 
-    Raises RecipeError for a name that matches none.
+    Raises:
+        RecipeError: a name matches no submodule.
     """
     for part in parts:
-        found = [m for name, m in model.named_modules() if name == part or name.endswith(f".{part}")]
-        if not found:
+        modules = [m for name, m in model.named_modules() if name == part or name.endswith(f".{part}")]
+        if not modules:
             known = sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if 0 < name.count(".") < 2})
             raise RecipeError(f"model.freeze: the model has no part {part!r}; it has {', '.join(known)}, among others")
-        for module in found:
+        for module in modules:
             module.requires_grad_(False)

@@ -4,7 +4,7 @@ Prompt and first response together are plain causal attention. Every further res
 with lower-right causal alignment. On CUDA, in half precision, that is one call for the whole row; elsewhere one call a
 response. Either way there is no padding, and no dense mask over the row.
 
-Where a layer sees only a window of tokens back, it is a window over logical positions: a response's first token stands
+If a layer sees only a window of tokens back, it is a window over logical positions: a response's first token counts as
 right behind the prompt, wherever in the row the response lies.
 """
 
@@ -39,8 +39,8 @@ _reading_a_row: ContextVar[bool] = ContextVar("vlmpo_reading_a_row", default=Fal
 
 @contextmanager
 def reading_a_row(device: torch.device) -> Iterator[None]:
-    """While a row is read, no mask is built: the layout says who sees whom."""
-    kernel_for(device)  # tried out here, not inside a layer: its gradients are no business of a checkpointed one
+    """Build no mask while a row is read: its layout has all the attention needs."""
+    kernel_for(device)  # tried out here: the trial's gradients must not run inside a checkpointed layer
     token = _reading_a_row.set(True)
     try:
         yield
@@ -49,7 +49,7 @@ def reading_a_row(device: torch.device) -> Iterator[None]:
 
 
 def response_mask(**arguments: Any) -> Tensor | None:
-    """Mask function of our attention: none while a row is read, otherwise (``generate``) the usual one."""
+    """Return the mask for our attention: none while a row is read, otherwise (``generate``) the usual one."""
     return None if _reading_a_row.get() else sdpa_mask(**arguments)
 
 
@@ -64,19 +64,19 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a row of trees; without a layout, plain SDPA, so that ``generate`` works as ever.
+    """Attend over a row of trees; without a layout, use plain SDPA, so that ``generate`` works as ever.
 
     Args:
         query: ``[1, heads, tokens, head]``; key, value: ``[1, kv_heads, tokens, head]``.
-        attention_mask: ignored where there is a layout.
-        arguments: ``vlmpo_layout`` (RowLayout) among whatever else the layer passes.
+        attention_mask: ignored if there is a layout.
+        arguments: ``vlmpo_layout`` (RowLayout) and whatever else the layer passes.
 
     Returns:
         ``[1, tokens, heads, head]`` and None for the weights.
 
     Raises:
-        ModelError: called from a vision layer, with dropout on, or with scores changed in a way unknown here (soft
-            caps, sinks): each would be silently wrong.
+        ModelError: called from a vision layer, with dropout on, or for a layer that changes its scores in a way unknown
+            here (soft caps, sinks): each would be silently wrong.
     """
     layout: RowLayout | None = arguments.pop(LAYOUT_ARGUMENT, None)
     if layout is None:
@@ -98,7 +98,7 @@ def shared_prompt_attention(
 def _in_segments(
     query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float | None, window: int | None
 ) -> Tensor:
-    """The row by one SDPA call a segment, ``[1, heads, tokens, head]``."""
+    """Attend by one SDPA call a segment, ``[1, heads, tokens, head]``."""
     groups = query.shape[1] // key.shape[1]
     grouped = groups > 1 and query.device.type == "cpu"  # there SDPA reads grouped heads without a copy
     if groups > 1 and not grouped:
@@ -109,21 +109,21 @@ def _in_segments(
     segments = iter(zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True))
     pieces = []
     for span in layout.spans:
-        own_query, first_key, first_value = next(segments)
+        first_query, first_key, first_value = next(segments)
         mask: Any = layout.prompt_mask(span, window, query.device)
-        pieces.append(attend(own_query, first_key, first_value, attn_mask=mask, is_causal=mask is None))
+        pieces.append(attend(first_query, first_key, first_value, attn_mask=mask, is_causal=mask is None))
         # A response's first token sees the last ``window - 1`` tokens of the prompt, those after it fewer.
         seen = span.prompt if window is None else min(span.prompt, window - 1)
         prompt_key, prompt_value = (
             states[:, :, span.prompt - seen : span.prompt] for states in (first_key, first_value)
         )
         for length in span.responses[1:]:
-            own_query, own_key, own_value = next(segments)
+            response_query, response_key, response_value = next(segments)
             pieces.append(
                 attend(
-                    own_query,
-                    torch.cat([prompt_key, own_key], dim=2),
-                    torch.cat([prompt_value, own_value], dim=2),
+                    response_query,
+                    torch.cat([prompt_key, response_key], dim=2),
+                    torch.cat([prompt_value, response_value], dim=2),
                     attn_mask=_response_mask(layout, length, seen + length, window, query.device),
                 )
             )
@@ -159,6 +159,6 @@ def _refuse_what_would_be_wrong(
 
 
 def register() -> None:
-    """Make the attention known to transformers under ATTENTION_NAME. Harmless when done twice."""
+    """Register the attention with transformers under ATTENTION_NAME. A second call changes nothing."""
     AttentionInterface.register(ATTENTION_NAME, shared_prompt_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, response_mask)

@@ -68,7 +68,7 @@ class Segments(NamedTuple):
         cu_seqlens_q, cu_seqlens_k: ``[segments + 1]`` int32, where each begins; the last entry is the end.
         max_seqlen_q, max_seqlen_k: tokens of the longest.
         keys: ``[gathered]``, the token of the row that each key is; None if the keys are the row itself.
-        own: ``[tokens]``, the place in ``keys`` of each token in its own segment; None if ``keys`` is.
+        key_of_token: ``[tokens]``, the place in ``keys`` of each token in its own segment; None if ``keys`` is.
         repeats: the further copies of prompts: first token in the row, first place in ``keys``, length.
     """
 
@@ -77,14 +77,14 @@ class Segments(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     keys: Tensor | None
-    own: Tensor | None
+    key_of_token: Tensor | None
     repeats: tuple[tuple[int, int, int], ...]
 
 
 def _attention_segments(spans: Sequence[TreeSpan], device: torch.device) -> Segments:
     queries: list[int] = []
     keys: list[Tensor] = []
-    own: list[Tensor] = []
+    key_of_token: list[Tensor] = []
     repeats: list[tuple[int, int, int]] = []
     place = 0
     for span in spans:
@@ -98,19 +98,19 @@ def _attention_segments(spans: Sequence[TreeSpan], device: torch.device) -> Segm
                 length += span.prompt
             queries.append(length)
             keys.append(torch.arange(at, at + length))
-            own.append(torch.arange(place, place + length))
+            key_of_token.append(torch.arange(place, place + length))
             at, place = at + length, place + length
     longest = max(span.prompt + max(span.responses) for span in spans)
     starts = torch.tensor([0, *queries]).cumsum(0)
     # A segment's keys end where its own tokens end.
-    ends = torch.cat([part[-1:] + 1 for part in own])
+    ends = torch.cat([part[-1:] + 1 for part in key_of_token])
     return Segments(
         cu_seqlens_q=starts.to(device, torch.int32),
         cu_seqlens_k=torch.cat([ends.new_zeros(1), ends]).to(device, torch.int32),
         max_seqlen_q=max(queries),
         max_seqlen_k=longest,
         keys=torch.cat(keys).to(device) if repeats else None,
-        own=torch.cat(own).to(device) if repeats else None,
+        key_of_token=torch.cat(key_of_token).to(device) if repeats else None,
         repeats=tuple(repeats),
     )
 
@@ -203,6 +203,9 @@ class RowLayout:
         return mask_or_none
 
 
+_TEXT_TENSORS = ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
+
+
 @dataclass(frozen=True)
 class PackedRow:
     """Holds one row, ready for the model.
@@ -233,15 +236,10 @@ class PackedRow:
 
     def to(self, device: torch.device) -> PackedRow:
         """Return the row with its tensors on ``device``."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
-        }
-        vision, token_types = (
-            {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
-            for named in (self.vision, self.token_types)
-        )
-        return replace(self, vision=vision, token_types=token_types, **moved)
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in _TEXT_TENSORS}
+        for name in ("vision", "token_types"):
+            moved[name] = {key: tensor.to(device, non_blocking=True) for key, tensor in getattr(self, name).items()}
+        return replace(self, **moved)
 
 
 def build_row(trees: Sequence[PromptTree]) -> PackedRow:
@@ -290,15 +288,3 @@ def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:
             parts += [prompt, *(torch.zeros_like(response) for response in tree.responses)]
         types[name] = torch.cat(parts)[None]
     return types
-
-
-def sum_by_response(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
-    """Sum the log-probs of each response's scored tokens: ``[scored]`` of all rows to ``[responses]``."""
-    index: list[Tensor] = []
-    seen = 0
-    for row in rows:
-        index.append(row.response_index + seen)
-        seen += row.num_responses
-    sums = token_logps.new_zeros(seen)
-    # Without rows the empty input itself is given back: it still hangs on the model's weights.
-    return sums.index_add(0, torch.cat(index), token_logps) if index else token_logps

@@ -1,4 +1,4 @@
-"""Where a family says its tokens stand, and which of them see each other in both directions.
+"""Positions of a row's tokens as its family counts them, and blocks of tokens that see each other in both directions.
 
 Positions of the prompt and its first response are always the model's own count. Every other response restarts at the
 first response's first position, as if it were the only response.
@@ -21,7 +21,7 @@ _GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
 def refuse_missing_types(model: Any, row: PackedRow) -> None:
-    """Raise ModelError for images whose tokens nobody marked: some models then count in one dimension, silently."""
+    """Raise ModelError if no one marked the image tokens: some models then count in one dimension, silently."""
     if not family_of(model.config).three_dimensional or TYPES in row.token_types:
         return
     if any(name in row.vision for name in _GRIDS):
@@ -32,7 +32,7 @@ def refuse_missing_types(model: Any, row: PackedRow) -> None:
 
 
 def positions_of(model: Any, row: PackedRow) -> Tensor:
-    """Position ids of ``row`` for ``model``: ``[1, tokens]``, or ``[3, 1, tokens]`` where it counts so."""
+    """Return the position ids of ``row``: ``[1, tokens]``, or ``[3, 1, tokens]`` in three dimensions."""
     if not family_of(model.config).three_dimensional:
         return row.position_ids
     if row.layout.positions is None:  # once a row: policy, reference and a recomputed forward read the same
@@ -41,7 +41,7 @@ def positions_of(model: Any, row: PackedRow) -> Tensor:
 
 
 def _three_dimensional(base: Any, row: PackedRow) -> Tensor:
-    """``[3, 1, tokens]``. The trees go in as a padded batch: the model itself hands each its own images."""
+    """Return ``[3, 1, tokens]``. The trees go in as a padded batch: the model itself gives each its own images."""
     firsts = [slice(span.start, span.start + span.prompt + span.responses[0]) for span in row.layout.spans]
     types = row.token_types.get(TYPES, torch.zeros_like(row.input_ids))  # none: no image in any tree
     counted, _ = base.get_rope_index(
@@ -59,7 +59,7 @@ def _three_dimensional(base: Any, row: PackedRow) -> Tensor:
 
 
 def layout_of(model: Any, row: PackedRow) -> RowLayout:
-    """The row's layout, with its blocks of image tokens where ``model`` reads those in both directions."""
+    """Return the row's layout, with its blocks of image tokens if ``model`` reads those in both directions."""
     types = row.token_types.get("token_type_ids")
     if family_of(model.config).image_blocks and types is not None and row.layout.blocks is None:
         image = types[0] == 1

@@ -1,4 +1,4 @@
-"""The start-up check: are our log-probabilities those of the model itself, on one real pair?"""
+"""The start-up check: our log-probabilities are those of the model itself, on one real pair."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def check_rows(
     half: bool,
     wrapped: Any | None = None,
 ) -> float | None:
-    """The start-up check: are our log-probabilities those of the model itself, on one real pair?
+    """Compare our log-probabilities of one real pair with the model's own.
 
     Args:
         model: set up by ``install``, under no wrapper.
-        shared: the pair on one prompt; None where the run does not share.
+        shared: the pair on one prompt; None if the run does not share prompts.
         separate: the same responses, each on its own.
         half: whether the run computes in a half-precision type by autocast.
         wrapped: what to call in the model's place: the wrapper that holds its weights.
 
     Returns:
-        None where shared and separate rows agree to rounding, else the mean absolute difference in nats a token.
+        None if shared and separate rows agree to rounding, else the mean absolute difference in nats a token.
 
     Raises:
         ModelError: separate rows already differ from the model's own forward. Its family does something that is not
@@ -49,12 +49,12 @@ def check_rows(
     try:
         with torch.no_grad(), torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=half):
             ours = {id(row): read(packed_rows=[row], share_prompts=False) for row in separate}
-            own, rounding = own_logps(model, shortest, read)
+            expected, rounding = own_logps(model, shortest, read)
             plain = torch.cat([ours[id(row)] for row in separate])
             together = plain if shared is None else read(packed_rows=shared, share_prompts=True)
     finally:
         model.train(was_training)
-    wrong = _mean_difference(ours[id(shortest)], own)
+    wrong = _mean_difference(ours[id(shortest)], expected)
     if not wrong <= bound + rounding:  # NaN is not within any bound
         raise ModelError(
             f"family {model.config.model_type!r} ({type(model).__name__}): log-probabilities read by vlmpo differ from "
@@ -66,13 +66,17 @@ def check_rows(
 
 
 def own_logps(model: Any, row: PackedRow, read: Any) -> tuple[Tensor, float]:
-    """Log-probabilities of the scored tokens of ``row``, one tree of one response, by the model's own forward.
+    """Return the log-probabilities of the scored tokens of ``row`` by the model's own forward, logits and all.
 
-    Logits and all: no attention, head or positions of ours. ``read`` is the model, or the wrapper that holds its
-    weights.
+    Nothing of ours takes part: no attention, head or positions.
+
+    Args:
+        model: under no wrapper.
+        row: one tree of one response.
+        read: what to call: the model, or the wrapper that holds its weights.
 
     Returns:
-        The log-probs ``[scored]``, and what rounding the logits to the model's type may move them by, in nats: in
+        The log-probs ``[scored]``, and by how much, in nats, rounding the logits to the model's type may move them: in
         bfloat16 a logit of 60 is only known to a quarter.
     """
     scored = row.targets.numel()

@@ -1,10 +1,9 @@
-"""A row's attention in one call: kernels for sequences of differing lengths, and whether they can be trusted here.
+"""A row's attention in one call: kernels for sequences of differing lengths, and a test whether to trust them.
 
-Prompt and first response are one segment with its own keys; every further response is one whose keys are its prompt's
-and its own. That is right only where a kernel aligns a segment's causal mask at the lower right corner, so that a
-response's
-first token sees all of the prompt. Kernels disagree on this between versions; therefore each is tried out once a
-process, forward and backward, before anything is trained with it.
+Prompt and first response are one segment with its own keys; every further response is a segment whose keys are its
+prompt's and its own. That is right only if a kernel aligns a segment's causal mask at the lower right corner, so that a
+response's first token sees all of the prompt. Kernels disagree on this between versions. Therefore each is tried out
+once a process, forward and backward, before anything is trained with it.
 """
 
 from __future__ import annotations
@@ -29,21 +28,25 @@ _ROUNDING = 0.03  # relative; a wrongly aligned mask is off by tenths
 
 
 class Kernel(Protocol):
-    """Attention over segments, causal, aligned at the lower right."""
+    """Attends over segments, causally, aligned at the lower right."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
-        """``[tokens, heads, head]`` from a query of that shape, key and value ``[all_gather_object, kv_heads, head]``.
+        """Return ``[tokens, heads, head]``.
 
-        ``kv_heads`` divides ``heads``. ``scale`` is of the scores; None: ``head ** -0.5``.
+        Args:
+            query: ``[tokens, heads, head]``.
+            key, value: ``[gathered, kv_heads, head]``; ``kv_heads`` divides ``heads``.
+            segments: of the row.
+            scale: of the scores; None: ``head ** -0.5``.
         """
 
 
 def _torch_kernel() -> Kernel:
-    """torch's own, which brings flash attention along."""
+    """Load torch's own kernel, which brings flash attention along."""
     from torch.nn.attention.varlen import varlen_attn
 
     named = inspect.signature(varlen_attn).parameters
-    # Before there was ``enable_gqa`` fewer heads of keys were taken without it being said.
+    # Versions without ``enable_gqa`` accept fewer heads of keys without being told.
     further: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in named else {}
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
@@ -57,7 +60,7 @@ def _torch_kernel() -> Kernel:
 
 
 def _flash_attn_kernel() -> Kernel:
-    """The flash-attn package's, where it is installed."""
+    """Load the flash-attn package's kernel, if it is installed."""
     flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
@@ -74,7 +77,7 @@ CANDIDATES: dict[str, Callable[[], Kernel]] = {"torch": _torch_kernel, "flash-at
 
 @functools.cache
 def kernel_for(device: torch.device) -> Kernel | None:
-    """The kernel that reads rows on ``device``; None where SDPA does: off CUDA, or with a warning why.
+    """Return the kernel that reads rows on ``device``; None if SDPA does: off CUDA, or with a warning why.
 
     The first call on a CUDA device tries the kernels out.
     """
@@ -82,7 +85,7 @@ def kernel_for(device: torch.device) -> Kernel | None:
 
 
 def first_trusted(device: torch.device) -> Kernel | None:
-    """The first of CANDIDATES that reads a small row rightly on ``device``; None, with a warning, where none does."""
+    """Return the first of CANDIDATES that reads a small row correctly on ``device``; else warn and return None."""
     faults = []
     for name, load in CANDIDATES.items():
         try:
@@ -104,11 +107,11 @@ def first_trusted(device: torch.device) -> Kernel | None:
 
 
 def misreading(kernel: Kernel, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """By how much ``kernel`` is off on a small row, outputs and gradients, relative; NaN counts as infinite.
+    """Return the relative error of ``kernel`` on a small row, of outputs and gradients; NaN counts as infinite.
 
-    Held against attention in float32 under a mask that says who sees whom.
+    It is compared with attention in float32 under a dense mask.
     """
-    # Wherever the first row is read: under no_grad, autocast or inference mode.
+    # The first row may be read under no_grad, autocast or inference mode.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         layout = RowLayout((TreeSpan(0, 5, (3, 2, 4)), TreeSpan(14, 9, (1,)), TreeSpan(24, 2, (6, 70))))
         generator = torch.Generator().manual_seed(0)
@@ -122,7 +125,7 @@ def misreading(kernel: Kernel, device: torch.device, dtype: torch.dtype = torch.
 
 
 def _with_gradients(attend: Callable[..., Tensor], states: list[Tensor]) -> list[Tensor]:
-    """Output of ``attend(query, key, value)`` and the gradients of all three."""
+    """Return the output of ``attend(query, key, value)`` and the gradients of all three."""
     *inputs, grad = states
     inputs = [state.detach().requires_grad_() for state in inputs]
     out = attend(*inputs)
@@ -130,7 +133,7 @@ def _with_gradients(attend: Callable[..., Tensor], states: list[Tensor]) -> list
 
 
 def attend_densely(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
-    """The same by one SDPA call under a dense mask, for checks: ``[tokens, heads, head]`` each."""
+    """Attend by one SDPA call under a dense mask, for checks: ``[tokens, heads, head]`` each."""
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
@@ -139,7 +142,7 @@ def attend_densely(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout)
 
 
 def visible(layout: RowLayout) -> Tensor:
-    """Who sees whom in a row, ``[tokens, tokens]`` bool: the layout spelt out, for checks."""
+    """Return which tokens each token of a row sees, ``[tokens, tokens]`` bool, for checks."""
     mask = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
     for span in layout.spans:
         at = span.start + span.prompt
@@ -154,7 +157,7 @@ def visible(layout: RowLayout) -> Tensor:
 
 
 def can_read(layout: RowLayout, dtype: torch.dtype, head: int, window: int | None) -> bool:
-    """Whether one call says all: half precision, no image blocks, no window that cuts anything off."""
+    """Return whether one call is enough: half precision, no image blocks, no window that cuts anything off."""
     if dtype not in HALF or head % 8 or head > _LARGEST_HEAD or layout.blocks is not None:
         return False
     return window is None or window >= max(span.prompt + max(span.responses) for span in layout.spans)
@@ -163,7 +166,14 @@ def can_read(layout: RowLayout, dtype: torch.dtype, head: int, window: int | Non
 def attend_in_one_call(
     kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float | None
 ) -> Tensor:
-    """A whole row through ``kernel``: ``query [tokens, heads, head]``, ``key`` and ``value [tokens, kv_heads, head]``.
+    """Attend over a whole row by one call of ``kernel``.
+
+    Args:
+        kernel: from :func:`kernel_for`.
+        query: ``[tokens, heads, head]``.
+        key, value: ``[tokens, kv_heads, head]``.
+        layout: of the row.
+        scale: of the scores; None: ``head ** -0.5``.
 
     Returns:
         ``[tokens, heads, head]``.
@@ -175,7 +185,7 @@ def attend_in_one_call(
 
 
 class _Gather(torch.autograd.Function):
-    """Keys (or values) of the row in order of the segments: a prompt's once more for every further response.
+    """Gathers a row's keys (or values) in order of the segments: a prompt's once more for every further response.
 
     The gradient is added up slice by slice, always in the same order; ``index_select``'s own would add by atomics.
     """
@@ -189,7 +199,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (grad,) = grad_outputs
-        total = grad.index_select(0, ctx.segments.own)
+        total = grad.index_select(0, ctx.segments.key_of_token)
         for start, again, length in ctx.segments.repeats:
             total[start : start + length] += grad[again : again + length]
         return total, None

@@ -1,6 +1,6 @@
-"""The processor's vision tensors of several prompts, merged into those of one row that holds all their images in order.
+"""Merges the processor's vision tensors of several prompts into those of one row, all images in order.
 
-Nearly every family lists what it reads along dimension 0: tiles, images, patches, grids. What differs:
+Nearly every family lists its tiles, images, patches or grids along dimension 0. The exceptions:
 
 - LLaVA-NeXT and LLaVA-OneVision: ``pixel_values [images, patches, 3, height, width]``, zeros behind an image's own
   patches; the model counts those by ``image_sizes``.
@@ -21,24 +21,24 @@ from torch.nn.functional import pad
 from vlmpo.errors import ModelError
 
 _PIXELS = "pixel_values"
-_SIZES = "image_sizes"  # [images, 2]: who gives it reads no pixel beyond it, so zeros may be added there
-_MASK = "pixel_attention_mask"  # who gives it lists pictures by prompt
-# Dimensions that may differ between prompts where ``image_sizes`` tells each image's own, by rank of ``pixel_values``.
+_SIZES = "image_sizes"  # [images, 2]: a family that gives it reads no pixel beyond it, so zeros may be added there
+_MASK = "pixel_attention_mask"  # a family that gives it lists pictures by prompt
+# Dimensions that may differ between prompts if ``image_sizes`` gives each image's own, by rank of ``pixel_values``.
 _PADDED = {4: (2, 3), 5: (1,)}
 
 
 def merge_vision(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Vision tensors of one row, from those of its prompts.
+    """Return the vision tensors of one row, made of those of its prompts.
 
     Args:
-        parts: what the processor gave for each prompt, encoded alone; a prompt without images has none.
+        parts: the processor's tensors for each prompt, encoded alone; a prompt without images has none.
 
     Returns:
-        The tensors by name. What a picture becomes in the vision tower is what it becomes in its prompt alone: zeros
-        are added only where the model cuts them off again.
+        The tensors by name. A picture gives the same features as in its prompt alone: zeros are added only if the
+        model cuts them off again.
 
     Raises:
-        ValueError: tensors of one name whose shapes do not go together, naming them.
+        ValueError: tensors of one name have shapes that do not go together.
     """
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: _merge(name, [part for part in parts if name in part]) for name in names}
@@ -72,7 +72,7 @@ def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
 
 
 def _padded(tensor: Tensor, others: Sequence[Tensor], dimensions: Sequence[int]) -> Tensor:
-    """``tensor`` with zeros behind it in ``dimensions``, up to the largest of ``others``."""
+    """Return ``tensor`` with zeros behind it in ``dimensions``, up to the largest of ``others``."""
     widths = [0] * (2 * tensor.dim())
     for at in dimensions:
         # torch's pad counts from the last dimension: (before, after) of each.
