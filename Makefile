@@ -23,16 +23,20 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Files are shared out over two processes, each file as a whole: its fixtures are made once.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# What continuous integration runs: all but the long tests.
 test: lint
-	$(BIN)/python -m pytest -q --ignore tests/acceptance
+	$(PYTEST) -m "not long"
 
-# Tests that neither train nor start processes.
+# Tests that neither train nor start a process; under 90 seconds on two idle cores.
 test-fast: $(READY)
-	$(BIN)/python -m pytest -q --ignore tests/acceptance -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
-# Every test, the acceptance runs too.
+# Every test: sweeps, the whole demo, the acceptance runs on real pairs.
 test-all: lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # Time and memory of a step against TRL, plain code and the floor, side by side; some twenty minutes on two idle cores.
 bench: $(READY)
@@ -40,7 +44,7 @@ bench: $(READY)
 
 # The long runs on real pairs, about a quarter of an hour. They read ../shared/data and are skipped if it is absent.
 accept: $(READY)
-	$(BIN)/python -m pytest -q -s tests/acceptance
+	$(BIN)/python -m pytest -q -s -m long tests/acceptance
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -120,6 +120,7 @@ def test_version():
     assert re.fullmatch(r"vlmpo \d+\.\d+\.\d+\n", result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["inspect", "--help"], ["demo", "--help"]])
 def test_help_imports_no_torch(args):
     code = (
@@ -132,6 +133,7 @@ def test_help_imports_no_torch(args):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_python_dash_m_is_the_command(tmp_path):
     missing = str(tmp_path / "none.yaml")
     done = subprocess.run([sys.executable, "-m", "vlmpo", "train", missing], capture_output=True, text=True)

@@ -36,6 +36,7 @@ def test_every_file_it_names_exists(file: Path) -> None:
     assert [name for name in named if not (REPO / name).is_file()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_what_a_script_would_run(tmp_path: Path, script: Path) -> None:
     """The launchers are replaced by ``echo``: the command says which recipe is trained, with the user's overrides."""
@@ -96,6 +97,7 @@ def test_the_fsdp_recipe_asks_for_fsdp2() -> None:
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 32 == 512
 
 
+@pytest.mark.slow
 def test_accelerate_launch_trains(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     """Two processes on the CPU, from the config that ships, by the script that ships."""
     write_data(tmp_path, records(5))

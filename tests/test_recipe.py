@@ -328,6 +328,7 @@ def test_the_published_recipe_holds_the_published_settings():
     assert (recipe.data.max_length, recipe.data.max_tiles, recipe.loss.beta) == (12288, 12, 0.1)
 
 
+@pytest.mark.slow
 def test_reading_a_recipe_imports_no_torch():
     code = (
         "import sys; from vlmpo.recipe_yaml import load_recipe; load_recipe('recipes/lora.yaml');"

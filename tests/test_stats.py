@@ -38,10 +38,10 @@ def test_paired_bootstrap() -> None:
     assert paired_bootstrap([1.0, 1.0], [0.0, 0.0]) == (1.0, 1.0, 1.0)
     draw = random.Random(3)
     other = [float(draw.random() < 0.5) for _ in range(400)]
-    mine = [value if draw.random() < 0.8 else 1.0 for value in other]
-    mean, low, high = paired_bootstrap(mine, other)
-    exact, expected_low, expected_high = mean_interval([a - b for a, b in zip(mine, other, strict=True)])
+    better = [value if draw.random() < 0.8 else 1.0 for value in other]
+    mean, low, high = paired_bootstrap(better, other)
+    exact, expected_low, expected_high = mean_interval([a - b for a, b in zip(better, other, strict=True)])
     assert mean == exact
     assert low == pytest.approx(expected_low, abs=0.01)  # with 400 items the normal interval is near
     assert high == pytest.approx(expected_high, abs=0.01)
-    assert paired_bootstrap(mine, other, seed=1) == paired_bootstrap(mine, other, seed=1)
+    assert paired_bootstrap(better, other, seed=1) == paired_bootstrap(better, other, seed=1)

@@ -1,7 +1,7 @@
-"""The command line: one command a stage. Parses first; imports the stage, and torch with it, only then.
+"""The command line. Parses the recipe first; imports the command, and torch with it, only then.
 
-Exit codes: 0 done; 2 the recipe, the data or the arguments are at fault (one message, no traceback); 1 anything else;
-130 interrupted.
+Exit codes: 0 done; 2 the recipe, the data or the arguments are wrong (one message, no traceback); 130 interrupted; 1
+any other error.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vlmpo.errors import VlmpoError
+from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import load_recipe
 
 app = typer.Typer(
@@ -42,14 +43,14 @@ _THREADS_END = 0.5  # seconds
 
 
 class Dtype(StrEnum):
-    """What weights may be written as."""
+    """Dtypes that merged weights can be written in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"vlmpo {version('vlmpo')}")
         raise typer.Exit
 
@@ -65,12 +66,11 @@ def _root(
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Train as the recipe says.
+    """Train a model.
 
     The run folder is the recipe's training.output_dir, runs/<name of the recipe> by default.
     """
-    with _exit_codes():
-        parsed = load_recipe(recipe, overrides or [])
+    with _parsed(recipe, overrides) as parsed:
         from vlmpo.commands.train import train as run
 
         if parsed.evaluate is None or parsed.evaluate.questions is None:
@@ -85,10 +85,9 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Compute the reference's log-probs ahead of training.
 
-    For recipes with reference.kind: cache. Training then finds them and needs no reference model.
+    For recipes with reference.kind: cache. Training then reads them and loads no reference model.
     """
-    with _exit_codes():
-        parsed = load_recipe(recipe, overrides or [])
+    with _parsed(recipe, overrides) as parsed:
         from vlmpo.commands.train import cache as run
 
         run(parsed)
@@ -98,10 +97,9 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Evaluate a trained model on held-out pairs and questions.
 
-    The recipe's evaluate section says which model, against which, and on what questions.
+    The recipe's evaluate section names the model, a model to compare it with, and the questions.
     """
-    with _exit_codes():
-        parsed = load_recipe(recipe, overrides or [])
+    with _parsed(recipe, overrides) as parsed:
         from vlmpo.commands.evaluate import evaluate as run
 
         run(parsed)
@@ -115,10 +113,9 @@ def inspect(
 ) -> None:
     """Show the pairs as the model sees them.
 
-    Scored tokens are marked; lengths, tiles, and what is dropped and why, are counted.
+    Scored tokens are marked. Also lists lengths and tiles, and the pairs that are dropped, with the reason.
     """
-    with _exit_codes():
-        parsed = load_recipe(recipe, overrides or [])
+    with _parsed(recipe, overrides) as parsed:
         from vlmpo.commands.inspect import inspect as run
 
         run(parsed, pairs)
@@ -128,28 +125,27 @@ def inspect(
 def sample(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Sample responses to questions.
 
-    As the recipe's build section says, into responses.jsonl in build.output_dir, runs/<name of the recipe>/build by
-    default. Started again after a stop it goes on with what is missing.
+    Reads the recipe's build section; writes responses.jsonl in build.output_dir, runs/<name of the recipe>/build by
+    default. Started again after a stop, it samples only the responses that are missing.
     """
-    with _exit_codes():
-        parsed = load_recipe(recipe, overrides or [])
+    with _parsed(recipe, overrides) as parsed:
         from vlmpo.commands.sample import sample as run
 
         run(parsed)
 
 
-pair_app = typer.Typer(help="Make preference pairs of sampled responses.", no_args_is_help=True, rich_markup_mode=None)
+pair_app = typer.Typer(help="Pair sampled responses.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(pair_app, name="pair")
 
 
 @pair_app.command("correctness")
 def pair_correctness(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Pair right responses with wrong ones.
+    """Pair correct responses with wrong ones.
 
-    Of the responses in build.output_dir; the pairs, and the questions all right (easy) or all wrong (hard), go there.
+    Reads the responses in build.output_dir; writes there the pairs, and the questions whose responses are all correct
+    (easy) or all wrong (hard).
     """
-    with _exit_codes():
-        parsed = load_recipe(recipe, overrides or [])
+    with _parsed(recipe, overrides) as parsed:
         from vlmpo.commands.pair import correctness as run
 
         run(parsed)
@@ -159,10 +155,9 @@ def pair_correctness(recipe: RecipePath, overrides: Overrides = None) -> None:
 def pair_dropout_ntp(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Pair responses with their first half, continued without the image.
 
-    For questions without a checkable answer. Started again after a stop it goes on with what is missing.
+    For questions without a checkable answer. Started again after a stop, it generates only what is missing.
     """
-    with _exit_codes():
-        parsed = load_recipe(recipe, overrides or [])
+    with _parsed(recipe, overrides) as parsed:
         from vlmpo.commands.pair import dropout_ntp as run
 
         run(parsed)
@@ -174,12 +169,12 @@ def merge(
         Path, typer.Argument(metavar="ADAPTER", help="A run folder, checkpoint or adapter folder.", show_default=False)
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="The base model, in place of the one the adapter names.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights written.")] = Dtype.float32,
+    base: Annotated[str | None, typer.Option(help="The base model, instead of the one the adapter names.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the merged weights.")] = Dtype.float32,
 ) -> None:
     """Merge a LoRA adapter into its base model.
 
-    The output folder holds a whole model and its processor, which load with transformers.
+    Writes a whole model and its processor, which transformers can load, to the output folder.
     """
     with _exit_codes():
         from vlmpo.commands.merge import merge as run
@@ -189,12 +184,12 @@ def merge(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where the data, the models and the logs go.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(help="Folder for the data, the models and the logs.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the images, the model and the training.")] = 0,
 ) -> None:
     """Align a tiny model on a drawn task.
 
-    Draws a small visual task, builds a tiny InternVL, warms it up and aligns it with MPO: minutes on two cores.
+    Draws a small visual task, builds a tiny InternVL, warms it up and aligns it with MPO; takes minutes on two cores.
     """
     with _exit_codes():
         from vlmpo.commands.demo import demo as run
@@ -203,14 +198,21 @@ def demo(
 
 
 @contextmanager
+def _parsed(recipe: Path, overrides: list[str] | None) -> Iterator[Recipe]:
+    """Yield the recipe; see :func:`_exit_codes`."""
+    with _exit_codes():
+        yield load_recipe(recipe, overrides or [])
+
+
+@contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Turn what a stage raises into its message and exit code."""
+    """Turn an exception into its message and exit code; at the end leave the process group."""
     try:
         yield
         _leave_ranks()
     except VlmpoError as error:
         _complain(error)
-        _let_threads_end()  # the group itself is left: other ranks may be within a collective
+        _let_threads_end()  # the group itself stays: other ranks may be within a collective
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -222,37 +224,37 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _leave_ranks() -> None:
-    """End the process group, if this is a rank."""
+    """Destroy the process group, if there is one."""
     if _let_threads_end():
         sys.modules["torch.distributed"].destroy_process_group()
 
 
 def _let_threads_end() -> bool:
-    """Whether this is a rank; if so, one of gloo's threads has had time to end its work.
+    """Return whether there is a process group; if so, first give gloo's threads time to finish.
 
-    One that lets go of the last collective's tensors while the interpreter ends aborts the process: the exit code is
-    lost, and the launcher ends the first rank, which may still be writing the model. For that it needs the
-    interpreter's lock, and gets it while we sleep. (To join the threads by dropping all that holds the group can wait
-    for ever: torch keeps the lock there.)
+    A thread that frees the last collective's tensors while the interpreter shuts down aborts the process: the exit code
+    is lost, and the launcher kills the first rank, which may still be writing the model. The thread needs the
+    interpreter's lock, and gets it while we sleep. (Joining the threads by dropping every reference to the group can
+    deadlock: torch holds the lock there.)
     """
     distributed = sys.modules.get("torch.distributed")
-    found = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if found:
+    is_rank = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if is_rank:
         time.sleep(_THREADS_END)
-    return found
+    return is_rank
 
 
 def _complain(error: VlmpoError) -> None:
-    """Print the error on stderr: once a job, or by the first rank of a node, or by the one rank that met it."""
+    """Print the error on stderr: once a job, once a node, or on the one rank that met it; see ``VlmpoError.met_by``."""
     rank = os.environ.get("RANK", "0")
     first_of_node = os.environ.get("LOCAL_RANK") == "0"
     if not (rank == "0" or error.met_by == "rank" or (error.met_by == "node" and first_of_node)):
-        time.sleep(1.0)  # the launcher ends the job when the first rank leaves: let the one that speaks finish
+        time.sleep(1.0)  # the launcher ends the job when the first rank exits: let the one that prints finish
         return
     heading = "error: " if rank == "0" else f"error on rank {rank}: "
     Console(stderr=True).print(Text.assemble((heading, "bold red"), str(error)), soft_wrap=True)
 
 
 def main() -> None:
-    """Entry point of the ``vlmpo`` command."""
+    """Run the ``vlmpo`` command."""
     app(prog_name="vlmpo")

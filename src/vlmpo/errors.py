@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of vlmpo's: each kind is a VlmpoError and a standard exception too.
+"""Errors that users can fix: each is a VlmpoError and a standard exception too.
 
 A message says what was wrong, where (recipe key, or file:line of the record) and what to do. The command line
 prints it without a traceback and exits with 2.
@@ -11,30 +11,30 @@ from contextlib import contextmanager
 
 
 class VlmpoError(Exception):
-    """Base of every error that is the user's to mend.
+    """Base class of all errors that the user can fix.
 
     Attributes:
-        met_by: who raises it in a distributed run, so that it is said once: the ranks of a ``node`` alike (a file, an
-            argument), one ``rank`` alone (a record), or ``all`` of them (what one met and told the others).
+        met_by: which ranks of a distributed run raise it, so that it is printed once: every rank of a ``node`` (a file,
+            an argument), one ``rank`` (a record), or ``all`` ranks (one rank sent it to the others).
     """
 
     met_by = "node"
 
 
 class RecipeError(VlmpoError, ValueError):
-    """A recipe, an override or an argument is at fault; the message names the key and the remedy."""
+    """A recipe, an override or an argument is wrong."""
 
 
 class DataError(VlmpoError, ValueError):
-    """A data set as a whole is at fault: a missing annotation file, a malformed meta.json, an unknown format."""
+    """A data set cannot be read: a missing annotation file, a malformed meta.json, an unknown format."""
 
 
 class RecordError(VlmpoError, ValueError):
-    """One record is at fault.
+    """One record cannot be used.
 
     Args:
-        reason: short name under which the record is counted when bad records are skipped, e.g. ``missing_image``.
-        origin: ``file:line`` of the record, or "" where there is none.
+        reason: short name under which a skipped record is counted, e.g. ``missing_image``.
+        origin: ``file:line`` of the record, or "" if it has none.
         detail: what was wrong and what to do, in one sentence.
     """
 
@@ -52,16 +52,16 @@ class RecordError(VlmpoError, ValueError):
 
 
 class ModelError(VlmpoError, ValueError):
-    """The model or its processor cannot be used as asked, e.g. a checkpoint that does not load whole."""
+    """The model or its processor cannot be used, e.g. a checkpoint with weights missing."""
 
 
 class RunError(VlmpoError, RuntimeError):
-    """A run folder or checkpoint cannot be used as asked: nothing to resume from, another reference than before."""
+    """A run folder or checkpoint cannot be used: nothing to resume from, a different reference model."""
 
 
 @contextmanager
 def alike_on_a_node() -> Iterator[None]:
-    """Around work that every rank does alike, on the files of its node: all of them meet a bad record there."""
+    """Mark RecordErrors as met by every rank of the node; wrap work that each rank does on the same files."""
     try:
         yield
     except RecordError as error:

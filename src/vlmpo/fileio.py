@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writing files atomically: a reader finds the whole file or none."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put ``text`` (UTF-8) in the place of ``path`` in one move: a kill leaves the old file or the new one.
+    """Replace the file ``path`` by ``text`` (UTF-8) in one step: a kill leaves the old file or the new one.
 
-    So do two who write at once: each has a partial file of its own.
+    Two processes may write at once: each has its own partial file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        # Half a surrogate pair has no UTF-8; its escape is what JSON writes for it.
+        # A lone surrogate has no UTF-8 encoding; JSON writes its escape.
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, path)
     except OSError:
@@ -27,7 +27,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON in the place of ``path``; see :func:`replace_text`."""
+    """Replace the file ``path`` by ``value`` as indented JSON; see :func:`replace_text`."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -10,7 +10,7 @@ Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
 def wilson(successes: float, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927): holds its level also near 0 and 1. (0, 1) without trials."""
+    """Return the Wilson score interval of a proportion (Wilson 1927), accurate near 0 and 1 too; no trials: (0, 1)."""
     if trials == 0:
         return 0.0, 1.0
     share = successes / trials
@@ -21,7 +21,7 @@ def wilson(successes: float, trials: int, z: float = Z_95) -> tuple[float, float
 
 
 def mean_interval(values: Sequence[float], z: float = Z_95) -> tuple[float, float, float]:
-    """Mean and its normal interval, ``mean -+ z s / sqrt(n)``, s the sample's standard deviation; n of at least 1."""
+    """Return the mean of n >= 1 values and its interval ``mean -+ z s / sqrt(n)``, s the sample standard deviation."""
     count = len(values)
     mean = math.fsum(values) / count
     if count == 1:
@@ -32,16 +32,16 @@ def mean_interval(values: Sequence[float], z: float = Z_95) -> tuple[float, floa
 
 
 def paired_bootstrap(
-    mine: Sequence[float], other: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+    first: Sequence[float], second: Sequence[float], *, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of ``mine - other``, item by item, and its 95 % percentile bootstrap interval (Efron 1979).
+    """Return the mean of ``first - second`` and its 95 % percentile bootstrap interval (Efron 1979).
 
     Args:
-        mine, other: a score an item, of the same items in the same order; at least one.
-        resamples: draws of all items with replacement.
-        seed: of the draws.
+        first, second: one score an item, for the same items in the same order; at least one item.
+        resamples: how often all items are drawn with replacement.
+        seed: seed of the draws.
     """
-    differences = [a - b for a, b in zip(mine, other, strict=True)]
+    differences = [a - b for a, b in zip(first, second, strict=True)]
     count = len(differences)
     draw = random.Random(seed)
     means = sorted(math.fsum(draw.choices(differences, k=count)) / count for _ in range(resamples))

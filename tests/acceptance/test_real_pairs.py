@@ -10,7 +10,7 @@ import pytest
 from benchmarks.visonlyqa import DATA, run
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not DATA.exists(), reason="the visonlyqa pairs are not beside this checkout"),
 ]
 LENGTHS = {"visonlyqa_reasoning": 1047, "visonlyqa_no_reasoning": 570}

@@ -131,6 +131,7 @@ def test_inspect_says_which_format_and_why(tmp_path: Path, checkpoint: Path) -> 
     assert lines[9:11] == ["data.eval", lines[2]]
 
 
+@pytest.mark.slow
 def test_training_on_every_format_at_once(tmp_path: Path, checkpoint: Path) -> None:
     sources = write_formats(tmp_path)
     rows = [json.loads((tmp_path / "mmpr.jsonl").read_text().splitlines()[0])] * 2
@@ -161,6 +162,7 @@ def test_training_on_every_format_at_once(tmp_path: Path, checkpoint: Path) -> N
     assert str(tmp_path / "shard-0.parquet") in found["hashes"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_data_without_a_rejected_response(tmp_path: Path, checkpoint: Path) -> None:
     noise_image(60, 50, 0).save(tmp_path / "a.png")
     question, answer = said("user", "<image>what colour?"), said("assistant", "red")

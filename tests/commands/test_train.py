@@ -75,6 +75,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_folder_whole(tmp_path: Path, checkpoint: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -106,6 +107,7 @@ def test_a_run_leaves_its_folder_whole(tmp_path: Path, checkpoint: Path) -> None
     assert "reward accuracy" in result.output
 
 
+@pytest.mark.slow
 def test_holding_out_part_of_the_images(tmp_path: Path, checkpoint: Path) -> None:
     write_data(tmp_path, records(16))
     result = call("train", write_recipe(tmp_path, checkpoint, data={"hold_out": 0.25}))
@@ -142,6 +144,7 @@ REASONS = {
 }
 
 
+@pytest.mark.slow
 def test_bad_records_are_skipped_counted_and_named(tmp_path: Path, checkpoint: Path) -> None:
     write_data(tmp_path, bad_lines())
     (tmp_path / "set" / "images" / "broken.png").write_bytes(b"no picture")
@@ -160,6 +163,7 @@ def test_bad_records_are_skipped_counted_and_named(tmp_path: Path, checkpoint: P
         assert reason in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", list(REASONS))
 def test_a_bad_record_ends_the_run_when_asked(tmp_path: Path, checkpoint: Path, reason: str) -> None:
     lines = bad_lines()
@@ -198,6 +202,7 @@ def test_a_run_that_could_take_no_step_leaves_nothing(
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_the_accounts_are_not_cut_where_there_is_no_terminal(tmp_path: Path, checkpoint: Path) -> None:
     write_data(tmp_path, bad_lines())
     (tmp_path / "set" / "images" / "broken.png").write_bytes(b"no picture")
@@ -206,6 +211,7 @@ def test_the_accounts_are_not_cut_where_there_is_no_terminal(tmp_path: Path, che
     assert set(header.split()) >= set(REASONS)
 
 
+@pytest.mark.slow
 def test_cutting_over_long_responses(tmp_path: Path, checkpoint: Path) -> None:
     lines = records(2)
     lines[1]["chosen"] = "red " * 500
@@ -215,6 +221,7 @@ def test_cutting_over_long_responses(tmp_path: Path, checkpoint: Path) -> None:
     assert manifest(tmp_path)["data"]["sets"]["noise"]["used"] == 2
 
 
+@pytest.mark.slow
 def test_resuming_by_the_command_line(tmp_path: Path, checkpoint: Path) -> None:
     write_data(tmp_path, records(8))
     recipe = write_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2})
@@ -244,6 +251,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_told_apart(tmp_path: P
     assert (tmp_path / "run" / "manifest.json").read_text() == '{"status": "running"}'
 
 
+@pytest.mark.slow
 def test_lora_from_a_recipe(tmp_path: Path, checkpoint: Path) -> None:
     write_data(tmp_path, records(4))
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
@@ -253,6 +261,7 @@ def test_lora_from_a_recipe(tmp_path: Path, checkpoint: Path) -> None:
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_frozen_parts_do_not_move(tmp_path: Path, checkpoint: Path) -> None:
     import torch
     from transformers import AutoModelForImageTextToText

@@ -204,6 +204,7 @@ def test_byte_order_mark_before_the_first_record(tmp_path: Path) -> None:
     assert chosen(open_pairs([SourceSpec(str(tmp_path / "a.jsonl"))])) == ["good"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_large_file_stays_on_disk(tmp_path: Path) -> None:
     count = 200_000
@@ -265,6 +266,7 @@ def test_pickled_after_use(tmp_path: Path) -> None:
     assert (again.origin(0), again.source_names, again.notices) == (dataset.origin(0), ["pairs"], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_read_in_another_process(tmp_path: Path, method: str) -> None:
     dataset = open_lines(tmp_path, numbered(5))

@@ -39,6 +39,7 @@ def same_lines(mine: Path, other: Path, tolerance: float) -> None:
             assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), key
 
 
+@pytest.mark.slow
 def test_a_cached_run_is_the_online_run(tmp_path: Path) -> None:
     """First run fills, second reads: bit for bit the online run, whose rows are the same."""
     settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "dtype": torch.float64}
@@ -57,6 +58,7 @@ def test_a_cached_run_is_the_online_run(tmp_path: Path) -> None:
     assert logged(tmp_path / "second")[0]["loss/sigmoid"] == pytest.approx(0.6931471805599453, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_separate_rows_keep_log_probs_of_their_own(tmp_path: Path) -> None:
     cached(tmp_path, pairs(3), "shared").train()
     separate = cached(tmp_path, pairs(3), "separate", attention="separate")
@@ -68,6 +70,7 @@ def test_separate_rows_keep_log_probs_of_their_own(tmp_path: Path) -> None:
     same_lines(tmp_path / "again", tmp_path / "separate", 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights", "response", "question", "pixel", "precision", "config"])
 def test_whatever_decides_a_log_prob_is_in_its_key(tmp_path: Path, what: str) -> None:
     """One thing changes: what it touches is computed anew, and nothing else is."""
@@ -121,6 +124,7 @@ def test_keys_by_hand() -> None:
     assert lay_out([], keyed=True).keys == []
 
 
+@pytest.mark.slow
 def test_an_adapter_switched_off_is_cached_too(tmp_path: Path) -> None:
     settings = {"learning_rate": 1e-2, "num_train_epochs": 2}
     runs = []
@@ -155,6 +159,7 @@ def lets_go(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+@pytest.mark.slow
 def test_ahead_by_one_command_and_then_no_model(
     tmp_path: Path,
     checkpoint: Path,  # noqa: F811
@@ -192,6 +197,7 @@ def test_the_store_is_filled_with_what_an_epoch_would_leave_out(tmp_path: Path, 
     assert line.split() == ["noise", "10", "9", "0", "1", "0"]  # read, used, held out, undecodable, not reached
 
 
+@pytest.mark.slow
 def test_the_first_epoch_fills_and_the_second_needs_no_model(
     tmp_path: Path,
     checkpoint: Path,  # noqa: F811
@@ -209,6 +215,7 @@ def test_the_first_epoch_fills_and_the_second_needs_no_model(
     assert len(made) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 def test_a_model_that_is_let_go_is_not_in_memory(tmp_path: Path, checkpoint: Path, given: bool) -> None:  # noqa: F811
     reference = {"ref_model": load_model(str(checkpoint))} if given else {}
@@ -224,6 +231,7 @@ def test_a_model_that_is_let_go_is_not_in_memory(tmp_path: Path, checkpoint: Pat
     assert again() is None
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_no_model_in_the_next_epoch(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     seen: list[tuple[float, bool]] = []
 
@@ -240,6 +248,7 @@ def test_an_evaluation_leaves_no_model_in_the_next_epoch(tmp_path: Path, checkpo
     assert seen == [(0.5, True), (1.0, True), (1.0, True), (1.5, False), (2.0, False), (2.0, False)]
 
 
+@pytest.mark.slow
 def test_a_note_that_cannot_be_written_stops_no_run(
     tmp_path: Path,
     checkpoint: Path,  # noqa: F811
@@ -255,6 +264,7 @@ def test_a_note_that_cannot_be_written_stops_no_run(
     assert "No space left" in result.output
 
 
+@pytest.mark.slow
 def test_an_image_that_changed_is_read_anew(tmp_path: Path, checkpoint: Path, monkeypatch: Any) -> None:  # noqa: F811
     """The annotations say the set is complete, an image says otherwise: the model is loaded after all."""
     write_data(tmp_path, records(8))

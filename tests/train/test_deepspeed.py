@@ -50,6 +50,7 @@ def run(folder: Path, stage: int, name: str, settings: dict[str, Any]) -> list[d
     return two_processes(folder, {name: {**settings, "deepspeed": str(FILES[stage])}})[name]
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", FILES)
 @pytest.mark.parametrize("name", RUNS)
@@ -66,6 +67,7 @@ def test_two_ranks_equal_one(tmp_path: Path, on_cpu: None, stage: int, name: str
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", FILES)
 def test_resume(tmp_path: Path, on_cpu: None, stage: int) -> None:
@@ -81,6 +83,7 @@ def test_resume(tmp_path: Path, on_cpu: None, stage: int) -> None:
     assert torch.equal(flat_weights(final), whole[0]["weights"])
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", FILES)
 def test_bf16_starts_from_the_reference(tmp_path: Path, on_cpu: None, stage: int) -> None:

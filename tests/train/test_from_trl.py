@@ -45,6 +45,7 @@ def run(which: str, folder: Path) -> dict[str, Any]:
     return json.loads((folder / f"{which}.json").read_text())
 
 
+@pytest.mark.slow
 def test_one_script_runs_with_either(folder: Path) -> None:
     """Losses of three steps under LoRA, evaluation, and what the saved adapter says: equal to 1e-5 relative."""
     ours, theirs = run("vlmpo", folder), run("trl", folder)
@@ -59,6 +60,7 @@ def test_one_script_runs_with_either(folder: Path) -> None:
     assert (adapters[0] - adapters[1]).norm() / adapters[1].norm() < 1e-5
 
 
+@pytest.mark.slow
 def test_names_are_loaded(folder: Path, tmp_path: Path) -> None:
     data = datasets.load_from_disk(str(folder / "data"))["train"]
     run = MPOTrainer(str(folder / "model"), ref_model=str(folder / "model"), args=config(tmp_path), train_dataset=data)
@@ -90,6 +92,7 @@ def test_a_stream_is_refused(folder: Path, tmp_path: Path) -> None:
         trainer(tmp_path, data.to_iterable_dataset())
 
 
+@pytest.mark.slow
 def test_a_bad_record_is_counted_by_its_place(folder: Path, tmp_path: Path) -> None:
     data = datasets.load_from_disk(str(folder / "data"))["train"].to_list()
     data[1]["chosen"] = [{"role": "assistant", "content": "  "}]
@@ -101,6 +104,7 @@ def test_a_bad_record_is_counted_by_its_place(folder: Path, tmp_path: Path) -> N
     assert accounts.examples["empty_response"][0].startswith("train_dataset[1]: ")
 
 
+@pytest.mark.slow
 def test_evaluation_takes_records_too(folder: Path, tmp_path: Path) -> None:
     data = datasets.load_from_disk(str(folder / "data"))
     run = trainer(tmp_path, data["train"], eval_dataset={"a": data["test"], "b": data["train"]})

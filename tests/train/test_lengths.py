@@ -276,14 +276,14 @@ def test_lengths_of_a_data_set_in_files_are_kept(tmp_path: Path, monkeypatch: py
     assert estimated == []
     found(max_tiles=1)
     assert len(estimated) == 9
-    for entry in (tmp_path / "cache").glob("sizes-*.bin"):
+    for entry in (tmp_path / "cache").glob("sizes-*.arrow"):
         entry.write_bytes(entry.read_bytes()[:-3])
     assert np.array_equal(found(), first)
     assert len(estimated) == 9
     with (tmp_path / "set" / "pairs.jsonl").open("a") as file:
         file.write(json.dumps(records(9)[0]) + "\n")
     assert len(found()) == len(estimated) == 10
-    assert len(list((tmp_path / "cache").glob("sizes-*.bin"))) == 1  # those of the earlier state are gone
+    assert len(list((tmp_path / "cache").glob("sizes-*.arrow"))) == 1  # those of the earlier state are gone
 
 
 def test_a_notice_if_it_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

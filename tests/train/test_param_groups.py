@@ -102,6 +102,7 @@ class Moves(Gradients):
         self.after = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rates", [RATES, {"projector": 1e-2}], ids=["all", "one"])
 def test_each_part_moves_by_its_rate(tmp_path: Path, rates: dict[str, float]) -> None:
     """One step of SGD without decay: what a parameter moves is its rate times its gradient."""
@@ -117,6 +118,7 @@ def test_each_part_moves_by_its_rate(tmp_path: Path, rates: dict[str, float]) ->
         assert max(float((moves.after[name] - moves.before[name]).abs().max()) for name in names) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", "idefics3"])
 def test_other_families_move_by_their_rates(tmp_path: Path, name: str) -> None:
     moves, family = Moves(), ZOO[name]
@@ -137,6 +139,7 @@ def test_other_families_move_by_their_rates(tmp_path: Path, name: str) -> None:
         assert max(float((moves.after[n] - moves.before[n]).abs().max()) for n in names if n in moves.before) > 1e-6
 
 
+@pytest.mark.slow
 def test_no_rates_no_difference(tmp_path: Path) -> None:
     """A rate for each part that is the base rate is the run without; weight decay stays where it was."""
     from tests.training import flat_weights
@@ -168,6 +171,7 @@ def test_weight_decay_keeps_its_groups(tmp_path: Path) -> None:
     assert not any("bias" in name or "norm" in name for name in decayed)
 
 
+@pytest.mark.slow
 def test_the_schedule_scales_all_and_the_log_tells(tmp_path: Path) -> None:
     """Linear over four steps without warm-up: 1, 3/4, 1/2, 1/4 of each rate; ``learning_rate`` is the base one."""
     common = {"lr_scheduler_type": "linear", "learning_rate": 8e-4}
@@ -188,6 +192,7 @@ def test_the_schedule_scales_all_and_the_log_tells(tmp_path: Path) -> None:
     assert not any("rate/" in key for key in logged(tmp_path / "none")[0])
 
 
+@pytest.mark.slow
 def test_an_adapter_belongs_where_it_sits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     moves = Moves()
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -208,6 +213,7 @@ def test_an_adapter_belongs_where_it_sits(tmp_path: Path, capsys: pytest.Capture
         check_parts(run.model, {"projector": 1e-3})
 
 
+@pytest.mark.slow
 def test_resuming_with_other_rates_is_refused(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, pairs(4), learning_rates=RATES, **settings).train()
@@ -247,6 +253,7 @@ def test_what_cannot_take_rates_says_so(tmp_path: Path) -> None:
         check_parts(strange, {"text": 1e-3})
 
 
+@pytest.mark.slow
 def test_from_a_recipe(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     write_data(tmp_path, records(4))
     recipe = write_recipe(tmp_path, checkpoint, training={"learning_rates": {"vision": 2e-4, "text": 5e-4}})

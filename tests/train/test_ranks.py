@@ -26,6 +26,8 @@ from tests.tiny_models import model as tiny_model
 from tests.training import flat_weights, logged
 from vlmpo.train.trainer import MPOTrainer
 
+pytestmark = pytest.mark.slow
+
 # The wrapped model must be of these classes: on the CPU accelerate silently makes DDP of FSDP.
 CLASS = {"ddp": "DistributedDataParallel", "fsdp": "FSDPModule"}
 TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")

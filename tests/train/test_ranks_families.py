@@ -19,6 +19,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return two_processes(tmp_path_factory.mktemp("families"), runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_ranks_equal_one(tmp_path: Path, ranks: Ranks, name: str) -> None:
     single = family_trainer(tmp_path, name, per_device_train_batch_size=4)

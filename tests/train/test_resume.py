@@ -34,6 +34,7 @@ def same_numbers(mine: list[dict], theirs: list[dict]) -> None:
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("reward_shift", ["previous", "running"])
 def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, lora: bool, reward_shift: str) -> None:
@@ -56,6 +57,7 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, lora: bool, reward_shi
     assert resumed.all_pair_counts().to_json() == whole.all_pair_counts().to_json()
 
 
+@pytest.mark.slow
 def test_transformers_own_resume_would_have_lost_the_weights(tmp_path: Path) -> None:
     """Why load_weights exists: the keys written differ from the model's. If this fails, the trap is gone."""
     run = trainer(tmp_path, pairs(4), save_strategy="steps", save_steps=1)
@@ -81,6 +83,7 @@ def test_weights_come_back_whole_or_not_at_all(tmp_path: Path) -> None:
         load_weights(other, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
     run = trainer(tmp_path, pairs(4), save_strategy="steps", save_steps=1)
     run.train()
@@ -95,6 +98,7 @@ def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
         trainer(tmp_path, pairs(2)).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_another_reference_is_refused(tmp_path: Path) -> None:
     """A resumed policy must not become its own reference."""
     run = trainer(tmp_path, pairs(4), save_strategy="steps", save_steps=1)
@@ -103,12 +107,14 @@ def test_another_reference_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, pairs(4), model=run.model).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_another_kind_of_delta_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, pairs(2), save_strategy="steps", save_steps=1).train()
     with pytest.raises(RunError, match="kept in mode 'previous'"):
         trainer(tmp_path, pairs(2), reward_shift="none").train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_lines_after_the_checkpoint_are_not_doubled(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
     trainer(tmp_path, pairs(5), **settings).train()

@@ -19,6 +19,8 @@ from vlmpo.train.config import row_tokens
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import build_row
 
+pytestmark = pytest.mark.slow
+
 START = 0.8 * math.log(2) + 0.2 * 2 * math.log(2)
 
 

@@ -37,6 +37,7 @@ def template_processor():
     return processor
 
 
+@pytest.mark.slow
 def test_three_steps_agree(tmp_path: Path) -> None:
     """One pair a micro-batch, three optimizer steps: loss and gradient to 1e-5 relative, float32."""
     images = [noise_image(60, 60, 0), noise_image(120, 56, 1), noise_image(40, 80, 2)]

@@ -234,7 +234,7 @@ class PairDataset:
         ends = np.cumsum(np.bincount(source_of, minlength=len(self._files)))
         pairs_of = np.split(np.argsort(source_of, kind="stable"), ends[:-1])
         records_of = [self._rows[pairs] - first for pairs, first in zip(pairs_of, self._bounds, strict=False)]
-        distinct_of = [np.unique(records) for records in records_of]
+        distinct_of = [np.flatnonzero(np.bincount(records)) for records in records_of]  # np.unique is ten times slower
         total, done = sum(len(records) for records in distinct_of), 0
 
         def show(records_read: int, _: int) -> None:

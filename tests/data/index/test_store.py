@@ -419,6 +419,7 @@ def run_together(work: Callable[[], Any], processes: int) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_reads_and_all_find_the_same(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,6 +440,7 @@ def test_of_several_processes_one_reads_and_all_find_the_same(
     assert log.read_text() == "read\n" * 3  # once a source
 
 
+@pytest.mark.slow
 def test_who_waits_is_told_and_a_killed_reader_holds_nobody_up(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "data").write_text("x")
     stamp = Stamp.of([str(tmp_path / "data")])
@@ -465,6 +467,7 @@ def test_who_waits_is_told_and_a_killed_reader_holds_nobody_up(tmp_path: Path, f
     assert found["a"].to_pylist() == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chunk", "processes"), [(1, 1), (7, 1), (7, 3), (1000, 2)])
 def test_chunks_and_processes_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, processes: int
@@ -489,6 +492,7 @@ def test_processes_are_shared_among_ranks_that_each_read(monkeypatch: pytest.Mon
     assert scan._processes(each_rank_reads=True) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_map_the_index_instead_of_receiving_it(tmp_path: Path, folder: Path, method: str) -> None:
     write(tmp_path / "a.jsonl", [record(chosen=f"c{i}") for i in range(5000)])

@@ -273,6 +273,7 @@ def test_files_that_are_no_parquet_or_empty(tmp_path: Path) -> None:
         opened(tmp_path / "empty.parquet")
 
 
+@pytest.mark.slow
 def test_tables_in_other_processes(tmp_path: Path) -> None:
     table(rows(3)).to_parquet(tmp_path / "p.parquet")
     data = opened(tmp_path / "p.parquet").select([2, 0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -32,18 +32,23 @@ class PromptCache:
     def __init__(self) -> None:
         self._prompts: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
 
-    def get(self, prompt: str, images: Sequence[Any], tiles: int, encode: Callable[[], EncodedPrompt]) -> EncodedPrompt:
-        """Return ``prompt`` with ``images`` within ``tiles``, from ``encode()`` unless it is remembered."""
+    def key(self, prompt: str, images: Sequence[Any], tiles: int) -> Hashable | None:
+        """Return what identifies ``prompt`` with ``images`` within ``tiles``; None if it is not to be remembered."""
         files = [_file_version(image) for image in images]
-        if not files or None in files:
-            return encode()
-        key = (prompt, tiles, *files)
-        if key not in self._prompts:
-            self._prompts[key] = encode()
+        return None if not files or None in files else (prompt, tiles, *files)
+
+    def find(self, key: Hashable | None) -> EncodedPrompt | None:
+        """Return the prompt with this key if it is remembered."""
+        if key in self._prompts:
+            self._prompts.move_to_end(key)
+        return self._prompts.get(key)
+
+    def add(self, key: Hashable | None, prompt: EncodedPrompt) -> None:
+        """Remember ``prompt`` in the place of the one used longest ago, unless its key is None."""
+        if key is not None:
+            self._prompts[key] = prompt
             if len(self._prompts) > KEPT:
                 self._prompts.popitem(last=False)
-        self._prompts.move_to_end(key)
-        return self._prompts[key]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the prompts out: workers start empty."""

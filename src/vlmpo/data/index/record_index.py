@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vlmpo.data.records import IMAGE_PLACEHOLDER
+from vlmpo.errors import RecordError
 from vlmpo.hashing import content_hash, stable_hash
 
 Indices = NDArray[np.int64]
@@ -28,8 +29,7 @@ SCHEMA = pa.schema(
         ("words", pa.uint64()),  # words_hash of the prompt; 0 if the record is bad
         ("prompt", pa.uint64()),  # hash of the prompt as it is; 0 if the record is bad
         ("media", pa.list_(pa.large_binary())),  # encoded media: its images and then its videos, in order
-        ("reason", pa.string()),  # of the RecordError that reading it raised; null if it is good
-        ("detail", pa.large_binary()),
+        ("fault", pa.large_binary()),  # reason and detail of the RecordError that reading it raised; null if it is good
     ]
 )
 
@@ -77,14 +77,20 @@ def words_hash(text: str) -> int:
     return stable_hash(" ".join(text.replace(IMAGE_PLACEHOLDER, " ").lower().split()))
 
 
+def encode_fault(error: RecordError) -> bytes:
+    """Return the fault of a record that cannot be used."""
+    return f"{error.reason} {error.detail}".encode("utf-8", "surrogatepass")
+
+
 def index_table(batches: Sequence[pa.RecordBatch]) -> pa.Table:
-    """Join batches of SCHEMA into a table in which each image and video is stored once, by Arrow's dictionaries."""
+    """Join batches of SCHEMA into a table that holds each medium and fault once, in Arrow's dictionaries."""
     table = pa.Table.from_batches(batches, SCHEMA)
     bounds = np.zeros(len(table) + 1, np.int32)
     np.cumsum(pc.list_value_length(table["media"]).to_numpy(), out=bounds[1:])
     names = pc.list_flatten(table["media"]).dictionary_encode().combine_chunks()
-    media = pa.ListArray.from_arrays(pa.array(bounds), names)
-    return table.set_column(table.column_names.index("media"), "media", media).combine_chunks()
+    columns = {name: table[name] for name in ("record", "words", "prompt")}
+    columns |= {"media": pa.ListArray.from_arrays(pa.array(bounds), names), "fault": table["fault"].dictionary_encode()}
+    return pa.table(columns).combine_chunks()
 
 
 class RecordIndex:
@@ -105,8 +111,8 @@ class RecordIndex:
         self.records: Indices = table["record"].to_numpy()
         self.words: Hashes = table["words"].to_numpy()
         self.prompts: Hashes = table["prompt"].to_numpy()
-        self._reasons, self._details, media = (_one_chunk(table[name]) for name in ("reason", "detail", "media"))
-        self.is_bad: NDArray[np.bool_] = self._reasons.is_valid().to_numpy(zero_copy_only=False)
+        self._faults, media = _one_chunk(table["fault"]), _one_chunk(table["media"])
+        self.is_bad: NDArray[np.bool_] = self._faults.is_valid().to_numpy(zero_copy_only=False)
         self.bounds: NDArray[np.int32] = media.offsets.to_numpy()
         self.media: NDArray[np.int32] = media.values.indices.to_numpy()
         self._names = media.values.dictionary
@@ -129,11 +135,12 @@ class RecordIndex:
 
     def error(self, row: int) -> tuple[str, str]:
         """Return reason and detail of the RecordError of a bad row."""
-        return self._reasons[row].as_py(), self._details[row].as_py().decode("utf-8", "surrogatepass")
+        reason, detail = self._faults[row].as_py().decode("utf-8", "surrogatepass").split(" ", 1)
+        return reason, detail
 
     def shown_media(self) -> Iterator[tuple[int, Medium]]:
         """Yield number and description of every image and video that a row shows, each once."""
-        return self.describe(np.unique(self.media))
+        return self.describe(np.flatnonzero(np.bincount(self.media)))
 
     def describe(self, numbers: NDArray[Any]) -> Iterator[tuple[int, Medium]]:
         """Yield number and description of images and videos."""

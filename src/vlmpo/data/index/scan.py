@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from vlmpo.data.index.record_index import SCHEMA, Indices, Medium, RecordIndex, index_table, words_hash
+from vlmpo.data.index.record_index import SCHEMA, Indices, Medium, RecordIndex, encode_fault, index_table, words_hash
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
@@ -72,7 +72,10 @@ def scan(
             done += len(batch)
             if progress is not None and done < total:
                 progress(done, total)
-        return index_table(batches)
+        table = index_table(batches)
+        batches.clear()
+        pa.default_memory_pool().release_unused()
+        return table
 
     table = cache.table("records", stamp, (*settings, need_rejected, len(source), part), read, waiting)
     if progress is not None and total:
@@ -125,8 +128,7 @@ def _read_records(source: Readable, records: Indices, need_rejected: bool) -> pa
         try:
             pair = source.pair(record, need_rejected)
         except RecordError as error:
-            detail = error.detail.encode("utf-8", "surrogatepass")
-            row = {"record": record, "words": 0, "prompt": 0, "media": [], "reason": error.reason, "detail": detail}
+            row = {"record": record, "words": 0, "prompt": 0, "media": [], "fault": encode_fault(error)}
         else:
             texts = [message.text for message in pair.prompt]
             media = [Medium.of(image) for image in pair.images]
