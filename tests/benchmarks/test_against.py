@@ -10,6 +10,8 @@ from benchmarks.bench import WARM_UP, Worker
 
 from benchmarks import against
 
+pytestmark = pytest.mark.slow  # they start processes
+
 # Computes for 0.05 s a step in a tree called "new", twice as long in another; the peak is 100 and 200 MiB.
 STEPS = """
 import json, os, sys, time
