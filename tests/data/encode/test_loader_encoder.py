@@ -15,6 +15,7 @@ import torch
 from tests.tiny_models import noise_image, processor, tokenizer
 from tests.zoo import FAMILIES, Family
 from vlmpo import Message, PreferencePair
+from vlmpo.compat import settings_merger
 from vlmpo.data.encode import encoder, prompt_cache
 from vlmpo.data.encode.chat_template import ChatTemplate
 from vlmpo.data.encode.encoder import PairEncoder
@@ -205,13 +206,13 @@ def test_settings_are_merged_as_the_processor_merges_them_and_once() -> None:
 
     def listening(*args: Any, **given: Any) -> Any:
         merged.append(given)
-        return own._merge_kwargs(*args, **given)
+        return settings_merger(own)(*args, **given)
 
     kept = SettingsCache(listening)
     asked = [{"images_kwargs": {"max_patches": tiles}, "return_tensors": "pt"} for tiles in (1, 2, 1, 2)]
     for settings in asked:
         found = kept(tokenizer_init_kwargs=own.tokenizer.init_kwargs, **settings)
-        assert found == own._merge_kwargs(tokenizer_init_kwargs=own.tokenizer.init_kwargs, **settings)
+        assert found == settings_merger(own)(tokenizer_init_kwargs=own.tokenizer.init_kwargs, **settings)
         assert found["images_kwargs"]["max_patches"] == settings["images_kwargs"]["max_patches"]
         found["images_kwargs"].clear()  # as processors do, which take out what they have read
         del found["text_kwargs"]
@@ -222,16 +223,16 @@ def test_settings_are_merged_as_the_processor_merges_them_and_once() -> None:
 def test_families_merge_their_settings_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of two numbers of tiles, each twice; ``test_pixels`` checks their pixels."""
     encoder = PairEncoder(family.processor()).for_loader()
-    assert isinstance(encoder.processor._merge_kwargs, SettingsCache)
+    assert isinstance(settings_merger(encoder.processor), SettingsCache)
     asked = [pair(noise_image(112, 40, seed), tiles=tiles) for seed, tiles in enumerate((1, 4, 1, 4))]
     first = [encoder.encode(one) for one in asked]
-    monkeypatch.setattr(encoder.processor._merge_kwargs, "_merge", None)  # nothing is left to merge
+    monkeypatch.setattr(settings_merger(encoder.processor), "_merge", None)  # nothing is left to merge
     sent = pickle.loads(pickle.dumps(encoder))
     for encoded, one in zip(first, asked, strict=True):
         again = sent.encode(one)
         assert again.prompt_ids.tolist() == encoded.prompt_ids.tolist()
         assert all(torch.equal(tensor, again.vision[name]) for name, tensor in encoded.vision.items())
-    assert "_merge_kwargs" not in vars(family.processor())  # the user's own is left as it was
+    assert not isinstance(settings_merger(family.processor()), SettingsCache)  # the user's own is left as it was
 
 
 # ---- the end of a turn is looked up once ----
