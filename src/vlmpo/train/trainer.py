@@ -695,7 +695,7 @@ class MPOTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Do as transformers does. Raises RunError if the Hub cannot be reached or refuses."""
-        with _hub_errors("log in with `hf auth login`, or set HF_TOKEN"):
+        with _hub_errors(" (log in with `hf auth login`, or set HF_TOKEN)"):
             super().init_hf_repo(token=token, private=private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -705,7 +705,7 @@ class MPOTrainer(Trainer):
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
         """Upload the run folder, its model card in it. Raises RunError if that fails; the folder is whole."""
-        with _hub_errors(f"the model is in {self.args.output_dir}, push it from there"):
+        with _hub_errors(f"; the model is in {self.args.output_dir}, push it from there"):
             return super().push_to_hub(commit_message, **kwargs)
 
     def create_model_card(
@@ -766,4 +766,4 @@ def _hub_errors(remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"training.push_to_hub: {first_line(error)} ({remedy})") from error
+        raise RunError(f"training.push_to_hub: {first_line(error)}{remedy}") from error
