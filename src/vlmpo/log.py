@@ -12,6 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 from tqdm.auto import tqdm
 
 # Seconds: between two lines in a log, between two states of a bar, and before a transient bar is shown.
@@ -47,18 +48,18 @@ def _make_logger() -> logging.Logger:
 logger = _make_logger()
 
 
-def print_line(console: Console, text: str, style: str | None = None) -> None:
-    """Print plain text: no markup is interpreted and no long line is wrapped."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+def print_line(text: str | Text, style: str | None = None) -> None:
+    """Print ``text`` on stdout as it is: no markup is interpreted and no long line is wrapped."""
+    Console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_table(console: Console, title: str, rows: Sequence[Sequence[object]]) -> None:
+def print_table(title: str, rows: Sequence[Sequence[object]]) -> None:
     """Print ``rows`` (the first is the header) in aligned columns that are never wrapped or cut."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    print_line(console, f"\n{title}", style="bold")
+    print_line(f"\n{title}", style="bold")
     for name, *numbers in rows:
         cells = [f"{cell!s:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True)]
-        print_line(console, "  ".join([f"  {name!s:<{widths[0]}}", *cells]))
+        print_line("  ".join([f"  {name!s:<{widths[0]}}", *cells]))
 
 
 class Progress:
@@ -127,4 +128,4 @@ class Progress:
 
     def notice(self, text: str) -> None:
         """Print one line above the bar."""
-        print_line(self._console, text)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

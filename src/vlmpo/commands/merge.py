@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmpo.errors import ModelError, RunError
+from vlmpo.log import print_line
 from vlmpo.models.adapters import is_adapter
 from vlmpo.models.merge import write_merged
 from vlmpo.train.checkpoint import last_complete_checkpoint
@@ -27,7 +28,7 @@ def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "fl
         raise RunError(f"{output} is not empty; name a new folder for the merged model")
     _check_adapter(adapter)
     write_merged(adapter, output, base, dtype)
-    print(f"model and processor: {output}")
+    print_line(f"model and processor: {output}")
 
 
 def _check_adapter(adapter: Path) -> None:
