@@ -156,11 +156,11 @@ def arms(case: Case, pairs: list[PreferencePair], shortcuts: bool = False) -> di
             yield collate_trl([of_trl(pair) for pair in pairs[start : start + case.batch]])
 
     encoder = make_encoder()
-    found: dict[str, Loading] = {PEER: trl, OURS: partial(ours, encoder), NORMALISED: partial(normalised, encoder)}
+    loadings: dict[str, Loading] = {PEER: trl, OURS: partial(ours, encoder), NORMALISED: partial(normalised, encoder)}
     for name, (function, substitute) in SHORTCUTS.items() if shortcuts else ():
         with mock.patch(f"vlmpo.data.encode.{function}", substitute):
-            found[name] = partial(ours, make_encoder())
-    return found
+            loadings[name] = partial(ours, make_encoder())
+    return loadings
 
 
 def normalise(micro_batch: MicroBatch, scale: PixelScale) -> MicroBatch:

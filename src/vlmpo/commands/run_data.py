@@ -124,7 +124,7 @@ def overlaps_with_training(data: RunData, questions: Sequence[Question] = ()) ->
     """
     evaluations: dict[str, PairDataset | Sequence[Item]] = dict(data.evaluation)
     if questions:
-        evaluations["questions"] = [Item(asked.question, asked.images, asked.origin) for asked in questions]
+        evaluations["questions"] = [Item(question.question, question.images, question.origin) for question in questions]
     overlaps = find_overlaps(data.train, evaluations) if evaluations else {}
     for message in filter(None, (overlap.message(name) for name, overlap in overlaps.items())):
         logger.info(f"note: {message}")
