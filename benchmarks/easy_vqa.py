@@ -107,11 +107,11 @@ def train(folder: Path, name: str, model: Any, processor: Any, data: Any, **sett
     return trainer
 
 
-def draw(data: Path, split: str, seed: int, count: int, skip: int = 0) -> list[Question]:
+def draw(data: Path, split: str, seed: int, count: int) -> list[Question]:
     """Return ``count`` questions of a split, shuffled by ``seed``."""
     questions = read_questions(data / "questions.jsonl", split=split).questions
     random.Random(seed).shuffle(questions)
-    return questions[skip : skip + count]
+    return questions[:count]
 
 
 def run(data: Path, folder: Path, seed: int, validate: bool = False) -> dict[str, Any]:

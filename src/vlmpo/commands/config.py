@@ -7,7 +7,7 @@ import dataclasses
 from transformers import TrainingArguments
 
 from vlmpo.errors import RecipeError
-from vlmpo.recipe import Recipe, check_training_keys
+from vlmpo.recipe import EXTRA_TRAINING_KEYS, Recipe, check_keys
 from vlmpo.train.config import MPOConfig
 
 # Keys of `training` that have no meaning in an evaluation without training.
@@ -23,7 +23,7 @@ def training_config(recipe: Recipe) -> MPOConfig:
     Raises:
         RecipeError: an unknown key, a token for the Hub, or a value that MPOConfig or TrainingArguments refuse.
     """
-    check_known_training_keys(recipe)
+    check_training_keys(recipe)
     if recipe.training.get("hub_token") is not None:
         raise RecipeError(
             "training.hub_token: a recipe is kept in the run folder and pushed with it; "
@@ -41,6 +41,7 @@ def evaluation_config(recipe: Recipe) -> MPOConfig:
     return training_config(recipe.model_copy(update={"training": training}))
 
 
-def check_known_training_keys(recipe: Recipe) -> None:
+def check_training_keys(recipe: Recipe) -> None:
     """Raise RecipeError for a key under ``training`` that neither transformers nor vlmpo has."""
-    check_training_keys(recipe, [field.name for field in dataclasses.fields(TrainingArguments)])
+    known = [*(field.name for field in dataclasses.fields(TrainingArguments)), *EXTRA_TRAINING_KEYS]
+    check_keys("training", recipe.training, known, "transformers.TrainingArguments")

@@ -15,7 +15,7 @@ import torch
 from rich.text import Text
 from transformers import AutoConfig
 
-from vlmpo.commands.config import check_known_training_keys
+from vlmpo.commands.config import check_training_keys
 from vlmpo.commands.run_data import RunData, open_run_data, show_pair_counts
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import image_token_id, tokenizer_of
@@ -86,7 +86,7 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
         VlmpoError: the recipe, the data or the processor cannot be used; the first bad record under
             ``data.on_bad_record: fail``.
     """
-    check_known_training_keys(recipe)
+    check_training_keys(recipe)
     per_device = positive_setting(recipe, "per_device_train_batch_size")
     positive_setting(recipe, "gradient_accumulation_steps")  # refuse it before minutes of encoding
     processor = load_processor(recipe.model.path)
