@@ -21,13 +21,6 @@ _REDRAW_EVERY = 0.1
 _DELAY = 3.0
 
 
-class _FirstRank(logging.Filter):
-    """Passes records of the first rank only."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return os.environ.get("RANK", "0") == "0"
-
-
 class _AboveProgressBars(logging.Handler):
     """Writes to stderr, above any progress bar."""
 
@@ -35,17 +28,12 @@ class _AboveProgressBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def _make_logger() -> logging.Logger:
-    created = logging.getLogger("vlmpo")
-    if not created.handlers:
-        created.addFilter(_FirstRank())
-        created.addHandler(_AboveProgressBars())
-        created.setLevel(logging.INFO)
-        created.propagate = False  # a root handler of the application would repeat every message
-    return created
-
-
-logger = _make_logger()
+logger = logging.getLogger("vlmpo")
+if not logger.handlers:
+    logger.addFilter(lambda record: os.environ.get("RANK", "0") == "0")  # only the first rank logs
+    logger.addHandler(_AboveProgressBars())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a root handler of the application would repeat every message
 
 
 def print_line(text: str | Text, style: str | None = None) -> None:

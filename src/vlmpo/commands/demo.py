@@ -30,14 +30,14 @@ ARMS: dict[str, dict[str, float]] = {
     "mpo": {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0},
 }
 # One thread computes, beside one process that encodes: the fastest on two cores, since matrices this small gain nothing
-# from more threads; and sums are rounded alike on every machine.
+# from more threads; and sums are rounded the same on every machine.
 THREADS = 1
 WORKERS = 1
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much is drawn, trained and asked.
+    """Sizes and rates: how much is drawn, trained and asked.
 
     Chosen on validation questions, partly of seeds 0, 1 and 2, never on test ones.
 

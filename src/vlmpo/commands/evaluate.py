@@ -84,10 +84,11 @@ def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
     section = recipe.evaluate
     assert section is not None
     questions = _read_questions(section).questions
+    model, processor = trainer.model, trainer.processing_class
 
     def answer() -> dict[str, float]:
         # Every rank has the whole model and answers all questions: there is nothing to gather or to wait for.
-        _, figures = _ask(recipe, section, trainer.model, trainer.processing_class, questions)
+        _, figures = _ask(recipe, section, model, processor, questions)
         return {f"answers/{name}": value for name, value in figures.items()}
 
     # The names must be known before the first evaluation.
