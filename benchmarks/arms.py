@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from benchmarks.plain_code import TRL_OBJECTIVE, floor_loss, trl_dataset, two_rows_loss
 from benchmarks.shapes import SHAPES, Shape, make_checkpoint, make_data
-from vlmpo import MPOConfig, MPOTrainer, mpo_loss
+from vlmpo import MPOConfig, MPOTrainer
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.models.loading import load_model, load_processor
 
@@ -97,42 +97,20 @@ def drive(trainer: Any, turns: Turns) -> None:
 
 
 def trl_arm(shape: Shape, folder: Path, turns: Turns) -> None:
-    """Train with TRL's DPOTrainer under its MPO setting, which leaves the reward shift out (i)."""
-    import datasets
+    """Train with TRL's DPOTrainer under its MPO setting (i)."""
     import trl
 
     data = make_data(shape, folder, PROMPTS)
     pairs = [data[index] for index in range(len(data))]
-    text = datasets.Value("string")
-    turns_of = [{"role": text, "content": text}]
-    features = {"prompt": turns_of, "chosen": turns_of, "rejected": turns_of}
-    rows: list[dict[str, Any]] = [
-        {
-            "prompt": [{"role": "user", "content": pair.prompt[0].text.removeprefix("<image>\n")}],
-            "chosen": [{"role": "assistant", "content": pair.chosen}],
-            "rejected": [{"role": "assistant", "content": pair.rejected}],
-        }
-        for pair in pairs
-    ]
-    if pairs[0].images:
-        features["images"] = datasets.List(datasets.Image())
-        for row, pair in zip(rows, pairs, strict=True):
-            row["images"] = [{"path": image} for image in pair.images]
-    args = trl.DPOConfig(
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        loss_type=["sigmoid", "bco_pair", "sft"],
-        loss_weights=[0.8, 0.2, 1.0],
-        **common(str(folder / "trl"), shape.pairs_a_step),
-    )
+    settings = common(str(folder / "trl"), shape.pairs_a_step)
+    args = trl.DPOConfig(bf16=False, gradient_checkpointing=False, **TRL_OBJECTIVE, **settings)
     checkpoint = make_checkpoint(shape, folder, PROMPTS)
     processor = load_processor(checkpoint)
     trainer = trl.DPOTrainer(
         model=load_model(checkpoint),
         ref_model=load_model(checkpoint),
         args=args,
-        train_dataset=datasets.Dataset.from_list(rows, features=datasets.Features(features)),
+        train_dataset=trl_dataset(pairs),
         processing_class=processor if pairs[0].images else processor.tokenizer,
     )
     drive(trainer, turns)
@@ -149,7 +127,7 @@ def vlmpo_trainer(shape: Shape, folder: Path, arm: str) -> MPOTrainer:
     return MPOTrainer(model=checkpoint, args=MPOConfig(**settings), train_dataset=data)
 
 
-# ---- our own plain code: what InternVL's trainer does, and the floor ----
+# ---- plain code ----
 
 
 PlainLoss = Callable[[Any, Any, list[EncodedPair]], Tensor]
@@ -179,47 +157,6 @@ def plain_loop(shape: Shape, folder: Path, turns: Turns, loss_of: PlainLoss, two
         optimizer.step()
         optimizer.zero_grad()
         turns.done(loss.item())
-
-
-def padded_logps(model: Any, pairs: list[EncodedPair]) -> Tensor:
-    """Return each response's log-prob, ``[2 * pairs]``, chosen ones first, from a padded row each and all logits."""
-    rows = [(pair, response) for pair in pairs for response in (pair.chosen_ids,)]
-    rows += [(pair, pair.rejected_ids) for pair in pairs if pair.rejected_ids is not None]
-    length = max(pair.prompt_ids.numel() + response.numel() for pair, response in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for row, (pair, response) in enumerate(rows):
-        prompt = pair.prompt_ids.numel()
-        ids[row, : prompt + response.numel()] = torch.cat([pair.prompt_ids, response])
-        mask[row, : prompt + response.numel()] = 1
-        scored[row, prompt : prompt + response.numel()] = True
-    vision = {name: torch.cat([pair.vision[name] for pair, _ in rows]) for name in rows[0][0].vision}
-    logits = model(input_ids=ids, attention_mask=mask, **vision).logits[:, :-1]
-    logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    return (logps * scored[:, 1:]).sum(1)
-
-
-def two_rows_loss(model: Any, reference: Any, pairs: list[EncodedPair]) -> Tensor:
-    """Return the loss from two padded rows a pair, through policy and reference (ii)."""
-    count = len(pairs)
-    policy = padded_logps(model, pairs)
-    with torch.no_grad():
-        frozen = padded_logps(reference, pairs)
-    lengths = torch.tensor([pair.chosen_ids.numel() for pair in pairs])
-    args = (policy[:count], policy[count:], frozen[:count], frozen[count:], lengths)
-    return mpo_loss(*args, nll_reduction="token").loss
-
-
-def floor_loss(model: Any, reference: Any, pairs: list[EncodedPair]) -> Tensor:
-    """Return the loss of the model's own forward over the unique tokens, with logits for response tokens only (vi)."""
-    total = torch.zeros(())
-    for pair in pairs:
-        responses = [ids for ids in (pair.chosen_ids, pair.rejected_ids) if ids is not None]
-        ids = torch.cat([pair.prompt_ids, *responses])
-        at = torch.arange(pair.prompt_ids.numel() - 1, ids.numel() - 1)
-        logits = model(input_ids=ids[None], logits_to_keep=at, **pair.vision).logits[0]
-        total = total + cross_entropy(logits, ids[at + 1]) / len(pairs)
-    return total
 
 
 def run(arm: str, shape: Shape, folder: Path, turns: Turns) -> None:

@@ -131,7 +131,7 @@ def open_once(recipe_path: str) -> dict[str, Any]:
         "held_out": len(held_out),
         "dropped": data.screened.reasons(),
         "examples": data.screened.examples,
-        "overlap": {name: [o.items, o.with_seen_image, o.seen_whole] for name, o in overlaps.items()},
+        "overlap": {name: [o["items"], o["with_seen_image"], o["seen_whole"]] for name, o in overlaps.items()},
         "pairs": [data.train.fingerprint(), held_out.fingerprint()],
     }
     return result | {"found": found, "workers": read_in_workers(data.train)}

@@ -107,11 +107,11 @@ def train(folder: Path, name: str, model: Any, processor: Any, data: Any, **sett
     return trainer
 
 
-def draw(data: Path, split: str, seed: int, count: int, skip: int = 0) -> list[Question]:
+def draw(data: Path, split: str, seed: int, count: int) -> list[Question]:
     """Return ``count`` questions of a split, shuffled by ``seed``."""
     questions = read_questions(data / "questions.jsonl", split=split).questions
     random.Random(seed).shuffle(questions)
-    return questions[skip : skip + count]
+    return questions[:count]
 
 
 def run(data: Path, folder: Path, seed: int, validate: bool = False) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def run(data: Path, folder: Path, seed: int, validate: bool = False) -> dict[str
     warm = SETTINGS["batch"] * SETTINGS["warm_up_steps"]
     train_questions = draw(data, "train", seed, warm + SETTINGS["sampled_questions"] + 2000)
     lessons, fresh = train_questions[:warm], train_questions[warm : warm + SETTINGS["sampled_questions"]]
-    asked = train_questions[-2000:] if validate else draw(data, "test", 0, SETTINGS["test_questions"])
+    questions = train_questions[-2000:] if validate else draw(data, "test", 0, SETTINGS["test_questions"])
     tokenizer = train_tokenizer([prompt_text(q, STYLE) + " " + q.answer for q in lessons], vocab_size=512)
     processor = build_processor(tokenizer, SIZE)
     model = build_model(tokenizer, SIZE, seed)
@@ -131,7 +131,7 @@ def run(data: Path, folder: Path, seed: int, validate: bool = False) -> dict[str
     train(folder, "warm_up", model, processor, pairs_for_lessons, max_steps=steps, learning_rate=rate, seed=seed,
           loss_weights={"nll": 1.0})  # fmt: skip
     pairs, report = make_pairs(folder, fresh, seed)
-    answers = {"warm_up": ask(folder / "warm_up", asked)}
+    answers = {"warm_up": ask(folder / "warm_up", questions)}
     results: dict[str, Any] = {"seed": seed, "pairs": report, "arms": {}}
     reader = MPOTrainer(model=model, args=MPOConfig(output_dir=str(folder / "log"), use_cpu=True, disable_tqdm=True,
                         per_device_eval_batch_size=SETTINGS["batch"]), processing_class=processor)  # fmt: skip
@@ -142,9 +142,9 @@ def run(data: Path, folder: Path, seed: int, validate: bool = False) -> dict[str
         policy = load_model(str(folder / "warm_up"))
         trainer = train(folder, name, policy, processor, pairs["train"], max_steps=SETTINGS["steps"],
                         learning_rate=SETTINGS["rate"], seed=seed, loss_weights=weights)  # fmt: skip
-        found = trainer.evaluate(pairs["held_out"])
-        chosen[name] = {key: found.get(f"eval_{key}") for key in ("logps/chosen", "rewards/accuracies")}
-        answers[name] = ask(folder / name, asked)
+        metrics = trainer.evaluate(pairs["held_out"])
+        chosen[name] = {key: metrics.get(f"eval_{key}") for key in ("logps/chosen", "rewards/accuracies")}
+        answers[name] = ask(folder / name, questions)
     for name, given in answers.items():
         figures = summarise(given, lambda text: len(tokenizer(text)["input_ids"]))
         results["arms"][name] = {

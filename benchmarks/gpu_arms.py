@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from benchmarks.gpu_model import VlmSize, forward_flops, make_model, make_pairs, make_processor, peak_flops
-from vlmpo import MPOConfig, MPOTrainer, mpo_loss
+from benchmarks.plain_code import TRL_OBJECTIVE, floor_loss, responses_of, trl_dataset, two_rows_loss
+from vlmpo import MPOConfig, MPOTrainer
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 
 GIB = 1024**3
@@ -133,34 +133,15 @@ def _drive(trainer: Any, steps: Steps) -> None:
 
 
 def trl_arm(setting: Setting, steps: Steps, folder: str) -> int:
-    """Train with TRL's DPOTrainer under its MPO setting, which leaves the reward shift out."""
-    import datasets
+    """Train with TRL's DPOTrainer under its MPO setting."""
     import trl
 
-    text = datasets.Value("string")
-    turns = [{"role": text, "content": text}]
-    features = {"images": datasets.List(datasets.Image()), "prompt": turns, "chosen": turns, "rejected": turns}
     pairs = make_pairs(setting.size, STEPS_AN_EPOCH * setting.pairs_a_step)
-    records = [
-        {
-            "images": list(pair.images),
-            "prompt": [{"role": "user", "content": pair.prompt[0].text.removeprefix("<image>\n")}],
-            "chosen": [{"role": "assistant", "content": pair.chosen}],
-            "rejected": [{"role": "assistant", "content": pair.rejected}],
-        }
-        for pair in pairs
-    ]
-    args = trl.DPOConfig(
-        max_length=None,
-        loss_type=["sigmoid", "bco_pair", "sft"],
-        loss_weights=[0.8, 0.2, 1.0],
-        **_common(setting, folder, setting.pairs_a_step),
-    )
     trainer = trl.DPOTrainer(
         model=setting.model(),
         ref_model=setting.model(),
-        args=args,
-        train_dataset=datasets.Dataset.from_list(records, features=datasets.Features(features)),
+        args=trl.DPOConfig(**TRL_OBJECTIVE, **_common(setting, folder, setting.pairs_a_step)),
+        train_dataset=trl_dataset(pairs),
         processing_class=setting.processor,
     )
     _drive(trainer, steps)
@@ -179,7 +160,7 @@ def vlmpo_arm(setting: Setting, steps: Steps, folder: str, by: int = 1, **furthe
     return by
 
 
-# ---- plain code: what InternVL's trainer does, and the floor ----
+# ---- plain code ----
 
 
 def _encoded(setting: Setting) -> list[list[EncodedPair]]:
@@ -205,7 +186,7 @@ def _plain_loop(setting: Setting, steps: Steps, loss_of: Callable[..., Tensor], 
     while True:
         pairs = batches[len(steps.ends) % len(batches)]
         with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.autocast):
-            loss = loss_of(model, reference, pairs, setting.device)
+            loss = loss_of(model, reference, pairs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -214,50 +195,6 @@ def _plain_loop(setting: Setting, steps: Steps, loss_of: Callable[..., Tensor], 
             steps.first_logs = {"loss": loss.item()}
         if steps.ended():
             return 1
-
-
-def _responses(pair: EncodedPair) -> list[Tensor]:
-    return [ids for ids in (pair.chosen_ids, pair.rejected_ids) if ids is not None]
-
-
-def padded_logps(model: Any, pairs: list[EncodedPair], device: torch.device) -> Tensor:
-    """Return each response's log-prob, ``[2 * pairs]``, chosen ones first, from a padded row each and all logits."""
-    rows = [(pair, _responses(pair)[number]) for number in range(2) for pair in pairs]
-    length = max(pair.prompt_ids.numel() + response.numel() for pair, response in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for row, (pair, response) in enumerate(rows):
-        prompt = pair.prompt_ids.numel()
-        ids[row, : prompt + response.numel()] = torch.cat([pair.prompt_ids, response])
-        mask[row, : prompt + response.numel()] = 1
-        scored[row, prompt : prompt + response.numel()] = True
-    vision = {name: torch.cat([pair.vision[name] for pair, _ in rows]).to(device) for name in rows[0][0].vision}
-    ids, scored = ids.to(device), scored.to(device)
-    logits = model(input_ids=ids, attention_mask=mask.to(device), **vision).logits[:, :-1]
-    logps = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    return (logps * scored[:, 1:]).sum(1)
-
-
-def _two_rows_loss(model: Any, reference: Any, pairs: list[EncodedPair], device: torch.device) -> Tensor:
-    count = len(pairs)
-    policy = padded_logps(model, pairs, device)
-    with torch.no_grad():
-        frozen = padded_logps(reference, pairs, device)
-    lengths = torch.tensor([pair.chosen_ids.numel() for pair in pairs], device=device)
-    halves = policy[:count], policy[count:], frozen[:count], frozen[count:]
-    return mpo_loss(*halves, lengths, nll_reduction="token").loss
-
-
-def _floor_loss(model: Any, reference: Any, pairs: list[EncodedPair], device: torch.device) -> Tensor:
-    """Return the loss of the model's own forward over the unique tokens, with logits for response tokens only."""
-    total = torch.zeros((), device=device)
-    for pair in pairs:
-        ids = torch.cat([pair.prompt_ids, *_responses(pair)]).to(device)
-        at = torch.arange(pair.prompt_ids.numel() - 1, ids.numel() - 1, device=device)
-        vision = {name: values.to(device) for name, values in pair.vision.items()}
-        logits = model(input_ids=ids[None], logits_to_keep=at, **vision).logits[0]
-        total = total + cross_entropy(logits.float(), ids[at + 1]) / len(pairs)
-    return total
 
 
 def arms() -> dict[str, Arm]:
@@ -273,10 +210,10 @@ def arms() -> dict[str, Arm]:
 
         return arm
 
-    by_name["floor"] = lambda setting, steps, folder: _plain_loop(setting, steps, _floor_loss, two=False)
+    by_name["floor"] = lambda setting, steps, folder: _plain_loop(setting, steps, floor_loss, two=False)
     by_name["vlmpo, cached"] = cached(1)
     by_name["vlmpo, grouped by 3, cached"] = cached(3)
-    by_name["two padded rows"] = lambda setting, steps, folder: _plain_loop(setting, steps, _two_rows_loss, two=True)
+    by_name["two padded rows"] = lambda setting, steps, folder: _plain_loop(setting, steps, two_rows_loss, two=True)
     return by_name
 
 
@@ -289,7 +226,7 @@ def useful_flops(setting: Setting, pairs_a_prompt: int) -> float:
     pairs = [encoder.encode(pair) for pair in make_pairs(setting.size, STEPS_AN_EPOCH, pairs_a_prompt)]
     total = 0
     for at in range(0, len(pairs), pairs_a_prompt):
-        responses = [ids.numel() for pair in pairs[at : at + pairs_a_prompt] for ids in _responses(pair)]
+        responses = [ids.numel() for pair in pairs[at : at + pairs_a_prompt] for ids in responses_of(pair)]
         total += 3 * forward_flops(setting.size, pairs[at].prompt_ids.numel(), responses).total
     return total / STEPS_AN_EPOCH * setting.pairs_a_step
 

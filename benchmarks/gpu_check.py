@@ -76,24 +76,24 @@ class Run:
             torch.cuda.synchronize()
 
 
-Found = dict[str, Any]
+Figures = dict[str, Any]
 
 
-def part_device(run: Run) -> Found:
+def part_device(run: Run) -> Figures:
     """Return the device's name and the libraries' versions."""
     import importlib.metadata
 
-    found: Found = {"python": platform.python_version(), "device": str(run.device)}
+    figures: Figures = {"python": platform.python_version(), "device": str(run.device)}
     for name in ("torch", "transformers", "accelerate", "peft", "trl", "flash-attn"):
         try:
-            found[name] = importlib.metadata.version(name)
+            figures[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+            figures[name] = None
     if run.device.type == "cuda":
         properties = torch.cuda.get_device_properties(run.device)
-        found |= {"name": properties.name, "gib": properties.total_memory / 2**30, "cuda": torch.version.cuda}
-        found["capability"] = list(torch.cuda.get_device_capability(run.device))
-    return found
+        figures |= {"name": properties.name, "gib": properties.total_memory / 2**30, "cuda": torch.version.cuda}
+        figures["capability"] = list(torch.cuda.get_device_capability(run.device))
+    return figures
 
 
 # ---- alignment ----
@@ -151,40 +151,38 @@ def with_gradients(reader: Reader, states: list[Tensor], layout: RowLayout) -> l
     return [out.detach(), *torch.autograd.grad(out, inputs, states[3])]
 
 
-def part_alignment(run: Run) -> Found:
+def part_alignment(run: Run) -> Figures:
     """Return the relative errors of every kernel that loads, and why the others do not load."""
-    found: Found = {"passed": True, "bound": varlen._ROUNDING, "taken": None}
+    figures: Figures = {"passed": True, "bound": varlen._ROUNDING, "taken": None}
     for name, load in readers().items():
         try:
             reader = load()
-            found[name] = {"errors": errors_of(reader, run)}
+            figures[name] = {"errors": errors_of(reader, run)}
         except Exception as fault:
-            found[name] = {"error": f"{type(fault).__name__}: {str(fault)[:300]}"}
+            figures[name] = {"error": f"{type(fault).__name__}: {str(fault)[:300]}"}
             continue
-        found[name]["worst"] = max(found[name]["errors"].values())
-        found["passed"] &= found[name]["worst"] <= varlen._ROUNDING
-        found[name]["milliseconds"] = times_of(reader, run)
+        figures[name]["worst"] = max(figures[name]["errors"].values())
+        figures["passed"] &= figures[name]["worst"] <= varlen._ROUNDING
+        figures[name]["milliseconds"] = times_of(reader, run)
     if run.device.type == "cuda":
         chosen = varlen.kernel_for(run.device)
-        found["taken"] = None if chosen is None else getattr(chosen, "__qualname__", repr(chosen)).split(".")[0]
-        found["passed"] &= chosen is not None
-    return found
-
-
-def densely(states: list[Tensor], layout: RowLayout) -> Tensor:
-    """Return the attention of a row by SDPA under an explicit mask."""
-    query, key, value = states
-    return varlen.attend_densely(query, key, value, layout)
+        figures["taken"] = None if chosen is None else getattr(chosen, "__qualname__", repr(chosen)).split(".")[0]
+        figures["passed"] &= chosen is not None
+    return figures
 
 
 def errors_of(reader: Reader, run: Run) -> dict[str, float]:
     """Return the largest relative error of output and gradients, by dtype and number of responses."""
+
+    def in_float32(states: list[Tensor], layout: RowLayout) -> Tensor:
+        return varlen.attend_densely(*states, layout)  # SDPA under an explicit mask
+
     errors = {}
     for kind in varlen.HALF:
         for label, layout in layouts(run.miniature).items():
             states = [state.to(kind) for state in random_states(layout, 6, 2, 64, run)]
             got = with_gradients(reader, states, layout)
-            exact = with_gradients(densely, [state.float() for state in states], layout)
+            exact = with_gradients(in_float32, [state.float() for state in states], layout)
             pairs = zip(got, exact, strict=True)
             errors[f"{str(kind).removeprefix('torch.')}, {label}"] = max(
                 float((a.float() - b).norm() / b.norm()) for a, b in pairs
@@ -226,8 +224,8 @@ def reading(model: Any, rows: list[Any], weights: Tensor, device: torch.device) 
     return logps.detach().float().cpu(), flat_gradient(model)
 
 
-def own_reading(model: Any, pairs: list[Any], weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same from the model's own forward and logits, one response at a time, on the CPU."""
+def own_forward(model: Any, pairs: list[Any], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probs and gradient from the model's own forward, one response at a time, on the CPU."""
     parts = []
     for pair in pairs:
         for response in (pair.chosen_ids, pair.rejected_ids):
@@ -247,19 +245,19 @@ def compare(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> dict[st
     return {"largest": float(difference.max()), "mean": float(difference.mean()), "gradient": gradient}
 
 
-def part_parity(run: Run) -> Found:
+def part_parity(run: Run) -> Figures:
     """Compare small models of two families, float32 and bf16, to their own forward."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     names = ("internvl-qwen2", "qwen2.5-vl")
-    found: Found = {name: parity_of(name, run) for name in names}
+    figures: Figures = {name: parity_of(name, run) for name in names}
     passed = []
     for name in names:
-        full, half = found[name]["float32"], found[name]["bfloat16"]
+        full, half = figures[name]["float32"], figures[name]["bfloat16"]
         passed += [full["largest"] < 1e-4, full["gradient"] < 1e-4, half["mean"] < 0.1, half["gradient"] < 0.2]
-    return {**found, "passed": all(passed)}
+    return {**figures, "passed": all(passed)}
 
 
-def parity_of(name: str, run: Run) -> Found:
+def parity_of(name: str, run: Run) -> Figures:
     """Compare vlmpo on the device to the family's own forward on the CPU; in bf16 also without the one-call kernel."""
     from tests.zoo import FAMILIES, encoded_pairs
 
@@ -269,31 +267,31 @@ def parity_of(name: str, run: Run) -> Found:
     rows = list(lay_out(pairs, True).rows)
     scored = sum(row.targets.numel() for row in rows)
     weights = torch.randn(scored, generator=torch.Generator().manual_seed(0))
-    own = own_reading(FAMILIES[name].model(0), pairs, weights)
-    found: Found = {}
+    expected = own_forward(FAMILIES[name].model(0), pairs, weights)
+    figures: Figures = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = FAMILIES[name].model(0).to(run.device, dtype)
         install(model, shared=True)
         label = str(dtype).removeprefix("torch.")
-        found[label] = compare(reading(model, rows, weights, run.device), own)
+        figures[label] = compare(reading(model, rows, weights, run.device), expected)
     with mock.patch.object(attention, "kernel_for", return_value=None):
-        found["bfloat16, SDPA"] = compare(reading(model, rows, weights, run.device), own)
-    return found
+        figures["bfloat16, SDPA"] = compare(reading(model, rows, weights, run.device), expected)
+    return figures
 
 
 # ---- start ----
 
 
-def part_start(run: Run) -> Found:
+def part_start(run: Run) -> Figures:
     """Check the first step's sigmoid term and rewards, with float32 weights under autocast and with bf16 weights."""
-    found: Found = {"passed": True}
+    figures: Figures = {"passed": True}
     for dtype in (torch.bfloat16, torch.float32):
         logs = first_logs(run, dtype)
         label = "autocast" if dtype == torch.float32 else "bf16 weights"
-        found[label] = {name: logs[name] for name in ("loss/sigmoid", "rewards/chosen", "rewards/rejected")}
-        found["passed"] &= abs(logs["loss/sigmoid"] - math.log(2)) < 1e-6
-        found["passed"] &= logs["rewards/chosen"] == logs["rewards/rejected"] == 0.0
-    return found
+        figures[label] = {name: logs[name] for name in ("loss/sigmoid", "rewards/chosen", "rewards/rejected")}
+        figures["passed"] &= abs(logs["loss/sigmoid"] - math.log(2)) < 1e-6
+        figures["passed"] &= logs["rewards/chosen"] == logs["rewards/rejected"] == 0.0
+    return figures
 
 
 def first_logs(run: Run, dtype: torch.dtype) -> dict[str, float]:
@@ -322,24 +320,24 @@ def first_logs(run: Run, dtype: torch.dtype) -> dict[str, float]:
 # ---- head ----
 
 
-def part_head(run: Run) -> Found:
+def part_head(run: Run) -> Figures:
     """Return seconds and memory by block size, eager and compiled."""
     sizes: tuple[head.Size, ...] = head.MINIATURE
     if not run.miniature:
         sizes = (head.Size(900, 151_674, 896), head.Size(900, 151_674, 3584))
-    found: Found = {}
+    figures: Figures = {}
     for size in sizes:
         label = f"{size.scored} tokens, vocabulary {size.vocabulary}, hidden {size.hidden}"
-        found[label] = {"eager": head.seconds(size, run.device, 5)}
+        figures[label] = {"eager": head.seconds(size, run.device, 5)}
         if run.device.type == "cuda":
             memory = {name: head.extra_memory(size, name, run.device) for name in head.arms(run.device)}
-            found[label]["extra_mib"] = memory
+            figures[label]["extra_mib"] = memory
         if run.left() < 15:
-            found[label]["compiled"] = {"error": "left out: no time was left"}
+            figures[label]["compiled"] = {"error": "left out: no time was left"}
             continue
         with compiled_head():
-            found[label]["compiled"] = guarded(functools.partial(head.seconds, size, run.device, 5))
-    return found
+            figures[label]["compiled"] = guarded(functools.partial(head.seconds, size, run.device, 5))
+    return figures
 
 
 @contextlib.contextmanager
@@ -363,24 +361,24 @@ def guarded(function: Callable[[], Any]) -> Any:
 # ---- throughput ----
 
 
-def part_arms(run: Run, size: VlmSize, dtype: torch.dtype, optimizer: str, pairs: int) -> Found:
+def part_arms(run: Run, size: VlmSize, dtype: torch.dtype, optimizer: str, pairs: int) -> Figures:
     """Measure all arms without checkpointing, then with it as long as there is time."""
-    found: Found = {}
+    figures: Figures = {}
     steps, seconds = (2, 60.0) if run.miniature else (5, 25.0)
     for checkpointing in (False, True):
         setting = gpu_arms.Setting(size, dtype, optimizer, pairs, checkpointing, run.device, steps, seconds)
         label = "gradient checkpointing" if checkpointing else "no gradient checkpointing"
         half = run.left() / (1 if checkpointing else 2)
         until = time.perf_counter() + half
-        found[label] = {}
+        figures[label] = {}
         for name, arm in gpu_arms.table(setting, Run(run.device, run.miniature, until).left):
-            found[label][name] = arm
+            figures[label][name] = arm
             print(f"  {size.name}, {label}: {name}: {line(arm)}", flush=True)
-        ratios(found[label])
-    return found
+        ratios(figures[label])
+    return figures
 
 
-def line(arm: Found) -> str:
+def line(arm: Figures) -> str:
     """Return one arm's figures in a line."""
     if "error" in arm:
         return str(arm["error"])
@@ -390,7 +388,7 @@ def line(arm: Found) -> str:
     return words
 
 
-def ratios(arms: Found) -> None:
+def ratios(arms: Figures) -> None:
     """Add each arm's speed as a multiple of TRL's."""
     peer = arms.get("TRL", {}).get("pairs_per_second")
     for arm in arms.values():
@@ -401,7 +399,7 @@ def ratios(arms: Found) -> None:
 # ---- all of it ----
 
 
-def parts(miniature: bool) -> dict[str, tuple[float, Callable[[Run], Found]]]:
+def parts(miniature: bool) -> dict[str, tuple[float, Callable[[Run], Figures]]]:
     """Return each part's most seconds and its function by name, the most informative first."""
     one, eight = (MINIATURE, MINIATURE) if miniature else (INTERNVL3_1B, INTERNVL3_8B)
     return {
@@ -419,21 +417,21 @@ def check(output: Path, device: torch.device, miniature: bool, only: list[str] |
     """Run the parts, or ``only`` some with the time of all; return whether all checks passed."""
     output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    record: Found = {"miniature": miniature, "parts": {}}
+    record: Figures = {"miniature": miniature, "parts": {}}
     chosen = {name: part for name, part in parts(miniature).items() if not only or name in only}
     more = ALL_SECONDS / sum(seconds for seconds, _ in chosen.values())
     for name, (seconds, part) in chosen.items():
         begun = time.perf_counter()
         left = started + ALL_SECONDS - begun
         if left < 5:
-            found: Found = {"error": "left out: no time was left"}
+            figures: Figures = {"error": "left out: no time was left"}
         else:
             try:
-                found = part(Run(device, miniature, begun + min(seconds * more, left)))
+                figures = part(Run(device, miniature, begun + min(seconds * more, left)))
             except Exception:
-                found = {"error": traceback.format_exc()[-2000:], "passed": False}
-        record["parts"][name] = {"seconds": time.perf_counter() - begun, **found}
-        state = found.get("error") or {None: "done", True: "passed", False: "FAILED"}[found.get("passed")]
+                figures = {"error": traceback.format_exc()[-2000:], "passed": False}
+        record["parts"][name] = {"seconds": time.perf_counter() - begun, **figures}
+        state = figures.get("error") or {None: "done", True: "passed", False: "FAILED"}[figures.get("passed")]
         print(f"{name}: {state} ({time.perf_counter() - begun:.0f} s)", flush=True)
         record["passed"] = all(part.get("passed", True) for part in record["parts"].values())
         (output / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.shapes import words
 from vlmpo import Message, PreferencePair
 from vlmpo.testing.tiny import TinySize, build_processor, train_tokenizer
 
@@ -48,11 +49,6 @@ class VlmSize:
 INTERNVL3_1B = VlmSize("InternVL3-1B", 896, 24, 14, 2, 4864)
 INTERNVL3_8B = VlmSize("InternVL3-8B", 3584, 28, 28, 4, 18_944)
 MINIATURE = VlmSize("miniature", 32, 2, 4, 2, 64, 1000, 32, 2, 2, 64, 56, 14, 3, 5, (8, 15))
-
-
-def words(random: np.random.Generator, count: int) -> str:
-    """Return ``count`` words of two letters, about a token each."""
-    return " ".join("".join(random.choice(list("abcdefghij"), size=2)) for _ in range(count))
 
 
 def make_pairs(size: VlmSize, prompts: int, pairs_a_prompt: int = 1) -> list[PreferencePair]:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.shapes import VISONLYQA, words
 from vlmpo import Message, PreferencePair
 from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
 from vlmpo.data.encode.pixels import PixelScale
@@ -37,7 +38,6 @@ from vlmpo.testing.tiny import TinySize, build_processor, train_tokenizer
 from vlmpo.train.batching import Batch, Collator, MicroBatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"
 PEER, OURS, NORMALISED = "TRL 1.16", "vlmpo", "vlmpo, normalised"
 MAX_TILES = 12
 # Arms without a shortcut of the loader: the function that takes it, and what is called in its place.
@@ -84,16 +84,12 @@ CASES = {
 def made_pairs(case: Case, count: int) -> list[PreferencePair]:
     """Return pairs on noise images, in memory, that the processor cuts into exactly ``case.tiles`` tiles."""
     random = np.random.default_rng(0)
-
-    def words(number: int) -> str:
-        return " ".join("".join(random.choice(list("abcdefghij"), size=2)) for _ in range(number))
-
     across = max(1, case.tiles - 1)  # more than one tile: a thumbnail joins
     pairs = []
     for _ in range(count):
         pixels = random.integers(0, 255, (case.side, case.side * across, 3), dtype=np.uint8)
-        prompt = (Message("user", "<image>\n" + words(20)),)
-        pairs.append(PreferencePair(prompt, (Image.fromarray(pixels),), words(101), words(101)))
+        prompt = (Message("user", "<image>\n" + words(random, 20)),)
+        pairs.append(PreferencePair(prompt, (Image.fromarray(pixels),), words(random, 101), words(random, 101)))
     return pairs
 
 
@@ -156,11 +152,11 @@ def arms(case: Case, pairs: list[PreferencePair], shortcuts: bool = False) -> di
             yield collate_trl([of_trl(pair) for pair in pairs[start : start + case.batch]])
 
     encoder = make_encoder()
-    found: dict[str, Loading] = {PEER: trl, OURS: partial(ours, encoder), NORMALISED: partial(normalised, encoder)}
+    loadings: dict[str, Loading] = {PEER: trl, OURS: partial(ours, encoder), NORMALISED: partial(normalised, encoder)}
     for name, (function, substitute) in SHORTCUTS.items() if shortcuts else ():
         with mock.patch(f"vlmpo.data.encode.{function}", substitute):
-            found[name] = partial(ours, make_encoder())
-    return found
+            loadings[name] = partial(ours, make_encoder())
+    return loadings
 
 
 def normalise(micro_batch: MicroBatch, scale: PixelScale) -> MicroBatch:

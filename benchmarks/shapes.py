@@ -74,7 +74,7 @@ SHAPES = {
 
 
 def words(random: np.random.Generator, count: int) -> str:
-    """Return ``count`` words of two letters."""
+    """Return ``count`` words of two letters, about a token each."""
     return " ".join("".join(random.choice(list("abcdefghij"), size=2)) for _ in range(count))
 
 

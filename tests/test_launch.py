@@ -18,7 +18,7 @@ from torch.distributed.fsdp import StateDictType
 
 from tests.commands.test_train import checkpoint, manifest, records, write_data, write_recipe  # noqa: F401
 from tests.paths import REPO
-from vlmpo.commands.train import training_config
+from vlmpo.commands.config import training_config
 from vlmpo.recipe_yaml import load_recipe
 
 RECIPES = REPO / "recipes"

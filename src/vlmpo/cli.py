@@ -39,8 +39,6 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Dotted overrides, e.g. loss.beta=0.2", show_default=False),
 ]
 
-_THREADS_END = 0.5  # seconds
-
 
 class Dtype(StrEnum):
     """Dtypes that merged weights can be written in."""
@@ -73,12 +71,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     with _parsed(recipe, overrides) as parsed:
         from vlmpo.commands.train import train as run
 
-        if parsed.evaluate is None or parsed.evaluate.questions is None:
-            run(parsed)
-            return
-        from vlmpo.commands.evaluate import ask_while_training
-
-        run(parsed, ask_while_training(parsed))
+        run(parsed)
 
 
 @app.command()
@@ -209,10 +202,10 @@ def _exit_codes() -> Iterator[None]:
     """Turn an exception into its message and exit code; at the end leave the process group."""
     try:
         yield
-        _leave_ranks()
+        _leave_process_group(destroy=True)
     except VlmpoError as error:
         _complain(error)
-        _let_threads_end()  # the group itself stays: other ranks may be within a collective
+        _leave_process_group(destroy=False)  # other ranks may be within a collective
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -223,25 +216,11 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _leave_ranks() -> None:
-    """Destroy the process group, if there is one."""
-    if _let_threads_end():
-        sys.modules["torch.distributed"].destroy_process_group()
+def _leave_process_group(*, destroy: bool) -> None:
+    if "torch.distributed" in sys.modules:  # else there is no group: the command has not come so far
+        from vlmpo.train.sharding import leave_process_group
 
-
-def _let_threads_end() -> bool:
-    """Return whether there is a process group; if so, first give gloo's threads time to finish.
-
-    A thread that frees the last collective's tensors while the interpreter shuts down aborts the process: the exit code
-    is lost, and the launcher kills the first rank, which may still be writing the model. The thread needs the
-    interpreter's lock, and gets it while we sleep. (Joining the threads by dropping every reference to the group can
-    deadlock: torch holds the lock there.)
-    """
-    distributed = sys.modules.get("torch.distributed")
-    is_rank = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if is_rank:
-        time.sleep(_THREADS_END)
-    return is_rank
+        leave_process_group(destroy=destroy)
 
 
 def _complain(error: VlmpoError) -> None:

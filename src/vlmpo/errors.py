@@ -6,8 +6,7 @@ prints it without a traceback and exits with 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 
 class VlmpoError(Exception):
@@ -57,16 +56,6 @@ class ModelError(VlmpoError, ValueError):
 
 class RunError(VlmpoError, RuntimeError):
     """A run folder or checkpoint cannot be used: nothing to resume from, a different reference model."""
-
-
-@contextmanager
-def alike_on_a_node() -> Iterator[None]:
-    """Mark RecordErrors as met by every rank of the node; wrap work that each rank does on the same files."""
-    try:
-        yield
-    except RecordError as error:
-        error.met_by = "node"
-        raise
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Writing files atomically: a reader finds the whole file or none."""
+"""Write files atomically: a reader finds the whole file or none."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def replace_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Put ``records``, one JSON object a line, in the place of ``path``; see :func:`replace_text`."""
+    """Replace the file ``path`` by ``records``, one JSON object a line; see :func:`replace_text`."""
     replace_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -12,19 +12,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 from tqdm.auto import tqdm
 
 # Seconds: between two lines in a log, between two states of a bar, and before a transient bar is shown.
 _LOG_EVERY = 30.0
 _REDRAW_EVERY = 0.1
 _DELAY = 3.0
-
-
-class _FirstRank(logging.Filter):
-    """Passes records of the first rank only."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return os.environ.get("RANK", "0") == "0"
 
 
 class _AboveProgressBars(logging.Handler):
@@ -34,31 +28,26 @@ class _AboveProgressBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def _make_logger() -> logging.Logger:
-    created = logging.getLogger("vlmpo")
-    if not created.handlers:
-        created.addFilter(_FirstRank())
-        created.addHandler(_AboveProgressBars())
-        created.setLevel(logging.INFO)
-        created.propagate = False  # a root handler of the application would repeat every message
-    return created
+logger = logging.getLogger("vlmpo")
+if not logger.handlers:
+    logger.addFilter(lambda record: os.environ.get("RANK", "0") == "0")  # only the first rank logs
+    logger.addHandler(_AboveProgressBars())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a root handler of the application would repeat every message
 
 
-logger = _make_logger()
+def print_line(text: str | Text, style: str | None = None) -> None:
+    """Print ``text`` on stdout as it is: no markup is interpreted and no long line is wrapped."""
+    Console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_line(console: Console, text: str, style: str | None = None) -> None:
-    """Print plain text: no markup is interpreted and no long line is wrapped."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def print_table(console: Console, title: str, rows: Sequence[Sequence[object]]) -> None:
+def print_table(title: str, rows: Sequence[Sequence[object]]) -> None:
     """Print ``rows`` (the first is the header) in aligned columns that are never wrapped or cut."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    print_line(console, f"\n{title}", style="bold")
+    print_line(f"\n{title}", style="bold")
     for name, *numbers in rows:
         cells = [f"{cell!s:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True)]
-        print_line(console, "  ".join([f"  {name!s:<{widths[0]}}", *cells]))
+        print_line("  ".join([f"  {name!s:<{widths[0]}}", *cells]))
 
 
 class Progress:
@@ -127,4 +116,4 @@ class Progress:
 
     def notice(self, text: str) -> None:
         """Print one line above the bar."""
-        print_line(self._console, text)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,8 +1,7 @@
 """The recipe of a run: typed, strict, frozen. Imports neither torch nor transformers; vlmpo.recipe_yaml reads it.
 
-A key nobody reads is an error here, never ignored. Only the keys under ``training`` and ``model.lora`` belong to other
-libraries: :func:`check_training_keys` and :func:`check_lora_keys` compare them with the known ones once those libraries
-are loaded.
+A key that nothing reads is an error here, never ignored. Only the keys under ``training`` and ``model.lora`` belong to
+other libraries: :func:`check_keys` compares them with the known ones once those libraries are loaded.
 """
 
 from __future__ import annotations
@@ -275,21 +274,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-def check_training_keys(recipe: Recipe, known: Iterable[str]) -> None:
-    """Raise RecipeError for a key under ``training`` that is neither in ``known`` nor in EXTRA_TRAINING_KEYS.
-
-    ``known``: the field names of transformers.TrainingArguments, passed in so that this module need not import it.
-    """
-    _check_keys("training", recipe.training, [*known, *EXTRA_TRAINING_KEYS], "transformers.TrainingArguments")
-
-
-def check_lora_keys(recipe: Recipe, known: Iterable[str]) -> None:
-    """Raise RecipeError for a key under ``model.lora`` that is not in ``known``, the fields of peft.LoraConfig."""
-    _check_keys("model.lora", recipe.model.lora or {}, list(known), "peft.LoraConfig")
-
-
-def _check_keys(section: str, given: Iterable[str], known: Sequence[str], owner: str) -> None:
-    for key in given:
+def check_keys(section: str, keys: Iterable[str], known: Sequence[str], owner: str) -> None:
+    """Raise RecipeError for a key of ``section`` that is not in ``known``, the fields of the class ``owner``."""
+    for key in keys:
         if key not in known:
             hint = nearest(key, known, section)
             raise RecipeError(f"{section}.{key}: unknown key, not a field of {owner}{hint}")

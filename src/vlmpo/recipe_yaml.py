@@ -42,7 +42,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"cannot read the recipe {path}: {reason}") from None
-    raw = _anchor_paths(_read_mapping(text, str(path)), path.parent)
+    raw = _read_mapping(text, str(path))
+    _anchor_paths(raw, path.parent)
     overridden = [_override(raw, override) for override in overrides]
     if isinstance(training := raw.setdefault("training", {}), dict):
         training.setdefault("output_dir", os.path.join("runs", path.stem))
@@ -142,29 +143,25 @@ _PATH_KEYS = {
 _SOURCE_PATH_KEYS = ("path", "image_root")
 
 
-def _anchor_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     """Make each relative path in ``raw`` that exists below ``folder`` absolute; validation reports wrong types."""
+    tables = [(raw.get(section), keys) for section, keys in _PATH_KEYS.items()]
+    data = raw.get("data")
+    for part in ("train", "eval"):
+        if isinstance(data, dict) and isinstance(data.get(part), list):
+            data[part] = [{"path": source} if isinstance(source, str) else source for source in data[part]]
+            tables += [(source, _SOURCE_PATH_KEYS) for source in data[part]]
+    for table, keys in tables:
+        if isinstance(table, dict):
+            table.update({key: _anchored(table[key], folder) for key in keys if key in table})
 
-    def anchored(value: Any) -> Any:
-        if not isinstance(value, str) or not value:
-            return value
-        beside = folder / os.path.expanduser(value)
-        matches = glob.has_magic(str(beside)) and any(True for _ in glob.iglob(str(beside), recursive=True))
-        return os.path.abspath(beside) if beside.exists() or matches else os.path.expanduser(value)
 
-    def with_anchored(values: Any, keys: Sequence[str]) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {key: anchored(value) if key in keys else value for key, value in values.items()}
-
-    def source(value: Any) -> Any:
-        return with_anchored(value, _SOURCE_PATH_KEYS) if isinstance(value, dict) else anchored(value)
-
-    raw = {section: with_anchored(values, _PATH_KEYS.get(section, ())) for section, values in raw.items()}
-    if isinstance(data := raw.get("data"), dict):
-        lists = {key: [source(v) for v in data[key]] for key in ("train", "eval") if isinstance(data.get(key), list)}
-        raw["data"] = {**data, **lists}
-    return raw
+def _anchored(value: Any, folder: Path) -> Any:
+    if not isinstance(value, str) or not value:
+        return value
+    beside = folder / os.path.expanduser(value)
+    matches = glob.has_magic(str(beside)) and any(glob.iglob(str(beside), recursive=True))
+    return os.path.abspath(beside) if beside.exists() or matches else os.path.expanduser(value)
 
 
 # ---- validation and its messages ----

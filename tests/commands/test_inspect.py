@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from tests.paths import SHARED
 from vlmpo.commands import inspect as command
@@ -69,7 +69,8 @@ def recipe_file(tmp_path, processor) -> Path:
 
 def printed(recipe, pairs: int) -> str:
     out = io.StringIO()
-    inspect(recipe, pairs, Console(file=out, width=200))
+    with contextlib.redirect_stdout(out):
+        inspect(recipe, pairs)
     return out.getvalue()
 
 

@@ -246,7 +246,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_told_apart(tmp_path: P
     (tmp_path / "run" / "manifest.json").write_text('{"status": "running"}')
     again = call("train", recipe)
     assert again.exit_code == 2
-    assert "has not come to its first checkpoint" in again.output
+    assert "has not reached its first checkpoint" in again.output
     assert "resume_from_checkpoint" not in again.output
     assert (tmp_path / "run" / "manifest.json").read_text() == '{"status": "running"}'
 

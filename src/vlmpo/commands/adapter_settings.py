@@ -1,4 +1,4 @@
-"""The adapter that a recipe asks for: ``model.lora`` and ``model.quantize``."""
+"""Adapter and quantisation of a recipe: ``model.lora`` and ``model.quantize``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 
 from vlmpo.errors import RecipeError
 from vlmpo.models.adapters import is_adapter
-from vlmpo.recipe import Recipe, check_lora_keys
+from vlmpo.recipe import Recipe, check_keys
 
 
 def check_adapter_settings(recipe: Recipe) -> None:
-    """Raise RecipeError for adapter settings that cannot be, before anything large is read."""
+    """Raise RecipeError if ``model.lora`` or ``model.quantize`` cannot be used, before anything large is read."""
     model = recipe.model
     lora_config(recipe)
     if model.lora is not None and is_adapter(model.path):
         raise RecipeError(
-            f"model.lora: {model.path} is an adapter already, and goes on training; leave model.lora out, or make it a "
-            "whole model first (vlmpo merge)"
+            f"model.lora: {model.path} is an adapter already, which continues training; leave model.lora out, "
+            "or merge it into a whole model first (vlmpo merge)"
         )
     if model.quantize is None:
         return
@@ -68,13 +68,14 @@ def lora_config(recipe: Recipe) -> Any:
     By default every linear layer but the vocabulary head is adapted, the vision tower's among them.
 
     Raises:
-        RecipeError: an unknown field, a value LoraConfig refuses, or a part that is to be frozen and trained at once.
+        RecipeError: an unknown field, a value that LoraConfig refuses, or a part that is both frozen and trained.
     """
     if recipe.model.lora is None:
         return None
     from peft import LoraConfig
 
-    check_lora_keys(recipe, [field.name for field in dataclasses.fields(LoraConfig)])
+    known = [field.name for field in dataclasses.fields(LoraConfig)]
+    check_keys("model.lora", recipe.model.lora, known, "peft.LoraConfig")
     fields = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **recipe.model.lora}
     if recipe.model.freeze:
         _refuse_frozen_copies(frozen=recipe.model.freeze, trained=fields.get("modules_to_save") or ())

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import set_seed
 
 from vlmpo.data.records import PreferencePair
@@ -31,14 +30,14 @@ ARMS: dict[str, dict[str, float]] = {
     "mpo": {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0},
 }
 # One thread computes, beside one process that encodes: the fastest on two cores, since matrices this small gain nothing
-# from more threads; and sums are rounded alike on every machine.
+# from more threads; and sums are rounded the same on every machine.
 THREADS = 1
 WORKERS = 1
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much is drawn, trained and asked.
+    """Sizes and rates: how much is drawn, trained and asked.
 
     Chosen on validation questions, partly of seeds 0, 1 and 2, never on test ones.
 
@@ -91,7 +90,7 @@ def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> d
         torch.set_num_threads(threads)
     replace_json(output / RESULTS_FILE, results)
     show(results)
-    print_line(Console(), f"Models, logs and {RESULTS_FILE} are in {output}")
+    print_line(f"Models, logs and {RESULTS_FILE} are in {output}")
     return results
 
 
@@ -236,8 +235,7 @@ def show(results: dict[str, Any]) -> None:
         accuracy = f"{arm['accuracy']:.3f} [{arm['low']:.3f}, {arm['high']:.3f}]"
         unparsed, worked = f"{arm['unparsed']:.1%}", f"{arm['worked']:.0%}"
         rows.append((_TITLES[name], accuracy, unparsed, worked, f"{arm['chosen_logp']:.2f}", reward))
-    console = Console()
-    print_table(console, f"{settings['test_questions']} held-out questions, seed {results['seed']}", rows)
+    print_table(f"{settings['test_questions']} held-out questions, seed {results['seed']}", rows)
     gain = 100 * (arms["mpo"]["accuracy"] - arms["warm_up"]["accuracy"])
     for line in (
         "worked: share of answers that count aloud first; logp: of the chosen responses of held-out pairs; reward: "
@@ -249,4 +247,4 @@ def show(results: dict[str, Any]) -> None:
         "Rate and nll reduction (token, not the default) were chosen for MPO and not tuned for the other arms: this is "
         "no comparison of losses.",
     ):
-        print_line(console, line)
+        print_line(line)

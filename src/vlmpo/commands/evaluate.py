@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from vlmpo.commands.run_data import RunData, open_eval, open_run_data, overlaps_with_training
-from vlmpo.commands.train import evaluation_config, show_evaluation
+from vlmpo.commands.config import evaluation_config
+from vlmpo.commands.run_data import open_eval, open_run_data, overlaps_with_training
 from vlmpo.data.encode.processors import tokenizer_of
-from vlmpo.data.index.overlap import Item
 from vlmpo.data.readers.questions import QuestionSet, read_questions
 from vlmpo.data.records import Question
 from vlmpo.errors import RecipeError
@@ -22,7 +18,7 @@ from vlmpo.generate.base import Sampling
 from vlmpo.generate.local import LocalEngine
 from vlmpo.log import logger, print_line, print_table
 from vlmpo.loss import needs_reference
-from vlmpo.models import loading
+from vlmpo.models.loading import load_model, load_processor
 from vlmpo.recipe import EvaluateSection, Recipe
 from vlmpo.train.metrics import length_warning
 from vlmpo.train.trainer import MPOTrainer
@@ -38,16 +34,17 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     On questions: greedy accuracy by verifier, unparsed rate and mean length, beside a second model's if one is given.
 
     Raises:
-        VlmpoError: the recipe, the data or a model is at fault.
+        VlmpoError: the recipe, the data or a model cannot be used.
     """
     section = recipe.evaluate or EvaluateSection()
     data = open_run_data(recipe) if recipe.data.train else None
     pairs = data.evaluation if data is not None else {"eval": open_eval(recipe)[0]} if recipe.data.eval else {}
     if not pairs and section.questions is None:
         raise RecipeError("nothing to evaluate on: give data.eval, data.hold_out or evaluate.questions")
-    folder = Path(section.output_dir or Path(str(recipe.training["output_dir"])) / "evaluation")
-    path = section.model or str(recipe.training["output_dir"])
-    model, processor = loading.load_model(path, recipe.model.dtype), loading.load_processor(path)
+    output_dir = str(recipe.training["output_dir"])
+    folder = Path(section.output_dir or Path(output_dir) / "evaluation")
+    path = section.model or output_dir
+    model, processor = load_model(path, recipe.model.dtype), load_processor(path)
     results: dict[str, Any] = {"model": path, "pairs": {}, "questions": {}}
     questions: Sequence[Question] = ()
     if pairs:
@@ -55,63 +52,48 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     if section.questions is not None:
         question_set = _read_questions(section)
         questions = question_set.questions
-        results["questions"] = _evaluate_questions(recipe, section, path, model, processor, question_set, folder)
+        answers, figures = _ask(recipe, section, model, processor, questions)
+        models = {path: figures}
+        replace_json_lines(folder / ANSWERS_FILE, [answer.to_json() for answer in answers])
+        results["questions"] = {"dropped": question_set.counts(), "models": models}
+        if section.against is not None:
+            model, processor = load_model(section.against, recipe.model.dtype), load_processor(section.against)
+            others, models[section.against] = _ask(recipe, section, model, processor, questions)
+            replace_json_lines(folder / f"against_{ANSWERS_FILE}", [answer.to_json() for answer in others])
+            results["questions"]["comparison"] = compare(answers, others)
+        for figures in models.values():
+            figures["not_asked"] = len(questions) - int(figures["items"])
     if data is not None:
-        overlaps = _overlaps(data, questions)
+        overlaps = overlaps_with_training(data, questions)
         if questions:
             results["questions"]["overlap"] = overlaps.pop("questions")
         results["overlap"] = overlaps
     replace_json(folder / RESULTS_FILE, results)
-    console = Console()
-    show_evaluation(console, results["pairs"])
+    show_pair_metrics(results["pairs"])
     if results["questions"]:
-        _show_questions(console, results["questions"])
-    print_line(console, f"figures: {folder / RESULTS_FILE}")
+        _show_questions(results["questions"])
+    print_line(f"figures: {folder / RESULTS_FILE}")
     return results
 
 
-def ask_while_training(recipe: Recipe) -> Callable[[MPOTrainer], None] | None:
-    """Return what adds the recipe's questions to a trainer's evaluations; None if the recipe has no questions.
+def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
+    """Make the trainer answer the recipe's ``evaluate.questions`` at each of its evaluations.
 
     Training itself is undisturbed: neither its random numbers nor delta change.
     """
     section = recipe.evaluate
-    if section is None or section.questions is None:
-        return None
+    assert section is not None
+    questions = _read_questions(section).questions
+    model, processor = trainer.model, trainer.processing_class
 
-    def prepare(trainer: MPOTrainer) -> None:
-        questions = _read_questions(section).questions
-        engine = _greedy_engine(recipe, section, trainer.model, trainer.processing_class)
+    def answer() -> dict[str, float]:
+        # Every rank has the whole model and answers all questions: there is nothing to gather or to wait for.
+        _, figures = _ask(recipe, section, model, processor, questions)
+        return {f"answers/{name}": value for name, value in figures.items()}
 
-        def ask() -> dict[str, float]:
-            # Every rank asks its own whole copy of the model all questions: there is nothing to gather or to wait for.
-            answers, _ = answer_questions(engine, questions, section.prompt, section.verifier)
-            figures = summarise(answers, _token_counter(trainer.processing_class))
-            return {f"answers/{name}": value for name, value in figures.items()}
-
-        # The names must be known before the first evaluation.
-        ask.metrics = [f"answers/{name}" for name in FIGURES]  # type: ignore[attr-defined]
-        trainer.extra_evaluations.append(ask)
-
-    return prepare
-
-
-def _read_questions(section: EvaluateSection) -> QuestionSet:
-    assert section.questions is not None
-    question_set = read_questions(section.questions, section.image_root, split=section.split)
-    for reason, count in question_set.counts().items():
-        logger.info(f"note: {count} evaluation questions dropped as {reason}")
-    return question_set
-
-
-def _greedy_engine(recipe: Recipe, section: EvaluateSection, model: Any, processor: Any) -> LocalEngine:
-    greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=section.max_new_tokens)
-    return LocalEngine(model, processor, greedy, section.batch_size, max_tiles=recipe.data.max_tiles)
-
-
-def _token_counter(processor: Any) -> Callable[[str], int]:
-    tokenizer = tokenizer_of(processor)
-    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # The names must be known before the first evaluation.
+    answer.metrics = [f"answers/{name}" for name in FIGURES]  # type: ignore[attr-defined]
+    trainer.extra_evaluations.append(answer)
 
 
 def _evaluate_pairs(
@@ -120,7 +102,7 @@ def _evaluate_pairs(
     """Return the metrics of each set of pairs, by name."""
     reference = None
     if needs_reference(recipe.loss.weights):
-        reference = loading.load_model(section.reference or recipe.model.path, recipe.model.dtype)
+        reference = load_model(section.reference or recipe.model.path, recipe.model.dtype)
     args = evaluation_config(recipe)
     args.output_dir = str(folder)
     trainer = MPOTrainer(model=model, ref_model=reference, args=args, processing_class=processor)
@@ -132,41 +114,53 @@ def _evaluate_pairs(
     return results
 
 
-def _overlaps(data: RunData, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return what training has seen of each set of pairs and of the questions; log it if there is any."""
-    items = [Item(question.question, question.images, question.origin) for question in questions]
-    overlaps = overlaps_with_training(data, {"questions": items} if items else None)
-    for message in filter(None, (overlap.message(name) for name, overlap in overlaps.items())):
-        logger.info(f"note: {message}")
-    return {name: asdict(overlap) for name, overlap in overlaps.items()}
+def _read_questions(section: EvaluateSection) -> QuestionSet:
+    assert section.questions is not None
+    question_set = read_questions(section.questions, section.image_root, split=section.split)
+    for reason, count in question_set.counts().items():
+        logger.info(f"note: {count} evaluation questions dropped as {reason}")
+    return question_set
 
 
-def _evaluate_questions(
-    recipe: Recipe,
-    section: EvaluateSection,
-    path: str,
-    model: Any,
-    processor: Any,
-    question_set: QuestionSet,
-    folder: Path,
-) -> dict[str, Any]:
-    """Return the figures of the model's answers, those of the second model's, and their comparison."""
-    answers: dict[str, list[Answer]] = {}
-    results: dict[str, Any] = {"dropped": question_set.counts(), "models": {}}
-    for name in [path] if section.against is None else [path, section.against]:
-        if name != path:
-            model, processor = loading.load_model(name, recipe.model.dtype), loading.load_processor(name)
-        engine = _greedy_engine(recipe, section, model, processor)
-        answers[name], errors = answer_questions(engine, question_set.questions, section.prompt, section.verifier)
-        results["models"][name] = {**summarise(answers[name], _token_counter(processor)), "not_asked": len(errors)}
-        file = folder / (ANSWERS_FILE if name == path else f"against_{ANSWERS_FILE}")
-        replace_json_lines(file, [answer.to_json() for answer in answers[name]])
-    if section.against is not None:
-        results["comparison"] = compare(answers[path], answers[section.against])
-    return results
+def _ask(
+    recipe: Recipe, section: EvaluateSection, model: Any, processor: Any, questions: Sequence[Question]
+) -> tuple[list[Answer], dict[str, float]]:
+    """Return a model's greedy answers to the questions, and their figures."""
+    greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=section.max_new_tokens)
+    engine = LocalEngine(model, processor, greedy, section.batch_size, max_tiles=recipe.data.max_tiles)
+    answers, _ = answer_questions(engine, questions, section.prompt, section.verifier)
+    tokenizer = tokenizer_of(processor)
+    return answers, summarise(answers, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
-def _show_questions(console: Console, results: dict[str, Any]) -> None:
+# ---- tables ----
+
+
+def show_pair_metrics(results: Mapping[str, Mapping[str, float]]) -> None:
+    """Print reward accuracy and margin of each set of pairs, as a whole and by data set."""
+    for name, metrics in results.items():
+        if f"{name}_rewards/accuracies" not in metrics:
+            continue
+        prefix = f"{name}_pairs/"
+        sources = [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]
+        rows = [("data set", "pairs", "accuracy", "margin")]
+        for label, suffix in [("all", ""), *((source, f"/{source}") for source in sources)]:
+            accuracy, margin = (
+                [metrics[f"{name}_rewards/{figure}{end}{suffix}"] for end in ("", "_low", "_high")]
+                for figure in ("accuracies", "margins")
+            )
+            rows.append(
+                (
+                    label,
+                    str(int(metrics[f"{name}_pairs{suffix}"])),
+                    "{:.3f} [{:.3f}, {:.3f}]".format(*accuracy),
+                    "{:+.3f} [{:+.3f}, {:+.3f}]".format(*margin),
+                )
+            )
+        print_table(f"{name}: reward accuracy and margin, 95 % intervals", rows)
+
+
+def _show_questions(results: dict[str, Any]) -> None:
     rows = [("model", "questions", "accuracy", "unparsed", "cut", "mean tokens")]
     for path, figures in results["models"].items():
         if not figures["items"]:
@@ -175,11 +169,10 @@ def _show_questions(console: Console, results: dict[str, Any]) -> None:
         accuracy = f"{figures['accuracy']:.3f} [{figures['low']:.3f}, {figures['high']:.3f}]"
         unparsed, cut = f"{figures['unparsed']:.1%}", f"{figures['cut']:.1%}"
         rows.append((short_name(path), str(figures["items"]), accuracy, unparsed, cut, f"{figures['mean_tokens']:.1f}"))
-    print_table(console, "questions: greedy answers, 95 % intervals", rows)
+    print_table("questions: greedy answers, 95 % intervals", rows)
     comparison = results.get("comparison")
     if comparison and comparison["items"]:
         print_line(
-            console,
             f"difference: {comparison['difference']:+.3f} [{comparison['low']:+.3f}, {comparison['high']:+.3f}] "
             f"(paired bootstrap over {comparison['items']} questions)",
         )

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.text import Text
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig
 
+from vlmpo.commands.config import check_training_keys
 from vlmpo.commands.run_data import RunData, open_run_data, show_pair_counts
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import image_token_id, tokenizer_of
@@ -24,7 +24,7 @@ from vlmpo.log import Progress, print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.models.families import support_for
 from vlmpo.models.loading import load_processor
-from vlmpo.recipe import Recipe, check_training_keys
+from vlmpo.recipe import Recipe
 from vlmpo.train.config import MPOConfig, row_tokens
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.sampler import explain_small_micro_batch
@@ -79,44 +79,43 @@ class Encoded:
     notices: Sequence[str] = ()
 
 
-def inspect(recipe: Recipe, pairs: int = 1, console: Console | None = None) -> None:
+def inspect(recipe: Recipe, pairs: int = 1) -> None:
     """Print ``pairs`` pairs as the model reads them, drops by reason, lengths and tiles, pairs and rows of a step.
 
     Raises:
         VlmpoError: the recipe, the data or the processor cannot be used; the first bad record under
             ``data.on_bad_record: fail``.
     """
-    check_training_keys(recipe, [f.name for f in dataclasses.fields(TrainingArguments)])
+    check_training_keys(recipe)
     per_device = positive_setting(recipe, "per_device_train_batch_size")
     positive_setting(recipe, "gradient_accumulation_steps")  # refuse it before minutes of encoding
-    console = console or Console()
     processor = load_processor(recipe.model.path)
     data = open_run_data(recipe)
     encoded = encode_pairs(recipe, data, processor, num_samples=pairs)
 
     for name, infos in data.formats().items():
-        print_line(console, f"data.{name}", style="bold")
+        print_line(f"data.{name}", style="bold")
         for info in infos:
-            print_line(console, f"  {info.name}: {info.records} records, {info.container}, {info.title}: {info.why}")
+            print_line(f"  {info.name}: {info.records} records, {info.container}, {info.title}: {info.why}")
     for notice in [*data.notices, *encoded.notices]:
-        print_line(console, f"note: {notice}", style="yellow")
+        print_line(f"note: {notice}", style="yellow")
     for number, pair in enumerate(encoded.samples, start=1):
-        print_line(console, f"\npair {number} of {len(encoded.samples)}", style="bold")
-        console.print(describe(pair, processor), soft_wrap=True)
+        print_line(f"\npair {number} of {len(encoded.samples)}", style="bold")
+        print_line(describe(pair, processor))
 
-    show_pair_counts(console, data, encoded.dropped, trained=False)
+    show_pair_counts(data, encoded.dropped, trained=False)
     num_encoded = len(encoded.sizes) + encoded.dropped.num_dropped
     if num_encoded < len(data.train):
         sample = f"a seeded sample, {num_encoded} of {len(data.train)} pairs"
-        print_line(console, f"Encoded: {sample}; over-long pairs and broken images were looked for only there.")
+        print_line(f"Encoded: {sample}; over-long pairs and broken images were looked for only there.")
     for name, evaluation in data.evaluation.items():
-        print_line(console, f"{name}: {len(evaluation)} pairs")
+        print_line(f"{name}: {len(evaluation)} pairs")
 
-    show_sizes(console, encoded.sizes)
+    show_sizes(encoded.sizes)
     for line in describe_steps(recipe, len(data.train), encoded.sizes, is_shared(recipe)):
-        print_line(console, line)
+        print_line(line)
     if (too_few := explain_small_micro_batch(recipe.data.group_by_prompt, per_device)) is not None:
-        print_line(console, f"note: {too_few}", style="yellow")
+        print_line(f"note: {too_few}", style="yellow")
 
 
 def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int) -> Encoded:
@@ -196,10 +195,10 @@ def _indented(text: str) -> str:
 # ---- lengths, tiles and steps ----
 
 
-def show_sizes(console: Console, sizes: Sequence[PairSize]) -> None:
+def show_sizes(sizes: Sequence[PairSize]) -> None:
     """Print quantiles of the lengths in tokens, and of the tiles."""
     if not sizes:
-        print_line(console, "no pair could be encoded")
+        print_line("no pair could be encoded")
         return
     columns = {
         "prompt + longer response": [size.longer for size in sizes],
@@ -213,13 +212,12 @@ def show_sizes(console: Console, sizes: Sequence[PairSize]) -> None:
     if not any(columns["rejected"]):
         del columns["rejected"]
     rows: list[list[object]] = [["", *_QUANTILES], *([name, *quantiles(values)] for name, values in columns.items())]
-    print_table(console, f"tokens and tiles of {len(sizes)} pairs", rows)
+    print_table(f"tokens and tiles of {len(sizes)} pairs", rows)
 
 
 def quantiles(values: Sequence[int]) -> list[int]:
     """Return the quantiles of :data:`_QUANTILES`; each is one of ``values``, the lower of two middle ones."""
-    found = np.quantile(values, list(_QUANTILES.values()), method="inverted_cdf")
-    return [int(value) for value in found]
+    return [int(value) for value in np.quantile(values, list(_QUANTILES.values()), method="inverted_cdf")]
 
 
 def is_shared(recipe: Recipe) -> bool | None:

@@ -5,29 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmpo.errors import ModelError, RunError
+from vlmpo.log import print_line
 from vlmpo.models.adapters import is_adapter
 from vlmpo.models.merge import write_merged
 from vlmpo.train.checkpoint import last_complete_checkpoint
 
 
 def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "float32") -> None:
-    """Write base and adapter as one model, with its processor, into ``output``, and say where it is.
+    """Write base and adapter as one model, with its processor, into ``output``, and print where it is.
 
     Args:
         adapter: an adapter folder, a checkpoint, or the run folder of a finished run.
-        output: a folder that is new or empty; it is there whole or not at all.
-        base: the base model; None: the one the adapter names.
-        dtype: of the weights written, ``float32`` or ``bfloat16``.
+        output: a new or empty folder; if the merge fails, nothing is written.
+        base: the base model; by default the one that the adapter names.
+        dtype: dtype of the weights written, ``float32`` or ``bfloat16``.
 
     Raises:
-        RunError: ``output`` holds something.
-        ModelError: no adapter there, no base model, or one that does not fit.
+        RunError: ``output`` is not empty.
+        ModelError: there is no adapter or no base model, or they do not fit each other.
     """
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise RunError(f"{output} is not empty; name a new folder for the merged model")
     _check_adapter(adapter)
     write_merged(adapter, output, base, dtype)
-    print(f"model and processor: {output}")
+    print_line(f"model and processor: {output}")
 
 
 def _check_adapter(adapter: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from vlmpo.commands.sample import build_section, open_engine, sampling_settings
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.errors import DataError
@@ -99,12 +97,11 @@ def _write_and_show(records: Sequence[Record], report: PairingReport, pairs_file
         ("  not made", report.skipped.total(), report.skipped),
     ]:
         rows += [(label, total), *((f"    {name}", count) for name, count in sorted(counts.items()) if count)]
-    console = Console()
-    print_table(console, f"pairs: {report.stage}", rows)
+    print_table(f"pairs: {report.stage}", rows)
     for messages in report.examples.values():
         for message in messages:
-            print_line(console, f"  {message}")
-    print_line(console, f"{report.pairs.total()} pairs in {pairs_file}")
+            print_line(f"  {message}")
+    print_line(f"{report.pairs.total()} pairs in {pairs_file}")
     if not records:
         raise DataError(
             f"{pairs_file.with_name(RESPONSES_FILE)}: no pair could be made; the reasons are in {report_file}"

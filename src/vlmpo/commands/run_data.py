@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from vlmpo.data.dataset import PairDataset, SourceInfo, open_pairs
 from vlmpo.data.index.filter import screen, split_hold_out
-from vlmpo.data.index.overlap import Item, Overlap, find_overlaps
+from vlmpo.data.index.overlap import Item, find_overlaps
 from vlmpo.data.readers.spec import SourceSpec
+from vlmpo.data.records import Question
 from vlmpo.errors import DataError, RecipeError, RecordError
 from vlmpo.log import Progress, logger, print_line, print_table
 from vlmpo.loss import needs_reference
@@ -105,6 +106,7 @@ def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, 
     for drop in screening.dropped:
         error = RecordError(drop.reason, drop.origin, drop.detail)
         if recipe.data.on_bad_record == "fail":
+            error.met_by = "node"  # every rank reads the same files
             raise error
         pair_counts.drop(data.source(drop.index), error)
     read = Counter({name: counts.read for name, counts in screening.sources.items() if counts.read})
@@ -115,13 +117,21 @@ def _report_waiting(path: str) -> None:
     logger.info(f"note: another process is reading {path}; waiting for its result")
 
 
-def overlaps_with_training(data: RunData, others: Mapping[str, Sequence[Item]] | None = None) -> dict[str, Overlap]:
-    """Return what each evaluation set, and each of ``others``, has in common with the training pairs, by content."""
-    evaluations: dict[str, PairDataset | Sequence[Item]] = {**data.evaluation, **(others or {})}
-    return find_overlaps(data.train, evaluations) if evaluations else {}
+def overlaps_with_training(data: RunData, questions: Sequence[Question] = ()) -> dict[str, dict[str, Any]]:
+    """Return what the training pairs have in common, by content, with each evaluation set and with ``questions``.
+
+    Whatever there is in common is logged too.
+    """
+    evaluations: dict[str, PairDataset | Sequence[Item]] = dict(data.evaluation)
+    if questions:
+        evaluations["questions"] = [Item(question.question, question.images, question.origin) for question in questions]
+    overlaps = find_overlaps(data.train, evaluations) if evaluations else {}
+    for message in filter(None, (overlap.message(name) for name, overlap in overlaps.items())):
+        logger.info(f"note: {message}")
+    return {name: asdict(overlap) for name, overlap in overlaps.items()}
 
 
-def show_pair_counts(console: Console, data: RunData, counts: PairCounts, *, trained: bool = True) -> None:
+def show_pair_counts(data: RunData, counts: PairCounts, *, trained: bool = True) -> None:
     """Print what became of every training pair, by data set, and the first records dropped for each reason.
 
     Args:
@@ -136,7 +146,7 @@ def show_pair_counts(console: Console, data: RunData, counts: PairCounts, *, tra
         removed = [data.held_out[source], *(dropped.dropped[source, reason] for reason in reasons)]
         kept, used = read - sum(removed), counts.used[source]
         rows.append([source, read, used, *removed, kept - used] if trained else [source, read, kept, *removed])
-    print_table(console, "training pairs", rows)
+    print_table("training pairs", rows)
     for reason, messages in dropped.examples.items():
         for message in messages:
-            print_line(console, f"  {reason}: {message}")
+            print_line(f"  {reason}: {message}")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason
@@ -65,7 +64,7 @@ def sample(recipe: Recipe) -> SampleReport:
             )
         report.questions = report.read - len(report.dropped)
     replace_json(folder / MANIFEST_FILE, {**manifest, "status": "finished", **report.to_json()})
-    _show(Console(), report, build, file.path)
+    _show(report, build, file.path)
     if not file.done:
         first = f"; the first: {report.dropped[0]}" if report.dropped else ""
         raise DataError(f"{build.questions}: of {report.read} questions none could be asked{first}")
@@ -145,20 +144,20 @@ def _check_weights(manifest_file: Path, manifest: dict[str, Any], file: Response
         )
 
 
-def _show(console: Console, report: SampleReport, build: BuildSection, path: Path) -> None:
-    print_line(console, f"questions: {report.read} read, {report.questions} used, {len(report.dropped)} dropped")
+def _show(report: SampleReport, build: BuildSection, path: Path) -> None:
+    print_line(f"questions: {report.read} read, {report.questions} used, {len(report.dropped)} dropped")
     for messages in examples_by_reason(report.dropped).values():
         for message in messages:
-            print_line(console, f"  {message}")
+            print_line(f"  {message}")
     for reason, count in Counter(error.reason for error in report.dropped).items():
-        print_line(console, f"  dropped as {reason}: {count}")
+        print_line(f"  dropped as {reason}: {count}")
     if report.repaired:
-        print_line(console, f"the file's last line was cut off and has been removed ({report.repaired} bytes)")
+        print_line(f"the file's last line was cut off and has been removed ({report.repaired} bytes)")
     total = report.before + report.written
     rate = f", {report.written / report.seconds:.1f} a second" if report.written and report.seconds else ""
-    print_line(console, f"responses: {report.before} were there, {report.written} written{rate}; {total} in {path}")
+    print_line(f"responses: {report.before} were there, {report.written} written{rate}; {total} in {path}")
     if cut := report.finish_reasons["length"]:
-        print_line(console, f"cut off at {build.max_new_tokens} tokens: {cut} (build.max_new_tokens)")
+        print_line(f"cut off at {build.max_new_tokens} tokens: {cut} (build.max_new_tokens)")
     cause = _identical_cause(build)
     if report.identical and cause is not None:
-        print_line(console, f"warning: {identical_warning(report, build.samples, cause)}")
+        print_line(f"warning: {identical_warning(report, build.samples, cause)}")

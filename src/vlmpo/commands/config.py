@@ -1,0 +1,47 @@
+"""MPOConfig of a recipe, to train and to evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transformers import TrainingArguments
+
+from vlmpo.errors import RecipeError
+from vlmpo.recipe import EXTRA_TRAINING_KEYS, Recipe, check_keys
+from vlmpo.train.config import MPOConfig
+
+# Keys of `training` that have no meaning in an evaluation without training.
+_TRAINING_ONLY = (
+    *("eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("push_to_hub", "learning_rates", "ema_decay", "resume_from_checkpoint"),
+)
+
+
+def training_config(recipe: Recipe) -> MPOConfig:
+    """Return the MPOConfig of a recipe.
+
+    Raises:
+        RecipeError: an unknown key, a token for the Hub, or a value that MPOConfig or TrainingArguments refuse.
+    """
+    check_training_keys(recipe)
+    if recipe.training.get("hub_token") is not None:
+        raise RecipeError(
+            "training.hub_token: a recipe is kept in the run folder and pushed with it; "
+            "log in with `hf auth login`, or set HF_TOKEN"
+        )
+    try:
+        return MPOConfig(**recipe.trainer_settings())
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"training: {error}") from error
+
+
+def evaluation_config(recipe: Recipe) -> MPOConfig:
+    """Return the MPOConfig to evaluate with, without training. Raises RecipeError like :func:`training_config`."""
+    training = {key: value for key, value in recipe.training.items() if key not in _TRAINING_ONLY}
+    return training_config(recipe.model_copy(update={"training": training}))
+
+
+def check_training_keys(recipe: Recipe) -> None:
+    """Raise RecipeError for a key under ``training`` that neither transformers nor vlmpo has."""
+    known = [*(field.name for field in dataclasses.fields(TrainingArguments)), *EXTRA_TRAINING_KEYS]
+    check_keys("training", recipe.training, known, "transformers.TrainingArguments")
