@@ -214,7 +214,6 @@ def test_a_large_file_stays_on_disk(tmp_path: Path) -> None:
     size = (tmp_path / "large.jsonl").stat().st_size
     assert size > 100e6
     script = f"""if True:
-        import pandas  # pyarrow imports it on first use
         from vlmpo.data.dataset import open_pairs
         from vlmpo.data.readers.spec import SourceSpec
         def peak():

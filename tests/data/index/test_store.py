@@ -6,6 +6,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from vlmpo.data.dataset import PairDataset, open_pairs
 from vlmpo.data.index import filter, scan, store
 from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, Overlap, find_overlaps
-from vlmpo.data.index.record_index import SCHEMA, Medium, RecordIndex, index_table
+from vlmpo.data.index.record_index import Medium, RecordIndex, Row, index_batch, index_table
 from vlmpo.data.index.store import Cache, Stamp, cache_folder
 from vlmpo.data.readers.spec import SourceSpec
 
@@ -256,8 +258,8 @@ def test_entries_of_an_earlier_state_go(tmp_path: Path, folder: Path) -> None:
 
 def index_of(media: list[list[Medium]]) -> RecordIndex:
     """An index of records that show these images and videos."""
-    rows = [{"record": at, "words": 1, "prompt": 1, "media": [m.encode() for m in row]} for at, row in enumerate(media)]
-    return RecordIndex(index_table([pa.RecordBatch.from_pylist(rows, SCHEMA)]))
+    rows = [Row(at, words=1, prompt=1, media=row) for at, row in enumerate(media)]
+    return RecordIndex(index_table([index_batch(rows)]))
 
 
 @pytest.mark.parametrize("listed_from", [1, 32])
@@ -614,3 +616,28 @@ def test_a_view_asks_only_for_its_own_records(tmp_path: Path, reads: list[int]) 
     assert screen(dataset.select([7])).kept.tolist() == [0]
     assert reads == [2, 40]
     assert isinstance(dataset._files[0], sources._Source)
+
+
+@pytest.mark.slow
+def test_opening_data_imports_neither_pandas_nor_torch(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, [record(question=f"<image>\nQ{i}", image=f"{i % 30}.png") for i in range(40)])
+    for number in range(29):
+        (tmp_path / f"{number}.png").write_bytes(b"%d" % number)
+    script = f"""if True:
+        import sys
+        from vlmpo.data.dataset import open_pairs
+        from vlmpo.data.index import store
+        from vlmpo.data.index.filter import screen, split_hold_out
+        from vlmpo.data.index.overlap import find_overlaps
+        from vlmpo.data.readers.spec import SourceSpec
+        store.MIN_BYTES = 0
+        for _ in range(2):
+            dataset = open_pairs([SourceSpec({str(path)!r})])
+            train, held = split_hold_out(dataset, screen(dataset).kept, 0.2, 0)
+            overlap = find_overlaps(dataset.select(train), {{"held": dataset.select(held)}})["held"]
+            print(len(train) + len(held), overlap.with_seen_image, {{"pandas", "torch"}} & set(sys.modules))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "39 0 set()\n" * 2
+    assert len(list(folder.glob("*.arrow"))) == 2

@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlmpo.data.dataset import PairDataset
-from vlmpo.data.index.record_index import SCHEMA, Hashes, Indices, Medium, RecordIndex, index_table, words_hash
+from vlmpo.data.index.record_index import (
+    Hashes,
+    Indices,
+    Medium,
+    RecordIndex,
+    Row,
+    index_batch,
+    index_table,
+    words_hash,
+)
 from vlmpo.hashing import content_hash
 
 _UNKNOWN = 0  # in place of a hash: the file cannot be read, or nothing on the other side can equal it
@@ -110,13 +118,13 @@ class _Prompts:
 def _read_prompts(items: PairDataset | Iterable[Item]) -> list[_Prompts]:
     if isinstance(items, PairDataset):
         return [_Prompts(source.index, _origin_of(items, source.pairs)) for source in items.scan()]
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     origins: list[str] = []
     for item in items:
-        media = [Medium.of(image).encode() for image in item.images]
-        rows.append({"record": len(rows), "words": words_hash(item.text), "prompt": 0, "media": media})
+        media = [Medium.of(image) for image in item.images]
+        rows.append(Row(len(rows), words_hash(item.text), prompt=0, media=media))
         origins.append(item.origin or item.text[:40])
-    return [_Prompts(RecordIndex(index_table([pa.RecordBatch.from_pylist(rows, SCHEMA)])), origins.__getitem__)]
+    return [_Prompts(RecordIndex(index_table([index_batch(rows)])), origins.__getitem__)]
 
 
 def _origin_of(dataset: PairDataset, pairs: Indices) -> Callable[[int], str]:

@@ -11,7 +11,16 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from vlmpo.data.index.record_index import SCHEMA, Indices, Medium, RecordIndex, encode_fault, index_table, words_hash
+from vlmpo.data.index.record_index import (
+    Indices,
+    Medium,
+    RecordIndex,
+    Row,
+    encode_fault,
+    index_batch,
+    index_table,
+    words_hash,
+)
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
@@ -128,16 +137,11 @@ def _read_records(source: Readable, records: Indices, need_rejected: bool) -> pa
         try:
             pair = source.pair(record, need_rejected)
         except RecordError as error:
-            row = {"record": record, "words": 0, "prompt": 0, "media": [], "fault": encode_fault(error)}
+            rows.append(Row(record, words=0, prompt=0, fault=encode_fault(error)))
         else:
             texts = [message.text for message in pair.prompt]
             media = [Medium.of(image) for image in pair.images]
             media += [Medium.of(video, "video") for video in pair.videos]
-            row = {
-                "record": record,
-                "words": words_hash(" ".join(texts)),
-                "prompt": stable_hash("text:" + "\n".join(texts)),
-                "media": [medium.encode() for medium in media],
-            }
-        rows.append(row)
-    return pa.RecordBatch.from_pylist(rows, SCHEMA)
+            prompt = stable_hash("text:" + "\n".join(texts))
+            rows.append(Row(record, words_hash(" ".join(texts)), prompt, media))
+    return index_batch(rows)

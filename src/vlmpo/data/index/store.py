@@ -27,6 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlmpo import hashing
+from vlmpo.data.index.columns import to_arrow, to_numpy
 from vlmpo.hashing import content_hash
 
 Arrays = dict[str, NDArray[Any]]
@@ -162,12 +163,15 @@ class Cache:
     def find(self, kind: str, stamp: Stamp | None, settings: Sequence[Any]) -> Arrays | None:
         """Return the arrays that :meth:`keep` left; None if there are none."""
         table = None if stamp is None else _read(*self._place(kind, stamp, settings))
-        return None if table is None else {name: table[name].to_numpy() for name in table.column_names}
+        return None if table is None else {name: to_numpy(table[name]) for name in table.column_names}
 
     def keep(self, kind: str, stamp: Stamp | None, settings: Sequence[Any], arrays: Arrays) -> None:
         """Keep arrays of one length made from some files under some settings, unless the files have changed."""
         if stamp is not None and stamp.holds():
-            self._write(*self._place(kind, stamp, settings), pa.table(arrays))
+            self._write(
+                *self._place(kind, stamp, settings),
+                pa.table({name: to_arrow(values) for name, values in arrays.items()}),
+            )
 
     def _place(self, kind: str, stamp: Stamp, settings: Sequence[Any]) -> tuple[Path, str]:
         """Return the file of an entry, and the key that it must hold."""

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vlmpo.data.index.columns import to_arrow, to_numpy
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import BOM, json_kind
 from vlmpo.errors import DataError, RecordError
@@ -64,7 +65,7 @@ class JsonRecords:
         kind, find = ("array", find_elements) if self._is_array else ("lines", find_lines)
         make = functools.partial(find, self.path)
         places = make() if self._cache is None else self._cache.table(kind, self.stamp, [], make)
-        self._starts, self._ends, self._lines = (places[name].to_numpy() for name in ("start", "end", "line"))
+        self._starts, self._ends, self._lines = (to_numpy(places[name]) for name in ("start", "end", "line"))
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -133,8 +134,8 @@ def find_lines(path: str) -> pa.Table:
 
 
 def _places(starts: Any, ends: Any, lines: Any) -> pa.Table:
-    columns = [pa.array(starts, pa.int64()), pa.array(ends, pa.int64()), pa.array(lines, pa.uint32())]
-    return pa.table(columns, names=["start", "end", "line"])
+    columns = {"start": (starts, np.int64), "end": (ends, np.int64), "line": (lines, np.uint32)}
+    return pa.table({name: to_arrow(np.asarray(values, dtype)) for name, (values, dtype) in columns.items()})
 
 
 def _chunk_lines(chunk: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
