@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.data import drop_reasons
 from vlmpo.data import dataset as sources
 from vlmpo.data.dataset import PairDataset, open_pairs
 from vlmpo.data.index import filter, scan, store
@@ -42,9 +44,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = scan._read_records
 
-    def counted(source: Any, records: Any, need_rejected: bool) -> pa.RecordBatch:
+    def counted(source: Any, records: Any) -> pa.RecordBatch:
         seen.append(len(records))
-        return real(source, records, need_rejected)
+        return real(source, records)
 
     monkeypatch.setattr(scan, "_read_records", counted)
     return seen
@@ -103,8 +105,8 @@ def everything(specs: list[SourceSpec], **options: Any) -> dict[str, Any]:
         "pairs": [dataset[int(index)] for index in screened.kept],
         "kept": screened.kept.tolist(),
         "dropped": list(screened.dropped),
-        "sources": screened.sources,
-        "counts": screened.counts(),
+        "read": screened.read,
+        "counts": Counter(drop.reason for drop in screened.dropped),
         "train": train.tolist(),
         "held": held.tolist(),
         "overlaps": overlaps,
@@ -223,7 +225,7 @@ def test_tiles_and_names_do_not_matter(tmp_path: Path, folder: Path, reads: list
     reads.clear()
     dataset = open_pairs([SourceSpec(specs[0].path, name="other", max_tiles=5)])
     screened = screen(dataset)
-    assert screened.sources.keys() == {"other"}
+    assert screened.read.keys() == {"other"}
     assert dataset[int(screened.kept[0])].max_tiles == 5
     assert reads == []
 
@@ -312,7 +314,7 @@ def test_a_folder_is_listed_instead_of_asking_for_each_file(tmp_path: Path, monk
     asked: list[str] = []
     real = os.path.isfile
     monkeypatch.setattr(os.path, "isfile", lambda path: (asked.append(path), real(path))[1])
-    assert screen(dataset).counts() == {"missing_image": 1}
+    assert drop_reasons(dataset) == ["missing_image"]
     assert asked == [str(tmp_path / "100.png")]
 
 

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.data import drop_reasons
 from tests.tiny_models import noise_image
 from vlmpo.data.dataset import PairDataset, open_pairs
 from vlmpo.data.formats import as_pairs
@@ -427,7 +428,7 @@ def test_a_folder_of_images_with_their_records(tmp_path: Path) -> None:
     assert {pair.chosen: pair.images for pair in (data[0], data[1])} == {
         f"good {seed}": (f"{tmp_path}/pics/{seed}.png",) for seed in range(2)
     }
-    assert screen(data).counts() == {}
+    assert drop_reasons(data) == []
 
 
 def test_json_values_of_a_table_are_read_as_values(tmp_path: Path) -> None:

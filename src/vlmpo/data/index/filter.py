@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from vlmpo.data.dataset import PairDataset
 from vlmpo.data.index.record_index import Hashes, Indices, RecordIndex
+from vlmpo.data.index.scan import Progress
+from vlmpo.data.index.store import ignore
 from vlmpo.errors import RecipeError
 from vlmpo.hashing import stable_hash
 
@@ -30,15 +32,6 @@ class Dropped:
     detail: str
 
 
-@dataclass
-class SourceCounts:
-    """Counts of one source's pairs: ``read == kept + sum(dropped.values())``; a repeated pair counts each time."""
-
-    read: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Screening:
     """The result of :func:`screen`.
@@ -46,24 +39,19 @@ class Screening:
     Attributes:
         kept: int64 [kept], indices of the pairs that can be used, ascending.
         dropped: the other pairs, in order.
-        sources: counts by name of every source of the data set.
+        read: number of pairs, kept or dropped, by name of every source; a repeated pair counts each time.
     """
 
     kept: Indices
     dropped: list[Dropped]
-    sources: dict[str, SourceCounts]
-
-    def counts(self) -> dict[str, int]:
-        """Count the dropped pairs by reason, the most frequent first."""
-        return dict(Counter(pair.reason for pair in self.dropped).most_common())
+    read: dict[str, int]
 
 
 def screen(
     dataset: PairDataset,
     *,
-    need_rejected: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    waiting: Callable[[str], None] | None = None,
+    progress: Progress = ignore,
+    waiting: Callable[[str], None] = ignore,
 ) -> Screening:
     """Find the pairs whose record can be used and whose images and videos exist; opens none of these.
 
@@ -72,13 +60,10 @@ def screen(
 
     Args:
         dataset: the pairs.
-        need_rejected: replaces the data set's own setting; None keeps that.
         progress: called now and then, and at the end, with (records read, records in all).
         waiting: called with the path of a source that another process is reading, before waiting for it.
     """
-    if need_rejected is not None:
-        dataset = dataset.for_training(need_rejected)
-    sources = {name: SourceCounts() for name in dataset.source_names}
+    read = {}
     is_kept = np.ones(len(dataset), np.bool_)
     dropped: list[Dropped] = []
     for source in dataset.scan(progress, waiting):
@@ -86,7 +71,6 @@ def screen(
         missing = find_missing(index)
         is_missing = np.zeros(index.media_count, np.bool_)
         is_missing[list(missing)] = True
-        counts: Counter[str] = Counter()
         for row in np.flatnonzero(index.is_bad | index.shows_any(is_missing)).tolist():
             if index.is_bad[row]:
                 reason, detail = index.error(row)
@@ -95,11 +79,10 @@ def screen(
                 reason, detail = missing[int(shown[is_missing[shown]][0])]
             pair = int(source.pairs[row])
             is_kept[pair] = False
-            counts[reason] += 1
             dropped.append(Dropped(pair, dataset.origin(pair), reason, detail))
-        sources[source.name] = SourceCounts(len(index), len(index) - counts.total(), dict(counts))
+        read[source.name] = len(index)
     dropped.sort(key=lambda pair: pair.index)
-    return Screening(np.flatnonzero(is_kept), dropped, sources)
+    return Screening(np.flatnonzero(is_kept), dropped, read)
 
 
 def find_missing(index: RecordIndex) -> dict[int, tuple[str, str]]:

@@ -108,6 +108,10 @@ def _short_hash(*parts: str) -> str:
     return content_hash("\0".join(parts), size=12)
 
 
+def ignore(*_: object) -> None:
+    """Do nothing; for callbacks that the caller does not give."""
+
+
 class Cache:
     """Tables by what they were made from: files, their state, settings and code.
 
@@ -115,18 +119,19 @@ class Cache:
         problem: why the folder cannot be used; None as long as it can.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or cache_folder()
+    def __init__(self) -> None:
+        self.folder = cache_folder()
         self.problem: str | None = None
 
-    def notice(self) -> str | None:
-        """Return one line for the user if the folder cannot be used."""
+    @property
+    def notices(self) -> list[str]:
+        """Return one line for the user if the folder cannot be used, else none."""
         if self.problem is None:
-            return None
-        return (
+            return []
+        return [
             f"the cache folder {self.folder} cannot be used ({self.problem}): the data are read from the start every "
             "time; name another one in VLMPO_CACHE"
-        )
+        ]
 
     def table(
         self,
@@ -134,7 +139,7 @@ class Cache:
         stamp: Stamp | None,
         settings: Sequence[Any],
         make: Callable[[], pa.Table],
-        waiting: Callable[[], None] | None = None,
+        waiting: Callable[[], None] = ignore,
     ) -> pa.Table:
         """Return the table made from some files under some settings, from the cache or by ``make``, then kept.
 
@@ -180,7 +185,7 @@ class Cache:
         return self.folder / f"{kind}-{_short_hash(*stamp.paths)}-{state}-{_short_hash(key)}.arrow", key
 
     @contextlib.contextmanager
-    def _lock(self, name: str, waiting: Callable[[], None] | None) -> Iterator[None]:
+    def _lock(self, name: str, waiting: Callable[[], None]) -> Iterator[None]:
         """Hold a lock that one process has at a time, and that the system releases if that process dies.
 
         On a file system without locks several processes may make the same thing, each whole.
@@ -199,8 +204,7 @@ class Cache:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if waiting is not None:
-                    waiting()
+                waiting()
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
