@@ -426,7 +426,7 @@ def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
         pytest.param('{"a": {"root": "."}}', "set 'a': annotation: must be a path, not null", id="no annotation"),
         pytest.param('{"a": {"annotation": "p.jsonl", "root": 3}}', "root: must be a path, not a number", id="root"),
         pytest.param('{"a": {"annotation": "meta.json"}}', "meta.json is not a .jsonl file", id="annotation"),
-        pytest.param('{"a": {}, "a": {}}', "'a' stands there 2 times", id="twice"),
+        pytest.param('{"a": {}, "a": {}}', "'a' is given 2 times", id="twice"),
         pytest.param(
             '{"a": {"annotation": "p.jsonl", "repeat_time": "2"}}',
             "repeat_time: must be a number from 0 up",

@@ -524,6 +524,13 @@ def test_a_system_key_is_not_lost(tmp_path: Path, name: str) -> None:
     assert refused(open_records(tmp_path, {"system": 3, **SAME[name]}))[0] == "missing_field"
 
 
+def test_a_response_without_a_prompt_is_refused_with_a_system_prompt_too(tmp_path: Path) -> None:
+    answer = [{"role": "assistant", "content": "Yes."}]
+    record = {"system": "Be brief.", "chosen": answer, "rejected": [{**answer[0], "content": "No."}]}
+    reason, detail = refused(open_records(tmp_path, record, format="trl_implicit"))
+    assert (reason, "the prompt ends with the system's turn" in detail) == ("bad_conversation", True)
+
+
 def test_messages_as_older_datasets_hold_them(tmp_path: Path) -> None:
     record = {
         "conversations": {"from": ["human", "gpt", "human"], "value": ["Hi", "Hello", "And?"]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,7 +118,8 @@ class _Prompts:
 
 def _read_prompts(items: PairDataset | Iterable[Item]) -> list[_Prompts]:
     if isinstance(items, PairDataset):
-        return [_Prompts(source.index, _origin_of(items, source.pairs)) for source in items.scan()]
+        # Only a row's number is held: the origins of all rows would be millions of texts.
+        return [_Prompts(source.index, partial(_origin, items, source.pairs)) for source in items.scan()]
     rows: list[Row] = []
     origins: list[str] = []
     for item in items:
@@ -127,8 +129,8 @@ def _read_prompts(items: PairDataset | Iterable[Item]) -> list[_Prompts]:
     return [_Prompts(RecordIndex(index_table([index_batch(rows)])), origins.__getitem__)]
 
 
-def _origin_of(dataset: PairDataset, pairs: Indices) -> Callable[[int], str]:
-    return lambda row: dataset.origin(int(pairs[row]))
+def _origin(dataset: PairDataset, pairs: Indices, row: int) -> str:
+    return dataset.origin(int(pairs[row]))
 
 
 def _hash_images(training: Sequence[_Prompts], evaluation: Sequence[_Prompts]) -> None:

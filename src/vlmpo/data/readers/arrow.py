@@ -101,9 +101,9 @@ def open_parquet(files: Sequence[str]) -> TableRecords:
     parts = _or_data_error(where, lambda: [(file, parquet.read_metadata(file).num_rows) for file in files])
     kind = "Parquet" if len(files) == 1 else f"Parquet, {len(files)} files"
     filled = [file for file, rows in parts if rows]
-    if not filled:
-        return TableRecords(datasets.Dataset.from_dict({}), kind, parts, files)
-    return TableRecords(_or_data_error(where, lambda: datasets.Dataset.from_parquet(filled)), kind, parts, files)
+    empty = datasets.Dataset.from_dict({})
+    rows = _or_data_error(where, lambda: datasets.Dataset.from_parquet(filled)) if filled else empty
+    return TableRecords(rows, kind, parts, files)
 
 
 def open_saved(folder: str, split: str | None) -> TableRecords:

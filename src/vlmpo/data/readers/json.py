@@ -96,7 +96,15 @@ class JsonRecords:
         file = self._file or self._open()
         start = int(self._starts[index])
         content = os.pread(file.fileno(), int(self._ends[index]) - start, start)
-        return _json_object(content, self.origin(index), "record" if self._is_array else "line")
+        unit, remedy = ("record", "write a JSON object") if self._is_array else ("line", "write one JSON object a line")
+        try:
+            record = json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            detail = f"the {unit} is not valid JSON in UTF-8 ({error}); {remedy}"
+            raise RecordError("bad_json", self.origin(index), detail) from error
+        if not isinstance(record, dict):
+            raise RecordError("bad_json", self.origin(index), f"the {unit} holds {json_kind(record)}; {remedy}")
+        return record
 
     def _open(self) -> FileIO:
         try:
@@ -194,16 +202,3 @@ def _end_of_spaces(text: str, at: int) -> int:
     match = _skip_spaces(text, at)
     assert match is not None  # it may be empty
     return match.end()
-
-
-def _json_object(raw: bytes, origin: str, unit: str = "line") -> dict[str, Any]:
-    """Parse one line (or another ``unit``) of JSON. Raises RecordError ``bad_json`` if it is not an object."""
-    remedy = "write one JSON object a line" if unit == "line" else "write a JSON object"
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        detail = f"the {unit} is not valid JSON in UTF-8 ({error}); {remedy}"
-        raise RecordError("bad_json", origin, detail) from error
-    if not isinstance(record, dict):
-        raise RecordError("bad_json", origin, f"the {unit} holds {json_kind(record)}; {remedy}")
-    return record
