@@ -1,4 +1,4 @@
-"""Hashes that are the same in every process and on every machine, unlike Python's own ``hash``."""
+"""Compute hashes that are the same in every process and on every machine, unlike Python's own ``hash``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Data sets of preference pairs, read in place and in whatever format they are, as one data set by index.
+"""Open files of preference pairs, in any known format, as one data set by index.
 
-A record is read and parsed on access; the readers hold no more of a file than where its records are. What one pass over
-all records found is in :class:`vlmpo.data.index.record_index.RecordIndex`.
+A record is read and parsed on access; the readers hold no more of a file than where its records are. The result of one
+pass over all records is a :class:`vlmpo.data.index.record_index.RecordIndex`.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def _head(records: Records) -> list[Mapping[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """A description of a source.
+    """Describes a source.
 
     Attributes:
         name: what metrics call it.
         container: what its records are stored in, e.g. ``JSON Lines``.
         format: name of the format of its records.
         title: what users call that format.
-        why: why it is taken to be that format.
+        why: on which grounds the format was chosen.
         records: how many it holds, good or bad, before any repeat.
     """
 
@@ -101,11 +101,6 @@ class _Source:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}  # other processes read pairs only
 
-    @property
-    def info(self) -> SourceInfo:
-        format = self.recognised.format
-        return SourceInfo(self.name, self.records.kind, format.name, format.title, self.recognised.why, len(self))
-
     def pair(self, index: int) -> PreferencePair:
         """Read pair ``index``. Raises RecordError."""
         record, origin = self.records.record(index), self.records.origin(index)
@@ -121,11 +116,11 @@ class _Source:
 
 @dataclass(frozen=True)
 class ScannedSource:
-    """What a scan of a data set found of the pairs of one source.
+    """Holds the index of one source of a data set.
 
     Attributes:
         name: name of the source.
-        pairs: int64 [pairs], which pairs of the data set, ascending.
+        pairs: int64 [pairs], indices in the data set of the source's pairs, ascending.
         index: a row for each of these pairs, in that order.
     """
 
@@ -164,7 +159,17 @@ class PairDataset:
     @property
     def infos(self) -> list[SourceInfo]:
         """Describe each source, in the order given."""
-        return [file.info for file in self._files]
+        return [
+            SourceInfo(
+                name=file.name,
+                container=file.records.kind,
+                format=file.recognised.format.name,
+                title=file.recognised.format.title,
+                why=file.recognised.why,
+                records=len(file),
+            )
+            for file in self._files
+        ]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -217,22 +222,18 @@ class PairDataset:
         pairs_of = np.split(np.argsort(source_of, kind="stable"), ends[:-1])
         del source_of  # one number a pair
 
-        def records_of(source: int) -> tuple[Indices, Indices]:
-            """Return the record of each pair of a source, and these records ascending, each once."""
-            records = self._rows[pairs_of[source]] - self._bounds[source]
-            return records, np.flatnonzero(np.bincount(records))  # np.unique takes ten times as long
-
-        total, done = sum(len(records_of(source)[1]) for source in range(len(self._files))), 0
+        total, done = int(np.count_nonzero(np.bincount(self._rows))), 0
 
         def show(records_read: int, _: int) -> None:
             progress(done + records_read, total)
 
-        for source, file in enumerate(self._files):
-            records, distinct = records_of(source)
+        for pairs, file, start in zip(pairs_of, self._files, self._bounds[:-1], strict=True):
+            records = self._rows[pairs] - start
+            distinct = np.flatnonzero(np.bincount(records))  # np.unique takes ten times as long
             index = file.index(distinct, show, functools.partial(waiting, file.path))
             rows = index.find(records)
             assert rows is not None
-            yield ScannedSource(file.name, pairs_of[source], index.take(rows))
+            yield ScannedSource(file.name, pairs, index.take(rows))
             done += len(distinct)
 
     def common_root(self) -> str:

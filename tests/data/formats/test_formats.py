@@ -560,7 +560,7 @@ def test_the_format_can_be_named(tmp_path: Path) -> None:
     assert only(open_records(tmp_path, record)).prompt[0].text == "from TRL"
     data = open_records(tmp_path, record, format="mmpr")
     assert only(data).prompt[0].text == "from MMPR"
-    assert data.infos[0].why == "as `format` says"
+    assert data.infos[0].why == "named under `format`"
     assert refused(open_records(tmp_path, record, format="swift")) == ("missing_field", "`messages` is missing")
 
 

@@ -353,7 +353,7 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     assert (data[2].images, data[2].origin) == ((png(2),), f"{tmp_path}/saved:row 2")
     assert (data.source_names, data.infos[0].container) == (["saved"], "saved datasets folder")
     assert all(Path(path).suffix == ".arrow" for path in data.paths)
-    with pytest.raises(DataError, match="split: 'train' is asked for, but one data set is saved here"):
+    with pytest.raises(DataError, match="split: one data set without splits is saved here; leave out 'train'"):
         opened(tmp_path / "saved", split="train")
     with pytest.raises(DataError, match="subset: has no effect here"):
         opened(tmp_path / "saved", subset="a")

@@ -1,4 +1,4 @@
-"""Assembles turns, media and responses into a PreferencePair: matches images to placeholders, checks the responses."""
+"""Assemble turns, media and responses into a PreferencePair: matches images to placeholders, checks the responses."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _placed(
         return given
     unfilled = sum(medium is None for medium in flat)
     if unfilled != len(given):
-        detail = f"the prompt has {unfilled} <{kind}> for {len(given)} {kind}s; write one where each stands"
+        detail = f"the prompt has {unfilled} <{kind}> for {len(given)} {kind}s; write one at the place of each"
         raise context.error("placeholder_mismatch", detail)
     rest = iter(given)
     return tuple(next(rest) if medium is None else medium for medium in flat)

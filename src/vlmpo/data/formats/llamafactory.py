@@ -1,4 +1,4 @@
-"""LLaMA-Factory's two kinds of records: ShareGPT conversations and Alpaca instructions."""
+"""Parse LLaMA-Factory's two kinds of records: ShareGPT conversations and Alpaca instructions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of one question with two answers: MMPR, RLAIF-V, RLHF-V."""
+"""Parse records of one question with two answers: MMPR, RLAIF-V, RLHF-V."""
 
 from __future__ import annotations
 

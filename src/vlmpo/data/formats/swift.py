@@ -1,4 +1,4 @@
-"""ms-swift's records, and OpenAI-style messages: a conversation that ends in the chosen response."""
+"""Parse ms-swift's records, and OpenAI-style messages: a conversation that ends in the chosen response."""
 
 from __future__ import annotations
 

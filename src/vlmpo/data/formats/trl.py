@@ -1,4 +1,4 @@
-"""TRL's preference records: with an explicit prompt, or one that chosen and rejected begin with."""
+"""Parse TRL's preference records: with an explicit prompt, or one that chosen and rejected begin with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads conversations in all the forms of data sets into turns: who speaks, and text with a placeholder an image."""
+"""Read conversations in all the forms of data sets into turns: who speaks, and text with a placeholder an image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNSUPPORTED = ("tool_calls", "tool_call_id", "reasoning_content", "thinking")
 
 
 class Turn(NamedTuple):
-    """One turn.
+    """Holds one turn of a conversation.
 
     Attributes:
         role: ``system``, ``user`` or ``assistant``.

@@ -1,4 +1,4 @@
-"""Which pairs of a data set can be used, and which of them are held out from training."""
+"""Find the pairs of a data set that can be used, and hold some of them out from training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIN_LISTED = 32
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A pair that cannot be used: its index in the data set, ``file:line``, and why."""
+    """Names a pair that cannot be used: its index in the data set, ``file:line``, and the fault."""
 
     index: int
     origin: str
@@ -34,7 +34,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Screening:
-    """The result of :func:`screen`.
+    """Holds the result of :func:`screen`.
 
     Attributes:
         kept: int64 [kept], indices of the pairs that can be used, ascending.
@@ -75,7 +75,7 @@ def screen(
             if index.is_bad[row]:
                 reason, detail = index.error(row)
             else:
-                shown = index.media[index.bounds[row] : index.bounds[row + 1]]
+                shown = index.shown(row)
                 reason, detail = missing[int(shown[is_missing[shown]][0])]
             pair = int(source.pairs[row])
             is_kept[pair] = False
@@ -103,7 +103,7 @@ def find_missing(index: RecordIndex) -> dict[int, tuple[str, str]]:
             names = {medium.name.rpartition(os.sep)[2] for _, medium in index.describe(media)}
             listed = _files_in(folder or os.sep, names)
         for number, (kind, _, path) in index.describe(media):
-            # The system is asked about the others: names that differ in case or form from the listed ones may exist.
+            # The others are looked up: names that differ in case or form from the listed ones may exist.
             if path.rpartition(os.sep)[2] not in listed and not os.path.isfile(path):
                 what = "is not a file" if os.path.exists(path) else "does not exist"
                 detail = f"{kind} {path} {what}; check the image root and the record's `{kind}`"
@@ -115,7 +115,7 @@ def _files_in(folder: str, names: Container[str]) -> set[str]:
     """Return those of ``names`` that are files in ``folder``; none if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
-            # A link is followed, which takes a look at its target, only if it is wanted.
+            # Following a link costs a look at its target, so only wanted ones are followed.
             return {entry.name for entry in entries if entry.name in names and entry.is_file()}
     except (OSError, ValueError):
         return set()

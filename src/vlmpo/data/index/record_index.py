@@ -1,4 +1,4 @@
-"""What one pass over the records of a source found: prompts by hash, images and videos by name, and what is wrong."""
+"""Hold the result of one pass over the records of a source: prompts by hash, images and videos by name, faults."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def encode_fault(error: RecordError) -> bytes:
 
 
 class Row(NamedTuple):
-    """What is known of one record; the fields of SCHEMA."""
+    """Holds the fields of SCHEMA for one record."""
 
     record: int
     words: int
@@ -162,6 +162,10 @@ class RecordIndex:
         """Return reason and detail of the RecordError of a bad row."""
         reason, detail = self._faults[row].as_py().decode("utf-8", "surrogatepass").split(" ", 1)
         return reason, detail
+
+    def shown(self, row: int) -> NDArray[np.int32]:
+        """Return the numbers of the images and videos that ``row`` shows, in order."""
+        return self.media[self.bounds[row] : self.bounds[row + 1]]
 
     def shown_media(self) -> Iterator[tuple[int, Medium]]:
         """Yield number and description of every image and video that a row shows, each once."""

@@ -1,4 +1,4 @@
-"""One pass over the records of a source, by several processes if it is long; the result is kept in the cache."""
+"""Read the records of a source once, by several processes if there are many, and keep the result in the cache."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def scan(
     progress: Progress,
     waiting: Callable[[], None],
 ) -> RecordIndex:
-    """Return what is known of ``records``, from the cache or by reading them; the same by any number of processes.
+    """Return an index of ``records``, from the cache or by reading them; the same by any number of processes.
 
     Args:
-        source: what holds the records.
+        source: the records of a file or table.
         records: int64 [records], their numbers, ascending.
         cache: where the result is kept.
         progress: called now and then with (records read, records in all).
@@ -95,7 +95,7 @@ def scan(
 
 
 def _read_all(source: Readable, records: Indices, processes: int) -> Iterator[pa.RecordBatch]:
-    """Yield what is known of each _CHUNK records, in order."""
+    """Yield a batch of the index for each _CHUNK records, in order."""
     chunks = [records[start : start + _CHUNK] for start in range(0, len(records), _CHUNK)]
     if processes == 1:
         yield from (_read_records(source, chunk) for chunk in chunks)

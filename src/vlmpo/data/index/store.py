@@ -1,4 +1,4 @@
-"""Tables that took long to make, kept as Arrow files in the cache folder: checked, mapped, shared by processes.
+"""Keep tables that took long to make as Arrow files in the cache folder: checked, mapped, shared by processes.
 
 The folder is ``$VLMPO_CACHE``, else ``vlmpo`` in ``$XDG_CACHE_HOME``, else ``~/.cache/vlmpo``. Any of it may be deleted
 at any time. A file is an Arrow IPC stream, whose schema metadata hold its key, and the checksum of it all. It appears
@@ -61,7 +61,7 @@ def code_hash() -> str:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Files and the state they were seen in.
+    """Names files and the state they were seen in.
 
     An edit changes it if it changes a file's size or its time of modification or of change (which no program can set
     back), or, in files up to 64 MiB, any byte; in larger ones the first or last 64 KiB or one of 64 blocks of 4 KiB
@@ -113,7 +113,7 @@ def ignore(*_: object) -> None:
 
 
 class Cache:
-    """Tables by what they were made from: files, their state, settings and code.
+    """Keeps tables by what they were made from: files, their state, settings and code.
 
     Attributes:
         problem: why the folder cannot be used; None as long as it can.
@@ -143,7 +143,7 @@ class Cache:
     ) -> pa.Table:
         """Return the table made from some files under some settings, from the cache or by ``make``, then kept.
 
-        If several processes want the same, one makes it and the others wait.
+        If several processes need the same table, one makes it and the others wait.
 
         Args:
             kind: what the table holds.

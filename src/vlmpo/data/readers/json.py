@@ -1,4 +1,4 @@
-"""Records in JSON files: JSON Lines, and arrays of objects. Each is parsed when it is read.
+"""Read records in JSON files: JSON Lines, and arrays of objects. Each is parsed when it is read.
 
 Only the place of each record is held: where it starts and ends, and its line, 20 bytes. So three million lines cost
 60 MB. For a large file they are in the cache, and all processes map the same ones.
@@ -33,7 +33,7 @@ _skip_spaces = re.compile(r"[ \t\r\n]*").match
 
 
 class JsonRecords:
-    """The records of one JSON file, opened on first use. Picklable; each process opens the file for itself.
+    """Reads the records of one JSON file, opened on first use. Picklable; each process opens the file for itself.
 
     Args:
         path: the file.
@@ -131,10 +131,9 @@ def find_lines(path: str) -> pa.Table:
         while chunk := file.read(_CHUNK):
             chunk += file.readline()  # so that every chunk holds whole lines
             starts, ends = _chunk_lines(chunk)
-            is_blank = np.zeros(len(starts), np.bool_)
-            for index in np.flatnonzero(np.isin(np.frombuffer(chunk, np.uint8)[starts], _WHITESPACE)):
-                is_blank[index] = not chunk[starts[index] : ends[index]].strip()
-            kept = np.flatnonzero(~is_blank)
+            begins_blank = np.flatnonzero(np.isin(np.frombuffer(chunk, np.uint8)[starts], _WHITESPACE)).tolist()
+            blank = [index for index in begins_blank if not chunk[starts[index] : ends[index]].strip()]
+            kept = np.delete(np.arange(len(starts)), blank)
             parts.append(_places(starts[kept] + offset, ends[kept] + offset, kept + line))
             offset += len(chunk)
             line += len(starts)
