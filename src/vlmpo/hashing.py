@@ -1,4 +1,4 @@
-"""Hashes that are the same in every process and on every machine, unlike Python's own ``hash``."""
+"""Compute hashes that are the same in every process and on every machine, unlike Python's own ``hash``."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def content_hash(*parts: str | bytes, size: int = 16) -> str:
 
 def stable_hash(text: str) -> int:
     """Return 64 bits that depend on ``text`` alone."""
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int(content_hash(text, size=8), 16)

@@ -7,15 +7,17 @@ import pickle
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.data import drop_reasons
 from tests.paths import SHARED
 from vlmpo.data.dataset import PairDataset, open_pairs
-from vlmpo.data.index.filter import Dropped, SourceCounts, screen, split_hold_out
+from vlmpo.data.index.filter import Dropped, screen, split_hold_out
 from vlmpo.data.readers import json as jsonfiles
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Message, PreferencePair
@@ -101,9 +103,9 @@ def test_videos_and_their_places(tmp_path: Path, changes: dict[str, Any], text: 
     pair = open_lines(tmp_path, [record(**changes)])[0]
     assert pair.prompt == (Message("user", text),)
     assert pair.videos == (f"{tmp_path}/a.mp4",)
-    assert screen(open_lines(tmp_path, [record(video="a.mp4")])).counts() == {"missing_video": 1}
+    assert drop_reasons(open_lines(tmp_path, [record(video="a.mp4")])) == ["missing_video"]
     (tmp_path / "a.mp4").write_bytes(b"looked at, not opened")
-    assert screen(open_lines(tmp_path, [record(video="a.mp4")])).counts() == {}
+    assert drop_reasons(open_lines(tmp_path, [record(video="a.mp4")])) == []
 
 
 def test_an_absolute_image_path_stays(tmp_path: Path) -> None:
@@ -175,8 +177,8 @@ def test_fine_tuning_does_not_look_at_rejected(tmp_path: Path, rejected: Any) ->
         del line["rejected"]
     dataset = open_lines(tmp_path, [line, record(chosen=" ")], need_rejected=False)
     assert (dataset[0].chosen, dataset[0].rejected, dataset[0].metadata) == ("good", None, {})
-    assert screen(dataset).counts() == {"empty_response": 1}
-    assert dataset.select([0]).need_rejected is False
+    assert drop_reasons(dataset) == ["empty_response"]
+    assert dataset.select([0])[0].rejected is None
 
 
 # --- lines
@@ -196,7 +198,7 @@ def test_blank_lines_line_ends_and_byte_order_mark(
     dataset = open_pairs([SourceSpec(str(tmp_path / "a.jsonl"))])
     assert [dataset.origin(i).rpartition(":")[2] for i in range(len(dataset))] == ["2", "5", "6"]
     assert [dataset[0].chosen, dataset[1].chosen] == ["two", "five ü"]
-    assert screen(dataset).counts() == {"bad_json": 1}
+    assert drop_reasons(dataset) == ["bad_json"]
 
 
 def test_byte_order_mark_before_the_first_record(tmp_path: Path) -> None:
@@ -214,7 +216,6 @@ def test_a_large_file_stays_on_disk(tmp_path: Path) -> None:
     size = (tmp_path / "large.jsonl").stat().st_size
     assert size > 100e6
     script = f"""if True:
-        import pandas  # pyarrow imports it on first use
         from vlmpo.data.dataset import open_pairs
         from vlmpo.data.readers.spec import SourceSpec
         def peak():
@@ -425,7 +426,7 @@ def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
         pytest.param('{"a": {"root": "."}}', "set 'a': annotation: must be a path, not null", id="no annotation"),
         pytest.param('{"a": {"annotation": "p.jsonl", "root": 3}}', "root: must be a path, not a number", id="root"),
         pytest.param('{"a": {"annotation": "meta.json"}}', "meta.json is not a .jsonl file", id="annotation"),
-        pytest.param('{"a": {}, "a": {}}', "'a' stands there 2 times", id="twice"),
+        pytest.param('{"a": {}, "a": {}}', "'a' is given 2 times", id="twice"),
         pytest.param(
             '{"a": {"annotation": "p.jsonl", "repeat_time": "2"}}',
             "repeat_time: must be a number from 0 up",
@@ -526,21 +527,10 @@ def test_screen_accounts_for_every_pair(tmp_path: Path, monkeypatch: pytest.Monk
         (10, "b.jsonl:3", "bad_json"),
     ]
     assert f"image {tmp_path}/gone.png does not exist" in result.dropped[0].detail
-    assert result.counts() == {"missing_image": 3, "identical": 2, "bad_json": 2}
-    assert result.sources == {
-        "a": SourceCounts(5, 2, {"missing_image": 3}),
-        "b": SourceCounts(6, 2, {"identical": 2, "bad_json": 2}),
-        "c": SourceCounts(0, 0, {}),
-    }
+    assert result.read == {"a": 5, "b": 6, "c": 0}
+    assert Counter(dataset.source(pair.index) for pair in result.dropped) == {"a": 3, "b": 4}
     assert sorted(looked_at) == [f"{tmp_path}/{name}.png" for name in ("gone", "one", "two")]  # each once
     assert seen == [(5, 8), (8, 8)]  # records: what is repeated is read once
-
-
-def test_screen_for_another_purpose_than_the_data_set_was_opened_for(tmp_path: Path) -> None:
-    dataset = open_lines(tmp_path, [record(rejected="good"), record()])
-    assert screen(dataset).kept.tolist() == [1]
-    assert screen(dataset, need_rejected=False).kept.tolist() == [0, 1]
-    assert dataset.need_rejected is True
 
 
 def test_progress_of_a_longer_screening(tmp_path: Path) -> None:
@@ -650,10 +640,7 @@ def test_visonlyqa_is_read_whole() -> None:
     assert dataset.notices == []
     result = screen(dataset)
     assert result.kept.tolist() == list(range(1617))
-    assert result.sources == {
-        "visonlyqa_reasoning": SourceCounts(1047, 1047, {}),
-        "visonlyqa_no_reasoning": SourceCounts(570, 570, {}),
-    }
+    assert result.read == {"visonlyqa_reasoning": 1047, "visonlyqa_no_reasoning": 570}
     files = [VISONLYQA / "annotations" / f"{name}.jsonl" for name in ("reasoning", "no_reasoning")]
     lines = [(file, number, json.loads(text)) for file in files for number, text in enumerate(file.open(), start=1)]
     for index, (file, number, line) in enumerate(lines):

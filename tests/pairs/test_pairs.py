@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tests.data import drop_reasons
 from tests.paths import SHARED
 from tests.tiny_models import model, noise_image, processor
 from vlmpo.cli import app
@@ -24,7 +25,6 @@ from vlmpo.commands.pair import CONTINUATIONS_FILE
 from vlmpo.commands.pair import CORRECTNESS_PAIRS as PAIRS_FILE
 from vlmpo.commands.pair import CORRECTNESS_REPORT as REPORT_FILE
 from vlmpo.data.dataset import open_pairs
-from vlmpo.data.index.filter import screen
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Message, Question, Response
@@ -273,7 +273,7 @@ def test_the_command_writes_what_the_trainer_reads(tmp_path: Path) -> None:
     assert "3 pairs in" in result.stdout
     out = tmp_path / "out"
     pairs = open_pairs([SourceSpec(str(out / PAIRS_FILE))])
-    assert screen(pairs).counts() == {}  # images included
+    assert drop_reasons(pairs) == []  # images included
     questions = {q.id: q for q in read_questions(tmp_path / "q.jsonl", tmp_path / "images").questions}
     for index in range(len(pairs)):
         pair = pairs[index]
@@ -483,7 +483,7 @@ def test_the_dropout_command_goes_on_where_it_was_stopped(tmp_path: Path, monkey
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     pairs = open_pairs([SourceSpec(str(out / "pairs_dropout_ntp.jsonl"))])
-    assert screen(pairs).counts() == {}
+    assert drop_reasons(pairs) == []
     assert [pairs[i].rejected for i in range(2)] == ["There are nothing at all.", "I see blue nothing at all."]
     assert len(pairs[1].images) == 2
     assert len(read_responses(out / CONTINUATIONS_FILE)) == len(engine.requests) == 2

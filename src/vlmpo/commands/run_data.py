@@ -109,7 +109,7 @@ def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, 
             error.met_by = "node"  # every rank reads the same files
             raise error
         pair_counts.drop(data.source(drop.index), error)
-    read = Counter({name: counts.read for name, counts in screening.sources.items() if counts.read})
+    read = Counter({name: count for name, count in screening.read.items() if count})
     return screening.kept, pair_counts, read
 
 

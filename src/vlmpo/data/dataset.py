@@ -1,7 +1,7 @@
-"""Data sets of preference pairs, read in place and in whatever format they are, as one data set by index.
+"""Open files of preference pairs, in any known format, as one data set by index.
 
-A record is read and parsed on access; the readers hold no more of a file than where its records are. What one pass over
-all records found is in :class:`vlmpo.data.index.record_index.RecordIndex`.
+A record is read and parsed on access; the readers hold no more of a file than where its records are. The result of one
+pass over all records is a :class:`vlmpo.data.index.record_index.RecordIndex`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlmpo.data.formats import RecordContext, recognise
 from vlmpo.data.formats.detect import HEAD
 from vlmpo.data.index.record_index import Indices, RecordIndex
 from vlmpo.data.index.scan import Progress, scan
-from vlmpo.data.index.store import Cache
+from vlmpo.data.index.store import Cache, ignore
 from vlmpo.data.readers.arrow import TableRecords, load_named, open_parquet, open_saved
 from vlmpo.data.readers.json import JsonRecords
 from vlmpo.data.readers.spec import FileSpec, SourceSpec, file_specs
@@ -57,14 +57,14 @@ def _head(records: Records) -> list[Mapping[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """A description of a source.
+    """Describes a source.
 
     Attributes:
         name: what metrics call it.
         container: what its records are stored in, e.g. ``JSON Lines``.
         format: name of the format of its records.
         title: what users call that format.
-        why: why it is taken to be that format.
+        why: on which grounds the format was chosen.
         records: how many it holds, good or bad, before any repeat.
     """
 
@@ -79,62 +79,48 @@ class SourceInfo:
 class _Source:
     """The records of one source, and the format they are in."""
 
-    def __init__(self, spec: FileSpec, name: str, cache: Cache) -> None:
+    def __init__(self, spec: FileSpec, name: str, need_rejected: bool, cache: Cache) -> None:
         self.name = name
+        self.need_rejected = need_rejected
         self.path = spec.path
         self.image_root = spec.image_root
         self.max_tiles = spec.max_tiles
         self._cache = cache
-        self._indices: dict[bool, RecordIndex] = {}  # by need_rejected
+        self._index: RecordIndex | None = None  # the last one made
         self.records = open_records(spec, cache)
         # The copy opens the file for itself, so that a change of the file before the first real read is noticed.
         self.recognised = recognise(_head(copy.copy(self.records)), spec.format, spec.path)
+        self.stamp = self.records.stamp
+        self.can_fork = isinstance(self.records, JsonRecords)  # Arrow has threads of its own, which no fork survives
         read_as = (spec.kind, spec.path, spec.split, spec.subset, spec.image_root)
-        self._settings = (*read_as, self.recognised.format.name)
+        self.settings = (*read_as, self.recognised.format.name, need_rejected)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_indices": {}}  # other processes read pairs only
+        return {**self.__dict__, "_index": None}  # other processes read pairs only
 
-    @property
-    def info(self) -> SourceInfo:
-        format = self.recognised.format
-        return SourceInfo(self.name, self.records.kind, format.name, format.title, self.recognised.why, len(self))
-
-    def pair(self, index: int, need_rejected: bool) -> PreferencePair:
+    def pair(self, index: int) -> PreferencePair:
+        """Read pair ``index``. Raises RecordError."""
         record, origin = self.records.record(index), self.records.origin(index)
-        context = RecordContext(origin, self.name, self.image_root, self.max_tiles, need_rejected)
+        context = RecordContext(origin, self.name, self.image_root, self.max_tiles, self.need_rejected)
         return self.recognised.format.parse(record, context)
 
-    def index(
-        self, records: Indices, need_rejected: bool, progress: Progress | None, waiting: Callable[[], None] | None
-    ) -> RecordIndex:
-        """Return an index of at least ``records``, ascending; the last one made is kept."""
-        index = self._indices.get(need_rejected)
-        if index is None or index.find(records) is None:
-            index = self._indices[need_rejected] = scan(
-                self,
-                records,
-                need_rejected,
-                stamp=self.records.stamp,
-                settings=self._settings,
-                can_fork=isinstance(self.records, JsonRecords),  # Arrow has threads of its own, which no fork survives
-                cache=self._cache,
-                progress=progress,
-                waiting=waiting,
-            )
-        return index
+    def index(self, records: Indices, progress: Progress, waiting: Callable[[], None]) -> RecordIndex:
+        """Return an index of at least ``records``, ascending."""
+        if self._index is None or self._index.find(records) is None:
+            self._index = scan(self, records, cache=self._cache, progress=progress, waiting=waiting)
+        return self._index
 
 
 @dataclass(frozen=True)
 class ScannedSource:
-    """What a scan of a data set found of the pairs of one source.
+    """Holds the index of one source of a data set.
 
     Attributes:
         name: name of the source.
-        pairs: int64 [pairs], which pairs of the data set, ascending.
+        pairs: int64 [pairs], indices in the data set of the source's pairs, ascending.
         index: a row for each of these pairs, in that order.
     """
 
@@ -149,21 +135,21 @@ class PairDataset:
     Made by :func:`open_pairs`. Picklable; each process opens the files for itself.
 
     Attributes:
-        notices: remarks on the sources that are no errors, e.g. keys without effect.
-        need_rejected: whether pairs are for preference training. If not, ``rejected`` is not looked at and None.
         source_names: names of the sources, in the order given.
     """
 
-    def __init__(
-        self, files: Sequence[_Source], rows: Indices, need_rejected: bool, notices: list[str], cache: Cache
-    ) -> None:
+    def __init__(self, files: Sequence[_Source], rows: Indices, notices: list[str], cache: Cache) -> None:
         self._files = list(files)
         self._bounds = np.cumsum([0, *(len(file) for file in files)])  # [files + 1]: records before each file
         self._rows = rows  # [pairs]: record numbers, counted through all files
-        self.need_rejected = need_rejected
-        self.notices = notices
+        self._notices = notices
         self._cache = cache
         self.source_names = [file.name for file in files]
+
+    @property
+    def notices(self) -> list[str]:
+        """List remarks on the sources that are no errors, e.g. keys without effect."""
+        return [*self._notices, *self._cache.notices]
 
     @property
     def paths(self) -> list[str]:
@@ -173,7 +159,17 @@ class PairDataset:
     @property
     def infos(self) -> list[SourceInfo]:
         """Describe each source, in the order given."""
-        return [file.info for file in self._files]
+        return [
+            SourceInfo(
+                name=file.name,
+                container=file.records.kind,
+                format=file.recognised.format.name,
+                title=file.recognised.format.title,
+                why=file.recognised.why,
+                records=len(file),
+            )
+            for file in self._files
+        ]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -184,7 +180,7 @@ class PairDataset:
         Raises RecordError if the record cannot be used.
         """
         file, record = self._locate(index)
-        return file.pair(record, self.need_rejected)
+        return file.pair(record)
 
     def origin(self, index: int) -> str:
         """Return ``file:line`` of pair ``index``, without reading it."""
@@ -197,14 +193,7 @@ class PairDataset:
 
     def select(self, indices: NDArray[Any] | Sequence[int]) -> PairDataset:
         """Return a view of the pairs at ``indices``, in that order."""
-        return self._view(self._rows[np.asarray(indices, np.int64)], self.need_rejected)
-
-    def for_training(self, need_rejected: bool) -> PairDataset:
-        """Return a view of the same pairs for preference training, or for supervised fine-tuning."""
-        return self._view(self._rows, need_rejected)
-
-    def _view(self, rows: Indices, need_rejected: bool) -> PairDataset:
-        return PairDataset(self._files, rows, need_rejected, self.notices, self._cache)
+        return PairDataset(self._files, self._rows[np.asarray(indices, np.int64)], self._notices, self._cache)
 
     def _locate(self, index: int) -> tuple[_Source, int]:
         row = int(self._rows[index])  # IndexError past the end, as sequences have it
@@ -218,12 +207,10 @@ class PairDataset:
             parts.append(f"{file.name} {file.image_root} {file.max_tiles} {file.recognised.format.name}")
             for path in file.records.paths:
                 state = os.stat(path) if os.path.exists(path) else None
-                parts.append(f"{path} {state and (state.st_size, state.st_mtime_ns)} {self.need_rejected}")
+                parts.append(f"{path} {state and (state.st_size, state.st_mtime_ns)} {file.need_rejected}")
         return content_hash(*parts)
 
-    def scan(
-        self, progress: Progress | None = None, waiting: Callable[[str], None] | None = None
-    ) -> Iterator[ScannedSource]:
+    def scan(self, progress: Progress = ignore, waiting: Callable[[str], None] = ignore) -> Iterator[ScannedSource]:
         """Yield an index of the pairs of each source, from the cache or by reading every record once.
 
         Args:
@@ -235,37 +222,23 @@ class PairDataset:
         pairs_of = np.split(np.argsort(source_of, kind="stable"), ends[:-1])
         del source_of  # one number a pair
 
-        def records_of(source: int) -> tuple[Indices, Indices]:
-            """Return the record of each pair of a source, and these records ascending, each once."""
-            records = self._rows[pairs_of[source]] - self._bounds[source]
-            return records, np.flatnonzero(np.bincount(records))  # np.unique takes ten times as long
-
-        total, done = sum(len(records_of(source)[1]) for source in range(len(self._files))), 0
+        total, done = int(np.count_nonzero(np.bincount(self._rows))), 0
 
         def show(records_read: int, _: int) -> None:
-            assert progress is not None
             progress(done + records_read, total)
 
-        for source, file in enumerate(self._files):
-            records, distinct = records_of(source)
-            wait = None if waiting is None else functools.partial(waiting, file.path)
-            index = file.index(distinct, self.need_rejected, None if progress is None else show, wait)
+        for pairs, file, start in zip(pairs_of, self._files, self._bounds[:-1], strict=True):
+            records = self._rows[pairs] - start
+            distinct = np.flatnonzero(np.bincount(records))  # np.unique takes ten times as long
+            index = file.index(distinct, show, functools.partial(waiting, file.path))
             rows = index.find(records)
             assert rows is not None
-            yield ScannedSource(file.name, pairs_of[source], index.take(rows))
+            yield ScannedSource(file.name, pairs, index.take(rows))
             done += len(distinct)
-        _add_notice(self._cache, self.notices)
 
     def common_root(self) -> str:
         """Return the deepest folder above all image roots."""
         return os.path.commonpath([os.path.normpath(file.image_root) for file in self._files])
-
-
-def _add_notice(cache: Cache, notices: list[str]) -> None:
-    """Add the cache's notice, once."""
-    notice = cache.notice()
-    if notice is not None and notice not in notices:
-        notices.append(notice)
 
 
 def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: bool = True) -> PairDataset:
@@ -274,7 +247,7 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
     Args:
         specs: the sources, in order; a repeated source's pairs follow each other, repeat after repeat.
         seed: draws the pairs for the fractional part of a ``repeat``; each source is drawn independently of the others.
-        need_rejected: False for supervised fine-tuning, for which ``rejected`` may be absent or anything.
+        need_rejected: False for supervised fine-tuning: ``rejected`` may be absent or anything, and is read as None.
 
     Raises:
         DataError: a file or folder that does not exist (every path tried is named), a malformed meta.json, a bad
@@ -286,7 +259,7 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
     rows: list[Indices] = [np.empty(0, np.int64)]
     records_before = 0
     for spec in itertools.chain.from_iterable(file_specs(source, notices) for source in specs):
-        file = _Source(spec, _free_name(spec.name, {file.name for file in files}), cache)
+        file = _Source(spec, _free_name(spec.name, {file.name for file in files}), need_rejected, cache)
         if spec.declared_length is not None and spec.declared_length != len(file):
             notices.append(f"{file.name}: meta.json says length {spec.declared_length}, {file.path} has {len(file)}")
         drawn = _repeated(len(file), spec.repeat, f"{seed}:{file.name}")
@@ -295,8 +268,7 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
         files.append(file)
         rows.append(drawn + records_before)
         records_before += len(file)
-    _add_notice(cache, notices)
-    dataset = PairDataset(files, np.concatenate(rows), need_rejected, notices, cache)
+    dataset = PairDataset(files, np.concatenate(rows), notices, cache)
     if not len(dataset):
         raise DataError(f"no pair in {', '.join(source.path for source in specs) or 'the data: no source is named'}")
     return dataset

@@ -1,9 +1,9 @@
-"""Pairs, questions, responses and verdicts, and how their fields are read from JSON. Free of torch."""
+"""Define pairs, questions, responses and verdicts, and read their fields from JSON. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from vlmpo.errors import RecordError
@@ -30,7 +30,7 @@ class PreferencePair:
         images: a path, encoded bytes or a PIL image for each.
         chosen: preferred response.
         rejected: the other response; None in supervised fine-tuning data.
-        source: name of its data set; metrics are also reported by it.
+        source: name of its data set, under which metrics are also reported.
         origin: ``file:line`` it was read from, for messages.
         max_tiles: limit of tiles per pair set by its data set; None leaves it to the recipe.
         metadata: all other fields of the record.
@@ -53,24 +53,18 @@ class PreferencePair:
             if not isinstance(medium, str):
                 raise TypeError(f"only paths have a JSON form, this pair holds a {type(medium).__name__}")
         return {
-            "prompt": [{"role": m.role, "text": m.text} for m in self.prompt],
+            **{item.name: getattr(self, item.name) for item in fields(self)},
+            "prompt": [asdict(message) for message in self.prompt],
             "images": list(self.images),
-            "chosen": self.chosen,
-            "rejected": self.rejected,
-            "source": self.source,
-            "origin": self.origin,
-            "max_tiles": self.max_tiles,
-            "metadata": self.metadata,
             "videos": list(self.videos),
         }
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> PreferencePair:
         """Return the pair that :meth:`to_json` gave ``record`` for."""
-        fields = dict(record)
-        fields["prompt"] = tuple(Message(m["role"], m["text"]) for m in record["prompt"])
-        fields["images"], fields["videos"] = tuple(record["images"]), tuple(record.get("videos", ()))
-        return cls(**fields)
+        prompt = tuple(Message(message["role"], message["text"]) for message in record["prompt"])
+        media = {"images": tuple(record["images"]), "videos": tuple(record.get("videos", ()))}
+        return cls(**{**record, **media, "prompt": prompt})
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from PIL import Image
 from trl import extract_prompt
 from trl.data_utils import prepare_multimodal_messages
 
+from tests.data import drop_reasons
 from tests.tiny_models import noise_image, processor
 from vlmpo import settings
 from vlmpo.data.dataset import PairDataset, open_pairs
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.formats import AUTO, FORMATS, RecordPairs, as_pairs, recognise
-from vlmpo.data.index.filter import screen
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import DataError, RecordError
@@ -153,7 +153,7 @@ def test_llava_conversations_are_fine_tuning_data(tmp_path: Path) -> None:
     assert (pair.metadata, pair.origin) == ({"id": "000000033471"}, f"{tmp_path}/pairs.json:2")
     assert data.infos[0].why.endswith("; the last assistant's turn alone is scored")
     # for preference training it lacks what is needed, and says so
-    assert refused(data.for_training(True)) == ("missing_field", "`chosen` is missing")
+    assert refused(open_text(tmp_path, text)) == ("missing_field", "`chosen` is missing")
 
 
 ALPACA = """[
@@ -524,6 +524,13 @@ def test_a_system_key_is_not_lost(tmp_path: Path, name: str) -> None:
     assert refused(open_records(tmp_path, {"system": 3, **SAME[name]}))[0] == "missing_field"
 
 
+def test_a_response_without_a_prompt_is_refused_with_a_system_prompt_too(tmp_path: Path) -> None:
+    answer = [{"role": "assistant", "content": "Yes."}]
+    record = {"system": "Be brief.", "chosen": answer, "rejected": [{**answer[0], "content": "No."}]}
+    reason, detail = refused(open_records(tmp_path, record, format="trl_implicit"))
+    assert (reason, "the prompt ends with the system's turn" in detail) == ("bad_conversation", True)
+
+
 def test_messages_as_older_datasets_hold_them(tmp_path: Path) -> None:
     record = {
         "conversations": {"from": ["human", "gpt", "human"], "value": ["Hi", "Hello", "And?"]},
@@ -553,7 +560,7 @@ def test_the_format_can_be_named(tmp_path: Path) -> None:
     assert only(open_records(tmp_path, record)).prompt[0].text == "from TRL"
     data = open_records(tmp_path, record, format="mmpr")
     assert only(data).prompt[0].text == "from MMPR"
-    assert data.infos[0].why == "as `format` says"
+    assert data.infos[0].why == "named under `format`"
     assert refused(open_records(tmp_path, record, format="swift")) == ("missing_field", "`messages` is missing")
 
 
@@ -561,7 +568,7 @@ def test_one_odd_record_at_the_start_does_not_decide(tmp_path: Path) -> None:
     good = trl_record(prompt="Q?")
     data = open_text(tmp_path, "\n".join(["{", json.dumps({"note": 1}), json.dumps(good)]), "pairs.jsonl")
     assert format_of(data) == "trl"
-    assert screen(data).counts() == {"bad_json": 1, "missing_field": 1}
+    assert drop_reasons(data) == ["bad_json", "missing_field"]
 
 
 def test_recognition_looks_at_the_first_records_only() -> None:

@@ -6,7 +6,10 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.data import drop_reasons
 from vlmpo.data import dataset as sources
 from vlmpo.data.dataset import PairDataset, open_pairs
 from vlmpo.data.index import filter, scan, store
 from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, Overlap, find_overlaps
-from vlmpo.data.index.record_index import SCHEMA, Medium, RecordIndex, index_table
+from vlmpo.data.index.record_index import Medium, RecordIndex, Row, index_batch, index_table
 from vlmpo.data.index.store import Cache, Stamp, cache_folder
 from vlmpo.data.readers.spec import SourceSpec
 
@@ -40,9 +44,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = scan._read_records
 
-    def counted(source: Any, records: Any, need_rejected: bool) -> pa.RecordBatch:
+    def counted(source: Any, records: Any) -> pa.RecordBatch:
         seen.append(len(records))
-        return real(source, records, need_rejected)
+        return real(source, records)
 
     monkeypatch.setattr(scan, "_read_records", counted)
     return seen
@@ -101,8 +105,8 @@ def everything(specs: list[SourceSpec], **options: Any) -> dict[str, Any]:
         "pairs": [dataset[int(index)] for index in screened.kept],
         "kept": screened.kept.tolist(),
         "dropped": list(screened.dropped),
-        "sources": screened.sources,
-        "counts": screened.counts(),
+        "read": screened.read,
+        "counts": Counter(drop.reason for drop in screened.dropped),
         "train": train.tolist(),
         "held": held.tolist(),
         "overlaps": overlaps,
@@ -221,7 +225,7 @@ def test_tiles_and_names_do_not_matter(tmp_path: Path, folder: Path, reads: list
     reads.clear()
     dataset = open_pairs([SourceSpec(specs[0].path, name="other", max_tiles=5)])
     screened = screen(dataset)
-    assert screened.sources.keys() == {"other"}
+    assert screened.read.keys() == {"other"}
     assert dataset[int(screened.kept[0])].max_tiles == 5
     assert reads == []
 
@@ -256,8 +260,8 @@ def test_entries_of_an_earlier_state_go(tmp_path: Path, folder: Path) -> None:
 
 def index_of(media: list[list[Medium]]) -> RecordIndex:
     """An index of records that show these images and videos."""
-    rows = [{"record": at, "words": 1, "prompt": 1, "media": [m.encode() for m in row]} for at, row in enumerate(media)]
-    return RecordIndex(index_table([pa.RecordBatch.from_pylist(rows, SCHEMA)]))
+    rows = [Row(at, words=1, prompt=1, media=row) for at, row in enumerate(media)]
+    return RecordIndex(index_table([index_batch(rows)]))
 
 
 @pytest.mark.parametrize("listed_from", [1, 32])
@@ -310,7 +314,7 @@ def test_a_folder_is_listed_instead_of_asking_for_each_file(tmp_path: Path, monk
     asked: list[str] = []
     real = os.path.isfile
     monkeypatch.setattr(os.path, "isfile", lambda path: (asked.append(path), real(path))[1])
-    assert screen(dataset).counts() == {"missing_image": 1}
+    assert drop_reasons(dataset) == ["missing_image"]
     assert asked == [str(tmp_path / "100.png")]
 
 
@@ -614,3 +618,28 @@ def test_a_view_asks_only_for_its_own_records(tmp_path: Path, reads: list[int]) 
     assert screen(dataset.select([7])).kept.tolist() == [0]
     assert reads == [2, 40]
     assert isinstance(dataset._files[0], sources._Source)
+
+
+@pytest.mark.slow
+def test_opening_data_imports_neither_pandas_nor_torch(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, [record(question=f"<image>\nQ{i}", image=f"{i % 30}.png") for i in range(40)])
+    for number in range(29):
+        (tmp_path / f"{number}.png").write_bytes(b"%d" % number)
+    script = f"""if True:
+        import sys
+        from vlmpo.data.dataset import open_pairs
+        from vlmpo.data.index import store
+        from vlmpo.data.index.filter import screen, split_hold_out
+        from vlmpo.data.index.overlap import find_overlaps
+        from vlmpo.data.readers.spec import SourceSpec
+        store.MIN_BYTES = 0
+        for _ in range(2):
+            dataset = open_pairs([SourceSpec({str(path)!r})])
+            train, held = split_hold_out(dataset, screen(dataset).kept, 0.2, 0)
+            overlap = find_overlaps(dataset.select(train), {{"held": dataset.select(held)}})["held"]
+            print(len(train) + len(held), overlap.with_seen_image, {{"pandas", "torch"}} & set(sys.modules))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "39 0 set()\n" * 2
+    assert len(list(folder.glob("*.arrow"))) == 2

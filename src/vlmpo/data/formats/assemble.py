@@ -1,4 +1,4 @@
-"""Assembles turns, media and responses into a PreferencePair: matches images to placeholders, checks the responses."""
+"""Assemble turns, media and responses into a PreferencePair: matches images to placeholders, checks the responses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def preference_pair(
 
     Args:
         record: the record; its images and videos are read, all other keys become metadata.
-        turns: the prompt; its last turn must be the user's.
+        turns: the prompt, without the record's ``system``; its last turn must be the user's.
         chosen: preferred response.
         rejected: the other response, None if it is not needed.
         read: keys that were read already.
@@ -42,6 +42,7 @@ def preference_pair(
         RecordError: ``placeholder_mismatch``, ``bad_conversation``, ``missing_field``, ``empty_response``,
             ``identical``, or see :func:`vlmpo.data.formats.media.media_of`.
     """
+    turns = with_system(turns, record, context)
     if not turns or turns[-1].role != "user":
         what = f"ends with the {turns[-1].role}'s turn" if turns else "has no turn"
         raise context.error("bad_conversation", f"the prompt {what}; a response answers the user's")
@@ -83,11 +84,11 @@ def refuse_unsupported(record: Mapping[str, Any], context: RecordContext) -> Non
             raise context.error("unpaired_feedback", detail)
 
 
-def with_system(turns: list[Turn], system: Any, context: RecordContext) -> list[Turn]:
+def with_system(turns: Sequence[Turn], record: Mapping[str, Any], context: RecordContext) -> Sequence[Turn]:
     """Return ``turns`` after the record's ``system`` prompt, unless they begin with one."""
-    if system in (None, "") or turns[0].role == "system":
+    if record.get("system") in (None, "") or (turns and turns[0].role == "system"):
         return turns
-    return [text_turn("system", text_field({"system": system}, "system", context.origin)), *turns]
+    return [text_turn("system", text_field(record, "system", context.origin)), *turns]
 
 
 def _placed(
@@ -109,7 +110,7 @@ def _placed(
         return given
     unfilled = sum(medium is None for medium in flat)
     if unfilled != len(given):
-        detail = f"the prompt has {unfilled} <{kind}> for {len(given)} {kind}s; write one where each stands"
+        detail = f"the prompt has {unfilled} <{kind}> for {len(given)} {kind}s; write one at the place of each"
         raise context.error("placeholder_mismatch", detail)
     rest = iter(given)
     return tuple(next(rest) if medium is None else medium for medium in flat)

@@ -1,4 +1,4 @@
-"""A format of records, and what its parser is given beside the record itself."""
+"""Define a format of records, and the context in which a record is parsed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmpo.errors import RecordError
 
 @dataclass(frozen=True, slots=True)
 class RecordContext:
-    """Where a record comes from and how it is to be read.
+    """Describes where a record comes from and how it is to be read.
 
     Attributes:
         origin: ``file:line`` of the record, for messages.
@@ -35,7 +35,7 @@ class RecordContext:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A format of records.
+    """Describes a format of records.
 
     Attributes:
         name: name in a recipe's ``format``.

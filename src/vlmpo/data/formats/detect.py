@@ -1,4 +1,4 @@
-"""The formats vlmpo reads, and which of them a data set is in, judged by what its first records hold."""
+"""List the formats that vlmpo reads, and recognise that of a data set by its first records."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """The format of a data set, and why it is taken to be that one."""
+    """Names the format of a data set, and the grounds on which it was chosen."""
 
     format: Format
     why: str
@@ -62,7 +62,7 @@ def recognise(records: Sequence[Mapping[str, Any]], name: str, where: str) -> Re
     if name != AUTO:
         if name not in FORMATS:
             raise DataError(f"{where}: format: {name!r} is not known; known are {AUTO}, {', '.join(FORMATS)}")
-        return Recognised(FORMATS[name], "as `format` says")
+        return Recognised(FORMATS[name], "named under `format`")
     if not records:
         return Recognised(FORMATS["mmpr"], "taken for granted: none of its first records could be read")
     sample: dict[str, Any] = {}  # for each key its first value, empty ones only if no record has another

@@ -1,13 +1,13 @@
-"""LLaMA-Factory's two kinds of records: ShareGPT conversations and Alpaca instructions."""
+"""Parse LLaMA-Factory's two kinds of records: ShareGPT conversations and Alpaca instructions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
+from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported
 from vlmpo.data.formats.base import RecordContext
-from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
+from vlmpo.data.formats.turns import Turn, key_or, read_turns, rejected_of, response_of, split_response, text_turn
 from vlmpo.data.records import PreferencePair, text_field
 
 _CONVERSATION_KEYS = frozenset({"conversations", "messages", "chosen", "rejected", "system"})
@@ -20,14 +20,13 @@ def parse_sharegpt(record: Mapping[str, Any], context: RecordContext) -> Prefere
     ``messages`` may replace ``conversations``. The conversation's own system turn takes precedence over ``system``.
     """
     refuse_unsupported(record, context)
-    key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
-    turns = with_system(read_turns(record.get(key), key, context), record.get("system"), context)
+    key = key_or(record, "conversations", "messages")
+    turns = read_turns(record, key, context)
     if record.get("chosen") is None and not context.need_rejected:
         turns, chosen = split_response(turns, key, context)
     else:
-        chosen = response_of(record.get("chosen"), "chosen", context)
-    rejected = response_of(record.get("rejected"), "rejected", context) if context.need_rejected else None
-    return preference_pair(record, turns, chosen, rejected, _CONVERSATION_KEYS, context)
+        chosen = response_of(record, "chosen", context)
+    return preference_pair(record, turns, chosen, rejected_of(record, context), _CONVERSATION_KEYS, context)
 
 
 def parse_alpaca(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
@@ -40,11 +39,8 @@ def parse_alpaca(record: Mapping[str, Any], context: RecordContext) -> Preferenc
     if record.get("input") is not None:
         parts.append(text_field(record, "input", context.origin))
     turns = [*_history(record, context), text_turn("user", "\n".join(filter(None, parts)))]
-    turns = with_system(turns, record.get("system"), context)
-    key = "output" if record.get("chosen") is None and record.get("output") is not None else "chosen"
-    chosen = response_of(record.get(key), key, context)
-    rejected = response_of(record.get("rejected"), "rejected", context) if context.need_rejected else None
-    return preference_pair(record, turns, chosen, rejected, _ALPACA_KEYS, context)
+    chosen = response_of(record, key_or(record, "chosen", "output"), context)
+    return preference_pair(record, turns, chosen, rejected_of(record, context), _ALPACA_KEYS, context)
 
 
 def _history(record: Mapping[str, Any], context: RecordContext) -> list[Turn]:

@@ -1,4 +1,4 @@
-"""Reads images and videos of a record in all the forms of data sets: paths, bytes, ``{bytes, path}``, PIL images."""
+"""Read images and videos of a record in all the forms of data sets: paths, bytes, ``{bytes, path}``, PIL images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of one question with two answers: MMPR, RLAIF-V, RLHF-V."""
+"""Parse records of one question with two answers: MMPR, RLAIF-V, RLHF-V."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vlmpo.data.formats.assemble import preference_pair, with_system
+from vlmpo.data.formats.assemble import preference_pair
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import text_turn
 from vlmpo.data.records import PreferencePair, json_kind, text_field
@@ -21,8 +21,7 @@ def parse_question(record: Mapping[str, Any], context: RecordContext) -> Prefere
         raise context.error("missing_field", "`question` is empty and there is no image: nothing to answer")
     chosen = text_field(record, "chosen", context.origin)
     rejected = text_field(record, "rejected", context.origin) if context.need_rejected else None
-    turns = with_system([text_turn("user", question)], record.get("system"), context)
-    return preference_pair(record, turns, chosen, rejected, _KEYS, context)
+    return preference_pair(record, [text_turn("user", question)], chosen, rejected, _KEYS, context)
 
 
 def parse_question_in_text(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:

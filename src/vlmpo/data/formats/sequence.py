@@ -1,55 +1,51 @@
-"""Reads pairs from any sequence of records, such as a ``datasets.Dataset`` or a list of dicts given to a trainer."""
+"""Read pairs from any sequence of records, such as a ``datasets.Dataset`` or a list of dicts given to a trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from vlmpo.data.formats.base import RecordContext
-from vlmpo.data.formats.detect import AUTO, HEAD, Recognised, recognise
+from vlmpo.data.formats.base import Format, RecordContext
+from vlmpo.data.formats.detect import AUTO, HEAD, recognise
 from vlmpo.data.readers.arrow import raw_rows
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import DataError, RecordError
 
 
+@dataclass(frozen=True)
 class RecordPairs:
-    """Records of one format, parsed on access. Made by :func:`as_pairs`; picklable if the data set is.
+    """Parses records of one format on access. Made by :func:`as_pairs`, with its arguments; picklable if they are."""
 
-    Attributes:
-        recognised: the format of the records, and why.
-        need_rejected: whether pairs are for preference training. If not, ``rejected`` is not looked at and None.
-    """
-
-    def __init__(self, records: Any, recognised: Recognised, need_rejected: bool, name: str, source: str) -> None:
-        self._records = records
-        self.recognised = recognised
-        self.need_rejected = need_rejected
-        self._name = name
-        self._source = source
+    records: Any
+    format: Format
+    need_rejected: bool
+    name: str
+    source_name: str
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> PreferencePair:
         """Read pair ``index``. Raises RecordError, ``bad_json`` if the item is not a record at all."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        item = self._records[index]
+        item = self.records[index]
         if isinstance(item, PreferencePair):
             return item
         origin = self.origin(index)
         if not isinstance(item, Mapping):
             raise RecordError("bad_json", origin, f"must be a mapping of keys or a PreferencePair, not {item!r:.60}")
-        context = RecordContext(origin, self._source, need_rejected=self.need_rejected)
-        return self.recognised.format.parse(item, context)
+        context = RecordContext(origin, self.source_name, need_rejected=self.need_rejected)
+        return self.format.parse(item, context)
 
     def origin(self, index: int) -> str:
         """Return e.g. ``train_dataset[17]``, without reading it."""
-        return f"{self._name}[{range(len(self))[index]}]"
+        return f"{self.name}[{range(len(self))[index]}]"
 
     def source(self, index: int) -> str:
         """Return the name of the data set that pair ``index`` is counted under, without reading it."""
-        return self._source
+        return self.source_name
 
 
 def as_pairs(
@@ -98,4 +94,4 @@ def as_pairs(
             head.append(item)
     if not len(rows):
         return dataset
-    return RecordPairs(rows, recognise(head, format, name), need_rejected, name, source)
+    return RecordPairs(rows, recognise(head, format, name).format, need_rejected, name, source)

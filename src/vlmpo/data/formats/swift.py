@@ -1,4 +1,4 @@
-"""ms-swift's records, and OpenAI-style messages: a conversation that ends in the chosen response."""
+"""Parse ms-swift's records, and OpenAI-style messages: a conversation that ends in the chosen response."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse_swift(record: Mapping[str, Any], context: RecordContext) -> Preference
     Images without placeholders go before the first user's text.
     """
     refuse_unsupported(record, context)
-    turns = with_system(read_turns(record.get("messages"), "messages", context), record.get("system"), context)
+    turns = with_system(read_turns(record, "messages", context), record, context)
     last = record["messages"][-1] if isinstance(record["messages"], list | tuple) else {}
     if last.get("loss") is False:
         raise context.error(
@@ -39,10 +39,8 @@ def _rejected(record: Mapping[str, Any], prompt: list[Turn], context: RecordCont
         if other and other != media_of(record, kind, context):
             raise context.error("prompts_differ", f"`rejected_{kind}s` are not `{kind}s`; only the response may differ")
     if record.get("rejected_messages") is None:
-        return response_of(record.get("rejected_response"), "rejected_response", context)
-    turns = read_turns(record["rejected_messages"], "rejected_messages", context)
-    other_prompt, rejected = split_response(
-        with_system(turns, record.get("system"), context), "rejected_messages", context
-    )
+        return response_of(record, "rejected_response", context)
+    turns = with_system(read_turns(record, "rejected_messages", context), record, context)
+    other_prompt, rejected = split_response(turns, "rejected_messages", context)
     require_same_prompt(prompt, other_prompt, "messages", "rejected_messages", context)
     return rejected

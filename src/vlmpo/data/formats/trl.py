@@ -1,4 +1,4 @@
-"""TRL's preference records: with an explicit prompt, or one that chosen and rejected begin with."""
+"""Parse TRL's preference records: with an explicit prompt, or one that chosen and rejected begin with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
+from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported
 from vlmpo.data.formats.base import RecordContext
-from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response, text_turn
+from vlmpo.data.formats.turns import Turn, key_or, read_turns, rejected_of, response_of, split_response, text_turn
 from vlmpo.data.records import PreferencePair, text_field
 
 _KEYS = frozenset({"prompt", "chosen", "rejected", "completion", "system"})
@@ -22,16 +22,12 @@ def parse_explicit(record: Mapping[str, Any], context: RecordContext) -> Prefere
     the first user's text.
     """
     refuse_unsupported(record, context)
-    prompt = record.get("prompt")
-    if isinstance(prompt, str):
+    if isinstance(record.get("prompt"), str):
         turns = [text_turn("user", text_field(record, "prompt", context.origin))]
     else:
-        turns = read_turns(prompt, "prompt", context)
-    key = "completion" if record.get("chosen") is None and record.get("completion") is not None else "chosen"
-    chosen = response_of(record.get(key), key, context)
-    rejected = response_of(record.get("rejected"), "rejected", context) if context.need_rejected else None
-    turns = with_system(turns, record.get("system"), context)
-    return preference_pair(record, turns, chosen, rejected, _KEYS, context, lead="all")
+        turns = read_turns(record, "prompt", context)
+    chosen = response_of(record, key_or(record, "chosen", "completion"), context)
+    return preference_pair(record, turns, chosen, rejected_of(record, context), _KEYS, context, lead="all")
 
 
 def parse_implicit(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
@@ -43,15 +39,13 @@ def parse_implicit(record: Mapping[str, Any], context: RecordContext) -> Prefere
     if isinstance(record.get("chosen"), str):
         turns, chosen, rejected = _split_texts(record, context)
     else:
-        turns, chosen = split_response(read_turns(record.get("chosen"), "chosen", context), "chosen", context)
+        turns, chosen = split_response(read_turns(record, "chosen", context), "chosen", context)
         rejected = _rejected(record, turns, context) if context.need_rejected else None
-    turns = with_system(turns, record.get("system"), context)
     return preference_pair(record, turns, chosen, rejected, _KEYS, context, lead="all")
 
 
 def _rejected(record: Mapping[str, Any], prompt: list[Turn], context: RecordContext) -> str:
-    turns = read_turns(record.get("rejected"), "rejected", context)
-    other, rejected = split_response(turns, "rejected", context)
+    other, rejected = split_response(read_turns(record, "rejected", context), "rejected", context)
     require_same_prompt(prompt, other, "chosen", "rejected", context)
     return rejected
 

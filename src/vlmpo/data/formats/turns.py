@@ -1,4 +1,4 @@
-"""Reads conversations in all the forms of data sets into turns: who speaks, and text with a placeholder an image."""
+"""Read conversations in all the forms of data sets into turns: who speaks, and text with a placeholder an image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNSUPPORTED = ("tool_calls", "tool_call_id", "reasoning_content", "thinking")
 
 
 class Turn(NamedTuple):
-    """One turn.
+    """Holds one turn of a conversation.
 
     Attributes:
         role: ``system``, ``user`` or ``assistant``.
@@ -56,13 +56,14 @@ def is_conversation(value: Any) -> bool:
     return bool(messages) and all(is_message(message) for message in messages or ())
 
 
-def read_turns(value: Any, key: str, context: RecordContext) -> list[Turn]:
-    """Read a list of messages, ``{role, content}`` or ``{from, value}``, content as text or as items.
+def read_turns(record: Mapping[str, Any], key: str, context: RecordContext) -> list[Turn]:
+    """Read the list of messages under ``key``, ``{role, content}`` or ``{from, value}``, content as text or as items.
 
     Raises:
         RecordError: ``missing_field`` if there is no such list; ``bad_conversation`` for a message that is not a turn
             of system, user or assistant.
     """
+    value = record.get(key)
     messages = message_list(value)
     if not messages:
         what = "is missing" if value is None else "must be a list of messages, not empty"
@@ -117,13 +118,14 @@ def _of_items(role: str, items: Sequence[Any], key: str, context: RecordContext)
     return Turn(role, "".join(text), tuple(media["image"]), tuple(media["video"]))
 
 
-def response_of(value: Any, key: str, context: RecordContext) -> str:
+def response_of(record: Mapping[str, Any], key: str, context: RecordContext) -> str:
     """Return the response under ``key``: a text, an assistant's message, or a list of one such message.
 
     Raises:
         RecordError: ``missing_field`` if it is none of these; ``bad_conversation`` for another number of messages,
             another speaker, or a response with an image.
     """
+    value = record.get(key)
     if isinstance(value, str):
         return checked_text(value, key, context.origin)
     if is_message(value):
@@ -131,11 +133,21 @@ def response_of(value: Any, key: str, context: RecordContext) -> str:
     if value is None or message_list(value) is None:
         what = "is missing" if value is None else f"must be a text or a message, not {json_kind(value)}"
         raise context.error("missing_field", f"`{key}` {what}")
-    turns = read_turns(value, key, context)
+    turns = read_turns(record, key, context)
     if len(turns) != 1:
         remedy = "move the turns before the last into the prompt"
         raise context.error("bad_conversation", f"`{key}` holds {len(turns)} messages, one is scored; {remedy}")
     return _assistant_text(turns[0], key, context)
+
+
+def rejected_of(record: Mapping[str, Any], context: RecordContext) -> str | None:
+    """Return the response under ``rejected``; None if it is not needed. Raises as :func:`response_of`."""
+    return response_of(record, "rejected", context) if context.need_rejected else None
+
+
+def key_or(record: Mapping[str, Any], key: str, other: str) -> str:
+    """Return ``key``, or ``other`` if the record holds something under that alone."""
+    return other if record.get(key) is None and record.get(other) is not None else key
 
 
 def split_response(turns: Sequence[Turn], key: str, context: RecordContext) -> tuple[list[Turn], str]:

@@ -1,11 +1,11 @@
-"""Which pairs of a data set can be used, and which of them are held out from training."""
+"""Find the pairs of a data set that can be used, and hold some of them out from training."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from vlmpo.data.dataset import PairDataset
 from vlmpo.data.index.record_index import Hashes, Indices, RecordIndex
+from vlmpo.data.index.scan import Progress
+from vlmpo.data.index.store import ignore
 from vlmpo.errors import RecipeError
 from vlmpo.hashing import stable_hash
 
@@ -22,7 +24,7 @@ MIN_LISTED = 32
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A pair that cannot be used: its index in the data set, ``file:line``, and why."""
+    """Names a pair that cannot be used: its index in the data set, ``file:line``, and the fault."""
 
     index: int
     origin: str
@@ -30,40 +32,26 @@ class Dropped:
     detail: str
 
 
-@dataclass
-class SourceCounts:
-    """Counts of one source's pairs: ``read == kept + sum(dropped.values())``; a repeated pair counts each time."""
-
-    read: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Screening:
-    """The result of :func:`screen`.
+    """Holds the result of :func:`screen`.
 
     Attributes:
         kept: int64 [kept], indices of the pairs that can be used, ascending.
         dropped: the other pairs, in order.
-        sources: counts by name of every source of the data set.
+        read: number of pairs, kept or dropped, by name of every source; a repeated pair counts each time.
     """
 
     kept: Indices
     dropped: list[Dropped]
-    sources: dict[str, SourceCounts]
-
-    def counts(self) -> dict[str, int]:
-        """Count the dropped pairs by reason, the most frequent first."""
-        return dict(Counter(pair.reason for pair in self.dropped).most_common())
+    read: dict[str, int]
 
 
 def screen(
     dataset: PairDataset,
     *,
-    need_rejected: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    waiting: Callable[[str], None] | None = None,
+    progress: Progress = ignore,
+    waiting: Callable[[str], None] = ignore,
 ) -> Screening:
     """Find the pairs whose record can be used and whose images and videos exist; opens none of these.
 
@@ -72,13 +60,10 @@ def screen(
 
     Args:
         dataset: the pairs.
-        need_rejected: replaces the data set's own setting; None keeps that.
         progress: called now and then, and at the end, with (records read, records in all).
         waiting: called with the path of a source that another process is reading, before waiting for it.
     """
-    if need_rejected is not None:
-        dataset = dataset.for_training(need_rejected)
-    sources = {name: SourceCounts() for name in dataset.source_names}
+    read = {}
     is_kept = np.ones(len(dataset), np.bool_)
     dropped: list[Dropped] = []
     for source in dataset.scan(progress, waiting):
@@ -86,20 +71,18 @@ def screen(
         missing = find_missing(index)
         is_missing = np.zeros(index.media_count, np.bool_)
         is_missing[list(missing)] = True
-        counts: Counter[str] = Counter()
         for row in np.flatnonzero(index.is_bad | index.shows_any(is_missing)).tolist():
             if index.is_bad[row]:
                 reason, detail = index.error(row)
             else:
-                shown = index.media[index.bounds[row] : index.bounds[row + 1]]
+                shown = index.shown(row)
                 reason, detail = missing[int(shown[is_missing[shown]][0])]
             pair = int(source.pairs[row])
             is_kept[pair] = False
-            counts[reason] += 1
             dropped.append(Dropped(pair, dataset.origin(pair), reason, detail))
-        sources[source.name] = SourceCounts(len(index), len(index) - counts.total(), dict(counts))
+        read[source.name] = len(index)
     dropped.sort(key=lambda pair: pair.index)
-    return Screening(np.flatnonzero(is_kept), dropped, sources)
+    return Screening(np.flatnonzero(is_kept), dropped, read)
 
 
 def find_missing(index: RecordIndex) -> dict[int, tuple[str, str]]:
@@ -120,7 +103,7 @@ def find_missing(index: RecordIndex) -> dict[int, tuple[str, str]]:
             names = {medium.name.rpartition(os.sep)[2] for _, medium in index.describe(media)}
             listed = _files_in(folder or os.sep, names)
         for number, (kind, _, path) in index.describe(media):
-            # The system is asked about the others: names that differ in case or form from the listed ones may exist.
+            # The others are looked up: names that differ in case or form from the listed ones may exist.
             if path.rpartition(os.sep)[2] not in listed and not os.path.isfile(path):
                 what = "is not a file" if os.path.exists(path) else "does not exist"
                 detail = f"{kind} {path} {what}; check the image root and the record's `{kind}`"
@@ -132,7 +115,7 @@ def _files_in(folder: str, names: Container[str]) -> set[str]:
     """Return those of ``names`` that are files in ``folder``; none if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
-            # A link is followed, which takes a look at its target, only if it is wanted.
+            # Following a link costs a look at its target, so only wanted ones are followed.
             return {entry.name for entry in entries if entry.name in names and entry.is_file()}
     except (OSError, ValueError):
         return set()

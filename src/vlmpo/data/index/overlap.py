@@ -1,4 +1,4 @@
-"""Evaluation items that are in the training data too: figures on them measure memory."""
+"""Find evaluation items that are in the training data too: figures on them measure memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlmpo.data.dataset import PairDataset
-from vlmpo.data.index.record_index import SCHEMA, Hashes, Indices, Medium, RecordIndex, index_table, words_hash
+from vlmpo.data.index.record_index import (
+    Hashes,
+    Medium,
+    RecordIndex,
+    Row,
+    index_batch,
+    index_table,
+    words_hash,
+)
 from vlmpo.hashing import content_hash
 
 _UNKNOWN = 0  # in place of a hash: the file cannot be read, or nothing on the other side can equal it
@@ -30,7 +37,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """Counts of evaluation items that training saw too.
+    """Counts evaluation items that training saw too.
 
     Attributes:
         items: evaluation items in all.
@@ -77,7 +84,7 @@ def find_overlaps(
 
 
 class _Prompts:
-    """The prompts of one source, a row of ``index`` each.
+    """Holds the prompts of one source, a row of ``index`` each.
 
     Attributes:
         index: prompts and their images and videos.
@@ -100,27 +107,22 @@ class _Prompts:
             self.sizes[number] = medium.size if medium.is_embedded else _size_of(medium.name)
 
     def keys(self, words: Hashes) -> dict[int, tuple[int, ...]]:
-        """Return what stands for a whole prompt, by row, for those with one of ``words`` and all images hashed."""
+        """Return a key for the whole prompt, by row, for rows with one of ``words`` and all images hashed."""
         index = self.index
         rows = np.flatnonzero(np.isin(index.words, words) & ~index.shows_any(self.hashes == _UNKNOWN))
-        shown_by = {row: index.media[index.bounds[row] : index.bounds[row + 1]] for row in rows.tolist()}
-        return {row: (int(index.words[row]), *self.hashes[shown].tolist()) for row, shown in shown_by.items()}
+        return {row: (int(index.words[row]), *self.hashes[index.shown(row)].tolist()) for row in rows.tolist()}
 
 
 def _read_prompts(items: PairDataset | Iterable[Item]) -> list[_Prompts]:
     if isinstance(items, PairDataset):
-        return [_Prompts(source.index, _origin_of(items, source.pairs)) for source in items.scan()]
-    rows: list[dict[str, Any]] = []
+        return [_Prompts(source.index, items.select(source.pairs).origin) for source in items.scan()]
+    rows: list[Row] = []
     origins: list[str] = []
     for item in items:
-        media = [Medium.of(image).encode() for image in item.images]
-        rows.append({"record": len(rows), "words": words_hash(item.text), "prompt": 0, "media": media})
+        media = [Medium.of(image) for image in item.images]
+        rows.append(Row(len(rows), words_hash(item.text), prompt=0, media=media))
         origins.append(item.origin or item.text[:40])
-    return [_Prompts(RecordIndex(index_table([pa.RecordBatch.from_pylist(rows, SCHEMA)])), origins.__getitem__)]
-
-
-def _origin_of(dataset: PairDataset, pairs: Indices) -> Callable[[int], str]:
-    return lambda row: dataset.origin(int(pairs[row]))
+    return [_Prompts(RecordIndex(index_table([index_batch(rows)])), origins.__getitem__)]
 
 
 def _hash_images(training: Sequence[_Prompts], evaluation: Sequence[_Prompts]) -> None:

@@ -1,4 +1,4 @@
-"""What one pass over the records of a source found: prompts by hash, images and videos by name, and what is wrong."""
+"""Hold the result of one pass over the records of a source: prompts by hash, images and videos by name, faults."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from vlmpo.data.index.columns import binary_to_arrow, one_chunk, to_arrow, to_numpy
 from vlmpo.data.records import IMAGE_PLACEHOLDER
 from vlmpo.errors import RecordError
 from vlmpo.hashing import content_hash, stable_hash
@@ -82,14 +83,38 @@ def encode_fault(error: RecordError) -> bytes:
     return f"{error.reason} {error.detail}".encode("utf-8", "surrogatepass")
 
 
+class Row(NamedTuple):
+    """Holds the fields of SCHEMA for one record."""
+
+    record: int
+    words: int
+    prompt: int
+    media: Sequence[Medium] = ()
+    fault: bytes | None = None
+
+
+def index_batch(rows: Sequence[Row]) -> pa.RecordBatch:
+    """Return rows as a batch of SCHEMA."""
+    bounds = np.cumsum([0, *(len(row.media) for row in rows)], dtype=np.int32)
+    media = binary_to_arrow([medium.encode() for row in rows for medium in row.media])
+    columns = [
+        to_arrow(np.array([row.record for row in rows], np.int64)),
+        to_arrow(np.array([row.words for row in rows], np.uint64)),
+        to_arrow(np.array([row.prompt for row in rows], np.uint64)),
+        pa.ListArray.from_arrays(to_arrow(bounds), media),
+        binary_to_arrow([row.fault for row in rows]),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
 def index_table(batches: Sequence[pa.RecordBatch]) -> pa.Table:
     """Join batches of SCHEMA into a table that holds each medium and fault once, in Arrow's dictionaries."""
     table = pa.Table.from_batches(batches, SCHEMA)
-    bounds = np.zeros(len(table) + 1, np.int32)
-    np.cumsum(pc.list_value_length(table["media"]).to_numpy(), out=bounds[1:])
+    counts = [np.diff(to_numpy(chunk.offsets)) for chunk in table["media"].chunks]
+    bounds = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int32)
     names = pc.list_flatten(table["media"]).dictionary_encode().combine_chunks()
     columns = {name: table[name] for name in ("record", "words", "prompt")}
-    columns |= {"media": pa.ListArray.from_arrays(pa.array(bounds), names), "fault": table["fault"].dictionary_encode()}
+    columns |= {"media": pa.ListArray.from_arrays(to_arrow(bounds), names), "fault": table["fault"].dictionary_encode()}
     return pa.table(columns).combine_chunks()
 
 
@@ -108,13 +133,13 @@ class RecordIndex:
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table
-        self.records: Indices = table["record"].to_numpy()
-        self.words: Hashes = table["words"].to_numpy()
-        self.prompts: Hashes = table["prompt"].to_numpy()
-        self._faults, media = _one_chunk(table["fault"]), _one_chunk(table["media"])
-        self.is_bad: NDArray[np.bool_] = self._faults.is_valid().to_numpy(zero_copy_only=False)
-        self.bounds: NDArray[np.int32] = media.offsets.to_numpy()
-        self.media: NDArray[np.int32] = media.values.indices.to_numpy()
+        self.records: Indices = to_numpy(table["record"])
+        self.words: Hashes = to_numpy(table["words"])
+        self.prompts: Hashes = to_numpy(table["prompt"])
+        self._faults, media = one_chunk(table["fault"]), one_chunk(table["media"])
+        self.is_bad: NDArray[np.bool_] = to_numpy(self._faults.is_valid().cast(pa.uint8())).view(np.bool_)
+        self.bounds: NDArray[np.int32] = to_numpy(media.offsets)
+        self.media: NDArray[np.int32] = to_numpy(media.values.indices)
         self._names = media.values.dictionary
         self.media_count = len(self._names)
 
@@ -131,12 +156,16 @@ class RecordIndex:
         """Return an index of ``rows``, in that order. Its media keep their numbers."""
         if np.array_equal(rows, np.arange(len(self))):
             return self
-        return RecordIndex(self.table.take(pa.array(rows)))
+        return RecordIndex(self.table.take(to_arrow(rows)))
 
     def error(self, row: int) -> tuple[str, str]:
         """Return reason and detail of the RecordError of a bad row."""
         reason, detail = self._faults[row].as_py().decode("utf-8", "surrogatepass").split(" ", 1)
         return reason, detail
+
+    def shown(self, row: int) -> NDArray[np.int32]:
+        """Return the numbers of the images and videos that ``row`` shows, in order."""
+        return self.media[self.bounds[row] : self.bounds[row + 1]]
 
     def shown_media(self) -> Iterator[tuple[int, Medium]]:
         """Yield number and description of every image and video that a row shows, each once."""
@@ -146,7 +175,7 @@ class RecordIndex:
         """Yield number and description of images and videos."""
         for start in range(0, len(numbers), _SLICE):
             part = numbers[start : start + _SLICE]
-            for number, name in zip(part.tolist(), self._names.take(pa.array(part)).to_pylist(), strict=True):
+            for number, name in zip(part.tolist(), self._names.take(to_arrow(part)).to_pylist(), strict=True):
                 yield number, Medium.decode(name)
 
     def shows_any(self, is_wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -154,7 +183,3 @@ class RecordIndex:
         counts = np.zeros(len(self.media) + 1, np.int64)
         np.cumsum(is_wanted[self.media], out=counts[1:])
         return np.diff(counts[self.bounds]) > 0
-
-
-def _one_chunk(column: pa.ChunkedArray) -> Any:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -1,4 +1,4 @@
-"""One pass over the records of a source, by several processes if it is long; the result is kept in the cache."""
+"""Read the records of a source once, by several processes if there are many, and keep the result in the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from vlmpo.data.index.record_index import SCHEMA, Indices, Medium, RecordIndex, encode_fault, index_table, words_hash
+from vlmpo.data.index.record_index import (
+    Indices,
+    Medium,
+    RecordIndex,
+    Row,
+    encode_fault,
+    index_batch,
+    index_table,
+    words_hash,
+)
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
@@ -26,35 +35,37 @@ Progress = Callable[[int, int], None]
 
 
 class Readable(Protocol):
-    """Records that become pairs one by one."""
+    """Records that become pairs one by one.
+
+    Attributes:
+        stamp: state of the files behind the records when they were opened; None keeps nothing.
+        settings: JSON values: all else that decides how a record is read.
+        can_fork: whether forked processes may read the records.
+    """
+
+    stamp: Stamp | None
+    settings: tuple[Any, ...]
+    can_fork: bool
 
     def __len__(self) -> int: ...
 
-    def pair(self, index: int, need_rejected: bool) -> PreferencePair:
+    def pair(self, index: int) -> PreferencePair:
         """Read pair ``index``. Raises RecordError."""
 
 
 def scan(
     source: Readable,
     records: Indices,
-    need_rejected: bool,
     *,
-    stamp: Stamp | None,
-    settings: tuple[Any, ...],
-    can_fork: bool,
     cache: Cache,
-    progress: Progress | None = None,
-    waiting: Callable[[], None] | None = None,
+    progress: Progress,
+    waiting: Callable[[], None],
 ) -> RecordIndex:
-    """Return what is known of ``records``, from the cache or by reading them; the same by any number of processes.
+    """Return an index of ``records``, from the cache or by reading them; the same by any number of processes.
 
     Args:
-        source: what holds the records.
+        source: the records of a file or table.
         records: int64 [records], their numbers, ascending.
-        need_rejected: False for supervised fine-tuning.
-        stamp: state of the files behind the source when they were opened; None keeps nothing.
-        settings: JSON values: all else that decides how a record is read.
-        can_fork: whether forked processes may read the source.
         cache: where the result is kept.
         progress: called now and then with (records read, records in all).
         waiting: called if another process is reading the same source, before waiting for it.
@@ -65,33 +76,33 @@ def scan(
     def read() -> pa.Table:
         batches = []
         done = 0
-        each_rank_reads = stamp is None or cache.problem is not None
-        processes = _processes(each_rank_reads) if can_fork and total >= MIN_PARALLEL else 1
-        for batch in _read_all(source, records, need_rejected, processes):
+        each_rank_reads = source.stamp is None or cache.problem is not None
+        processes = _processes(each_rank_reads) if source.can_fork and total >= MIN_PARALLEL else 1
+        for batch in _read_all(source, records, processes):
             batches.append(batch)
             done += len(batch)
-            if progress is not None and done < total:
+            if done < total:
                 progress(done, total)
         table = index_table(batches)
         batches.clear()
         pa.default_memory_pool().release_unused()
         return table
 
-    table = cache.table("records", stamp, (*settings, need_rejected, len(source), part), read, waiting)
-    if progress is not None and total:
+    table = cache.table("records", source.stamp, (*source.settings, len(source), part), read, waiting)
+    if total:
         progress(total, total)
     return RecordIndex(table)
 
 
-def _read_all(source: Readable, records: Indices, need_rejected: bool, processes: int) -> Iterator[pa.RecordBatch]:
-    """Yield what is known of each _CHUNK records, in order."""
+def _read_all(source: Readable, records: Indices, processes: int) -> Iterator[pa.RecordBatch]:
+    """Yield a batch of the index for each _CHUNK records, in order."""
     chunks = [records[start : start + _CHUNK] for start in range(0, len(records), _CHUNK)]
     if processes == 1:
-        yield from (_read_records(source, chunk, need_rejected) for chunk in chunks)
+        yield from (_read_records(source, chunk) for chunk in chunks)
         return
     # Forked, the processes have the source already; one that dies raises here instead of leaving this one waiting.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _set_source, (source, need_rejected)) as pool:
+    with ProcessPoolExecutor(processes, context, _set_source, (source,)) as pool:
         try:
             yield from pool.map(_read_forked, chunks)
         except BaseException:
@@ -108,36 +119,31 @@ def _processes(each_rank_reads: bool) -> int:
     return max(1, min(cores // max(ranks, 1), _MAX_PROCESSES))
 
 
-_forked: tuple[Readable, bool] | None = None
+_forked: Readable | None = None
 
 
-def _set_source(source: Readable, need_rejected: bool) -> None:
+def _set_source(source: Readable) -> None:
     global _forked
-    _forked = source, need_rejected
+    _forked = source
 
 
 def _read_forked(records: Indices) -> pa.RecordBatch:
     assert _forked is not None
-    return _read_records(_forked[0], records, _forked[1])
+    return _read_records(_forked, records)
 
 
-def _read_records(source: Readable, records: Indices, need_rejected: bool) -> pa.RecordBatch:
+def _read_records(source: Readable, records: Indices) -> pa.RecordBatch:
     """Read a few records, into a row each."""
     rows = []
     for record in records.tolist():
         try:
-            pair = source.pair(record, need_rejected)
+            pair = source.pair(record)
         except RecordError as error:
-            row = {"record": record, "words": 0, "prompt": 0, "media": [], "fault": encode_fault(error)}
+            rows.append(Row(record, words=0, prompt=0, fault=encode_fault(error)))
         else:
             texts = [message.text for message in pair.prompt]
             media = [Medium.of(image) for image in pair.images]
             media += [Medium.of(video, "video") for video in pair.videos]
-            row = {
-                "record": record,
-                "words": words_hash(" ".join(texts)),
-                "prompt": stable_hash("text:" + "\n".join(texts)),
-                "media": [medium.encode() for medium in media],
-            }
-        rows.append(row)
-    return pa.RecordBatch.from_pylist(rows, SCHEMA)
+            prompt = stable_hash("text:" + "\n".join(texts))
+            rows.append(Row(record, words_hash(" ".join(texts)), prompt, media))
+    return index_batch(rows)

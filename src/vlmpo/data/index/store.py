@@ -1,4 +1,4 @@
-"""Tables that took long to make, kept as Arrow files in the cache folder: checked, mapped, shared by processes.
+"""Keep tables that took long to make as Arrow files in the cache folder: checked, mapped, shared by processes.
 
 The folder is ``$VLMPO_CACHE``, else ``vlmpo`` in ``$XDG_CACHE_HOME``, else ``~/.cache/vlmpo``. Any of it may be deleted
 at any time. A file is an Arrow IPC stream, whose schema metadata hold its key, and the checksum of it all. It appears
@@ -27,6 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlmpo import hashing
+from vlmpo.data.index.columns import to_arrow, to_numpy
 from vlmpo.hashing import content_hash
 
 Arrays = dict[str, NDArray[Any]]
@@ -60,7 +61,7 @@ def code_hash() -> str:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Files and the state they were seen in.
+    """Names files and the state they were seen in.
 
     An edit changes it if it changes a file's size or its time of modification or of change (which no program can set
     back), or, in files up to 64 MiB, any byte; in larger ones the first or last 64 KiB or one of 64 blocks of 4 KiB
@@ -107,25 +108,30 @@ def _short_hash(*parts: str) -> str:
     return content_hash("\0".join(parts), size=12)
 
 
+def ignore(*_: object) -> None:
+    """Do nothing; for callbacks that the caller does not give."""
+
+
 class Cache:
-    """Tables by what they were made from: files, their state, settings and code.
+    """Keeps tables by what they were made from: files, their state, settings and code.
 
     Attributes:
         problem: why the folder cannot be used; None as long as it can.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or cache_folder()
+    def __init__(self) -> None:
+        self.folder = cache_folder()
         self.problem: str | None = None
 
-    def notice(self) -> str | None:
-        """Return one line for the user if the folder cannot be used."""
+    @property
+    def notices(self) -> list[str]:
+        """Return one line for the user if the folder cannot be used, else none."""
         if self.problem is None:
-            return None
-        return (
+            return []
+        return [
             f"the cache folder {self.folder} cannot be used ({self.problem}): the data are read from the start every "
             "time; name another one in VLMPO_CACHE"
-        )
+        ]
 
     def table(
         self,
@@ -133,11 +139,11 @@ class Cache:
         stamp: Stamp | None,
         settings: Sequence[Any],
         make: Callable[[], pa.Table],
-        waiting: Callable[[], None] | None = None,
+        waiting: Callable[[], None] = ignore,
     ) -> pa.Table:
         """Return the table made from some files under some settings, from the cache or by ``make``, then kept.
 
-        If several processes want the same, one makes it and the others wait.
+        If several processes need the same table, one makes it and the others wait.
 
         Args:
             kind: what the table holds.
@@ -162,12 +168,15 @@ class Cache:
     def find(self, kind: str, stamp: Stamp | None, settings: Sequence[Any]) -> Arrays | None:
         """Return the arrays that :meth:`keep` left; None if there are none."""
         table = None if stamp is None else _read(*self._place(kind, stamp, settings))
-        return None if table is None else {name: table[name].to_numpy() for name in table.column_names}
+        return None if table is None else {name: to_numpy(table[name]) for name in table.column_names}
 
     def keep(self, kind: str, stamp: Stamp | None, settings: Sequence[Any], arrays: Arrays) -> None:
         """Keep arrays of one length made from some files under some settings, unless the files have changed."""
         if stamp is not None and stamp.holds():
-            self._write(*self._place(kind, stamp, settings), pa.table(arrays))
+            self._write(
+                *self._place(kind, stamp, settings),
+                pa.table({name: to_arrow(values) for name, values in arrays.items()}),
+            )
 
     def _place(self, kind: str, stamp: Stamp, settings: Sequence[Any]) -> tuple[Path, str]:
         """Return the file of an entry, and the key that it must hold."""
@@ -176,7 +185,7 @@ class Cache:
         return self.folder / f"{kind}-{_short_hash(*stamp.paths)}-{state}-{_short_hash(key)}.arrow", key
 
     @contextlib.contextmanager
-    def _lock(self, name: str, waiting: Callable[[], None] | None) -> Iterator[None]:
+    def _lock(self, name: str, waiting: Callable[[], None]) -> Iterator[None]:
         """Hold a lock that one process has at a time, and that the system releases if that process dies.
 
         On a file system without locks several processes may make the same thing, each whole.
@@ -195,8 +204,7 @@ class Cache:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if waiting is not None:
-                    waiting()
+                waiting()
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:

@@ -1,4 +1,4 @@
-"""Records in Arrow tables, through ``datasets``: Parquet files, saved folders, Hub names. Memory-mapped.
+"""Read records in Arrow tables, through ``datasets``: Parquet files, saved folders, Hub names. Memory-mapped.
 
 Images stay encoded; the encoder opens them. A row's origin is ``file.parquet:row 17``, counted from 0.
 """
@@ -20,7 +20,7 @@ _Result = TypeVar("_Result")
 
 
 class TableRecords:
-    """The rows of a ``datasets.Dataset`` as records.
+    """Reads the rows of a ``datasets.Dataset`` as records.
 
     Args:
         dataset: the rows.
@@ -101,9 +101,9 @@ def open_parquet(files: Sequence[str]) -> TableRecords:
     parts = _or_data_error(where, lambda: [(file, parquet.read_metadata(file).num_rows) for file in files])
     kind = "Parquet" if len(files) == 1 else f"Parquet, {len(files)} files"
     filled = [file for file, rows in parts if rows]
-    if not filled:
-        return TableRecords(datasets.Dataset.from_dict({}), kind, parts, files)
-    return TableRecords(_or_data_error(where, lambda: datasets.Dataset.from_parquet(filled)), kind, parts, files)
+    empty = datasets.Dataset.from_dict({})
+    rows = _or_data_error(where, lambda: datasets.Dataset.from_parquet(filled)) if filled else empty
+    return TableRecords(rows, kind, parts, files)
 
 
 def open_saved(folder: str, split: str | None) -> TableRecords:
@@ -116,7 +116,7 @@ def open_saved(folder: str, split: str | None) -> TableRecords:
         split = _choose_split(split, list(saved), folder)
         saved, label, kind = saved[split], f"{folder}[{split}]", f"{kind}, split {split}"
     elif split is not None:
-        raise DataError(f"{folder}: split: {split!r} is asked for, but one data set is saved here, without splits")
+        raise DataError(f"{folder}: split: one data set without splits is saved here; leave out {split!r}")
     return TableRecords(saved, kind, [(label, len(saved))], [file["filename"] for file in saved.cache_files])
 
 
@@ -154,7 +154,7 @@ def _or_data_error(where: str, action: Callable[[], _Result]) -> _Result:
         raise
     except Exception as error:
         cause = error
-        while isinstance(cause.__cause__, Exception):  # the outer errors of `datasets` only say that it failed
+        while isinstance(cause.__cause__, Exception):  # the outer errors of `datasets` name no cause
             cause = cause.__cause__
         detail = " ".join(str(cause).split())[:300]
         raise DataError(f"{where}: cannot be read ({type(cause).__name__}: {detail})") from error

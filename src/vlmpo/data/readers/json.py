@@ -1,4 +1,4 @@
-"""Records in JSON files: JSON Lines, and arrays of objects. Each is parsed when it is read.
+"""Read records in JSON files: JSON Lines, and arrays of objects. Each is parsed when it is read.
 
 Only the place of each record is held: where it starts and ends, and its line, 20 bytes. So three million lines cost
 60 MB. For a large file they are in the cache, and all processes map the same ones.
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vlmpo.data.index.columns import to_arrow, to_numpy
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import BOM, json_kind
 from vlmpo.errors import DataError, RecordError
@@ -32,7 +33,7 @@ _skip_spaces = re.compile(r"[ \t\r\n]*").match
 
 
 class JsonRecords:
-    """The records of one JSON file, opened on first use. Picklable; each process opens the file for itself.
+    """Reads the records of one JSON file, opened on first use. Picklable; each process opens the file for itself.
 
     Args:
         path: the file.
@@ -64,7 +65,7 @@ class JsonRecords:
         kind, find = ("array", find_elements) if self._is_array else ("lines", find_lines)
         make = functools.partial(find, self.path)
         places = make() if self._cache is None else self._cache.table(kind, self.stamp, [], make)
-        self._starts, self._ends, self._lines = (places[name].to_numpy() for name in ("start", "end", "line"))
+        self._starts, self._ends, self._lines = (to_numpy(places[name]) for name in ("start", "end", "line"))
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -95,7 +96,15 @@ class JsonRecords:
         file = self._file or self._open()
         start = int(self._starts[index])
         content = os.pread(file.fileno(), int(self._ends[index]) - start, start)
-        return _json_object(content, self.origin(index), "record" if self._is_array else "line")
+        unit, remedy = ("record", "write a JSON object") if self._is_array else ("line", "write one JSON object a line")
+        try:
+            record = json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            detail = f"the {unit} is not valid JSON in UTF-8 ({error}); {remedy}"
+            raise RecordError("bad_json", self.origin(index), detail) from error
+        if not isinstance(record, dict):
+            raise RecordError("bad_json", self.origin(index), f"the {unit} holds {json_kind(record)}; {remedy}")
+        return record
 
     def _open(self) -> FileIO:
         try:
@@ -122,10 +131,9 @@ def find_lines(path: str) -> pa.Table:
         while chunk := file.read(_CHUNK):
             chunk += file.readline()  # so that every chunk holds whole lines
             starts, ends = _chunk_lines(chunk)
-            is_blank = np.zeros(len(starts), np.bool_)
-            for index in np.flatnonzero(np.isin(np.frombuffer(chunk, np.uint8)[starts], _WHITESPACE)):
-                is_blank[index] = not chunk[starts[index] : ends[index]].strip()
-            kept = np.flatnonzero(~is_blank)
+            begins_blank = np.flatnonzero(np.isin(np.frombuffer(chunk, np.uint8)[starts], _WHITESPACE)).tolist()
+            blank = [index for index in begins_blank if not chunk[starts[index] : ends[index]].strip()]
+            kept = np.delete(np.arange(len(starts)), blank)
             parts.append(_places(starts[kept] + offset, ends[kept] + offset, kept + line))
             offset += len(chunk)
             line += len(starts)
@@ -133,8 +141,8 @@ def find_lines(path: str) -> pa.Table:
 
 
 def _places(starts: Any, ends: Any, lines: Any) -> pa.Table:
-    columns = [pa.array(starts, pa.int64()), pa.array(ends, pa.int64()), pa.array(lines, pa.uint32())]
-    return pa.table(columns, names=["start", "end", "line"])
+    columns = {"start": (starts, np.int64), "end": (ends, np.int64), "line": (lines, np.uint32)}
+    return pa.table({name: to_arrow(np.asarray(values, dtype)) for name, (values, dtype) in columns.items()})
 
 
 def _chunk_lines(chunk: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -193,16 +201,3 @@ def _end_of_spaces(text: str, at: int) -> int:
     match = _skip_spaces(text, at)
     assert match is not None  # it may be empty
     return match.end()
-
-
-def _json_object(raw: bytes, origin: str, unit: str = "line") -> dict[str, Any]:
-    """Parse one line (or another ``unit``) of JSON. Raises RecordError ``bad_json`` if it is not an object."""
-    remedy = "write one JSON object a line" if unit == "line" else "write a JSON object"
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        detail = f"the {unit} is not valid JSON in UTF-8 ({error}); {remedy}"
-        raise RecordError("bad_json", origin, detail) from error
-    if not isinstance(record, dict):
-        raise RecordError("bad_json", origin, f"the {unit} holds {json_kind(record)}; {remedy}")
-    return record

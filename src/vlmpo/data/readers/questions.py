@@ -1,4 +1,4 @@
-"""Files of questions with their answers, JSON Lines."""
+"""Read files of questions with their answers, JSON Lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmpo.hashing import content_hash
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of one file, in its order, and what was wrong with the other records.
+    """Holds the questions of one file, in its order, and the errors of the other records.
 
     Attributes:
         questions: questions, all with different ids.
@@ -100,7 +100,7 @@ def _question(record: dict[str, Any], root: str, origin: str, need_answer: bool)
         text = f"{IMAGE_PLACEHOLDER}\n{text}"
     elif placeholders != len(names):
         detail = (
-            f"`question` has {placeholders} {IMAGE_PLACEHOLDER} for {len(names)} images; write one where each stands"
+            f"`question` has {placeholders} {IMAGE_PLACEHOLDER} for {len(names)} images; write one at the place of each"
         )
         raise RecordError("placeholder_mismatch", origin, detail)
     answer = _answer(record, origin, need_answer)

@@ -1,4 +1,4 @@
-"""What the user names as data, settled: files, folders and Hub names, and the files of an MMPR ``meta.json``."""
+"""Resolve what the user names as data: files, folders, Hub names, and the sets of an MMPR ``meta.json``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -172,12 +171,12 @@ def _meta_specs(
                 near = difflib.get_close_matches(key, _META_KEYS, n=1)
                 meant = f"; did you mean {near[0]!r}?" if near else ""
                 notices.append(f"{where}: key {key!r} is not known and has no effect{meant}")
-        annotation = _resolve(path, entry.get("annotation"), f"{where}: annotation", "file", os.path.isfile)
+        annotation = _resolve(path, entry.get("annotation"), f"{where}: annotation", "file")
         if not annotation.lower().endswith(".jsonl"):
             raise DataError(f"{where}: annotation {annotation} is not a .jsonl file, one JSON object a line")
         root = os.path.dirname(annotation)
         if entry.get("root") is not None:
-            root = _resolve(path, entry["root"], f"{where}: root", "folder", os.path.isdir)
+            root = _resolve(path, entry["root"], f"{where}: root", "folder")
         set_tiles = _checked_tiles(entry.get("max_dynamic_patch"), f"{where}: max_dynamic_patch")
         specs.append(
             FileSpec(
@@ -197,7 +196,7 @@ def _read_meta(path: str) -> dict[str, Any]:
     def no_name_twice(items: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, times in Counter(name for name, _ in items).items():
             if times > 1:
-                raise DataError(f"{path}: {name!r} stands there {times} times, and JSON keeps only the last; rename it")
+                raise DataError(f"{path}: {name!r} is given {times} times, and JSON keeps only the last; rename it")
         return dict(items)
 
     try:
@@ -213,7 +212,7 @@ def _read_meta(path: str) -> dict[str, Any]:
     return meta
 
 
-def _resolve(meta_path: str, value: Any, where: str, kind: str, exists: Callable[[str], bool]) -> str:
+def _resolve(meta_path: str, value: Any, where: str, kind: Literal["file", "folder"]) -> str:
     """Find a path of a meta.json. MMPR's are relative to the folder above it; others' to its own folder or the cwd."""
     if not isinstance(value, str):
         raise DataError(f"{where}: must be a path, not {json_kind(value)}")
@@ -221,7 +220,7 @@ def _resolve(meta_path: str, value: Any, where: str, kind: str, exists: Callable
     bases = [""] if os.path.isabs(value) else [os.path.dirname(folder), folder, os.getcwd()]
     candidates = [os.path.join(base, value) for base in bases]
     for candidate in candidates:
-        if exists(candidate):
+        if os.path.isfile(candidate) if kind == "file" else os.path.isdir(candidate):
             return candidate
     raise DataError(f"{where}: no such {kind}; tried {', '.join(dict.fromkeys(candidates))}")
 
