@@ -19,7 +19,7 @@ from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import reads_images, tokenizer_of
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
-from vlmpo.generate.base import Generated, GenerationRequest, OnBad, Sampling
+from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import family_of
 from vlmpo.tree.forward import accepted
@@ -75,12 +75,13 @@ class LocalEngine:
         """Remarks on the chat template."""
         return self._encoder.notices
 
-    def generate(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None = None) -> Iterator[list[Generated]]:
-        """Yield the responses to each request, in order, a batch at a time. See :class:`vlmpo.generate.base.Engine`."""
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Result]:
+        """Yield the responses to each request, or its error, in order, a batch at a time."""
         for start in range(0, len(requests), self.batch_size):
-            yield from self._batch(requests[start : start + self.batch_size], on_bad)
+            yield from self._batch(requests[start : start + self.batch_size])
 
-    def _batch(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None) -> list[list[Generated]]:
+    def _batch(self, requests: Sequence[GenerationRequest]) -> list[Result]:
+        results: list[Result] = [[] for _ in requests]
         groups: dict[int, dict[int, EncodedPair]] = {}  # by number of samples: generate() takes one number for all
         for position, request in enumerate(requests):
             # Encode the prompt as a pair's prompt is; the one response only shows which token ends a turn.
@@ -88,15 +89,12 @@ class LocalEngine:
             try:
                 groups.setdefault(request.n, {})[position] = self._encoder.encode(pair)
             except RecordError as error:
-                if on_bad is None:
-                    raise
-                on_bad(request, error)
-        responses: list[list[Generated]] = [[] for _ in requests]
+                results[position] = error
         for group in groups.values():
             generated = self._generate([requests[position] for position in group], list(group.values()))
             for position, samples in zip(group, generated, strict=True):
-                responses[position] = samples
-        return responses
+                results[position] = samples
+        return results
 
     def _generate(self, requests: list[GenerationRequest], encoded: list[EncodedPair]) -> Iterator[list[Generated]]:
         """Yield the responses to requests of equally many samples."""
