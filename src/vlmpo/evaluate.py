@@ -25,7 +25,7 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to one question.
+    """Holds one answer to one question.
 
     Attributes:
         question: the question.
@@ -60,7 +60,7 @@ class Answer:
 def answer_questions(
     engine: Engine, questions: Sequence[Question], style: str, verifier: str = "auto"
 ) -> tuple[list[Answer], list[RecordError]]:
-    """Answer each question once and judge the answers; return also why other questions could not be asked.
+    """Answer each question once and judge the answers; return also the errors of unusable questions.
 
     Args:
         engine: answers. It should take the most likely tokens (temperature 0).

@@ -1,4 +1,4 @@
-"""The file of generated responses: appended to in whole questions, so that a killed run can continue."""
+"""Keeps generated responses in a file, whole questions at a time, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _parse(path: Path, content: bytes) -> Iterator[tuple[str, Response]]:
 
 
 class ResponseFile:
-    """A file of responses, locked while it is open: one process at a time may write to it.
+    """Appends to a file of responses, locked while it is open: one process at a time may write to it.
 
     Args:
         path: the file. It is created if it does not exist; a last line that a kill cut off is removed.
@@ -125,7 +125,7 @@ class ResponseFile:
             if index not in known
         ]
         lines = [json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in new]
-        # Half of a surrogate pair, which a server's JSON may contain, has no UTF-8.
+        # A server's JSON may contain half of a surrogate pair, which has no UTF-8 encoding.
         self._file.write("".join(lines).encode("utf-8", "replace"))
         self._file.flush()
         os.fsync(self._file.fileno())

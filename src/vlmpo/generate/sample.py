@@ -25,8 +25,8 @@ class SampleReport:
 
     Attributes:
         read: records in the file of questions.
-        questions: of these, the ones that can be asked.
-        dropped: errors of the records that cannot be used or asked.
+        questions: of these, the usable ones.
+        dropped: errors of the records and requests that cannot be used.
         before: responses that were in the file already.
         written: responses added.
         repaired: bytes removed because a kill had cut off their line.
@@ -88,7 +88,7 @@ def sample_missing(
 
     Args:
         engine: generates. Each batch of which anything is missing is generated whole (see ``incomplete_batches``).
-        questions: all questions, those already answered too.
+        questions: all questions, also those already answered.
         file: the responses are appended to it, question by question.
         report: the run's counts.
         style: prompt style or template.

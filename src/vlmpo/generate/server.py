@@ -1,4 +1,4 @@
-"""Generation through an OpenAI-compatible chat server: vLLM, SGLang, LMDeploy, ``transformers serve``."""
+"""Generates through an OpenAI-compatible chat server: vLLM, SGLang, LMDeploy, ``transformers serve``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REFUSED = {400, 413, 422}
 
 
 class _TransientError(Exception):
-    """A failure that may pass: try again, after ``wait`` seconds if the server gave a time."""
+    """Raised for a failure that may pass: try again, after ``wait`` seconds if the server gave a time."""
 
     def __init__(self, cause: str, wait: float | None = None) -> None:
         super().__init__(cause)
@@ -39,7 +39,7 @@ class _TransientError(Exception):
 
 
 class _RefusalError(Exception):
-    """The server cannot take this request."""
+    """Raised if the server refuses this one request."""
 
 
 class ServerEngine:

@@ -1,4 +1,4 @@
-"""Preference pairs without a checkable answer: DropoutNTP (MPO paper, section 3).
+"""Makes preference pairs without a checkable answer: DropoutNTP (MPO paper, section 3).
 
 Chosen is the response. Its first half is kept and continued by the model WITHOUT the image; kept half and continuation
 together are rejected, since a model that cannot see the image tends to make things up.
@@ -114,7 +114,7 @@ def cut_words(text: str, keep: float) -> str | None:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A response and the part of it that is kept."""
+    """Holds a response and the part of it that is kept."""
 
     question: Question
     response: Response
@@ -122,7 +122,7 @@ class _Cut:
 
     @property
     def key(self) -> str:
-        """Name of the continuation, different for every response, prompt and kept part."""
+        """Return the continuation's name, different for every response, prompt and kept part."""
         content = "\0".join([self.response.model, prompt_of(self.question, self.response), self.kept])
         return f"{self.question.id}/{self.response.sample_index}/{prompt_hash(content)}"
 

@@ -16,6 +16,7 @@ from vlmpo.data.encode.fast_processor import fast_processor
 from vlmpo.data.encode.images import open_image
 from vlmpo.data.encode.pixels import AS_BYTES, PixelScale, pixel_scale
 from vlmpo.data.encode.processors import (
+    Size,
     image_token_id,
     media_ids,
     reads_images,
@@ -248,7 +249,8 @@ class PairEncoder:
         """Open the images of ``pair`` and put them and the rendered ``prompt`` through the processor."""
         text_kwargs = {"add_special_tokens": self._adds_special_tokens(prompt), "truncation": False, "padding": False}
         images = [open_image(image, pair.origin) for image in pair.images]
-        images_kwargs = tile_settings(self.processor, self.tiles_of(pair), images)
+        sizes = [Size(image.height, image.width) for image in images]
+        images_kwargs = tile_settings(self.processor, self.tiles_of(pair), sizes)
         if self.pixel_scale is not None:
             images_kwargs |= AS_BYTES
         try:
