@@ -17,10 +17,7 @@ from vlmpo.stats import paired_bootstrap, wilson
 from vlmpo.verifiers.verifiers import verify
 
 # Names of the figures of `summarise`; * is the name of a verifier.
-FIGURES = (
-    *("items", "accuracy", "low", "high", "wrong", "unparsed", "cut", "mean_tokens"),
-    *("accuracy/*", "items/*"),
-)
+FIGURES = ("items", "accuracy", "low", "high", "wrong", "unparsed", "cut", "mean_tokens", "accuracy/*", "items/*")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from vlmpo.data.encode.chat_template import content_of
+from vlmpo.data.encode.chat_template import check_placeholders, content_of
 from vlmpo.data.encode.images import open_image
 from vlmpo.data.records import IMAGE_PLACEHOLDER
 from vlmpo.errors import RecordError, RunError
@@ -201,17 +201,14 @@ def _collect(samples: list[Future[Generated]] | RecordError) -> Result:
 
 def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
     """Return the turns in the server's form, each image at the place of its placeholder."""
-    placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in request.messages)
-    if placeholders != len(request.images):
-        detail = f"the prompt has {placeholders} {IMAGE_PLACEHOLDER} for {len(request.images)} images"
-        raise RecordError("placeholder_mismatch", request.origin, f"{detail}; write one at the place of each image")
+    check_placeholders(request.messages, IMAGE_PLACEHOLDER, request.images, request.origin)
     images = iter(request.images)
     turns: list[dict[str, Any]] = []
     for message in request.messages:
         content: Any = message.text
         if IMAGE_PLACEHOLDER in message.text:
             content = [
-                _image_item(next(images), request.origin) if item["type"] == "image" else {**item}
+                _image_item(next(images), request.origin) if item["type"] == "image" else item
                 for item in content_of(message.text)
             ]
         turns.append({"role": message.role, "content": content})
