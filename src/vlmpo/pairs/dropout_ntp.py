@@ -62,7 +62,6 @@ def pair_dropout_ntp(
         for cut in _cuts(question, grouped.get(question.id, []), keep, seed, max_pairs, report)
     ]
     continued = dict(known or {})
-
     to_continue = incomplete_batches(cuts, engine.batch_size, lambda cut: cut.key in continued)
     with Progress("continuing without images", len(to_continue), "responses") as progress:
         results = engine.generate([cut.request(seed) for cut in to_continue])

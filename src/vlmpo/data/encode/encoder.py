@@ -88,7 +88,7 @@ class PairEncoder:
         over_long: ``drop`` refuses a longer pair; ``cut`` cuts the ends of its responses off, never the prompt's.
         max_tiles: tiles the images of a pair may take together, thumbnails not counted; a pair's own ``max_tiles`` may
             lower it. Each image may take its share, at least one. For a model that reads images whole, at their own
-            shape (Qwen-VL), a tile means 448 x 448 pixels. Has no effect on other models, which ``notices`` then holds.
+            shape (Qwen-VL), a tile means 448 x 448 pixels. Has no effect on other models: see ``notices``.
         need_rejected: False for supervised fine-tuning: the rejected response is ignored.
         video_frames: most images that a video becomes.
 
@@ -125,7 +125,6 @@ class PairEncoder:
         self.media_ids = media_ids(processor)
         self._media_tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.media_ids))
         self._image_token_id = image_token_id(processor)
-        self._tile_notice = tile_notice(processor, max_tiles)
         probe = self._chat.render([Message("user", "?")], [PROBE], origin="")
         self._tokenize_responses = response_tokenizer(self._tokenizer, probe.prompt)
         self._prompt_cache = PromptCache()
@@ -134,7 +133,8 @@ class PairEncoder:
     @property
     def notices(self) -> list[str]:
         """Return what the user should know about the chat template and the image processor, each remark once."""
-        return [*self._chat.notices, *([self._tile_notice] if self._tile_notice else [])]
+        of_tiles = tile_notice(self.processor, self.max_tiles)
+        return [*self._chat.notices, *([of_tiles] if of_tiles else [])]
 
     def for_loader(self) -> PairEncoder:
         """Return a faster encoder of the same pairs, for a data loader.
