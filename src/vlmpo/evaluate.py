@@ -6,26 +6,23 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 from vlmpo.data.records import Question, Verdict
 from vlmpo.errors import RecordError
 from vlmpo.generate.base import Engine
 from vlmpo.generate.prompts import request_for
+from vlmpo.hashing import content_hash
 from vlmpo.stats import paired_bootstrap, wilson
 from vlmpo.verifiers.verifiers import verify
 
 # Names of the figures of `summarise`; * is the name of a verifier.
-FIGURES = (
-    *("items", "accuracy", "low", "high", "wrong", "unparsed", "cut", "mean_tokens"),
-    *("accuracy/*", "items/*"),
-)
+FIGURES = ("items", "accuracy", "low", "high", "wrong", "unparsed", "cut", "mean_tokens", "accuracy/*", "items/*")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to one question.
+    """Holds one answer to one question.
 
     Attributes:
         question: the question.
@@ -60,7 +57,7 @@ class Answer:
 def answer_questions(
     engine: Engine, questions: Sequence[Question], style: str, verifier: str = "auto"
 ) -> tuple[list[Answer], list[RecordError]]:
-    """Answer each question once and judge the answers; return also why other questions could not be asked.
+    """Answer each question once and judge the answers; return also the errors of unusable questions.
 
     Args:
         engine: answers. It should take the most likely tokens (temperature 0).
@@ -69,11 +66,13 @@ def answer_questions(
         verifier: see :func:`vlmpo.verify`.
     """
     dropped: list[RecordError] = []
-    requests = [request_for(question, style) for question in questions]
-    responses = engine.generate(requests, on_bad=lambda _, error: dropped.append(error))
     answers = []
-    for question, generated in zip(questions, responses, strict=True):
-        for response in generated:
+    results = engine.generate([request_for(question, style) for question in questions])
+    for question, result in zip(questions, results, strict=True):
+        if isinstance(result, RecordError):
+            dropped.append(result)
+            continue
+        for response in result:
             verdict = verify(response.text, question.answer, question.verifier or verifier)
             answers.append(Answer(question, response.text, response.finish_reason, verdict))
     return answers, dropped
@@ -137,4 +136,4 @@ def compare(answers: Sequence[Answer], others: Sequence[Answer], seed: int = 0) 
 def short_name(path: str) -> str:
     """Shorten a model's path for a table: its last two parts, cut and with a few hash digits if they are long."""
     name = "/".join([part for part in re.split(r"[\\/]", path) if part][-2:])
-    return name if len(name) <= 40 else f"{name[:32]}-{blake2b(path.encode(), digest_size=3).hexdigest()}"
+    return name if len(name) <= 40 else f"{name[:32]}-{content_hash(path, size=3)}"

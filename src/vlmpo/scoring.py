@@ -1,4 +1,4 @@
-"""How likely a model finds the responses of preference pairs, outside of any training run."""
+"""Computes the log-probabilities of the responses of preference pairs, outside of any training run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _rows(encoder: PairEncoder, pairs: Any, shared: bool, max_tokens: int) -> It
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module of ``model`` into evaluation for the time of a ``with`` block."""
+    """Put every module of ``model`` into evaluation mode during a ``with`` block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

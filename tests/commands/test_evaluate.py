@@ -28,13 +28,12 @@ class Told:
         self.answers = answers
         self.notices: list[str] = []
 
-    def generate(self, requests: Any, on_bad: Any = None) -> Any:
+    def generate(self, requests: Any) -> Any:
         for request in requests:
             assert request.n == 1
             told = next(v for k, v in self.answers.items() if k in request.messages[0].text)
             if told is None:
-                on_bad(request, RecordError("undecodable_image", request.origin, "broken"))
-                yield []
+                yield RecordError("undecodable_image", request.origin, "broken")
             else:
                 yield [Generated(told, "length" if told.endswith("...") else "stop")]
 

@@ -30,7 +30,7 @@ from vlmpo.commands.sample import MANIFEST_FILE, open_engine, sample
 from vlmpo.data.records import Response
 from vlmpo.errors import DataError, RecipeError, RunError
 from vlmpo.generate import server
-from vlmpo.generate.responses import RESPONSES_FILE, ResponseFile, read_responses
+from vlmpo.generate.responses import RESPONSES_FILE, open_responses, read_responses
 from vlmpo.generate.sample import SampleReport
 from vlmpo.recipe_yaml import dump_recipe, load_recipe, parse_recipe
 
@@ -291,7 +291,7 @@ def test_a_question_that_changed_under_its_id_is_noticed(tmp_path, checkpoint):
 def test_two_runs_cannot_write_at_once(tmp_path, checkpoint):
     recipe = load_recipe(write(tmp_path, checkpoint, 2))
     with (
-        ResponseFile(tmp_path / "out" / RESPONSES_FILE, "m", {}),
+        open_responses(tmp_path / "out" / RESPONSES_FILE, "m", {}),
         pytest.raises(RunError, match="another vlmpo sample is writing"),
     ):
         sample(recipe)

@@ -6,6 +6,7 @@ import base64
 import io
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from vlmpo.data.records import Message
 from vlmpo.errors import RecordError, RunError
 from vlmpo.generate import local as engines
 from vlmpo.generate import server
-from vlmpo.generate.base import Generated, GenerationRequest, Sampling
+from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
 from vlmpo.generate.local import LocalEngine, draw_tokens
 from vlmpo.generate.server import ServerEngine
 from vlmpo.models.families import Family
@@ -281,20 +282,20 @@ def bad_requests() -> list[GenerationRequest]:
     ]
 
 
+def reasons(results: Iterable[Result]) -> list[tuple[str, str]]:
+    return [(error.origin, error.reason) for error in results if isinstance(error, RecordError)]
+
+
 REASONS = [("q:2", "missing_image"), ("q:3", "undecodable_image"), ("q:4", "placeholder_mismatch")]
 
 
 def test_bad_requests_are_reported_and_the_others_answered():
-    bad: list[tuple[str, str]] = []
-    answers = list(engine().generate(bad_requests(), lambda asked, error: bad.append((asked.origin, error.reason))))
-    expected = list(engine().generate([bad_requests()[0], bad_requests()[-1]]))
-    assert answers == [expected[0], [], [], [], expected[1]]
-    assert bad == REASONS
-    assert list(engine().generate(bad_requests()[1:4], lambda *_: None)) == [[], [], []]
-    with pytest.raises(RecordError, match=r"q:2: image no/such\.png does not exist"):
-        list(engine().generate(bad_requests()))
-    with pytest.raises(RecordError, match="image_token_in_prompt"):
-        list(engine().generate([request("what is <IMG_CONTEXT>?")]))
+    first, *bad, last = engine().generate(bad_requests())
+    assert [first, last] == list(engine().generate([bad_requests()[0], bad_requests()[-1]]))
+    assert reasons(bad) == REASONS
+    assert str(bad[0]).startswith("q:2: image no/such.png does not exist")
+    assert reasons(engine().generate(bad_requests()[1:4])) == REASONS
+    assert reasons(engine().generate([request("what is <IMG_CONTEXT>?")])) == [("q:1", "image_token_in_prompt")]
 
 
 # ---- the server engine ----
@@ -414,25 +415,20 @@ def test_a_request_the_server_refuses_is_that_records_fault(status):
         return Reply({"message": "context is 8192"}, status) if is_long else says("yes")
 
     asked = [request("one?"), request("long", n=2, origin="q:2"), request("three?")]
-    bad: list[str] = []
     with chat_server(answer) as there:
-        answers = list(served(there.url).generate(asked, lambda _, error: bad.append(str(error))))
-        with pytest.raises(RecordError, match="server_refused"):
-            list(served(there.url).generate(asked))
-    assert [[a.text for a in texts] for texts in answers] == [["yes"], [], ["yes"]]
-    assert len(bad) == 1
-    assert bad[0].startswith("q:2: ")
-    assert "context is 8192" in bad[0]
+        first, bad, last = served(there.url).generate(asked)
+    assert first == last == [Generated("yes", "stop")]
+    assert reasons([bad]) == [("q:2", "server_refused")]
+    assert str(bad).startswith("q:2: ")
+    assert "context is 8192" in str(bad)
 
 
 def test_a_server_gets_no_bad_request():
-    bad: list[tuple[str, str]] = []
     with chat_server(lambda *_: says("yes")) as there:
-        answers = list(
-            served(there.url).generate(bad_requests(), lambda asked, error: bad.append((asked.origin, error.reason)))
-        )
-    assert [len(texts) for texts in answers] == [1, 0, 0, 0, 1]
-    assert bad == REASONS
+        first, *bad, last = served(there.url).generate(bad_requests())
+    assert first == last == [Generated("yes", "stop")]
+    assert len(bad) == 3
+    assert reasons(bad) == REASONS
     assert len(there.seen) == 2
 
 

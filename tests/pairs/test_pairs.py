@@ -29,7 +29,7 @@ from vlmpo.data.readers.questions import read_questions
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Message, Question, Response
 from vlmpo.errors import RecordError
-from vlmpo.generate.base import Engine, Generated, GenerationRequest, OnBad, Sampling
+from vlmpo.generate.base import Engine, Generated, GenerationRequest, Result, Sampling
 from vlmpo.generate.local import LocalEngine
 from vlmpo.generate.prompts import prompt_hash, prompt_text
 from vlmpo.generate.responses import read_responses
@@ -363,17 +363,15 @@ class Recorder:
         self.requests: list[GenerationRequest] = []
         self.notices: list[str] = []
 
-    def generate(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None = None) -> Iterator[list[Generated]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Result]:
         self.requests += requests
         if self.inner is not None:
-            yield from self.inner.generate(requests, on_bad)
+            yield from self.inner.generate(requests)
             return
         for request in requests:
             said = self.says(request.prefix)
             if isinstance(said, RecordError):
-                assert on_bad is not None
-                on_bad(request, said)
-                yield []
+                yield said
             else:
                 yield [Generated(said.removesuffix("..."), "length" if said.endswith("...") else "stop")]
 

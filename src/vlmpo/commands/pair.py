@@ -10,7 +10,7 @@ from vlmpo.data.readers.questions import read_questions
 from vlmpo.errors import DataError
 from vlmpo.fileio import replace_json, replace_json_lines
 from vlmpo.generate.base import Generated
-from vlmpo.generate.responses import RESPONSES_FILE, ResponseFile, read_responses
+from vlmpo.generate.responses import RESPONSES_FILE, open_responses, read_responses
 from vlmpo.log import print_line, print_table
 from vlmpo.pairs.correctness import pair_correctness
 from vlmpo.pairs.dropout_ntp import pair_dropout_ntp
@@ -67,7 +67,7 @@ def dropout_ntp(recipe: Recipe) -> PairingReport:
     questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
     responses = read_responses(folder / RESPONSES_FILE)
     engine = open_engine(recipe)
-    with ResponseFile(folder / CONTINUATIONS_FILE, engine.name, sampling_settings(recipe)) as file:
+    with open_responses(folder / CONTINUATIONS_FILE, engine.name, sampling_settings(recipe)) as file:
         records, report = pair_dropout_ntp(
             questions.questions,
             responses,

@@ -15,7 +15,7 @@ from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason
 from vlmpo.fileio import replace_json
 from vlmpo.generate.base import Engine, Sampling
 from vlmpo.generate.local import LocalEngine
-from vlmpo.generate.responses import RESPONSES_FILE, ResponseFile
+from vlmpo.generate.responses import RESPONSES_FILE, ResponseFile, open_responses
 from vlmpo.generate.sample import SampleReport, check_prompts, identical_warning, is_complete, sample_missing
 from vlmpo.generate.server import ServerEngine
 from vlmpo.log import print_line
@@ -45,7 +45,7 @@ def sample(recipe: Recipe) -> SampleReport:
     name = recipe.model.path if engine is None else engine.name
     settings = sampling_settings(recipe)
     manifest = {"model": name, "weights": _weights_hash(recipe), "settings": settings, "build": build.model_dump()}
-    with ResponseFile(folder / RESPONSES_FILE, name, settings) as file:
+    with open_responses(folder / RESPONSES_FILE, name, settings) as file:
         _check_weights(folder / MANIFEST_FILE, manifest, file)
         check_prompts(file, questions.questions, build.prompt)
         report.before = sum(len(indices) for indices in file.done.values())

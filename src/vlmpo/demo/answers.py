@@ -1,4 +1,4 @@
-"""Answers of the demo's model: generated, parsed, marked against the truth, and paired."""
+"""Generates the demo model's answers, parses them, marks them against the truth and pairs them."""
 
 from __future__ import annotations
 

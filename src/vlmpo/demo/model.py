@@ -1,4 +1,4 @@
-"""The demo's model: an InternVL of 0.6 million weights, with a word-level tokenizer for the demo's sentences."""
+"""Builds the demo's model: an InternVL of 0.6 million weights, with a word-level tokenizer for the demo's sentences."""
 
 from __future__ import annotations
 

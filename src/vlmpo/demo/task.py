@@ -1,4 +1,4 @@
-"""The demo's visual task: small drawings of nine cells, and sums over what is counted in them.
+"""Draws the demo's visual task: small drawings of nine cells, and sums over what is counted in them.
 
 A scene is nine cells, each empty or one of three colours times three shapes. A question adds or subtracts two counts,
 each over one row or column. A worked answer counts aloud and then computes; a direct answer is its last sentence
@@ -60,7 +60,7 @@ def render(scene: Scene) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Says what is counted (one of KINDS) and where (one of LINES)."""
+    """Counts one of KINDS over one of LINES."""
 
     kind: str
     line: str
@@ -98,23 +98,23 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The user's request."""
+        """Return the user's request."""
         return f"Count {self.left} {'plus' if self.add else 'minus'} {self.right} ."
 
     @property
     def truth(self) -> int:
-        """The right answer, 0 to LARGEST_ANSWER."""
+        """Return the right answer, 0 to LARGEST_ANSWER."""
         left, right = self.left.of(self.scene), self.right.of(self.scene)
         return left + right if self.add else left - right
 
     @property
     def direct(self) -> str:
-        """The answer alone."""
+        """Return the answer alone."""
         return f"Final answer: {self.truth} ."
 
     @property
     def worked(self) -> str:
-        """The answer that counts aloud, computes, and ends as the direct one."""
+        """Return the answer that counts aloud, computes, and ends as the direct one."""
         left, right = self.left.of(self.scene), self.right.of(self.scene)
         computed = f"{left} {'+' if self.add else '-'} {right} = {self.truth} ."
         return f"{self.left.aloud(self.scene)} {self.right.aloud(self.scene)} {computed} {self.direct}"
@@ -122,7 +122,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A supervised example: a scene, the request and the answer."""
+    """Holds a supervised example: a scene, the request and the answer."""
 
     scene: Scene
     request: str
@@ -130,7 +130,7 @@ class Lesson:
 
 
 class Lessons:
-    """Supervised examples in the trainer's form; an image is drawn when its example is read."""
+    """Holds supervised examples as pairs; an image is drawn when its example is read."""
 
     def __init__(self, lessons: Sequence[Lesson]) -> None:
         self.lessons = lessons
@@ -146,12 +146,6 @@ class Lessons:
 def prompt(request: str) -> tuple[Message, ...]:
     """Return the one user turn: the image, then the request."""
     return (Message("user", f"{IMAGE_PLACEHOLDER}\n{request}"),)
-
-
-def caption(scene: Scene, lines: Sequence[str]) -> Lesson:
-    """Describe ``lines``, in that order: ``top-row: red-circle empty blue-square . left-column: ...``."""
-    descriptions = (f"{line}: {' '.join(scene[place] for place in LINES[line])} ." for line in lines)
-    return Lesson(scene, f"Describe {' and '.join(lines)} .", " ".join(descriptions))
 
 
 class SceneSource:
@@ -190,8 +184,13 @@ class SceneSource:
         return [self.question() for _ in range(number)]
 
     def captions(self, number: int) -> list[Lesson]:
-        """Draw descriptions of all six lines, in an order that the request names."""
-        return [caption(self.scene(), self._lines()) for _ in range(number)]
+        """Draw descriptions of all six lines, in the request's order: ``top-row: empty blue-square empty . ...``."""
+        lessons = []
+        for _ in range(number):
+            scene, lines = self.scene(), self._lines()
+            descriptions = [f"{line}: {' '.join(scene[place] for place in LINES[line])} ." for line in lines]
+            lessons.append(Lesson(scene, f"Describe {' and '.join(lines)} .", " ".join(descriptions)))
+        return lessons
 
     def answers(self, number: int, direct_sums: float = 0.0, direct_differences: float = 0.0) -> list[Lesson]:
         """Draw answered questions; these shares of the sums and differences are answered directly, the rest worked."""

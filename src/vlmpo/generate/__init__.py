@@ -1,4 +1,4 @@
-"""Responses from a model, here or at a server."""
+"""Generates responses, with a model here or at a server."""
 
 from vlmpo.torchvision_shim import ensure_torchvision
 

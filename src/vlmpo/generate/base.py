@@ -1,4 +1,4 @@
-"""What an engine is: it takes requests, each a prompt and a number of samples, and returns responses."""
+"""Defines engines: they take requests, each a prompt and a number of samples, and return responses."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Says how a token is drawn from the model's distribution, which is not changed in any other way.
+    """Holds how a token is drawn from the model's distribution, which is not changed in any other way.
 
     Attributes:
-        temperature: 0 takes the most likely token.
+        temperature: at 0, the most likely token is taken.
         top_p: keep the fewest of the most likely tokens that together have this probability.
         max_new_tokens: limit on a response's tokens, end of turn included.
     """
@@ -60,7 +60,8 @@ class Sampling:
 
 
 Item = TypeVar("Item")
-OnBad = Callable[[GenerationRequest, RecordError], None]
+# All responses to a request, or why it cannot be processed, e.g. because an image cannot be read.
+Result = list[Generated] | RecordError
 
 
 class Engine(Protocol):
@@ -69,7 +70,7 @@ class Engine(Protocol):
     Attributes:
         name: the model that answers, for the records.
         batch_size: number of requests processed together. Only the same groups give exactly the same responses again.
-        notices: remarks for the user, each stated once.
+        notices: remarks for the user, each once.
     """
 
     name: str
@@ -78,14 +79,8 @@ class Engine(Protocol):
     @property
     def notices(self) -> list[str]: ...
 
-    def generate(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None = None) -> Iterator[list[Generated]]:
-        """Yield the responses to each request, in order, as they are ready.
-
-        Args:
-            requests: what to answer.
-            on_bad: called with a request that cannot be processed (e.g. its image cannot be read) and its error; that
-                request gets an empty list. Without it the RecordError is raised.
-        """
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Result]:
+        """Yield the responses to each request, or its error, in order, as they are ready."""
         ...
 
 

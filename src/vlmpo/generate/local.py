@@ -1,4 +1,4 @@
-"""Generation with a model in this process, through transformers."""
+"""Generates with a model in this process, through transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import reads_images, tokenizer_of
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
-from vlmpo.generate.base import Generated, GenerationRequest, OnBad, Sampling
+from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import family_of
 from vlmpo.tree.forward import accepted
@@ -33,8 +33,8 @@ class LocalEngine:
     repetition penalty.
 
     Each response is drawn with random numbers of its own, so that neither the other requests nor the global seed
-    change it. What remains is rounding: in a batch of another shape, logits differ in their last bits, which now and
-    then decides a near tie. The same requests in the same batches give the same responses on the same machine.
+    change it. Only rounding remains: in a batch of another shape, logits differ in their last bits, which now and then
+    decide a near tie. The same requests in the same batches give the same responses on the same machine.
 
     Args:
         model: the model, on its device; vlmpo's attention may be installed in it.
@@ -72,31 +72,29 @@ class LocalEngine:
 
     @property
     def notices(self) -> list[str]:
-        """Remarks on the chat template."""
+        """Return remarks on the chat template."""
         return self._encoder.notices
 
-    def generate(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None = None) -> Iterator[list[Generated]]:
-        """Yield the responses to each request, in order, a batch at a time. See :class:`vlmpo.generate.base.Engine`."""
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Result]:
+        """Yield the responses to each request, or its error, in order, a batch at a time."""
         for start in range(0, len(requests), self.batch_size):
-            yield from self._batch(requests[start : start + self.batch_size], on_bad)
+            yield from self._batch(requests[start : start + self.batch_size])
 
-    def _batch(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None) -> list[list[Generated]]:
+    def _batch(self, requests: Sequence[GenerationRequest]) -> list[Result]:
+        results: list[Result] = [[] for _ in requests]
         groups: dict[int, dict[int, EncodedPair]] = {}  # by number of samples: generate() takes one number for all
         for position, request in enumerate(requests):
-            # Encode the prompt as a pair's prompt is; the one response only shows which token ends a turn.
+            # Encode the prompt as a pair's prompt is; the one response is there for the token that ends a turn.
             pair = PreferencePair(request.messages, request.images, chosen=PROBE, rejected=None, origin=request.origin)
             try:
                 groups.setdefault(request.n, {})[position] = self._encoder.encode(pair)
             except RecordError as error:
-                if on_bad is None:
-                    raise
-                on_bad(request, error)
-        responses: list[list[Generated]] = [[] for _ in requests]
+                results[position] = error
         for group in groups.values():
             generated = self._generate([requests[position] for position in group], list(group.values()))
             for position, samples in zip(group, generated, strict=True):
-                responses[position] = samples
-        return responses
+                results[position] = samples
+        return results
 
     def _generate(self, requests: list[GenerationRequest], encoded: list[EncodedPair]) -> Iterator[list[Generated]]:
         """Yield the responses to requests of equally many samples."""
@@ -111,7 +109,7 @@ class LocalEngine:
         if not is_greedy:
             seeds = [(request.seed, index) for request in requests for index in range(samples)]
             draw.append(_Draw(self._sampling, seeds, length))
-        # A turn ends as the model's own settings say, or as a scored response does.
+        # A turn ends with one of the tokens in the model's settings, or as a scored response does.
         eos = self._model.generation_config.eos_token_id
         ends = sorted({int(encoded[0].chosen_ids[-1]), *([eos] if isinstance(eos, int) else eos or [])})
         pad_id = self._tokenizer.pad_token_id
@@ -162,7 +160,7 @@ class LocalEngine:
 
 
 class _Draw(LogitsProcessor):
-    """Leaves in each row only the token drawn here, so that generate() has no choice.
+    """Leaves in each row only the token drawn here, so that generate() can take no other.
 
     A row's uniform random numbers are made beforehand from its own seed; the token is where the number falls in the
     cumulative distribution. Neither the device's generator nor the other rows change it.

@@ -1,13 +1,13 @@
-"""How a question is put to the model, and the hashes and seeds derived from a prompt."""
+"""Writes the prompt that puts a question to the model, and the hashes and seeds derived from it."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question
 from vlmpo.errors import RecipeError
 from vlmpo.generate.base import GenerationRequest
+from vlmpo.hashing import content_hash, stable_hash
 from vlmpo.settings import PROMPT_STYLES, QUESTION_FIELD
 
 _TEMPLATES = {
@@ -46,16 +46,16 @@ def prompt_text(question: Question, style: str) -> str:
 
 def prompt_hash(prompt: str) -> str:
     """Return 16 hex digits that identify a prompt, the same in every process."""
-    return hashlib.blake2b(prompt.encode("utf-8"), digest_size=8).hexdigest()
+    return content_hash(prompt, size=8)
 
 
 def seed_for(seed: int, name: str) -> int:
     """Return a 64-bit seed that depends on ``seed`` and ``name`` alone, the same in every process."""
-    return int(prompt_hash(f"{seed}:{name}"), 16)
+    return stable_hash(f"{seed}:{name}")
 
 
 def request_for(question: Question, style: str, *, n: int = 1, seed: int = 0) -> GenerationRequest:
-    """Make the request for ``n`` responses to ``question``, put to the model as ``style`` says."""
+    """Make the request for ``n`` responses to ``question``, put to the model in ``style``."""
     return GenerationRequest(
         messages=(Message("user", prompt_text(question, style)),),
         images=question.images,

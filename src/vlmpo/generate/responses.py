@@ -1,4 +1,4 @@
-"""The file of generated responses: appended to in whole questions, so that a killed run can continue."""
+"""Keeps generated responses in a file, whole questions at a time, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from vlmpo.data.records import Response
 from vlmpo.errors import DataError, RunError
@@ -42,49 +42,53 @@ def _parse(path: Path, content: bytes) -> Iterator[tuple[str, Response]]:
             raise DataError(f"{path}:{number}: not a response ({error}); remove the line") from error
 
 
-class ResponseFile:
-    """A file of responses, locked while it is open: one process at a time may write to it.
+@contextmanager
+def open_responses(path: Path, model: str, settings: dict[str, Any]) -> Iterator[ResponseFile]:
+    """Open a file of responses to append to. It is locked meanwhile: one process at a time may write to it.
 
     Args:
         path: the file. It is created if it does not exist; a last line that a kill cut off is removed.
         model: the model that answers now.
         settings: how it is sampled now.
 
-    Attributes:
-        done: the sample indices in the file, by question id.
-        prompt_hashes: hash of the prompt that the responses to a question answer, by question id.
-        repaired: bytes removed because a kill had cut off their line.
-
     Raises:
         RunError: another process has the file open, the file contains a response twice, or its responses were
             generated with another model or other settings.
         DataError: a line is not a response.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another vlmpo sample is writing to {path}; wait for it or stop it") from None
+        yield ResponseFile(path, file, model, settings)
 
-    def __init__(self, path: Path, model: str, settings: dict[str, Any]) -> None:
+
+class ResponseFile:
+    """Appends to a file of responses that :func:`open_responses` opened.
+
+    Attributes:
+        done: the sample indices in the file, by question id.
+        prompt_hashes: hash of the prompt that the responses to a question answer, by question id.
+        repaired: bytes removed because a kill had cut off their line.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, model: str, settings: dict[str, Any]) -> None:
         self.path = path
         self.model = model
         self.settings = settings
         self.done: dict[str, set[int]] = {}
         self.prompt_hashes: dict[str, str | None] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115 - open, and locked, until __exit__
-        try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"another vlmpo sample is writing to {path}; wait for it or stop it") from None
-            self._file.seek(0)
-            content = self._file.read()
-            self.repaired = len(content) - (content.rfind(b"\n") + 1)
-            if self.repaired:
-                self._file.truncate(len(content) - self.repaired)
-            for origin, response in _parse(path, content):
-                self._check_settings(origin, response)
-                self._note(origin, response)
-        except BaseException:
-            self._file.close()
-            raise
+        self._file = file
+        file.seek(0)
+        content = file.read()
+        self.repaired = len(content) - (content.rfind(b"\n") + 1)
+        if self.repaired:
+            file.truncate(len(content) - self.repaired)
+        for origin, response in _parse(path, content):
+            self._check_settings(origin, response)
+            self._note(origin, response)
 
     def _check_settings(self, origin: str, response: Response) -> None:
         now = {"model": self.model, **self.settings}
@@ -125,18 +129,10 @@ class ResponseFile:
             if index not in known
         ]
         lines = [json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in new]
-        # Half of a surrogate pair, which a server's JSON may contain, has no UTF-8.
+        # A server's JSON may contain half of a surrogate pair, which has no UTF-8 encoding.
         self._file.write("".join(lines).encode("utf-8", "replace"))
         self._file.flush()
         os.fsync(self._file.fileno())
         for response in new:
             self._note(str(self.path), response)
         return len(new)
-
-    def __enter__(self) -> ResponseFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmpo.data.records import Question
 from vlmpo.errors import DataError, RecordError, RunError, examples_by_reason
-from vlmpo.generate.base import Engine, GenerationRequest, incomplete_batches
+from vlmpo.generate.base import Engine, incomplete_batches
 from vlmpo.generate.prompts import prompt_hash, prompt_text, request_for, seed_for
 from vlmpo.generate.responses import ResponseFile
 from vlmpo.log import Progress, logger
@@ -25,8 +25,8 @@ class SampleReport:
 
     Attributes:
         read: records in the file of questions.
-        questions: of these, the ones that can be asked.
-        dropped: errors of the records that cannot be used or asked.
+        questions: of these, the usable ones.
+        dropped: errors of the records and requests that cannot be used.
         before: responses that were in the file already.
         written: responses added.
         repaired: bytes removed because a kill had cut off their line.
@@ -88,7 +88,7 @@ def sample_missing(
 
     Args:
         engine: generates. Each batch of which anything is missing is generated whole (see ``incomplete_batches``).
-        questions: all questions, those already answered too.
+        questions: all questions, also those already answered.
         file: the responses are appended to it, question by question.
         report: the run's counts.
         style: prompt style or template.
@@ -101,17 +101,17 @@ def sample_missing(
         RunError: the engine cannot answer at all.
     """
 
-    def on_bad(_: GenerationRequest, error: RecordError) -> None:
-        report.dropped.append(error)
-        if not report.written and len(report.dropped) >= _HOPELESS and not report.before:
-            raise DataError(f"{_HOPELESS} requests failed and none succeeded; the last: {error}")
-
     to_ask = incomplete_batches(questions, engine.batch_size, lambda question: is_complete(file, [question], samples))
     requests = [request_for(q, style, n=samples, seed=seed_for(seed, q.id)) for q in to_ask]
     started = time.perf_counter()
     with Progress("sampling", len(to_ask) * samples, "responses") as progress:
-        responses = engine.generate(requests, on_bad)
-        for question, request, generated in zip(to_ask, requests, responses, strict=True):
+        for question, request, generated in zip(to_ask, requests, engine.generate(requests), strict=True):
+            progress.advance(samples)
+            if isinstance(generated, RecordError):
+                report.dropped.append(generated)
+                if not report.written and len(report.dropped) >= _HOPELESS and not report.before:
+                    raise DataError(f"{_HOPELESS} requests failed and none succeeded; the last: {generated}")
+                continue
             report.written += file.append(question.id, generated, prompt_hash(request.messages[0].text))
             report.finish_reasons.update(response.finish_reason for response in generated)
             if len(generated) >= 2:
@@ -119,7 +119,6 @@ def sample_missing(
                 report.identical += len({response.text for response in generated}) == 1
                 if identical_cause is not None and report.asked == report.identical == _SUSPICIOUS:
                     logger.info(f"warning: {identical_warning(report, samples, identical_cause)}")
-            progress.advance(samples)
     report.seconds = time.perf_counter() - started
     for notice in engine.notices:
         logger.info(f"note: {notice}")

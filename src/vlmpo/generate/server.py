@@ -1,4 +1,4 @@
-"""Generation through an OpenAI-compatible chat server: vLLM, SGLang, LMDeploy, ``transformers serve``."""
+"""Generates through an OpenAI-compatible chat server: vLLM, SGLang, LMDeploy, ``transformers serve``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import blake2b
 from typing import Any
 
-from vlmpo.data.encode.chat_template import content_of
+from vlmpo.data.encode.chat_template import check_placeholders, content_of
 from vlmpo.data.encode.images import open_image
 from vlmpo.data.records import IMAGE_PLACEHOLDER
 from vlmpo.errors import RecordError, RunError
-from vlmpo.generate.base import Generated, GenerationRequest, OnBad, Sampling
+from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
+from vlmpo.hashing import content_hash
 
 API_KEY_VARIABLE = "VLMPO_API_KEY"
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0  # seconds between tries
@@ -31,7 +31,7 @@ _REFUSED = {400, 413, 422}
 
 
 class _TransientError(Exception):
-    """A failure that may pass: try again, after ``wait`` seconds if the server says so."""
+    """Raised for a failure that may pass: try again, after ``wait`` seconds if the server gave a time."""
 
     def __init__(self, cause: str, wait: float | None = None) -> None:
         super().__init__(cause)
@@ -39,7 +39,7 @@ class _TransientError(Exception):
 
 
 class _RefusalError(Exception):
-    """The server cannot take this request."""
+    """Raised if the server refuses this one request."""
 
 
 class ServerEngine:
@@ -59,7 +59,7 @@ class ServerEngine:
         concurrency: number of samples under way at a time.
         timeout: seconds without a byte after which a try has failed.
         retries: further tries after a connection error, a time-out, status 408, 409, 425, 429 or 5xx, with delays of
-            about 1, 2, 4, ... seconds, at most 60, or as the server's Retry-After says.
+            about 1, 2, 4, ... seconds, at most 60, or of about the server's Retry-After.
 
     Raises:
         RunError: ``model`` is None, and the server cannot be reached or does not have exactly one.
@@ -83,8 +83,8 @@ class ServerEngine:
         self.notices: list[str] = []
         self.name = model or self._only_model()
 
-    def generate(self, requests: Sequence[GenerationRequest], on_bad: OnBad | None = None) -> Iterator[list[Generated]]:
-        """Yield the responses to each request, in order. See :class:`vlmpo.generate.base.Engine`.
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Result]:
+        """Yield the responses to each request, or its error, in order.
 
         At most about twice ``concurrency`` samples are under way or wait for those of an earlier request.
 
@@ -94,14 +94,14 @@ class ServerEngine:
         """
         pool = ThreadPoolExecutor(self._concurrency)
         stop = threading.Event()
-        waiting: deque[tuple[GenerationRequest, list[Future[Generated]] | RecordError]] = deque()
+        waiting: deque[tuple[int, list[Future[Generated]] | RecordError]] = deque()
         try:
             for request in requests:
-                waiting.append((request, self._submit(pool, request, stop)))
-                while sum(r.n for r, _ in waiting) > max(2 * self._concurrency, request.n):
-                    yield _collect(*waiting.popleft(), on_bad)
-            while waiting:
-                yield _collect(*waiting.popleft(), on_bad)
+                waiting.append((request.n, self._submit(pool, request, stop)))
+                while sum(n for n, _ in waiting) > max(2 * self._concurrency, request.n):
+                    yield _collect(waiting.popleft()[1])
+            for _, samples in waiting:
+                yield _collect(samples)
         finally:
             stop.set()  # threads that wait for their next try give up
             pool.shutdown(wait=False, cancel_futures=True)
@@ -123,9 +123,8 @@ class ServerEngine:
         if request.prefix:
             messages.append({"role": "assistant", "content": request.prefix})
             payload |= {"continue_final_message": True, "add_generation_prompt": False}
-        # 31 bits, which every server takes.
-        digests = [blake2b(f"{request.seed}:{index}".encode(), digest_size=4).digest() for index in range(request.n)]
-        seeds = [int.from_bytes(digest, "big") >> 1 for digest in digests]
+        # Of 31 bits: no server refuses them.
+        seeds = [int(content_hash(f"{request.seed}:{index}", size=4), 16) >> 1 for index in range(request.n)]
         return [pool.submit(self._sample, {**payload, "seed": seed}, request.origin, stop) for seed in seeds]
 
     def _sample(self, payload: dict[str, Any], origin: str, stop: threading.Event) -> Generated:
@@ -190,34 +189,26 @@ class ServerEngine:
             raise RunError(f"{url} does not answer in JSON ({error}); is build.engine the chat server's URL?") from None
 
 
-def _collect(
-    request: GenerationRequest, samples: list[Future[Generated]] | RecordError, on_bad: OnBad | None
-) -> list[Generated]:
-    """Wait for all samples of a request and return them; an error in it goes to ``on_bad``."""
+def _collect(samples: list[Future[Generated]] | RecordError) -> Result:
+    """Wait for all samples of a request and return them, or the request's error."""
+    if isinstance(samples, RecordError):
+        return samples
     try:
-        if isinstance(samples, RecordError):
-            raise samples
         return [sample.result() for sample in samples]
     except RecordError as error:
-        if on_bad is None:
-            raise
-        on_bad(request, error)
-        return []
+        return error
 
 
 def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
     """Return the turns in the server's form, each image at the place of its placeholder."""
-    placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in request.messages)
-    if placeholders != len(request.images):
-        detail = f"the prompt has {placeholders} {IMAGE_PLACEHOLDER} for {len(request.images)} images"
-        raise RecordError("placeholder_mismatch", request.origin, f"{detail}; write one at the place of each image")
+    check_placeholders(request.messages, IMAGE_PLACEHOLDER, request.images, request.origin)
     images = iter(request.images)
     turns: list[dict[str, Any]] = []
     for message in request.messages:
         content: Any = message.text
         if IMAGE_PLACEHOLDER in message.text:
             content = [
-                _image_item(next(images), request.origin) if item["type"] == "image" else {**item}
+                _image_item(next(images), request.origin) if item["type"] == "image" else item
                 for item in content_of(message.text)
             ]
         turns.append({"role": message.role, "content": content})
@@ -232,9 +223,9 @@ def _image_item(source: Any, origin: str) -> dict[str, Any]:
 
 
 def _delay(attempt: int, wait: float | None) -> float:
-    """Return the seconds before try ``attempt`` (from 1): doubling, or about ``wait`` if the server asked for it.
+    """Return the seconds before try ``attempt`` (from 1): doubling, or about ``wait`` if the server gave a time.
 
-    Spread at random, so that not all threads come back at once.
+    Spread at random, so that the threads do not all try again at once.
     """
     if wait is not None:
         return min(wait, _LONGEST_DELAY) * random.uniform(1.0, 1.2)

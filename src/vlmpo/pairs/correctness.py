@@ -1,4 +1,4 @@
-"""Preference pairs by correctness: a right response and one that is not (MPO paper, section 3).
+"""Makes preference pairs by correctness: a right response and one that is not (MPO paper, section 3).
 
 Both responses of a pair answer the same prompt and come from the same model, so the trainer reads what was sampled.
 """
@@ -82,7 +82,7 @@ class _Judged:
 
     @property
     def group(self) -> tuple[str, str]:
-        """Model and prompt style: only responses that share both are paired."""
+        """Return the model and the prompt style: only responses that share both are paired."""
         return self.response.model, prompt_style(self.response)
 
     @cached_property

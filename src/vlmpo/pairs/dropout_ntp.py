@@ -1,4 +1,4 @@
-"""Preference pairs without a checkable answer: DropoutNTP (MPO paper, section 3).
+"""Makes preference pairs without a checkable answer: DropoutNTP (MPO paper, section 3).
 
 Chosen is the response. Its first half is kept and continued by the model WITHOUT the image; kept half and continuation
 together are rejected, since a model that cannot see the image tends to make things up.
@@ -62,25 +62,40 @@ def pair_dropout_ntp(
         for cut in _cuts(question, grouped.get(question.id, []), keep, seed, max_pairs, report)
     ]
     continued = dict(known or {})
-
-    def on_bad(_: GenerationRequest, error: RecordError) -> None:
-        report.skipped[error.reason] += 1
-
     to_continue = incomplete_batches(cuts, engine.batch_size, lambda cut: cut.key in continued)
     with Progress("continuing without images", len(to_continue), "responses") as progress:
-        generated = engine.generate([cut.request(seed) for cut in to_continue], on_bad)
-        for cut, continuations in zip(to_continue, generated, strict=True):
+        results = engine.generate([cut.request(seed) for cut in to_continue])
+        for cut, result in zip(to_continue, results, strict=True):
             progress.advance(1)
-            for continuation in continuations:
-                if cut.key not in continued:
-                    continued[cut.key] = continuation
-                    save(cut.key, continuation)
+            if isinstance(result, RecordError):
+                report.skipped[result.reason] += 1
+            elif cut.key not in continued:
+                continued[cut.key] = result[0]
+                save(cut.key, continued[cut.key])
     for notice in engine.notices:
         logger.info(f"note: {notice}")
     records = []
     for cut in cuts:
-        if cut.key in continued:
-            records += _records(cut, continued[cut.key], engine.name, report)
+        if cut.key not in continued:
+            continue
+        unfit = _unfit(cut, continued[cut.key])
+        if unfit is not None:
+            report.skipped[unfit] += 1
+            continue
+        report.pairs["dropout_ntp"] += 1
+        records.append(
+            pair_record(
+                cut.question,
+                cut.response,
+                cut.kept + continued[cut.key].text,
+                kind="dropout_ntp",
+                kept=cut.kept,
+                model=cut.response.model,
+                continued_by=engine.name,
+                settings=cut.response.settings,
+                sample=cut.response.sample_index,
+            )
+        )
     paired = {record["question_id"] for record in records}
     for question in questions:
         outcome = "paired" if question.id in paired else "unpaired" if question.id in grouped else "without_responses"
@@ -98,7 +113,7 @@ def cut_words(text: str, keep: float) -> str | None:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A response and the part of it that is kept."""
+    """Holds a response and the part of it that is kept."""
 
     question: Question
     response: Response
@@ -106,7 +121,7 @@ class _Cut:
 
     @property
     def key(self) -> str:
-        """Name of the continuation, different for every response, prompt and kept part."""
+        """Return the continuation's name, different for every response, prompt and kept part."""
         content = "\0".join([self.response.model, prompt_of(self.question, self.response), self.kept])
         return f"{self.question.id}/{self.response.sample_index}/{prompt_hash(content)}"
 
@@ -145,29 +160,12 @@ def _cuts(
     return draw(cuts, question, seed, max_pairs, report)
 
 
-def _records(cut: _Cut, continuation: Generated, continued_by: str, report: PairingReport) -> list[Record]:
-    """Return the pair's record; none if the continuation makes no pair, which is counted."""
-    rejected = cut.kept + continuation.text
-    reason = None
+def _unfit(cut: _Cut, continuation: Generated) -> str | None:
+    """Return why the continuation makes no pair; None if it makes one."""
     if not continuation.text.strip():
-        reason = "no_continuation"
-    elif continuation.finish_reason == "length":
-        reason = "unfinished"
-    elif rejected.split() == cut.response.text.split():
-        reason = "identical"
-    if reason:
-        report.skipped[reason] += 1
-        return []
-    report.pairs["dropout_ntp"] += 1
-    record = pair_record(
-        cut.question,
-        cut.response,
-        rejected,
-        kind="dropout_ntp",
-        kept=cut.kept,
-        model=cut.response.model,
-        continued_by=continued_by,
-        settings=cut.response.settings,
-        sample=cut.response.sample_index,
-    )
-    return [record]
+        return "no_continuation"
+    if continuation.finish_reason == "length":
+        return "unfinished"
+    if (cut.kept + continuation.text).split() == cut.response.text.split():
+        return "identical"
+    return None

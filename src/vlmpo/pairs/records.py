@@ -1,4 +1,4 @@
-"""What both ways of pairing share: the responses to each question, and the records of the files written."""
+"""Groups responses by question and writes records, for both ways of pairing."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def responses_by_question(
 
 
 def draw(items: Sequence[T], question: Question, seed: int, max_pairs: int, report: PairingReport) -> list[T]:
-    """Draw at most ``max_pairs`` of the pairs that a question gives, in order; count the others in ``report``."""
+    """Draw at most ``max_pairs`` of a question's pairs, in order; count the others in ``report``."""
     drawn = np.random.default_rng(seed_for(seed, question.id)).permutation(len(items))[:max_pairs]
     report.skipped["over_max_pairs"] += len(items) - len(drawn)
     return [items[index] for index in sorted(drawn.tolist())]
@@ -83,17 +83,14 @@ def pair_record(question: Question, response: Response, rejected: str, **details
         if not isinstance(image, str):
             detail = f"the images of pairs must be paths, this one is a {type(image).__name__}; save it to a file first"
             raise RecordError("image_not_a_path", question.origin, detail)
-    record = {
-        "image": _image_field(question),
+    return {
+        **({"image": _image_field(question)} if question.images else {}),
         "question": prompt_of(question, response),
         "chosen": response.text,
         "rejected": rejected,
         "question_id": question.id,
         **details,
     }
-    if not question.images:
-        del record["image"]
-    return record
 
 
 def question_record(question: Question) -> Record:

@@ -1,4 +1,4 @@
-"""Counts of every question, response and pair when pairs are made."""
+"""Counts every question, response and pair when pairs are made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmpo.errors import RecordError, examples_by_reason
 
 @dataclass
 class PairingReport:
-    """Counts of one pairing.
+    """Counts the questions, responses and pairs of one pairing.
 
     Attributes:
         stage: ``correctness`` or ``dropout-ntp``.
@@ -41,12 +41,12 @@ class PairingReport:
 
     @property
     def dropped_questions(self) -> Counter[str]:
-        """Questions that could not be used, by reason."""
+        """Return how many questions could not be used, by reason."""
         return Counter(error.reason for error in self.errors)
 
     @property
     def examples(self) -> dict[str, list[str]]:
-        """The first messages under each reason of ``dropped_questions``."""
+        """Return the first messages under each reason of ``dropped_questions``."""
         return examples_by_reason(self.errors)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tiny models for the demo, the tests and the benchmarks."""
+"""Builds tiny models for the demo, the tests and the benchmarks."""
 
 from vlmpo.torchvision_shim import ensure_torchvision
 

@@ -1,6 +1,6 @@
-"""Builds a tiny InternVL with its own tokenizer and processor: for the demo, the tests and the benchmarks.
+"""Builds a tiny InternVL with its tokenizer and processor: for the demo, the tests and the benchmarks.
 
-The classes are transformers' own; only the sizes are small and the weights random. The model saves, reloads through
+The classes are those of transformers; only the sizes are small and the weights random. The model saves, reloads through
 ``AutoModelForImageTextToText`` and ``AutoProcessor``, and generates like any checkpoint.
 """
 
@@ -30,7 +30,7 @@ EXTRA_TOKENS = {
 }
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *EXTRA_TOKENS.values()]
 
-# The turns of InternVL3's own template: an image item is written as the context token and a newline.
+# The turns of InternVL3's template: an image item is written as the context token and a newline.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinySize:
-    """Sizes of a tiny InternVL. ``image_size / patch_size`` must be even, for the pixel shuffle."""
+    """Holds the sizes of a tiny InternVL. ``image_size / patch_size`` must be even, for the pixel shuffle."""
 
     image_size: int = 28
     patch_size: int = 14
@@ -65,7 +65,7 @@ class TinySize:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Number of image tokens of a tile after the 2x2 pixel shuffle."""
+        """Return the number of image tokens of a tile after the 2x2 pixel shuffle."""
         return (self.image_size // self.patch_size // 2) ** 2
 
 

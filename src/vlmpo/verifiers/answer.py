@@ -142,7 +142,7 @@ def _marked(text: str, mark: re.Match[str]) -> str | None:
         content = text[mark.end() :].partition("\n")[0]
         if not mark["final"].rstrip().endswith((":", "：", "=")) and _NEGATED.match(content):
             return None  # "the final answer is not 3" states none
-        if _SUPPOSED.search(text[: mark.start()][-60:]):
+        if _is_supposed(text, mark.start()):
             return None
     return content
 
@@ -152,13 +152,18 @@ def _last_statement(text: str) -> str | None:
     statements: list[tuple[int, str]] = []
     for statement in _STATED.finditer(text):
         rest = statement["rest"]
-        denied = _NEGATED.match(rest) or _SUPPOSED.search(text[: statement.start()][-60:])
+        denied = _NEGATED.match(rest) or _is_supposed(text, statement.start())
         statements.append((statement.start(), "" if denied else first_sentence(rest)))
     for pattern, key in ((_OPTION_IS, "a"), (_OPTION_TAKEN, "b")):
         for statement in pattern.finditer(text):
-            denied = _SUPPOSED.search(text[: statement.start()][-60:])
-            statements.append((statement.start(), "" if denied else statement[f"{key}1"] or statement[f"{key}2"]))
+            letter = statement[f"{key}1"] or statement[f"{key}2"]
+            statements.append((statement.start(), "" if _is_supposed(text, statement.start()) else letter))
     return max(statements)[1] if statements else None
+
+
+def _is_supposed(text: str, start: int) -> bool:
+    """Return whether the words before ``start`` make what follows no statement: "if the answer is 3"."""
+    return _SUPPOSED.search(text[:start][-60:]) is not None
 
 
 def _bare(text: str) -> str | None:

@@ -14,7 +14,7 @@ _MOST_CHARACTERS, _MOST_DIGITS, _MOST_EXPONENT = 200, 60, 300
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number with its unit.
+    """Holds a number with its unit.
 
     Attributes:
         value: exact, with magnitude words multiplied in; of a percentage the number before the sign, 45 for ``45 %``.
@@ -203,8 +203,7 @@ def _value(parts: dict[str, str]) -> Fraction | None:
 def _grouped(text: str) -> Fraction | None:
     for pattern, group, point in _GROUPINGS:
         if pattern.fullmatch(text):
-            plain = (text.replace(group, "") if group else text).replace(point, ".")
-            return Fraction(plain)
+            return Fraction(text.replace(group, "").replace(point, "."))
     return None
 
 

@@ -1,4 +1,4 @@
-"""Verifiers: is the final answer of a response the true one?
+"""Decides whether the final answer of a response is the true one.
 
 The verdict is ``unparsed``, neither right nor wrong, if no final answer of the verifier's kind can be read: none is
 stated, a sentence is given instead of a letter, or two numbers instead of one. Nothing is guessed.
@@ -69,9 +69,11 @@ def choose_verifier(truth: str, verifier: str = "auto") -> str:
     if not truth.strip():
         raise RecordError("truth_unreadable", "", "the answer is empty: responses cannot be compared with it")
     name = _by_form(truth) if verifier == "auto" else verifier
-    kind = _VERIFIERS[name].kind
-    if kind is not None and not _VERIFIERS[name].reads_truth(truth):
-        detail = f"verifier {name}: the answer {truth!r:.80} is not {kind}; set another verifier for this question"
+    chosen = _VERIFIERS[name]
+    if not chosen.reads_truth(truth):
+        detail = (
+            f"verifier {name}: the answer {truth!r:.80} is not {chosen.kind}; set another verifier for this question"
+        )
         raise RecordError("truth_unreadable", "", detail)
     return name
 
@@ -323,10 +325,10 @@ def _math_equal(answer: str, truth: str) -> bool | None:
 
 @dataclass(frozen=True)
 class _Verifier:
-    """How answers are judged; if only truths of a ``kind`` can be, its name and what reads one."""
+    """Holds how answers are judged, the kind of truth they are compared with, and what reads one (None: not one)."""
 
     judge: Judge
-    kind: str | None = None
+    kind: str = "a text"
     reads_truth: Callable[[str], object] = bool
 
 

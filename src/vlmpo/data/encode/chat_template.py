@@ -13,7 +13,7 @@ from vlmpo.data.encode.processors import image_token, reads_images, tokenizer_of
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message
 from vlmpo.errors import ModelError, RecordError
 
-# A response that no template has a reason to change: it shows what the template writes before and after a response.
+# A response that no template has a reason to change, to find what the template writes before and after a response.
 PROBE = "vlmpo-probe-response"
 _QUESTION = "Question?"
 _SHOWN = 200  # characters of template text that a notice quotes
@@ -21,7 +21,7 @@ _SHOWN = 200  # characters of template text that a notice quotes
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A prompt and its responses as text.
+    """Holds a prompt and its responses as text.
 
     Attributes:
         prompt: what the model reads before it answers, one image token an image.
@@ -62,9 +62,9 @@ class ChatTemplate:
 
     @property
     def notices(self) -> list[str]:
-        """Return what the user should know about the template, each once.
+        """Return what the user should know about the template, each remark once.
 
-        Nearly all of it shows on the probe that ``__init__`` renders, before the loader's workers get their copies.
+        Nearly all are made on the probe that ``__init__`` renders, before the loader's workers get their copies.
         """
         return list(self._notices.values())
 
@@ -76,7 +76,7 @@ class ChatTemplate:
             self._tail: str | None = None  # what the template last wrote after a response: hardly ever changes
             self._notices: dict[str, str] = {}
             try:
-                # White space around the probe shows whether the template trims responses.
+                # The probe's white space is lost if the template trims responses.
                 prompt = self.render([Message("user", _QUESTION)], [f" {PROBE} "], "").prompt
                 if _QUESTION not in prompt or "'type'" in prompt:  # left out, or the list written as Python writes it
                     raise RecordError("template_refused", "", "it does not write the question")
@@ -88,21 +88,23 @@ class ChatTemplate:
         raise ModelError(f"the chat template cannot render a question and an answer: {cause}") from first
 
     def _look_at_order(self) -> None:
-        """Add a notice if the template moves images in front of the text."""
+        """Add a notice if the template moves images before the text."""
         if self._image_token is None or not self._as_items:
             return
         try:
             prompt = self._apply([self._message("user", f"{_QUESTION}{IMAGE_PLACEHOLDER}")], None, "")
-        except RecordError:  # it takes no text before an image: each record that has some is refused
+        except RecordError:  # no text may precede an image: each record with such text is refused
             return
         if -1 < prompt.find(self._image_token) < prompt.find(_QUESTION):
-            self._notices["order"] = "the chat template writes a message's images before its text, wherever they stand"
+            self._notices["order"] = (
+                "the chat template writes a message's images before its text, whatever their places in it"
+            )
 
     def render(self, prompt: Sequence[Message], responses: Sequence[str], origin: str) -> Rendering:
         """Return the prompt as the model reads it, and each response as the model has to write it.
 
-        That is all that the template adds to the prompt: the response, and whatever the template writes before it. If
-        the template renders the prompt differently when a response follows, it is the response alone.
+        The model has to write everything that follows the prompt: the response, and what the template puts before it.
+        If the template renders the prompt differently when a response follows, only the response counts.
 
         Raises:
             RecordError: ``template_refused``, or ``template_lost_response`` if the rendered text does not hold a
@@ -135,10 +137,10 @@ class ChatTemplate:
         return Rendering(given, tuple(written), self._end_of_turn(tail))
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
-        """Return a message as the template takes it."""
+        """Return a message in the form that the template reads."""
         if self._as_items:
             return {"role": role, "content": content_of(text)}
-        # As a string it writes nothing of its own around an image: what the user wrote there stays.
+        # Around an image in a string the template writes nothing, so the user's white space stays.
         return {"role": role, "content": text.replace(IMAGE_PLACEHOLDER, self._image_token or IMAGE_PLACEHOLDER)}
 
     def _apply(self, messages: list[dict[str, Any]], response: str | None, origin: str) -> str:
@@ -210,6 +212,14 @@ def content_of(text: str) -> list[dict[str, str]]:
         if following:
             items.append({"type": "text", "text": following})
     return items
+
+
+def check_placeholders(prompt: Sequence[Message], placeholder: str, media: Sequence[Any], origin: str) -> None:
+    """Raise RecordError ``placeholder_mismatch`` unless ``prompt`` has a placeholder for each of ``media``."""
+    written = sum(message.text.count(placeholder) for message in prompt)
+    if written != len(media):
+        detail = f"the prompt has {written} {placeholder} for {len(media)} {placeholder.strip('<>')}s"
+        raise RecordError("placeholder_mismatch", origin, f"{detail}; write one at the place of each")
 
 
 def _any_special_token(tokenizer: Any) -> re.Pattern[str]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmpo.data.encode.chat_template import PROBE, ChatTemplate, Rendering
+from vlmpo.data.encode.chat_template import PROBE, ChatTemplate, Rendering, check_placeholders
 from vlmpo.data.encode.fast_processor import fast_processor
 from vlmpo.data.encode.images import open_image
 from vlmpo.data.encode.pixels import AS_BYTES, PixelScale, pixel_scale
 from vlmpo.data.encode.processors import (
+    Size,
     image_token_id,
     media_ids,
     reads_images,
@@ -29,15 +30,15 @@ from vlmpo.data.encode.videos import DEFAULT_FRAMES, with_frames
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
 from vlmpo.errors import RecipeError, RecordError
 
-# The processor's tensors for the prompt's text; the packed row that a pair is laid out in has its own.
+# The processor's tensors for the prompt's text; packed rows have others.
 _TEXT_KEYS = ("input_ids", "attention_mask", "position_ids")
-# Mark which tokens belong to an image: some families count positions (Qwen-VL) or attend (Gemma 3) by them.
+# Types of tokens, by which some families count positions (Qwen-VL) or attend (Gemma 3): which belong to an image.
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
-    """A pair as the model reads it: ``prompt_ids`` followed by either response.
+    """Holds a pair as the model reads it: ``prompt_ids`` followed by either response.
 
     Attributes:
         prompt_ids: ``[prompt]`` int64, the prompt with its image tokens expanded.
@@ -87,12 +88,12 @@ class PairEncoder:
         over_long: ``drop`` refuses a longer pair; ``cut`` cuts the ends of its responses off, never the prompt's.
         max_tiles: tiles the images of a pair may take together, thumbnails not counted; a pair's own ``max_tiles`` may
             lower it. Each image may take its share, at least one. For a model that reads images whole, at their own
-            shape (Qwen-VL), a tile means 448 x 448 pixels. Has no effect on other models; ``notices`` then says so.
+            shape (Qwen-VL), a tile means 448 x 448 pixels. Has no effect on other models: see ``notices``.
         need_rejected: False for supervised fine-tuning: the rejected response is ignored.
         video_frames: most images that a video becomes.
 
     Attributes:
-        pixel_scale: turns bytes into the processor's pixels, if this encoder gives bytes (see ``for_loader``).
+        pixel_scale: turns bytes into the processor's pixels; None unless this encoder makes bytes (``for_loader``).
         media_ids: tokens that stand for an image, video or sound, or frame one; no response may hold them.
 
     Raises:
@@ -124,7 +125,6 @@ class PairEncoder:
         self.media_ids = media_ids(processor)
         self._media_tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.media_ids))
         self._image_token_id = image_token_id(processor)
-        self._tile_notice = tile_notice(processor, max_tiles)
         probe = self._chat.render([Message("user", "?")], [PROBE], origin="")
         self._tokenize_responses = response_tokenizer(self._tokenizer, probe.prompt)
         self._prompt_cache = PromptCache()
@@ -132,14 +132,15 @@ class PairEncoder:
 
     @property
     def notices(self) -> list[str]:
-        """Return what the user should know about the chat template and the image processor, each once."""
-        return [*self._chat.notices, *([self._tile_notice] if self._tile_notice else [])]
+        """Return what the user should know about the chat template and the image processor, each remark once."""
+        of_tiles = tile_notice(self.processor, self.max_tiles)
+        return [*self._chat.notices, *([of_tiles] if of_tiles else [])]
 
     def for_loader(self) -> PairEncoder:
         """Return a faster encoder of the same pairs, for a data loader.
 
-        It gives pixels as uint8, a quarter of the bytes, if the processor can leave its last step out exactly:
-        ``pixel_scale.normalise`` then takes that step on the device. Its processor does less work a call.
+        Its processor does less work a call. If it can leave its last step out exactly, pixels are uint8, a quarter of
+        the bytes, and ``pixel_scale.normalise`` takes that step on the device.
         """
         encoder = copy.copy(self)
         encoder.pixel_scale = pixel_scale(self.processor)
@@ -154,8 +155,7 @@ class PairEncoder:
             RecordError: the pair cannot be trained on; its ``reason`` is the name under which it is counted.
             DataError: the pair holds a video, and the library that reads videos is not installed.
         """
-        if pair.videos:
-            pair = with_frames(pair, self.video_frames)
+        pair = with_frames(pair, self.video_frames)
         responses = self._check_texts(pair)
         rendering = self._chat.render(pair.prompt, responses, pair.origin)
         response_ids = self._response_ids(rendering, pair.origin)
@@ -177,16 +177,12 @@ class PairEncoder:
             raise RecordError("identical", pair.origin, detail)
         chosen, *rejected = [torch.from_numpy(np.array(ids, dtype=np.int64)) for ids in response_ids]  # 3x torch.tensor
         return EncodedPair(
-            prompt_ids=prompt.prompt_ids,
             chosen_ids=chosen,
             rejected_ids=rejected[0] if rejected else None,
-            vision=prompt.vision,
             source=pair.source,
             origin=pair.origin,
-            tiles=prompt.tiles,
-            image_tokens=prompt.image_tokens,
             cut=longest > room,
-            token_types=prompt.token_types,
+            **prompt._asdict(),
         )
 
     def _check_texts(self, pair: PreferencePair) -> list[str]:
@@ -201,13 +197,7 @@ class PairEncoder:
                 "take it out, or train a vision-language model, with its own processor"
             )
             raise RecordError("images_unsupported", pair.origin, detail)
-        placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in pair.prompt)
-        if placeholders != len(pair.images):
-            detail = (
-                f"the prompt has {placeholders} {IMAGE_PLACEHOLDER} for {len(pair.images)} images; "
-                "write one where each stands"
-            )
-            raise RecordError("placeholder_mismatch", pair.origin, detail)
+        check_placeholders(pair.prompt, IMAGE_PLACEHOLDER, pair.images, pair.origin)
         for message in pair.prompt:
             words = message.text.replace(IMAGE_PLACEHOLDER, "\n")  # the model's own image token may be written so too
             for token in self._media_tokens:
@@ -245,7 +235,7 @@ class PairEncoder:
     def _adds_special_tokens(self, prompt: str) -> bool:
         """Return whether the tokenizer is to add its start token, by the rule of transformers.
 
-        Around a processor it adds it unless the template wrote it already; alone it does not, as the template has
+        Inside a processor it is to, unless the template wrote the token already; alone it is not, as the template has
         written everything.
         """
         bos = self._tokenizer.bos_token
@@ -259,7 +249,8 @@ class PairEncoder:
         """Open the images of ``pair`` and put them and the rendered ``prompt`` through the processor."""
         text_kwargs = {"add_special_tokens": self._adds_special_tokens(prompt), "truncation": False, "padding": False}
         images = [open_image(image, pair.origin) for image in pair.images]
-        images_kwargs = tile_settings(self.processor, self.tiles_of(pair), images)
+        sizes = [Size(image.height, image.width) for image in images]
+        images_kwargs = tile_settings(self.processor, self.tiles_of(pair), sizes)
         if self.pixel_scale is not None:
             images_kwargs |= AS_BYTES
         try:
@@ -301,14 +292,14 @@ class PairEncoder:
 
 
 class Unusable(NamedTuple):
-    """A record that cannot be trained on: why, and the data set it belongs to."""
+    """Holds why a record cannot be trained on, and the name of its data set."""
 
     error: RecordError
     source: str
 
 
 class EncodedPairs(Dataset[Any]):
-    """Encodes pairs on access, in the loader's workers. A bad record comes back as :class:`Unusable`."""
+    """Encodes pairs on access, in the loader's workers, and returns a bad record as :class:`Unusable`."""
 
     def __init__(self, pairs: Any, encoder: PairEncoder) -> None:
         self.pairs = pairs
@@ -318,7 +309,7 @@ class EncodedPairs(Dataset[Any]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> EncodedPair | Unusable:
-        source_of = getattr(self.pairs, "source", None)  # some data sets know it without reading the record
+        source_of = getattr(self.pairs, "source", None)  # of data sets that need not read the record for it
         source = source_of(index) if callable(source_of) else ""
         try:
             pair: PreferencePair = self.pairs[index]

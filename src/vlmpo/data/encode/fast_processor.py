@@ -1,8 +1,8 @@
-"""The model's processor with less work a call, for a data loader.
+"""Makes the model's processor do less work a call, for a data loader.
 
 A tile of InternVL is 256 equal tokens in the text that its processor hands to the tokenizer, a prompt of 13 tiles
-3,328. To read each run as one token saves a quarter of the loader's time on such a prompt. To merge a call's settings
-once saves a tenth of it on an image of one tile.
+3,328. Reading each run as one token saves a quarter of the loader's time on such a prompt. Merging equal settings once
+saves a tenth of it on an image of one tile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlmpo.data.encode.processors import image_token_id, reads_images
 
 
 class RunTokenizer:
-    """Stands in for a tokenizer inside a processor: reads a run of image tokens as one and then repeats it.
+    """Replaces the tokenizer inside a processor: reads a run of image tokens as one and then repeats it.
 
     Image tokens are added tokens. A tokenizer cuts a text at them before it does anything else, so the length of a run
     changes nothing around it. Several texts, padding and truncation are left to the tokenizer itself.
@@ -54,14 +54,12 @@ class RunTokenizer:
         repeats = np.ones(ids.size, dtype=np.int64)
         repeats[places] = [len(run) // len(self._token) for run in runs]
         repeated = {name: np.repeat(values, repeats, axis=1) for name, values in arrays.items()}
-        kind = settings.get("return_tensors")
-        if kind is None:
-            return BatchEncoding({name: values.tolist() for name, values in repeated.items()})
-        return BatchEncoding(repeated, tensor_type=kind)
+        lists = {name: values.tolist() for name, values in repeated.items()}
+        return BatchEncoding(lists, tensor_type=settings.get("return_tensors"))
 
 
 class SettingsCache:
-    """Stands in for a processor's merging of a call's settings, which checks every field: does so once for each set.
+    """Replaces a processor's merging of a call's settings, which checks every field: merges equal settings once.
 
     The merged settings are kept as bytes, since processors write into them. Later changes to the processor's default
     settings are not seen.
@@ -72,7 +70,7 @@ class SettingsCache:
         self._merged: dict[bytes, bytes] = {}
 
     def __call__(self, *args: Any, tokenizer_init_kwargs: dict[str, Any] | None = None, **settings: Any) -> Any:
-        # The tokenizer's own settings are long and never change; whether they are given does.
+        # The tokenizer's settings are long and always the same, but some calls leave them out.
         key = pickle.dumps((args, tokenizer_init_kwargs is None, settings))
         if key not in self._merged:
             merged = self._merge(*args, tokenizer_init_kwargs=tokenizer_init_kwargs, **settings)

@@ -1,4 +1,4 @@
-"""Opens any image file as one upright 8-bit RGB image; an error names the file, the record and the cause."""
+"""Opens any image file as one upright 8-bit RGB image; errors name the file, the record and the cause."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vlmpo.errors import RecordError
 
@@ -15,9 +15,7 @@ from vlmpo.errors import RecordError
 # less than 1 GB; Pillow's own limit is 2.7 times as high.
 MAX_PIXELS = 8192 * 8192
 
-_WHITE = (255, 255, 255)
 _BLOCK = 1 << 20
-_ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -79,7 +77,7 @@ def size_in_header(source: str | os.PathLike[str] | bytes | Image.Image) -> tupl
                 size = image.size
     except MemoryError:
         raise
-    except Exception:  # as above
+    except Exception:  # as in open_image
         return None
     return (size[1], size[0]) if size[0] * size[1] <= MAX_PIXELS else None
 
@@ -109,7 +107,7 @@ def _decode(image: Image.Image) -> tuple[Image.Image, int]:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data; the pixels are still good
         return 1
     return value if isinstance(value, int) else 1
@@ -124,7 +122,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     if image.mode != "RGBA":
         image = _with_eight_bit_key(image).convert("RGBA")
-    canvas = Image.new("RGB", image.size, _WHITE)
+    canvas = Image.new("RGB", image.size, "white")
     canvas.paste(image, mask=image)
     return canvas
 

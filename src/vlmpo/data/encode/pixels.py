@@ -1,4 +1,4 @@
-"""Pixels as bytes: an image processor's output before it rescales and normalises, and that last step on the device.
+"""Takes an image processor's pixels as bytes, before it rescales and normalises, and does that step on the device.
 
 As their last step, processors turn whole numbers from 0 to 255 into float32. If the device takes that step, a quarter
 of the bytes goes through a worker's pipe and to the device, and the worker has one pass less over every tile. Padding
@@ -36,7 +36,7 @@ _PROBES = (((96, 32),), ((32, 96), (64, 64), (48, 32)))
 
 @dataclass(frozen=True)
 class PixelScale:
-    """The last step of an image processor: ``(x * rescale - mean) / std``, fused as transformers fuses it.
+    """Takes the last step of an image processor, ``(x * rescale - mean) / std``, fused as transformers fuses it.
 
     Attributes:
         mean, std: of each colour, after rescaling.
@@ -101,7 +101,7 @@ class PixelScale:
         return values
 
     def _padding(self, vision: dict[str, Tensor]) -> Tensor | None:
-        """Return where ``pixel_values`` holds padding, as bool that broadcasts to its shape; None for nowhere."""
+        """Return where ``pixel_values`` holds padding, as bool that broadcasts to its shape; None if nowhere."""
         pixels = vision[_PIXELS]
         if _MASK in vision:
             return vision[_MASK][:, :, None] == 0

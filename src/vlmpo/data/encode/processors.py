@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from vlmpo.compat import image_token_counter
 from vlmpo.errors import ModelError
@@ -12,18 +12,8 @@ from vlmpo.errors import ModelError
 TILE_PIXELS = 448 * 448
 
 
-class Sized(Protocol):
-    """An image, or its size alone."""
-
-    @property
-    def height(self) -> int: ...
-
-    @property
-    def width(self) -> int: ...
-
-
 class Size(NamedTuple):
-    """The height and width of an image in pixels."""
+    """Holds the height and width of an image in pixels."""
 
     height: int
     width: int
@@ -57,8 +47,8 @@ def tokenizer_of(processor: Any) -> Any:
     if hasattr(processor, "convert_tokens_to_ids"):
         return processor
     raise ModelError(
-        f"{type(processor).__name__} is no processor of text and images and no tokenizer; pass the model's own, as "
-        "AutoProcessor.from_pretrained gives it"
+        f"{type(processor).__name__} is no processor of text and images and no tokenizer; pass what "
+        "AutoProcessor.from_pretrained loads for the model"
     )
 
 
@@ -70,7 +60,7 @@ def reads_images(processor: Any) -> bool:
 def image_token_id(processor: Any) -> int | None:
     """Return the id of the token that an image's features replace, one token a feature; None for text-only models.
 
-    The tokenizer is asked first: Gemma 3's processor gives this name to the token before an image.
+    The tokenizer's attribute goes first: Gemma 3's processor has the token before an image under the same name.
     """
     if not reads_images(processor):
         return None
@@ -98,7 +88,7 @@ def media_ids(processor: Any) -> frozenset[int]:
         ids.update(getattr(processor, f"{medium}_token_ids", None) or ())
     for name in _FRAMES if reads_images(processor) else ():
         ids.update(_known_id(tokenizer, getattr(source, name, None)) for source in (processor, tokenizer))
-    # For a token that the tokenizer does not have, processors give the id of the unknown token, which is no image.
+    # The unknown token is no image: processors hold its id for tokens that the tokenizer does not have.
     return frozenset(token_id for token_id in ids if token_id is not None and token_id != tokenizer.unk_token_id)
 
 
@@ -129,32 +119,34 @@ def tile_kind(processor: Any) -> Literal["grid", "split", "pixels"] | None:
     return None
 
 
-def tile_settings(processor: Any, tiles: int, images: Sequence[Sized]) -> dict[str, Any]:
-    """Return the image processor's settings that give each of ``images`` its share of ``tiles``, at least one.
+def tile_settings(processor: Any, tiles: int, sizes: Sequence[Size]) -> dict[str, Any]:
+    """Return the image processor's settings under which each image may take its share of ``tiles``, at least one.
 
     Thumbnails are not counted. Empty if there is nothing to bound, or if the processor leaves no choice.
     """
-    if not images:
+    if not sizes:
         return {}
-    share = max(1, tiles // len(images))
+    share = max(1, tiles // len(sizes))
     kind, size = tile_kind(processor), processor.image_processor.size
     if kind == "grid":
         return {"max_patches": share}
     if kind == "split":
-        return _split_settings(processor.image_processor, share, images)
+        return _split_settings(processor.image_processor, share, sizes)
     if kind == "pixels" and share * TILE_PIXELS < size["longest_edge"]:
         return {"size": {"shortest_edge": size["shortest_edge"], "longest_edge": share * TILE_PIXELS}}
     return {}
 
 
-def count_image_tokens(processor: Any, tiles: int, images: Sequence[Sized]) -> int | None:
-    """Return how many tokens one prompt's ``images`` become, frames perhaps included; None if that is not known."""
+def count_image_tokens(processor: Any, tiles: int, sizes: Sequence[Size]) -> int | None:
+    """Return how many tokens one prompt's images become, frames perhaps included; None if that is not known."""
+    if not sizes:
+        return 0
     count = image_token_counter(processor)
-    if not images or count is None:
-        return None if images else 0
-    sizes = [[image.height, image.width] for image in images]
+    if count is None:
+        return None
     try:
-        counts = count(image_sizes=sizes, images_kwargs=tile_settings(processor, tiles, images))["num_image_tokens"]
+        settings = tile_settings(processor, tiles, sizes)
+        counts = count(image_sizes=[list(size) for size in sizes], images_kwargs=settings)["num_image_tokens"]
         return sum(int(tokens) for tokens in counts)
     except (AttributeError, KeyError, TypeError, ValueError):  # a method that is not public: it may change
         return None
@@ -177,18 +169,18 @@ def tile_notice(processor: Any, tiles: int) -> str | None:
     )
 
 
-def _split_settings(image_processor: Any, share: int, images: Sequence[Sized]) -> dict[str, Any]:
+def _split_settings(image_processor: Any, share: int, sizes: Sequence[Size]) -> dict[str, Any]:
     """Return the largest ``size``, in whole tiles, at which no image takes more than ``share`` of them."""
     tile, longest = image_processor.max_image_size["longest_edge"], image_processor.size["longest_edge"]
-    if _most_tiles(image_processor, longest, images) <= share:
+    if _most_tiles(image_processor, longest, sizes) <= share:
         return {}
     side = min(share, longest // tile)
-    while side > 1 and _most_tiles(image_processor, side * tile, images) > share:
+    while side > 1 and _most_tiles(image_processor, side * tile, sizes) > share:
         side -= 1
     return {"size": {"longest_edge": max(side, 1) * tile}}
 
 
-def _most_tiles(image_processor: Any, longest: int, images: Sequence[Sized]) -> int:
+def _most_tiles(image_processor: Any, longest: int, sizes: Sequence[Size]) -> int:
     settings = {"size": {"longest_edge": longest}}
-    counts = (image_processor.get_number_of_image_patches(image.height, image.width, settings) for image in images)
+    counts = (image_processor.get_number_of_image_patches(size.height, size.width, settings) for size in sizes)
     return max(max(1, rows * columns) for _, rows, columns in counts)

@@ -1,4 +1,4 @@
-"""The last few encoded prompts, so that consecutive pairs of one prompt decode and tile its images once."""
+"""Remembers the last few encoded prompts: pairs of one prompt that follow each other decode its images once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEPT = 4  # a prompt of 13 tiles of 448 pixels is 8 MB as bytes, in every worker
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt as the model reads it; the attributes are those of an ``EncodedPair``."""
+    """Holds a prompt as the model reads it; the attributes are those of an ``EncodedPair``."""
 
     prompt_ids: Tensor
     vision: dict[str, Tensor]
@@ -23,7 +23,7 @@ class EncodedPrompt(NamedTuple):
 
 
 class PromptCache:
-    """Remembers the last ``KEPT`` prompts that have images, all of them files.
+    """Remembers the last ``KEPT`` prompts whose images are all files.
 
     A file that changes is read again: it is identified by path, size and time of its last change. Callers must not
     write into the tensors they get.
@@ -44,7 +44,7 @@ class PromptCache:
         return self._prompts.get(key)
 
     def add(self, key: Hashable | None, prompt: EncodedPrompt) -> None:
-        """Remember ``prompt`` in the place of the one used longest ago, unless its key is None."""
+        """Remember ``prompt`` unless its key is None, and forget the one used longest ago."""
         if key is not None:
             self._prompts[key] = prompt
             if len(self._prompts) > KEPT:

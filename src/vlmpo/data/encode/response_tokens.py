@@ -1,4 +1,4 @@
-"""Token ids of responses, as they continue the tokens of their prompt."""
+"""Tokenizes responses as continuations of their prompt."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class ResponseTokenizer:
     """Tokenizes responses together with the prompt before them.
 
     Attributes:
-        tokenizer: the model's own.
-        fast: read through the Rust tokenizer, without offsets, and from the prompt's last ``seam`` on only.
-        seam: an added token. A tokenizer cuts a text at its added tokens before it does anything else, so what follows
-            one is read the same whatever stands before it. A prompt without it is read whole, as all are if it is None.
+        tokenizer: the model's tokenizer.
+        fast: whether to call the Rust tokenizer itself, without offsets.
+        seam: an added token, from the last of which a prompt is read. A tokenizer cuts a text at its added tokens
+            before it does anything else, so the text before one changes nothing after it. A prompt without this token
+            is read whole, as every prompt is if it is None.
     """
 
     tokenizer: Any
@@ -46,7 +47,7 @@ class ResponseTokenizer:
 def response_tokenizer(tokenizer: Any, prompt: str) -> ResponseTokenizer:
     """Return the fast ResponseTokenizer for prompts that end as ``prompt`` does.
 
-    Returns the plain one if the fast one does not give the same ids for a few probes.
+    If its ids of a few probes differ from the plain one's, return the plain one.
     """
     plain = ResponseTokenizer(tokenizer)
     try:

@@ -1,4 +1,4 @@
-"""Turns a video into frames, so that any model that reads several images can read it.
+"""Turns a video into frames, for any model that reads several images.
 
 Frames are taken from the middles of equal stretches of the video. In the prompt they are written as InternVL writes
 them: ``Frame1: <image>``, a line each.
@@ -10,8 +10,10 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from vlmpo.data.encode.chat_template import check_placeholders
 from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, PreferencePair
 from vlmpo.errors import DataError, RecordError
 
@@ -28,35 +30,25 @@ def with_frames(pair: PreferencePair, max_frames: int = DEFAULT_FRAMES) -> Prefe
         RecordError: ``placeholder_mismatch``, ``missing_video`` or ``undecodable_video``.
         DataError: the library that reads videos is not installed.
     """
-    written = sum(message.text.count(VIDEO_PLACEHOLDER) for message in pair.prompt) if pair.videos else 0
-    if written != len(pair.videos):
-        detail = (
-            f"the prompt has {written} {VIDEO_PLACEHOLDER} for {len(pair.videos)} videos; write one where each stands"
-        )
-        raise RecordError("placeholder_mismatch", pair.origin, detail)
     if not pair.videos:
         return pair
-    videos, remaining = iter(pair.videos), list(pair.images)
+    check_placeholders(pair.prompt, VIDEO_PLACEHOLDER, pair.videos, pair.origin)
+    check_placeholders(pair.prompt, IMAGE_PLACEHOLDER, pair.images, pair.origin)
+    videos, still_images = iter(pair.videos), iter(pair.images)
     images: list[Any] = []
     prompt = []
     for message in pair.prompt:
         text = ""
         for number, part in enumerate(message.text.split(VIDEO_PLACEHOLDER)):
-            if number:  # a video comes before every part but the first
+            if number:  # every part but the first follows a video
                 frames = read_frames(next(videos), max_frames, pair.origin)
                 images += frames
                 text += "".join(f"Frame{count}: {IMAGE_PLACEHOLDER}\n" for count in range(1, len(frames) + 1))
                 part = part.removeprefix("\n")
-            placeholders = part.count(IMAGE_PLACEHOLDER)
-            if placeholders > len(remaining):
-                detail = f"the prompt has more {IMAGE_PLACEHOLDER} than images; write one where each stands"
-                raise RecordError("placeholder_mismatch", pair.origin, detail)
-            images += remaining[:placeholders]
-            del remaining[:placeholders]
+            images += islice(still_images, part.count(IMAGE_PLACEHOLDER))
             text += part
         prompt.append(replace(message, text=text))
-    # Images without a placeholder are kept, so that the encoder, which counts them, refuses the pair.
-    return replace(pair, prompt=tuple(prompt), images=(*images, *remaining), videos=())
+    return replace(pair, prompt=tuple(prompt), images=tuple(images), videos=())
 
 
 def read_frames(source: str | os.PathLike[str] | bytes, max_frames: int, origin: str = "") -> list[Image.Image]:
