@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmpo.data.encode.encoder import EncodedPair, Unusable
-from vlmpo.train.logps_store import content_key
+from vlmpo.hashing import content_key
 from vlmpo.train.sampler import split_runs
 from vlmpo.tree.layout import PackedRow, PromptTree, build_row
 from vlmpo.tree.packing import pack

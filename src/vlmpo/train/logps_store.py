@@ -7,7 +7,6 @@ byte every acknowledged entry is there; a torn or damaged one fails its checksum
 
 from __future__ import annotations
 
-import hashlib
 import os
 import uuid
 import zlib
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 
 from vlmpo.errors import RunError
 
-KEY_BYTES = 16
 MAGIC = b"vlmpo reference log-probs, v1\n".ljust(32, b"\0")  # as long as an entry, so that entries are aligned
 ENTRY = np.dtype([("key", "S16"), ("logp", "<f8"), ("tokens", "<u4"), ("check", "<u4")])
 assert ENTRY.itemsize == len(MAGIC) == 32
@@ -31,15 +29,6 @@ class Scored(NamedTuple):
 
     logp: float
     tokens: int
-
-
-def content_key(*parts: bytes | memoryview) -> bytes:
-    """Hash ``parts`` to 16 bytes, which differ if any part differs or the same bytes are cut elsewhere."""
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.digest()
 
 
 class ReferenceStore:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
 from vlmpo.errors import RecordError
-from vlmpo.train.logps_store import content_key
+from vlmpo.hashing import content_key
 
 Item = TypeVar("Item")
 Split = list[list[list[int]]]  # pairs by rank and micro-batch
