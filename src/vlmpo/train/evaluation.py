@@ -1,4 +1,4 @@
-"""Loss and rewards on held-out pairs, over all ranks, without touching the state of training."""
+"""Evaluate a policy on held-out pairs over all ranks, without changing the state of training."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def evaluate_pairs(
     """Score held-out pairs and summarise them over all ranks; see :func:`evaluation_metrics`.
 
     Args:
-        batches: of this rank, in step with the other ranks.
-        model: the policy; in evaluation mode meanwhile.
-        score: returns policy's and reference's log-probs of a micro-batch.
-        gather: returns an object of every rank.
+        batches: batches of this rank, as many as the other ranks have.
+        model: the policy; it is put into evaluation mode while it is read.
+        score: returns the log-probs of policy and reference for a micro-batch.
+        gather: returns the object that each rank gives.
         loss_settings: keywords of :func:`vlmpo.loss.mpo_loss`.
         reward_shift: delta's present value.
     """
