@@ -1,8 +1,8 @@
 """Decide which pairs make an optimizer step, and which rank and micro-batch reads each of them.
 
 The order of an epoch is a pure function of the seed, the epoch and the data. A step takes the next pairs of that order,
-however they are then split: the same pairs as 8x1, 4x2 or over two ranks make the same step. No pair is repeated to
-fill a step up; a rank that runs short gets an empty micro-batch.
+however they are then split: 8 micro-batches of 1 pair, 4 of 2 and two ranks of 4 make the same step. No pair is
+repeated to fill a step up; a rank without enough pairs gets an empty micro-batch.
 
 With costs (:mod:`vlmpo.train.lengths`) the pairs of a step are shared out so that all ranks have equal work. Every
 rank computes the same split for itself. Inside a rank the costliest pairs come first: the k-th micro-batches of all
@@ -172,7 +172,7 @@ def balance_ranks(groups: Sequence[list[int]], *, costs: PairCosts, num_ranks: i
 def _fill_micro_batches(
     share: Sequence[list[int]], costs: PairCosts, per_device: int, num_micro_batches: int
 ) -> list[list[int]]:
-    """Put the group that costs most a pair first, into the first micro-batch with room; divide those that find none."""
+    """Put each group, the costliest per pair first, into the first micro-batch with room; divide it if none has."""
     batches: list[list[int]] = [[] for _ in range(num_micro_batches)]
     divided: list[int] = []
     for group in sorted(share, key=lambda group: costs.of_group(group) / len(group), reverse=True):
@@ -253,9 +253,10 @@ class PairBatchSampler(Sampler[list[int]]):
         return split_runs(pairs, self.max_group, lambda one, other: keys is not None and keys[one] == keys[other])
 
     def mean_imbalance(self, num_steps: int, balanced: bool = True) -> float:
-        """Return the cost of the costliest rank over the mean of all ranks, 1 if they are equal.
+        """Return the cost of the costliest rank divided by the mean cost of a rank; 1 if all are equal.
 
-        A mean over the epoch's first ``num_steps`` optimizer steps, ``balanced`` by costs or dealt out in order.
+        It is averaged over the first ``num_steps`` optimizer steps of the epoch, ``balanced`` by costs or dealt out in
+        order.
         """
         assert self.costs is not None
         ratios = []
@@ -280,24 +281,3 @@ class PairLoader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is given next."""
         self.pair_sampler.epoch = epoch
-
-
-def make_loader(
-    dataset: Any,
-    *,
-    sampler: PairBatchSampler,
-    collate: Callable[[Sequence[Any]], Any],
-    num_workers: int = 0,
-    persistent_workers: bool = False,
-    prefetch_factor: int | None = None,
-) -> PairLoader:
-    """Return a loader of ``dataset``'s items, in the batches of ``sampler``; the last two are for workers, if any."""
-    return PairLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # of its own: reading data must not change the random state of training
-        persistent_workers=persistent_workers and num_workers > 0,
-        prefetch_factor=prefetch_factor if num_workers else None,
-    )
