@@ -85,18 +85,14 @@ class StepClock(TrainerCallback):
     """Measures the seconds of optimizer steps, and those of them spent waiting for data; warns if these are many.
 
     Logging, saving and evaluating do not count.
-
-    Attributes:
-        seconds, waited: of the steps since the last :meth:`take`.
     """
 
     TOO_LONG = 0.2  # of a step's time
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.waited = 0.0
-        self._fetching = 0.0  # of the step under way
-        self._all_seconds = self._all_waited = 0.0
+        self._seconds = self._waited = 0.0  # of all steps
+        self._taken = (0.0, 0.0)  # both at the last call of take()
+        self._fetching = 0.0  # seconds spent waiting in the step under way
         self._started = time.perf_counter()
         self._logs = 0
         self._warned = False
@@ -110,17 +106,13 @@ class StepClock(TrainerCallback):
         self._fetching = time.perf_counter() - self._started
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seconds = time.perf_counter() - self._started
-        self.seconds += seconds
-        self.waited += self._fetching
-        self._all_seconds += seconds
-        self._all_waited += self._fetching
+        self._seconds += time.perf_counter() - self._started
+        self._waited += self._fetching
 
     def take(self) -> tuple[float, float]:
-        """Return ``seconds`` and ``waited``, and set both to 0."""
-        taken = self.seconds, self.waited
-        self.seconds = self.waited = 0.0
-        return taken
+        """Return the seconds of the steps since the last call, and how many of them were spent waiting for data."""
+        (seconds, waited), self._taken = self._taken, (self._seconds, self._waited)
+        return self._seconds - seconds, self._waited - waited
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Warn once if waiting takes too long. Ignore the first log, which the start of the workers dominates."""
@@ -132,9 +124,8 @@ class StepClock(TrainerCallback):
             logger.info(waiting_line(logs["data_wait_share"], "of the last steps' time", args.dataloader_num_workers))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._all_seconds:
-            share = self._all_waited / self._all_seconds
-            logger.info(waiting_line(share, "of all steps' time", args.dataloader_num_workers))
+        if self._seconds:
+            logger.info(waiting_line(self._waited / self._seconds, "of all steps' time", args.dataloader_num_workers))
 
 
 def waiting_line(share: float, of_what: str, workers: int) -> str:

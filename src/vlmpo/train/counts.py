@@ -14,7 +14,7 @@ EXAMPLES = 3  # records named for each reason; all are counted
 
 @dataclass
 class PairCounts:
-    """Counts of used and dropped pairs.
+    """Counts used and dropped pairs.
 
     Attributes:
         used: by data set.

@@ -26,14 +26,14 @@ assert ENTRY.itemsize == len(MAGIC) == 32
 
 
 class Scored(NamedTuple):
-    """The reference's score of one response: its log-prob summed over its scored tokens, and how many these are."""
+    """Holds the log-prob of one response, summed over its scored tokens, and the number of these."""
 
     logp: float
     tokens: int
 
 
 class ReferenceStore:
-    """Log-probs of responses by content key, in the shards of one folder.
+    """Stores log-probs of responses by content key, in the shards of one folder.
 
     It holds what all processes had written when it was opened or last refreshed, and what it has written since.
 

@@ -27,7 +27,7 @@ from vlmpo.errors import ModelError, RecordError, RunError, VlmpoError
 from vlmpo.train.batching import Batch, Collator, MicroBatch, lay_out
 from vlmpo.train.sharding import all_gather_object, passes_are_shared
 from vlmpo.tree.dummies import append_dummy, dummy_row
-from vlmpo.tree.layout import PackedRow, PromptTree
+from vlmpo.tree.layout import PromptTree
 
 _VIDEO_TENSORS = "pixel_values_videos"
 
@@ -102,10 +102,6 @@ class RankSync:
     def all_gather(self, value: Any) -> list[Any]:
         """Return the ``value`` of every rank, any object, in order of the ranks."""
         return all_gather_object(self.accelerator, value)
-
-    def any_rank(self, value: bool) -> bool:
-        """Return whether ``value`` is true on some rank."""
-        return any(self.all_gather(value))
 
     def sum_over_ranks(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Sum each value over ranks, in float64 if the device has it."""
@@ -187,8 +183,8 @@ class RankSync:
 
     def _dummy_micro_batch(self, images: bool) -> MicroBatch:
         """Make a micro-batch without pairs: one row, or two if each response of a pair is read in a row of its own."""
-        rows: list[PackedRow] = [dummy_row([self.dummy_tree(images)])]
-        return replace(lay_out([]), rows=rows * (2 if self.encoder.need_rejected and not self.collator.shared else 1))
+        count = 2 if self.encoder.need_rejected and not self.collator.shared else 1
+        return replace(lay_out([]), rows=[dummy_row(self.dummy_tree(images))] * count)
 
     def dummy_tree(self, image: bool) -> PromptTree:
         """Return a short prompt, with one small blank image or none, and a response of one token."""

@@ -68,8 +68,8 @@ def prompt_keys(pairs: Any) -> list[bytes]:
 def bring_prompts_together(order: Sequence[int], keys: Sequence[bytes], max_group: int) -> list[int]:
     """Return ``order`` with pairs of one prompt next to each other, up to ``max_group`` at a time.
 
-    A group takes the place of its first pair. So which pairs meet, and where, is as random as ``order``, and every
-    pair still comes once.
+    A group takes the place of its first pair. So which pairs are together, and where in the epoch, is as random as
+    ``order``, and every pair is still read once.
     """
     open_groups: dict[bytes, list[int]] = {}
     groups: list[list[int]] = []
@@ -108,11 +108,11 @@ def explain_small_micro_batch(max_group: int, per_device: int) -> str | None:
 
 
 class PairCosts(NamedTuple):
-    """Work of reading each pair, in tokens of the text model.
+    """Holds the work of reading each pair, in tokens of the text model.
 
     Attributes:
         pair: int32 [pairs], work of the pair by itself; 0 if it cannot be used.
-        prompt: int32 [pairs], the part of it that is saved if the pair shares another pair's prompt.
+        prompt: int32 [pairs], the part of it that is saved if the pair shares the prompt of another pair.
     """
 
     pair: NDArray[np.int32]
@@ -194,13 +194,13 @@ class PairBatchSampler(Sampler[list[int]]):
         num_pairs: pairs in the data set.
         per_device: pairs in a micro-batch.
         accumulation: micro-batches in an optimizer step, on each rank.
-        num_ranks, rank: of the data-parallel group.
-        seed: of the order; None keeps the order of the data set.
+        num_ranks, rank: number of data-parallel ranks, and this one.
+        seed: seed of the order; None keeps the order of the data set.
         drop_last: whether to leave out the last optimizer step of an epoch if it is not full.
         keys: the prompt of each pair (see :func:`prompt_keys`), to bring pairs of one prompt together; else None.
-        max_group: how many of them at a time.
-        costs: of each pair, to balance the ranks; None deals the pairs of a step out in order.
-        epoch: whose order is given next.
+        max_group: most pairs of one prompt that are brought together.
+        costs: costs of each pair, to balance the ranks; None deals the pairs of a step out in order.
+        epoch: the epoch whose order is yielded next.
     """
 
     num_pairs: int
@@ -279,5 +279,5 @@ class PairLoader(DataLoader[Any]):
         return self.batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given next."""
+        """Choose the epoch whose order is yielded next."""
         self.pair_sampler.epoch = epoch

@@ -7,7 +7,6 @@ do not see each other), it is not scored, and its gradient is exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,7 +34,7 @@ def append_dummy(row: PackedRow, tree: PromptTree) -> PackedRow:
     )
 
 
-def dummy_row(trees: Sequence[PromptTree]) -> PackedRow:
+def dummy_row(tree: PromptTree) -> PackedRow:
     """Build a row that belongs to no pair: all of its tokens are dummies."""
-    row = build_row(trees)
+    row = build_row([tree])
     return replace(row, dummy_tokens=row.layout.num_tokens)

@@ -35,11 +35,11 @@ def share_features(policy: Any, reference: Any, share: bool = True) -> bool:
             of its model's forward.
     """
     policy_tower, reference_tower = (tower_of(model) if share else None for model in (policy, reference))
-    adapted = any(part in f".{name}" for name in policy_tower or () for part in _ADAPTED)
-    if policy_tower is None or reference_tower is None or (policy is reference and adapted):
-        shared = False  # an adapted tower is another one when read as the reference, without the adapter
-    else:
-        shared = _frozen_and_equal(policy_tower, reference_tower)
+    shared = False
+    if policy_tower and reference_tower:
+        # An adapted tower is another one when the same model is read as the reference, without its adapter.
+        adapted = policy is reference and any(part in f".{name}" for name in policy_tower for part in _ADAPTED)
+        shared = not adapted and _frozen_and_equal(policy_tower, reference_tower)
     if shared and policy._vlmpo.frozen_tower is None:
         logger.info("the vision tower is frozen: image features are computed once a step, for policy and reference")
     for model, tower in ((policy, policy_tower), (reference, reference_tower)):
@@ -66,7 +66,7 @@ def tower_of(model: Any) -> dict[str, Tensor] | None:
 
 
 def _frozen_and_equal(policy: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:
-    if not policy or policy.keys() != reference.keys() or any(tensor.requires_grad for tensor in policy.values()):
+    if policy.keys() != reference.keys() or any(tensor.requires_grad for tensor in policy.values()):
         return False
     return all(
         tensor is reference[name]
