@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 
-from vlmpo.train.logps_store import ReferenceStore, Scored, content_key
+from vlmpo.hashing import content_key
+from vlmpo.train.logps_store import ReferenceStore, Scored
 
 
 def key(writer: int, number: int) -> bytes:

@@ -19,3 +19,12 @@ def content_hash(*parts: str | bytes, size: int = 16) -> str:
 def stable_hash(text: str) -> int:
     """Return 64 bits that depend on ``text`` alone."""
     return int(content_hash(text, size=8), 16)
+
+
+def content_key(*parts: bytes | memoryview) -> bytes:
+    """Hash ``parts`` to 16 bytes, which differ if any part differs or the same bytes are cut elsewhere."""
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()

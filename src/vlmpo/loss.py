@@ -1,16 +1,15 @@
-"""Mixed Preference Optimization: the terms, their weighted sum, and the reward shift delta.
+"""Compute the loss of Mixed Preference Optimization: its terms, their weighted sum, and the reward shift delta.
 
-All take and return one number a pair, ``[pairs]``, in the precision they are given (float32 or better). Rewards are
-the implicit ones, ``r = beta * (log pi(y|x) - log ref(y|x))``, with log-probs summed over the scored tokens.
+All terms take and return one number per pair, ``[pairs]``, in the precision of their input (float32 or better). Rewards
+are the implicit ones, ``r = beta * (log pi(y|x) - log ref(y|x))``, with log-probs summed over the scored tokens.
 
 A call sees a share of the optimizer step's global batch (a micro-batch on one rank). It sums locally and divides by
 the denominators of the WHOLE batch, so that the shares of all calls add up to the loss of the batch, however it was
 split into rows, micro-batches or ranks.
 
-delta is "the moving average of previous rewards" (arXiv 2411.10442).
-
-It is state of training: saved in every checkpoint, restored on resume, the same on every rank, untouched by
-evaluation. The caller hands in sums and counts already reduced over ranks; this file knows of none.
+delta is "the moving average of previous rewards" (arXiv 2411.10442). It is state of training: saved in every
+checkpoint, restored on resume, the same on every rank, unchanged by evaluation. Callers pass sums and counts that are
+already summed over ranks.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from vlmpo.settings import LOSS_TERMS, MPO_WEIGHTS, NllReduction, ShiftMode
 
 
 def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
-    """``r = beta * log(pi(y|x) / ref(y|x))``, DPO eq. 5 without the partition term (arXiv 2305.18290). ``[pairs]``."""
+    """Return ``r = beta * log(pi(y|x) / ref(y|x))``, DPO eq. 5 without the partition term (arXiv 2305.18290)."""
     return beta * (policy_logps - reference_logps)
 
 
 def sigmoid(chosen_rewards: Tensor, rejected_rewards: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """``-log sigmoid(r_c - r_r)``, DPO eq. 7 (arXiv 2305.18290). ``[pairs]``.
+    """Return ``-log sigmoid(r_c - r_r)``, DPO eq. 7 (arXiv 2305.18290).
 
-    With ``label_smoothing`` e the label is taken as wrong with probability e (conservative DPO):
+    With ``label_smoothing`` e the label is assumed wrong with probability e (conservative DPO):
     ``-(1 - e) log sigmoid(m) - e log sigmoid(-m)``, m the margin.
     """
     margins = chosen_rewards - rejected_rewards
@@ -45,24 +44,24 @@ def sigmoid(chosen_rewards: Tensor, rejected_rewards: Tensor, label_smoothing: f
 
 
 def bco_pair(chosen_rewards: Tensor, rejected_rewards: Tensor, reward_shift: float) -> Tensor:
-    """``-log sigmoid(r_c - delta) - log sigmoid(-(r_r - delta))``: BCO (arXiv 2404.04656), MPO's L_q. ``[pairs]``."""
+    """Return ``-log sigmoid(r_c - delta) - log sigmoid(-(r_r - delta))``: BCO (arXiv 2404.04656), MPO's L_q."""
     return -logsigmoid(chosen_rewards - reward_shift) - logsigmoid(-(rejected_rewards - reward_shift))
 
 
 def nll(chosen_logps: Tensor) -> Tensor:
-    """``-log pi(y_c|x)``, MPO's L_g (arXiv 2411.10442) before it is divided by the response's length. ``[pairs]``."""
+    """Return ``-log pi(y_c|x)``, MPO's L_g (arXiv 2411.10442) before it is divided by the response's length."""
     return -chosen_logps
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What :func:`mpo_loss` returns.
+    """Holds the result of :func:`mpo_loss`.
 
     Attributes:
         loss: scalar, this call's share of the global batch's weighted loss.
         terms: each term with a weight above 0, by name: scalar, its share of the global mean, unweighted, detached.
         chosen_rewards, rejected_rewards: ``[pairs]``, detached, ``beta * log-ratio`` whatever the weights of the terms;
-            None where no term needs a reference.
+            None if no term needs a reference.
     """
 
     loss: Tensor
@@ -72,12 +71,16 @@ class LossOutput:
 
 
 def needs_reference(weights: Mapping[str, float]) -> bool:
-    """Whether any preference term is on: then a reference and a rejected response are needed."""
+    """Return whether a preference term is on, which needs a reference and rejected responses."""
     return weights.get("sigmoid", 0.0) > 0 or weights.get("bco_pair", 0.0) > 0
 
 
 def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    """The terms that are on, in their fixed order. Raises ValueError for unknown names, bad numbers, or none on."""
+    """Return the terms with a weight above 0, in their fixed order.
+
+    Raises:
+        ValueError: a name is unknown, a weight is negative or not finite, or all are 0.
+    """
     for name, weight in weights.items():
         if name not in LOSS_TERMS:
             raise ValueError(f"unknown loss term {name!r}; the terms are {', '.join(LOSS_TERMS)}")
@@ -90,7 +93,7 @@ def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def expected_start(weights: Mapping[str, float], nll: float) -> float:
-    """The loss while policy equals reference (r = 0, delta = 0): ``w_s ln 2 + w_b 2 ln 2 + w_n nll``."""
+    """Return the loss while policy and reference are equal (r = 0, delta = 0): ``w_s ln 2 + w_b 2 ln 2 + w_n nll``."""
     ln2 = math.log(2.0)
     return weights.get("sigmoid", 0.0) * ln2 + weights.get("bco_pair", 0.0) * 2 * ln2 + weights.get("nll", 0.0) * nll
 
@@ -110,20 +113,20 @@ def mpo_loss(
     num_pairs: float | None = None,
     num_chosen_tokens: float | None = None,
 ) -> LossOutput:
-    """Mixed Preference Optimization, ``L = w_p L_p + w_q L_q + w_g L_g`` (arXiv 2411.10442, section 3).
+    """Compute the loss of MPO, ``L = w_p L_p + w_q L_q + w_g L_g`` (arXiv 2411.10442, section 3).
 
     Args:
         policy_chosen_logps, policy_rejected_logps: ``[pairs]``, summed over scored tokens, float32 or better.
         reference_chosen_logps, reference_rejected_logps: the same under the frozen reference. These two and
-            ``policy_rejected_logps`` may be None when only ``nll`` is on.
+            ``policy_rejected_logps`` may be None if only ``nll`` is on.
         chosen_lengths: ``[pairs]``, scored tokens of each chosen response.
-        weights: of the terms ``sigmoid``, ``bco_pair``, ``nll``; a missing one is 0.
+        weights: weights of the terms ``sigmoid``, ``bco_pair``, ``nll``; a missing one is 0.
         beta: scale of the implicit rewards.
         reward_shift: delta's current value.
         nll_reduction: ``sequence``: mean over pairs of ``-log p / |y|`` (the paper); ``token``: one mean over all
             chosen tokens of the global batch.
-        label_smoothing: of the sigmoid term, in [0, 0.5).
-        num_pairs, num_chosen_tokens: the global denominators; default: this call's own.
+        label_smoothing: label smoothing of the sigmoid term, in [0, 0.5).
+        num_pairs, num_chosen_tokens: the global denominators; None: those of this call.
 
     Raises:
         ValueError: unknown term or reduction, label smoothing out of range, or log-probs missing that a term needs.
@@ -169,16 +172,16 @@ def _share(per_pair: Tensor, denominator: float) -> Tensor:
 
 
 class RewardShift:
-    """The reward shift delta.
+    """Keeps the reward shift delta.
 
     Args:
         mode: ``previous`` (the paper's words): the mean of all rewards, chosen and rejected, of all EARLIER optimizer
             steps, weighted by pairs; moves once a step, in :meth:`step`. ``running`` (InternVL's published trainer): a
-            cumulative mean into which each micro-batch's mean enters BEFORE its loss, each weighing alike; moves in
-            :meth:`observe`. ``none``: stays 0.
+            cumulative mean into which each micro-batch's mean enters BEFORE its loss, all with the same weight; moves
+            in :meth:`observe`. ``none``: stays 0.
 
     Raises:
-        ValueError: unknown mode, or a state that was saved under another mode.
+        ValueError: the mode is unknown.
     """
 
     def __init__(self, mode: ShiftMode = "previous") -> None:
@@ -192,11 +195,11 @@ class RewardShift:
 
     @property
     def value(self) -> float:
-        """delta as the loss is to use it now; 0 before any reward was seen."""
+        """delta for the next loss; 0 before any reward was observed."""
         return self._sum / self._count if self._count else 0.0
 
     def observe(self, reward_sum: float, count: float) -> None:
-        """Take in rewards: their sum and how many they are, over all ranks.
+        """Take in rewards, by their sum and number over all ranks.
 
         In ``running`` mode one call is one micro-batch: ``reward_sum / count`` is its mean, whatever its size.
         A call with ``count`` 0 (a micro-batch without pairs) changes nothing.
@@ -211,17 +214,21 @@ class RewardShift:
             self._count += 1.0
 
     def step(self) -> None:
-        """An optimizer step is over: in ``previous`` mode its rewards now enter delta; else nothing."""
+        """Let the rewards of the optimizer step that is over enter delta, in ``previous`` mode."""
         self._sum += self._pending_sum
         self._count += self._pending_count
         self._pending_sum = self._pending_count = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Mode and sums as JSON numbers; taken between optimizer steps, so nothing is pending."""
+        """Return mode and sums as JSON values; called between optimizer steps, so no reward is pending."""
         return {"mode": self.mode, "sum": self._sum, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: it was kept in another mode.
+        """
         if state["mode"] != self.mode:
             raise ValueError(f"the saved reward shift was kept in mode {state['mode']!r}, this run has {self.mode!r}")
         self._sum, self._count = float(state["sum"]), float(state["count"])

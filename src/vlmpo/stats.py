@@ -1,4 +1,4 @@
-"""Confidence intervals, in plain Python."""
+"""Compute confidence intervals in plain Python."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def wilson(successes: float, trials: int, z: float = Z_95) -> tuple[float, float
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_interval(values: Sequence[float], z: float = Z_95) -> tuple[float, float, float]:
-    """Return the mean of n >= 1 values and its interval ``mean -+ z s / sqrt(n)``, s the sample standard deviation."""
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of n >= 1 values and its 95 % interval, ``mean -+ 1.96 s / sqrt(n)``; s: the sample deviation."""
     count = len(values)
     mean = math.fsum(values) / count
     if count == 1:
         return mean, -math.inf, math.inf
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
-    half = z * spread / math.sqrt(count)
+    half = Z_95 * spread / math.sqrt(count)
     return mean, mean - half, mean + half
 
 

@@ -155,7 +155,7 @@ def test_a_resumed_average_is_the_uninterrupted_one(tmp_path: Path, lora: bool) 
 @pytest.mark.slow
 def test_resuming_with_what_is_not_there_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path / "a", pairs(4), save_strategy="steps", save_steps=1).train()
-    with pytest.raises(RunError, match="holds no average to go on with"):
+    with pytest.raises(RunError, match="has no average to continue"):
         trainer(tmp_path / "a", pairs(4), ema_decay=0.5).train(resume_from_checkpoint=True)
     trainer(tmp_path / "b", pairs(4), ema_decay=0.5, save_strategy="steps", save_steps=1).train()
     with pytest.raises(RunError, match=r"is 0\.9, but the average in .*checkpoint-2 was kept with 0\.5"):
@@ -190,7 +190,7 @@ def test_no_average_no_folder(tmp_path: Path) -> None:
 
 
 def test_sharded_weights_are_refused() -> None:
-    with pytest.raises(RecipeError, match="FSDP and DeepSpeed hold parts of them"):
+    with pytest.raises(RecipeError, match="FSDP and DeepSpeed shard them"):
         WeightAverage.for_run(0.5, sharded=True)
     assert WeightAverage.for_run(0.0, sharded=True) is None
 

@@ -67,7 +67,7 @@ def test_names_are_loaded(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(flat_weights(run.model), flat_weights(tiny_model()))
     run.train()
     assert logged(tmp_path)[0]["rewards/chosen"] == 0.0
-    assert run.all_pair_counts().num_used == 3
+    assert run.all_pair_counts().used.total() == 3
 
 
 def test_a_loaded_model_brings_its_processor(folder: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_bad_record_is_counted_by_its_place(folder: Path, tmp_path: Path) -> N
     run = trainer(tmp_path, data)
     run.train()
     accounts = run.all_pair_counts()
-    assert accounts.num_used == 2
+    assert accounts.used.total() == 2
     assert accounts.reasons() == {"empty_response": 1}
     assert accounts.examples["empty_response"][0].startswith("train_dataset[1]: ")
 

@@ -145,7 +145,7 @@ def test_a_shuffled_run_brings_prompts_together(tmp_path: Path) -> None:
         assert len(part.rows[0].layout.spans) == 1
         assert len({origin.partition(".")[0] for origin in part.origins}) == 1
     run.train()
-    assert run.all_pair_counts().num_used == 12
+    assert run.all_pair_counts().used.total() == 12
 
 
 def test_rows_are_bounded_by_what_a_group_takes() -> None:

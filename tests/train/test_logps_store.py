@@ -16,7 +16,8 @@ import pytest
 from tests.paths import REPO
 from vlmpo.errors import RunError
 from vlmpo.fileio import replace_json
-from vlmpo.train.logps_store import ENTRY, MAGIC, ReferenceStore, Scored, checksums, content_key
+from vlmpo.hashing import content_key
+from vlmpo.train.logps_store import ENTRY, MAGIC, ReferenceStore, Scored, checksums
 
 
 def keys(count: int, first: int = 0) -> list[bytes]:

@@ -244,7 +244,7 @@ def test_what_cannot_take_rates_says_so(tmp_path: Path) -> None:
     model = tiny_model()
     args = config(tmp_path, learning_rates=RATES)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    with pytest.raises(RecipeError, match="the optimizer was given, with its rates"):
+    with pytest.raises(RecipeError, match="an optimizer was passed, with its rates"):
         MPOTrainer(model=model, args=args, processing_class=processor(), optimizers=(optimizer, None))
     strange = tiny_model()
     strange.model.eyes = strange.model.vision_tower

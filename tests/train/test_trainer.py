@@ -242,7 +242,7 @@ def test_bad_records_are_dropped_and_counted(tmp_path: Path, reason: str, capsys
     run = trainer(tmp_path, [*good, BAD[reason]], max_length=300, num_train_epochs=2)
     run.train()
     accounts = run.all_pair_counts()
-    assert accounts.num_used == 4
+    assert accounts.used.total() == 4
     assert accounts.reasons() == {reason: 1}
     assert BAD[reason].origin in capsys.readouterr().err
     assert BAD[reason].origin in accounts.examples[reason][0]

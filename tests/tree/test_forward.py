@@ -309,7 +309,7 @@ def test_attention_refuses_what_would_be_silently_wrong() -> None:
     layout = RowLayout((TreeSpan(0, 3, (1, 1)),))
     with pytest.raises(ModelError, match="dropout"):
         shared_prompt_attention(layer, states, states, states, None, dropout=0.1, vlmpo_layout=layout)
-    with pytest.raises(ModelError, match="asks for softcap"):
+    with pytest.raises(ModelError, match="uses softcap"):
         shared_prompt_attention(layer, states, states, states, None, softcap=3.0, vlmpo_layout=layout)
     with pytest.raises(ModelError, match="covers 5 tokens"):
         shared_prompt_attention(layer, states[:, :, :4], states, states, None, vlmpo_layout=layout)

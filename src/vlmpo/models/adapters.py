@@ -1,6 +1,6 @@
-"""PEFT adapters: read from disk, put on a model, switched, copied for a frozen reference.
+"""Load PEFT adapters, put them on a model, switch them, and copy them for a frozen reference.
 
-``PeftModel.from_pretrained`` only warns about weights the adapter lacks, and says nothing of weights the model has no
+``PeftModel.from_pretrained`` only warns about weights that the adapter lacks, and ignores weights that the model has no
 place for. Here both are errors.
 """
 
@@ -33,7 +33,7 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Return whether a folder or hub name holds a PEFT adapter."""
     try:
         return find_adapter_config_file(os.fspath(path)) is not None
-    except (OSError, ValueError):  # no such folder or repository: whoever loads the model says so
+    except (OSError, ValueError):  # no such folder or repository: loading the model raises the error
         return False
 
 
@@ -61,7 +61,7 @@ def named_base(path: str | os.PathLike[str]) -> str | None:
 
 
 def load_adapter(base: Any, path: str | os.PathLike[str]) -> Any:
-    """Put the adapter at ``path`` on ``base`` (a transformers model), trainable.
+    """Return ``base``, a transformers model, with the adapter at ``path`` on it, trainable.
 
     Raises:
         ModelError: the adapter was not made for this base: other modules or shapes, weights missing or left over.
@@ -79,14 +79,14 @@ def load_adapter(base: Any, path: str | os.PathLike[str]) -> Any:
 def check_init(config: Any) -> None:
     """Raise ModelError for a ``LoraConfig.init_lora_weights`` under which an adapter cannot be read back.
 
-    Some change the base model too, by chance or by data; it is changed anew, and otherwise, whenever the adapter is
-    loaded, and the model that was trained is gone. EVA keeps a random start if nobody feeds it data.
+    Some change the base model too, by random numbers or by data. Whenever the adapter is loaded, the base is changed
+    anew and differently, and the model that was trained is lost. EVA starts at random if it is given no data.
     """
     init = getattr(config, "init_lora_weights", True)
     if init not in REPEATABLE_INITS:
         names = ", ".join(str(known).lower() for known in REPEATABLE_INITS)
         raise ModelError(
-            f"init_lora_weights: {init} depends on chance or on data, so the adapter could not be read back; "
+            f"init_lora_weights: {init} depends on chance or on data, so the adapter could not be loaded again; "
             f"use one of {names}"
         )
 
@@ -143,10 +143,11 @@ def active_adapter(model: Any) -> str:
 
 @contextmanager
 def use_adapter(model: Any, adapter: str | None) -> Iterator[None]:
-    """Read a PEFT model under another of its adapters, or under none (None); afterwards it is as it was.
+    """Switch a PEFT model to another of its adapters in the body, or to none (None); then switch it back.
 
-    PEFT's switches also set ``requires_grad``: that would thaw what was frozen, and FSDP2, which takes note of it in a
-    model's first forward, would never give the adapter a gradient. So every parameter keeps its own, inside too.
+    PEFT's switches also set ``requires_grad``. That would unfreeze parameters, and FSDP2, which reads it in a model's
+    first forward, would never give the adapter a gradient. So every parameter keeps its ``requires_grad``, in the body
+    too.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = None if adapter is None else active_adapter(model)
@@ -194,7 +195,7 @@ def adapter_places(model: Any) -> set[str]:
         prefix = f"{name}." if name else ""
         if isinstance(module, ModulesToSaveWrapper):
             places.add(f"{prefix}modules_to_save")
-        elif isinstance(module, BaseTunerLayer):  # all that hangs on such a layer but the layer it wraps
+        elif isinstance(module, BaseTunerLayer):  # all its children but the layer that it wraps
             children = [child for child, _ in module.named_children() if child != "base_layer"]
             parameters = [parameter for parameter, _ in module.named_parameters(recurse=False)]
             places |= {prefix + place for place in (*children, *parameters)}
@@ -202,7 +203,7 @@ def adapter_places(model: Any) -> set[str]:
 
 
 def split_name(name: str, places: set[str]) -> AdapterWeight | None:
-    """Take the name of an adapter's weight apart; return None for a weight of the base model."""
+    """Split the name of an adapter's weight; return None for a weight of the base model."""
     parts = name.split(".")
     for at in range(len(parts) - 1, 0, -1):
         place = ".".join(parts[:at])
@@ -254,7 +255,10 @@ def prepare_policy_adapter(model: Any, reentrant_checkpointing: bool) -> None:
         return
     config = model.peft_config[active_adapter(model)]
     if config.is_prompt_learning:
-        raise ModelError(f"{config.peft_type.value} puts virtual tokens before the prompt; only LoRA and its kin train")
+        raise ModelError(
+            f"{config.peft_type.value} puts virtual tokens before the prompt; only adapters on layers, such as LoRA, "
+            "can be trained"
+        )
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise ModelError("the model's adapter is merged into its base; call unmerge_adapter() before training")
     for module in model.modules():
@@ -262,7 +266,7 @@ def prepare_policy_adapter(model: Any, reentrant_checkpointing: bool) -> None:
             # On a CPU bitsandbytes would repack its weights in evaluation into a form that gives no gradient.
             module.support_avx512bf16_for_cpu = False
     if reentrant_checkpointing:
-        # Re-entrant checkpointing gives gradients only to what lies behind an input that has one.
+        # Re-entrant checkpointing gives gradients only to layers with an input that requires one.
         unwrap_peft(model).enable_input_require_grads()
 
 
@@ -270,44 +274,44 @@ def prepare_policy_adapter(model: Any, reentrant_checkpointing: bool) -> None:
 
 
 def choose_kind(kind: str, policy: Any, ref_model: Any | None, fresh_adapter: bool) -> str:
-    """Return what the reference is to be: ``copy``, ``adapter`` (off) or ``frozen_adapter``, as asked or as fits.
+    """Return the kind of reference to build: ``copy``, ``adapter`` (switched off) or ``frozen_adapter``.
 
-    The adapter is switched off only if it was put on for this run and starts by changing nothing. One that came with
-    the policy is part of what was trained before: the reference keeps a frozen copy of it. If more than a LoRA adapter
-    trains, only a copy of the whole model stays as it is.
+    The adapter is switched off only if it was put on for this run and changes nothing at the start. One that the policy
+    already had was trained before: the reference keeps a frozen copy of it. If weights outside the adapter train, the
+    reference is a copy of the whole model.
 
     Args:
         kind: ``reference.kind``: ``auto``, ``copy`` or ``adapter``.
         policy: a transformers or PEFT model.
-        ref_model: the user's own reference model, or None.
+        ref_model: a reference model of the user's, or None.
         fresh_adapter: whether the policy's adapter was put on for this run.
 
     Raises:
-        RecipeError: ``adapter`` without an adapter, beside a reference model, or if it would not be the initial
-            policy, or not stay it.
+        RecipeError: ``adapter`` without an adapter, or together with a reference model, or if the model without the
+            adapter is not the initial policy or would not stay it.
     """
-    adapter_asked = kind == "adapter"
-    if adapter_asked and not is_peft(policy):
+    adapter_required = kind == "adapter"
+    if adapter_required and not is_peft(policy):
         raise RecipeError("reference.kind is 'adapter', but the policy carries none; set model.lora or kind: copy")
-    if adapter_asked and ref_model is not None:
+    if adapter_required and ref_model is not None:
         raise RecipeError("reference.kind is 'adapter', but a reference model was given too; leave one of them out")
     if ref_model is not None or not is_peft(policy):
         return "copy"
     config = policy.peft_config[active_adapter(policy)]
     if loose := trained_beside_adapter(policy):
-        if adapter_asked:
+        if adapter_required:
             raise RecipeError(
                 f"reference.kind is 'adapter', but weights outside the adapter train too ({', '.join(loose[:3])}): the "
                 "reference would move with them; use kind: copy, or model.lora.bias: none"
             )
         return "copy"
     neutral = getattr(config, "init_lora_weights", True) in _STARTS_AT_BASE
-    if adapter_asked and fresh_adapter and not neutral:
+    if adapter_required and fresh_adapter and not neutral:
         raise RecipeError(
             "reference.kind is 'adapter', but under model.lora.init_lora_weights: "
             f"{config.init_lora_weights} the fresh adapter already changes the model; use kind: auto"
         )
-    if adapter_asked or (kind == "auto" and fresh_adapter and neutral):
+    if adapter_required or (kind == "auto" and fresh_adapter and neutral):
         return "adapter"
     return "frozen_adapter" if config.peft_type.value == "LORA" else "copy"
 
@@ -322,7 +326,7 @@ def trained_beside_adapter(policy: Any) -> list[str]:
 def add_frozen_adapter(policy: Any) -> str:
     """Put a frozen copy of the policy's adapter beside it, on the same base model, and return the copy's name.
 
-    The policy goes on reading and training its own adapter, and saves that one alone.
+    The policy still reads, trains and saves only its first adapter.
     """
     active = active_adapter(policy)
     names = itertools.chain(["reference"], (f"reference_{number}" for number in itertools.count(2)))
@@ -335,13 +339,13 @@ def add_frozen_adapter(policy: Any) -> str:
     _copy_adapter(policy, active, name)
     policy.set_adapter(active)
     restore_requires_grad(flags)
-    # Saved is the policy's adapter, without the reference's beside it.
+    # Save the policy's adapter only, not the reference's.
     policy.save_pretrained = functools.partial(type(policy).save_pretrained.__get__(policy), selected_adapters=[active])
     return name
 
 
 def _copy_adapter(policy: Any, source: str, target: str) -> None:
-    """Copy every weight of one adapter into the other, in its own dtype, and freeze it."""
+    """Copy every weight of one adapter into the other, with its dtype, and freeze the copy."""
     base = unwrap_peft(policy)
     places = adapter_places(base)
     parameters: dict[str, nn.Parameter] = dict(base.named_parameters(remove_duplicate=False))

@@ -1,7 +1,7 @@
-"""Everything vlmpo knows about model families: one row a family, and the functions that look it up.
+"""List what is particular to each model family, one row a family, and look it up.
 
-A family gets a mark only if a test holds it to the model's own numbers. A family without a row, or without a mark, is
-read in separate rows, one response a row: exact for any causal model, only slower.
+A family has a mark only if a test compares it with the plain model's numbers. A family without a row, or without a
+mark, is read in separate rows, one response a row: exact for any causal model, only slower.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def family_of(config: Any) -> Family:
 
 @dataclass(frozen=True)
 class Support:
-    """Says whether the rows of a model may share prompts, and why or why not."""
+    """Holds whether the rows of a model may share prompts, and why or why not."""
 
     shared: bool
     reason: str

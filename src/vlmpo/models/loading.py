@@ -1,4 +1,4 @@
-"""Loads checkpoints and their processors, whole or not at all."""
+"""Load checkpoints and their processors, whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from vlmpo.models.adapters import load_adapter, named_base
 
 
 def load_processor(path: str) -> Any:
-    """Load a model's own processor, from a folder or the hub; a text-only model's is its tokenizer.
+    """Load a model's processor, from a folder or the hub; a text-only model's is its tokenizer.
 
-    An adapter has its own, or its base model's.
+    An adapter's is the one saved with it, or else its base model's.
 
     Raises:
         ModelError: it cannot be loaded, or lacks its tokenizer.
@@ -35,7 +35,7 @@ def load_processor(path: str) -> Any:
         if base := named_base(path):
             return _base_of_adapter(path, base, load_processor)
         raise ModelError(f"model.path: no processor can be loaded from {path}: {first_line(error)}") from error
-    if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):  # whatever part of one is there
+    if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):  # but a part of one
         raise ModelError(
             f"model.path: {path} has a {type(processor).__name__} but no whole processor; put the model's processor "
             "and tokenizer files there"
@@ -44,11 +44,11 @@ def load_processor(path: str) -> Any:
 
 
 def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | None = None) -> Any:
-    """Load a model, text-only or not, on the CPU; a PEFT adapter comes on its base model, trainable.
+    """Load a model, text-only or not, on the CPU; load a PEFT adapter on its base model, trainable.
 
     Args:
         path: a folder or a hub name.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         quantized: further arguments of ``from_pretrained``, which quantise the weights.
 
     Raises:
@@ -75,7 +75,7 @@ def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | No
     if quantized:
         from peft import prepare_model_for_kbit_training
 
-        # Frozen, and what is not quantised (norms, head, embedding) in float32; checkpointing is the trainer's affair.
+        # Frozen, and what is not quantised (norms, head, embedding) in float32; the trainer switches checkpointing on.
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
 

@@ -1,4 +1,4 @@
-"""A base model and an adapter become one whole model."""
+"""Merge a base model and an adapter into one whole model."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from vlmpo.models.adapters import adapter_places, load_adapter, named_base, unwr
 def write_merged(adapter: Path, output: Path, base: str | None = None, dtype: str = "float32") -> None:
     """Write base and adapter as one model, with its processor, into ``output``.
 
-    The weights are added in float32 and then cast. Word embeddings stay tied to the head, unless the adapter tells them
-    apart.
+    The weights are added in float32 and then cast. Word embeddings stay tied to the head, unless the adapter changes
+    one of them.
 
     Args:
         adapter: an adapter folder.
-        output: a folder that is new or empty; it is there whole or not at all.
-        base: the base model; None: the one the adapter names.
-        dtype: of the weights written, ``float32`` or ``bfloat16``.
+        output: a folder that is new or empty; it is written whole or not at all.
+        base: the base model; None: the one that the adapter names.
+        dtype: dtype of the written weights, ``float32`` or ``bfloat16``.
 
     Raises:
-        ModelError: no base model, or one that does not fit.
+        ModelError: there is no base model, or it does not fit the adapter.
     """
     try:
-        processor = loading.load_processor(str(adapter))  # its own, saved beside it, or its base model's
+        processor = loading.load_processor(str(adapter))  # saved with the adapter, or its base model's
     except ModelError:
         if base is None:
             raise
@@ -58,7 +58,7 @@ def merged_model(adapter: Path, base: str | None) -> Any:
     else:
         try:
             named = named_base(adapter)
-        except ModelError:  # it names none: the one that was given will do
+        except ModelError:  # it names none, but one was given
             named = None
         if named != base:
             logger.info(f"note: the adapter was trained on {named}, it is merged into {base}")
@@ -67,14 +67,12 @@ def merged_model(adapter: Path, base: str | None) -> Any:
     _untie_if_adapted(model)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # which is what was just mended
+            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # they are not tied any more
             merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise ModelError(f"the adapter in {adapter} cannot be merged: {first_line(error)}") from error
     if was_tied and not _is_tied(merged):
-        logger.info(
-            "note: the adapter tells word embeddings and head apart; they are no longer tied in the merged model"
-        )
+        logger.info("note: the adapter changes word embeddings or head; they are no longer tied in the merged model")
         for config in (merged.config, merged.config.get_text_config()):
             config.tie_word_embeddings = False
     return merged
@@ -99,9 +97,9 @@ def _is_tied(model: Any) -> bool:
 
 
 def _untie_if_adapted(model: Any) -> None:
-    """Give the head a weight of its own if an adapter sits on it or on the embedding.
+    """Give the head a weight of its own if an adapter is on it or on the embedding.
 
-    Otherwise both changes would be added to the one weight, and be read by the embedding and the head alike.
+    Otherwise both changes would be added to the one weight that embedding and head share.
     """
     base = unwrap_peft(model)
     places = adapter_places(base)

@@ -1,4 +1,4 @@
-"""From encoded pairs to what one rank reads in a training step: rows, each prompt once for its responses."""
+"""Collate encoded pairs into the rows that one rank reads in a training step, each prompt once for its responses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmpo.data.encode.encoder import EncodedPair, Unusable
-from vlmpo.train.logps_store import content_key
+from vlmpo.hashing import content_key
 from vlmpo.train.sampler import split_runs
 from vlmpo.tree.layout import PackedRow, PromptTree, build_row
 from vlmpo.tree.packing import pack
@@ -19,16 +19,16 @@ from vlmpo.tree.packing import pack
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs that are read in one forward and one backward pass: mostly one row, several if prompts are not shared.
+    """Holds pairs that are read in one forward and backward pass: one row, or several if prompts are not shared.
 
     Attributes:
         rows: the prompts and their responses, laid out.
-        chosen, rejected: ``[pairs]``, the index of each pair's responses, counted through the rows; ``rejected`` is
-            None in supervised fine-tuning.
+        chosen, rejected: ``[pairs]``, the index of each pair's responses, counted over all rows; ``rejected`` is None
+            in supervised fine-tuning.
         chosen_lengths: ``[pairs]``, scored tokens of the chosen responses.
         sources, origins: each pair's data set and ``file:line``.
-        keys: for each response a hash of all that its log-prob depends on in the data (prompt, images, tokens); empty
-            unless asked for.
+        keys: for each response a hash of the data that decide its log-prob (prompt, images, tokens); empty unless the
+            collator is ``keyed``.
     """
 
     rows: list[PackedRow]
@@ -54,13 +54,13 @@ class MicroBatch:
 
     @property
     def response_lengths(self) -> list[int]:
-        """Scored tokens of each response, counted through the rows."""
+        """Scored tokens of each response, over all rows."""
         return [int(n) for row in self.rows for n in torch.bincount(row.response_index, minlength=row.num_responses)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step reads on one rank, and the records it could not use."""
+    """Holds the micro-batches of one training step on one rank, and the records that cannot be used."""
 
     micro_batches: list[MicroBatch]
     dropped: list[Unusable] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Batch:
 
 
 class PromptGroup(NamedTuple):
-    """Pairs of one prompt: their tree, and the index in it of each pair's chosen and rejected response."""
+    """Holds pairs of one prompt, their tree, and the index in it of each pair's chosen and rejected response."""
 
     pairs: list[EncodedPair]
     tree: PromptTree
@@ -88,11 +88,11 @@ class Collator:
     """Turns encoded pairs into a Batch.
 
     Attributes:
-        max_tokens_per_row: bound of a row; None: one row a batch.
+        max_tokens_per_row: most tokens of a row; None: one row a batch.
         shared: whether a prompt is read once for its responses. If not, each response gets a row of its own, and the
             pairs of one prompt are a micro-batch.
-        keyed: whether responses get their keys.
-        group: how many pairs of one prompt may share it.
+        keyed: whether micro-batches get the keys of their responses.
+        group: most pairs that share one prompt.
     """
 
     max_tokens_per_row: int | None
@@ -107,7 +107,7 @@ class Collator:
             range(len(pairs)), max(1, self.group), lambda one, other: _same_prompt(pairs[one], pairs[other])
         ):
             members = [pairs[index] for index in indices]
-            # A response that several pairs hold is read once.
+            # A response that several pairs have is read once.
             position: dict[tuple[int, ...], int] = {}
             responses: list[Tensor] = []
             chosen: list[int] = []

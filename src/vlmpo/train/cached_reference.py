@@ -1,10 +1,9 @@
-"""The reference by what it answered before: log-probs from a store on disk, a model only for what is not in it yet.
+"""Read the reference's log-probs from a store on disk, and compute with a model only those that it lacks.
 
 Whatever decides a log-prob is in its key: the reference's weights and config (a rope scaling is no weight), the token
 ids, the image as the model reads it (its pixels after the processor, so the file's bytes and the processor's settings
-too), the precision, and whether prompts are shared. If a key does not match, the log-prob is computed anew. Once a
-whole epoch is in the store the model is freed; a run that finds its data set complete from an earlier one does not load
-a model at all.
+too), the precision, and whether prompts are shared. If no key matches, the log-prob is computed anew. Once a whole
+epoch is in the store the model is freed; a run whose data set an earlier run has completed loads no model at all.
 """
 
 from __future__ import annotations
@@ -23,32 +22,35 @@ from vlmpo import compat
 from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RunError
 from vlmpo.fileio import replace_json
+from vlmpo.hashing import content_key
 from vlmpo.log import logger
 from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import Batch, MicroBatch
-from vlmpo.train.logps_store import ReferenceStore, Scored, content_key
+from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import CopyReference, Reference, freeze, weights_hash
 from vlmpo.train.sharding import all_gather_object, passes_are_shared, prepare_frozen
 
-# Of a config, what decides no log-prob: where the model is from, how it is stored, how it generates.
+# Settings of a config that decide no log-prob: where the model is from, how it is stored, how it generates.
 _IDLE_SETTINGS = frozenset(
     {"architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"}
 )
 
 
 class CachedReference:
-    """Answers from a store, and from a model if the store has no answer.
+    """Takes the reference's log-probs from a store, and from a model those that the store lacks.
 
     Args:
         store: the log-probs.
         weights: hash of the reference's weights.
         reading: returns how log-probs are read at present (config, precision, shared prompts): part of every key.
-        build: makes the model; called when it is first needed.
-        any_rank: returns whether some rank says yes: if ranks share their passes, all read what one of them lacks.
+        reload: makes the model when it is needed; None if it cannot be made again, so that it is never freed.
+        any_rank: returns whether its argument is true on some rank: ranks that share their passes read the model
+            together, or none of them does.
 
     Attributes:
         hits, misses: responses that were in the store, and that were not.
+        model: the model behind the store, while it is in memory.
     """
 
     def __init__(
@@ -56,80 +58,73 @@ class CachedReference:
         store: ReferenceStore,
         weights: str,
         reading: Callable[[], str],
-        build: Callable[[], Reference],
+        reload: Callable[[], Reference] | None,
         any_rank: Callable[[bool], bool],
     ) -> None:
         self.store = store
         self.hits = self.misses = 0
+        self.model: Reference | None = None
         self._weights = weights
         self._reading = reading
-        self._build = build
+        self._reload = reload
         self._any_rank = any_rank
-        self._model: Reference | None = None
-        self._pinned = False
-
-    def start_with(self, model: Reference, pinned: bool) -> None:
-        """Use ``model`` from the start. If ``pinned``, never free it: it cannot be reloaded."""
-        self._model, self._pinned = model, pinned
-
-    @property
-    def model(self) -> Reference | None:
-        """The model behind the store, while it is in memory."""
-        return self._model
 
     def load(self) -> Reference:
-        """Return the model behind the store.
+        """Return the model behind the store; load it if it is not in memory.
 
         Raises:
-            RunError: the loaded weights are not those that the log-probs in the store were taken from.
+            RunError: the weights on disk are not those that the log-probs in the store were computed with.
         """
-        if self._model is None:
+        if self.model is None:
+            assert self._reload is not None  # a model that cannot be made again is in memory from the start
             logger.info(f"reference: some log-probs are not in {self.store.folder}; its model is loaded for them")
-            self._model = self._build()
-            if self._model.weights_hash() != self._weights:
+            self.model = self._reload()
+            if self.model.weights_hash() != self._weights:
                 raise RunError(
                     "cannot reload the reference: its weights on disk have changed since this run began; start again "
                     "with the initial model in its place"
                 )
-        return self._model
+        return self.model
 
     def free(self) -> None:
         """Free the model if it can be reloaded."""
-        if not self._pinned and self._model is not None:
-            self._model = None
+        if self.model is not None and self._reload is not None:
+            self.model = None
             gc.collect()  # its modules hold methods bound to themselves: without this it is freed at some later time
 
     def context(self) -> bytes:
-        """Return what every key starts from."""
+        """Hash what all keys have in common: the reference's weights and how log-probs are read."""
         return content_key(self._weights.encode(), self._reading().encode())
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
-        """Return ``[responses]``, float64, without gradient."""
+        """Return ``[responses]``, float64, without gradient.
+
+        Raises:
+            RunError: a response in the store has another number of tokens; or see :meth:`load`.
+        """
         context = self.context()
         keys = [content_key(context, key) for key in micro_batch.keys]
-        known = [self.store.get(key) for key in keys]
-        incomplete = any(value is None for value in known)
+        stored = [self.store.get(key) for key in keys]
+        missing = stored.count(None)
+        self.misses += missing
+        self.hits += len(keys) - missing
         lengths = micro_batch.response_lengths
-        if self._any_rank(incomplete):
+        if self._any_rank(missing > 0):
             logps = self.load().response_logps(micro_batch).double()
-            if incomplete:
-                scored = zip(logps.tolist(), lengths, strict=False)  # dummy responses have no key
-                self.store.put(keys, [Scored(logp, tokens) for logp, tokens in list(scored)[: len(keys)]])
-            self.misses += sum(value is None for value in known)
-            self.hits += sum(value is not None for value in known)
+            if missing:  # dummy responses, the last ones, have no key
+                self.store.put(keys, map(Scored, logps.tolist(), lengths[: len(keys)]))
             return logps
-        self.hits += len(keys)
-        for value, length in zip(known, lengths, strict=False):
-            if value is not None and value.tokens != length:
-                raise RunError(f"the reference's log-probs in {self.store.folder} are of other responses; remove it")
-        values = [value.logp for value in known if value is not None]
-        dummies = [0.0] * (micro_batch.num_responses - len(values))
-        return torch.tensor([*values, *dummies], dtype=torch.float64, device=micro_batch.chosen.device)
+        scores = [score for score in stored if score is not None]
+        if any(score.tokens != length for score, length in zip(scores, lengths, strict=False)):
+            raise RunError(f"the reference's log-probs in {self.store.folder} are of other responses; remove it")
+        dummies = [0.0] * (micro_batch.num_responses - len(scores))
+        logps_or_zeros = [*(score.logp for score in scores), *dummies]
+        return torch.tensor(logps_or_zeros, dtype=torch.float64, device=micro_batch.chosen.device)
 
     def stop_sharing(self) -> None:
-        """Pass it on to the model, if it is in memory; a model that is loaded later asks for itself."""
-        if self._model is not None:
-            self._model.stop_sharing()
+        """Read every response in a row of its own from now on; a model loaded later does so anyway."""
+        if self.model is not None:
+            self.model.stop_sharing()
 
     def tower_owner(self) -> Any | None:
         """Return None: the store reads no images."""
@@ -140,27 +135,25 @@ class CachedReference:
         return self._weights
 
 
-class Completeness:
-    """Remembers which data sets are wholly in a store, by a note beside its shards.
+class Completeness(TrainerCallback):
+    """Notes that a whole data set is in a store, in a file beside its shards, and frees the model then.
 
-    A note is a hint alone: it decides whether the model is loaded at once. Log-probs are looked up by their keys.
+    The note only decides whether a later run loads the model at its start. Log-probs are looked up by their keys.
 
     Args:
-        reference: whose store it is.
+        reference: the reference with the store.
         dataset: the training pairs.
         encoding: the settings that decide how pairs are encoded.
         accelerator: of the run.
-
-    Attributes:
-        reached: whether this process has seen the training data complete.
     """
 
     def __init__(self, reference: CachedReference, dataset: Any, encoding: Sequence[Any], accelerator: Any) -> None:
-        self.reached = False
         self._reference = reference
         self._dataset = dataset
         self._encoding = list(encoding)
         self._accelerator = accelerator
+        self._reached = False
+        self._whole_epoch = False  # whether the epoch under way is read from its first pair
 
     def _note(self) -> Path | None:
         """Return the note's path; None for a data set that has no fingerprint."""
@@ -181,52 +174,38 @@ class Completeness:
         store.sync()
         self._accelerator.wait_for_everyone()
         store.refresh()
-        if self._accelerator.is_main_process:
-            self._write_note()
-        self.reached = True
+        note = self._note() if self._accelerator.is_main_process else None
+        if note is not None and not note.is_file():
+            try:
+                replace_json(note, {"pairs": len(self._dataset)})
+            except OSError as error:
+                logger.info(
+                    f"reference.cache_dir: {note} cannot be written ({error}); the next run will load the reference"
+                )
+        self._reached = True
         had_model = self._reference.model is not None
         self._reference.free()
         if had_model and self._reference.model is None:
             damage = f"{store.damaged} damaged entries were computed anew; " if store.damaged else ""
             logger.info(f"reference: its log-probs of all pairs are in {store.folder}; {damage}the model is freed")
 
-    def _write_note(self) -> None:
-        note = self._note()
-        if note is None or note.is_file():
-            return
-        try:
-            replace_json(note, {"pairs": len(self._dataset)})
-        except OSError as error:
-            logger.info(
-                f"reference.cache_dir: {note} cannot be written ({error}); the next run will load the reference"
-            )
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Free the model again if an evaluation loaded it after training no longer needed it.
 
-    def free_between_epochs(self) -> None:
-        """Free the model again, if an evaluation loaded it after training had no more need of it."""
-        if self.reached:
+        An epoch that a resumed run enters in the middle is not read whole.
+        """
+        self._whole_epoch = float(state.epoch or 0.0).is_integer()
+        if self._reached:
             self._reference.free()
 
-
-class EpochWatch(TrainerCallback):
-    """Notices when an epoch was read from its first pair to its last, and then marks the data set complete."""
-
-    def __init__(self, completeness: Completeness) -> None:
-        self._completeness = completeness
-        self._from_its_start = False
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run resumed in mid-epoch has not read what came before."""
-        self._from_its_start = float(state.epoch or 0.0).is_integer()
-        self._completeness.free_between_epochs()
-
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Also called if the steps end before the epoch does."""
-        if self._from_its_start and float(state.epoch).is_integer() and not args.dataloader_drop_last:
-            self._completeness.reach()
+        """Note the data set if the epoch was read whole; also called if the steps end before the epoch does."""
+        if self._whole_epoch and float(state.epoch).is_integer() and not args.dataloader_drop_last:
+            self.reach()
 
 
 def config_hash(config: Any) -> str:
-    """Hash what a model computes with its weights; the same for a copy saved elsewhere."""
+    """Hash the settings that decide what a model computes; a copy saved elsewhere has the same hash."""
 
     def deciding(value: Any) -> Any:
         if isinstance(value, dict):
@@ -249,23 +228,25 @@ def open_cached_reference(
     dataset: Any,
     encoding: Sequence[Any],
 ) -> tuple[CachedReference, Completeness]:
-    """Open the reference behind the store that the settings name.
+    """Open the store that the settings name, and load the reference's model if the store may lack some log-probs.
 
     Args:
         args: MPOConfig of the run.
         source: the model whose weights the reference has: one given by the user, or the initial policy.
         online: makes the reference as it would be without a store, from the policy as it is now.
-        pixel_scale: what is done to pixels that come as bytes: it decides log-probs as they do.
+        pixel_scale: normalises pixels that are bytes, so it is part of every key.
         shared: returns whether rows share prompts at present.
         accelerator: of the run.
         dataset, encoding: see :class:`Completeness`.
+
+    Returns:
+        The reference, and the callback that notes when all of the data set is in its store.
     """
     base = unwrap_peft(source)
     precision = f"{next(base.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type} {pixel_scale}"
     config = config_hash(base.config)
-    # An adapter's model cannot be reloaded by a name: it stays in memory.
-    name = None if is_peft(source) else compat.name_or_path(base.config)
     dtype = str(base.dtype).removeprefix("torch.")
+    name = compat.name_or_path(base.config)
 
     def reload() -> Reference:  # holds no model
         return CopyReference(prepare_frozen(accelerator, freeze(load_model(str(name), dtype), shared())))
@@ -273,18 +254,18 @@ def open_cached_reference(
     def any_rank(value: bool) -> bool:
         return any(all_gather_object(accelerator, value)) if passes_are_shared(accelerator) else value
 
-    pinned = None if name else online()
+    # A model under an adapter cannot be reloaded by its base's name: it stays in memory.
+    pinned = online() if is_peft(source) or not name else None
     reference = CachedReference(
         store=ReferenceStore(args.reference_cache_dir or cache_folder() / "reference"),
         weights=weights_hash(base, None) if pinned is None else pinned.weights_hash(),
         reading=lambda: f"{precision} shared={shared()} config={config}",
-        build=reload,
+        reload=reload if pinned is None else None,
         any_rank=any_rank,
     )
     completeness = Completeness(reference, dataset, encoding, accelerator)
-    # Ranks that load a model to share its passes do so together, or none of them does.
     if pinned is not None or any_rank(not completeness.known()):
-        reference.start_with(pinned or online(), pinned=pinned is not None)
+        reference.model = pinned or online()
     else:
         logger.info(f"reference: its log-probs of all pairs are in {reference.store.folder}; no model is loaded")
     return reference, completeness
@@ -300,8 +281,8 @@ def precompute(
     """Put the reference's log-probs of training and evaluation pairs into its store.
 
     Args:
-        reference: to be filled.
-        training, evaluation: the pairs; batches come in step with the other ranks.
+        reference: the reference with the store.
+        training, evaluation: batches of this rank, as many as the other ranks have.
         prepare: moves a micro-batch to the device.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Callbacks of a run: the log on disk, a short line on the screen, the time of steps, a check before the first."""
+"""Log to disk and to the screen, measure the time of steps, and check the model before the first step."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _SHORT = (
 
 
 def short_line(step: int, logs: dict[str, Any]) -> str:
-    """Format the metrics worth a glance in one line."""
+    """Format the most important metrics of ``logs`` in one line."""
     shown = [f"{name} {logs[key]:{form}}" for key, name, form in _SHORT if isinstance(logs.get(key), (int, float))]
     return "  ".join([f"step {step}", *shown])
 
 
 class ShortProgress(ProgressCallback):
-    """transformers' progress bar with one short line a log."""
+    """Shows transformers' progress bar, with one short line per log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None and ("loss" in logs or "eval_loss" in logs):
@@ -46,7 +46,7 @@ class ShortProgress(ProgressCallback):
 
 
 class ShortPrinter(TrainerCallback):
-    """Prints the same short line if there is no progress bar."""
+    """Prints one short line per log; for runs without a progress bar."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_local_process_zero and ("loss" in logs or "eval_loss" in logs):
@@ -54,13 +54,13 @@ class ShortPrinter(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged step to ``metrics.jsonl``, numbers unrounded."""
+    """Appends every log to ``metrics.jsonl``, with unrounded numbers."""
 
     def __init__(self, output_dir: str) -> None:
         self.file = Path(output_dir) / METRICS_FILE
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start a fresh file; a resumed run drops the lines after its checkpoint, which come again."""
+        """Empty the file; a resumed run keeps the lines up to its checkpoint, as later steps are run again."""
         if not state.is_world_process_zero:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,43 +82,40 @@ def _step_of(line: str) -> float:
 
 
 class StepClock(TrainerCallback):
-    """Measures the time of optimizer steps (without logging, saving, evaluating) and how much of it was spent
-    waiting for data; warns if that is much, with the remedy."""
+    """Measures the seconds of optimizer steps, and those of them spent waiting for data; warns if these are many.
+
+    Logging, saving and evaluating do not count.
+    """
 
     TOO_LONG = 0.2  # of a step's time
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.waited = 0.0
-        self._fetching = 0.0  # of the step under way
-        self._all_seconds = self._all_waited = 0.0
+        self._seconds = self._waited = 0.0  # of all steps
+        self._taken = (0.0, 0.0)  # both at the last call of take()
+        self._fetching = 0.0  # seconds spent waiting in the step under way
         self._started = time.perf_counter()
         self._logs = 0
         self._warned = False
 
     def start(self) -> None:
-        """Note that a step begins: its data are being fetched."""
+        """Start the clock: the step begins, and its data are being fetched."""
         self._started = time.perf_counter()
 
     def fetched(self) -> None:
-        """Note that the data of the step have come."""
+        """Take the time once the data of the step are there."""
         self._fetching = time.perf_counter() - self._started
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seconds = time.perf_counter() - self._started
-        self.seconds += seconds
-        self.waited += self._fetching
-        self._all_seconds += seconds
-        self._all_waited += self._fetching
+        self._seconds += time.perf_counter() - self._started
+        self._waited += self._fetching
 
     def take(self) -> tuple[float, float]:
-        """Return the seconds of steps since the last call, and how many of them were spent waiting for data."""
-        taken = self.seconds, self.waited
-        self.seconds = self.waited = 0.0
-        return taken
+        """Return the seconds of the steps since the last call, and how many of them were spent waiting for data."""
+        (seconds, waited), self._taken = self._taken, (self._seconds, self._waited)
+        return self._seconds - seconds, self._waited - waited
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Warn once. Skip the first log: worker start-up dominates it."""
+        """Warn once if waiting takes too long. Ignore the first log, which the start of the workers dominates."""
         if "data_wait_share" not in logs:
             return
         self._logs += 1
@@ -127,13 +124,12 @@ class StepClock(TrainerCallback):
             logger.info(waiting_line(logs["data_wait_share"], "of the last steps' time", args.dataloader_num_workers))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._all_seconds:
-            share = self._all_waited / self._all_seconds
-            logger.info(waiting_line(share, "of all steps' time", args.dataloader_num_workers))
+        if self._seconds:
+            logger.info(waiting_line(self._waited / self._seconds, "of all steps' time", args.dataloader_num_workers))
 
 
 def waiting_line(share: float, of_what: str, workers: int) -> str:
-    """Format the share of time spent waiting for data, with the remedy if it is too much."""
+    """Format the share of time spent waiting for data, and what to do if it is too much."""
     line = f"waiting for data: {share:.1%} {of_what}"
     if share <= StepClock.TOO_LONG:
         return line
@@ -144,7 +140,7 @@ def waiting_line(share: float, of_what: str, workers: int) -> str:
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Calls ``check`` once, after the model is wrapped and before the first step."""
+    """Calls ``check`` once: when the model has been wrapped and no step has been made."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check: Callable[[], None] | None = check

@@ -1,8 +1,8 @@
-"""Weights and MPO's own state, out of a checkpoint and into it, whole or not at all.
+"""Load and save weights and the state of MPO, whole or not at all.
 
 transformers' Trainer loads a checkpoint by ``load_state_dict(strict=False)``, although ``save_pretrained`` writes other
-key names for many VLMs: nothing fits, it warns, and goes on from the initial weights. Here a checkpoint is read back
-the way a user would read it, through ``from_pretrained``, and every weight must have been in it.
+key names for many VLMs: nothing fits, it warns, and training goes on from the initial weights. Here a checkpoint is
+loaded as a user would load it, through ``from_pretrained``, and every weight must be in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def load_weights(model: Any, checkpoint: str | os.PathLike[str]) -> None:
         ModelError: a weight of the model is missing in the checkpoint, has another shape, or one is left over.
     """
     if is_peft(model):
-        take_over(model, adapter_folder(model, checkpoint))
+        name = active_adapter(model)  # PEFT writes an adapter that is not named ``default`` into a folder of its name
+        take_over(model, checkpoint if name == "default" else Path(checkpoint) / name)
         return
     fresh, info = type(model).from_pretrained(
         checkpoint, dtype=next(model.parameters()).dtype, output_loading_info=True
@@ -41,12 +42,6 @@ def load_weights(model: Any, checkpoint: str | os.PathLike[str]) -> None:
     model.load_state_dict(fresh.state_dict(), strict=True)
 
 
-def adapter_folder(model: Any, checkpoint: str | os.PathLike[str]) -> Path:
-    """Where PEFT writes the policy's adapter in a checkpoint: one not named ``default`` gets a folder of its own."""
-    name = active_adapter(model)
-    return Path(checkpoint) if name == "default" else Path(checkpoint) / name
-
-
 def write_state(
     checkpoint: str | os.PathLike[str],
     *,
@@ -55,14 +50,14 @@ def write_state(
     pair_counts: PairCounts,
     learning_rates: Mapping[str, float] | None,
 ) -> None:
-    """Write MPO's own state into a checkpoint: the last file of it, put there in one move.
+    """Write the state of MPO into a checkpoint, atomically; it must be the last file written there.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: folder of the checkpoint.
         reward_shift: delta.
-        reference_hash: of the reference's weights; None without a reference.
-        pair_counts: of all ranks.
-        learning_rates: by part, if any.
+        reference_hash: hash of the reference's weights; None without a reference.
+        pair_counts: what became of the pairs, over all ranks.
+        learning_rates: learning rates by part, if any.
     """
     state = {
         "reward_shift": reward_shift.state_dict(),
@@ -74,23 +69,27 @@ def write_state(
 
 
 def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return MPO's own state. Raises RunError if the checkpoint has none: it is not ours, or was cut short."""
+    """Return the state of MPO in a checkpoint.
+
+    Raises:
+        RunError: it has none: vlmpo did not write it, or did not finish.
+    """
     file = Path(checkpoint) / STATE_FILE
     if not file.is_file():
         raise RunError(
             f"{checkpoint} is no complete vlmpo checkpoint ({STATE_FILE} is missing); "
-            "name another one in training.resume_from_checkpoint"
+            "give another one in training.resume_from_checkpoint"
         )
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def check_rates(checkpoint: str | os.PathLike[str], learning_rates: Mapping[str, float] | None) -> None:
-    """Raise RunError if the checkpoint was trained with other rates by part."""
+    """Raise RunError if the checkpoint was trained with other ``learning_rates``."""
     before, now = read_state(checkpoint).get("learning_rates"), learning_rates or None
     if before != now:
         raise RunError(
             f"{checkpoint} was trained with training.learning_rates {before}, this run has {now}; "
-            "the optimizer goes on with the rates it had, so give the same"
+            "the optimizer goes on with the rates it had: set the same ones"
         )
 
 
@@ -116,7 +115,7 @@ def restore_state(
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest ``checkpoint-N`` that was written to its end; one cut short by a kill is passed over."""
+    """Return the newest complete ``checkpoint-N`` in ``output_dir``, None if there is none."""
     folders = [f for f in Path(output_dir).glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
     complete = [folder for folder in folders if (folder / STATE_FILE).is_file()]
     return max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)

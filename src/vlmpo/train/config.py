@@ -1,4 +1,4 @@
-"""MPOConfig: what transformers' TrainingArguments lack for Mixed Preference Optimization."""
+"""Extend transformers' TrainingArguments by the settings of Mixed Preference Optimization."""
 
 from __future__ import annotations
 
@@ -24,48 +24,51 @@ CHOICES = {
 }
 
 
-# Tokens of a row. A GPU wants many at once; what is read at once on a CPU should stay near its caches (measured there:
-# two pairs of 7 tiles are read a little faster together, two of 13 tiles apart, and apart they take far less memory).
+# Tokens of a row. A GPU needs many at once to be busy; on a CPU a row should stay near the caches (measured there: two
+# pairs of 7 tiles are read a little faster in one row, two of 13 tiles in two rows, which also take far less memory).
 ROW_TOKENS = {"cpu": 1536, "cuda": 16384}
 
 
 def row_tokens(device: str) -> int:
-    """``max_tokens_per_row`` where nothing else is asked for, on a ``device`` of that type."""
+    """Return the default of ``max_tokens_per_row`` on a ``device`` of that type."""
     return ROW_TOKENS.get(device, ROW_TOKENS["cuda"])
 
 
 @dataclass
 class MPOConfig(TrainingArguments):
-    """TrainingArguments and the settings of MPO.
+    """Holds TrainingArguments and the settings of MPO.
 
     Attributes:
-        loss_weights: of the terms ``sigmoid``, ``bco_pair``, ``nll``; None: 0.8, 0.2, 1.0. ``{"nll": 1.0}`` is
-            supervised fine-tuning: no reference, no rejected response.
+        loss_weights: weights of the terms ``sigmoid``, ``bco_pair``, ``nll``; None: 0.8, 0.2, 1.0. ``{"nll": 1.0}`` is
+            supervised fine-tuning, without a reference and rejected responses.
         beta: scale of the implicit rewards.
         reward_shift: how delta moves: ``previous``, ``running`` or ``none`` (see vlmpo.loss).
         nll_reduction: ``sequence`` (the paper) or ``token``.
-        label_smoothing: of the sigmoid term, in [0, 0.5).
-        reference_kind: ``copy`` of the initial policy, ``adapter`` switched off, or ``auto``: the adapter where there
-            is one.
-        reference_cache_dir: where ``cache`` keeps log-probs; None: a folder of the user's, shared by all runs.
-        max_length: tokens of prompt and longer response together; None: no limit.
-        over_long: ``drop`` such pairs (counted), or ``cut`` the responses' ends.
-        max_tiles: tiles a pair's images may take together.
-        video_frames: images a video becomes at most.
-        max_tokens_per_row: a micro-batch is read in rows of at most so many tokens, each with its own backward pass,
-            so that the longest row decides the memory, not the micro-batch. 0: what suits the device, see ROW_TOKENS;
-            None: no bound.
-        group_by_prompt: up to so many pairs of one prompt come next to each other and share its prompt, a response that
-            several of them hold is read once; 0: pairs come as they are shuffled. Pairs of one prompt then meet in a
-            step more often than chance would have it.
-        balance_ranks: ranks share the pairs of each step by the work they make, not in order; which pairs make a step
-            stays as it is. Without effect on one process, on ``train_sampling_strategy: sequential`` and under
-            ``reward_shift: running``, where the order of micro-batches decides how delta moves.
-        on_bad_record: ``skip`` and count, or ``fail``.
-        num_train_epochs, learning_rate: default to 1 and 1e-6 here.
-        learning_rates: rates by part, of ``vision``, ``projector`` and ``text``; other parts take ``learning_rate``.
-        ema_decay: of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: none.
-        attention: ``auto`` shares prompts where the model family allows; ``separate`` reads one response a row.
+        label_smoothing: label smoothing of the sigmoid term, in [0, 0.5).
+        reference_kind: ``copy`` of the initial policy, the policy with its ``adapter`` switched off, a ``cache`` of
+            log-probs on disk, or ``auto``: ``adapter`` if the policy has one, else ``copy``.
+        reference_cache_dir: folder in which ``cache`` keeps log-probs; None: one in the user's cache folder, shared by
+            all runs.
+        max_length: most tokens of a prompt and its longer response together; None: no limit.
+        over_long: ``drop`` longer pairs (they are counted), or ``cut`` the ends of their responses.
+        max_tiles: most tiles of all images of a pair together.
+        video_frames: most frames that are read of a video.
+        max_tokens_per_row: most tokens of a row; a micro-batch is read in several rows, each with a backward pass, so
+            that a row's length bounds the memory, not the micro-batch's. 0: the device's default, see ROW_TOKENS; None:
+            no bound.
+        group_by_prompt: put up to this many pairs of one prompt next to each other, so that they share the prompt, and
+            a response that several of them have is read once. Pairs of one prompt are then in one step more often than
+            by chance. 0: leave pairs in shuffled order.
+        balance_ranks: give ranks equal work in each step, rather than its pairs in order; the step has the same pairs.
+            Without effect on one process, under ``train_sampling_strategy: sequential``, and under ``reward_shift:
+            running``, as there the order of micro-batches decides how delta moves.
+        on_bad_record: ``skip`` a bad record and count it, or ``fail``.
+        num_train_epochs, learning_rate: as in TrainingArguments, with the defaults 1 and 1e-6.
+        learning_rates: learning rates of the parts ``vision``, ``projector`` and ``text``; a part without one takes
+            ``learning_rate``.
+        ema_decay: decay of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: no average.
+        attention: ``auto`` shares prompts if the model family allows it; ``separate`` reads each response in a row of
+            its own.
     """
 
     loss_weights: dict[str, float] | None = field(default=None)
@@ -89,7 +92,7 @@ class MPOConfig(TrainingArguments):
     # The published recipes: one epoch, small steps (transformers' 3 epochs at 5e-5 would ruin an SFT checkpoint).
     num_train_epochs: float = 1.0
     learning_rate: float = 1e-6
-    # A NaN must show in the log, not be replaced by the mean of earlier losses.
+    # A NaN must appear in the log, not be replaced by the mean of earlier losses.
     logging_nan_inf_filter: bool = False
     logging_first_step: bool = True
     report_to: Any = "none"
@@ -97,13 +100,15 @@ class MPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*compat.fields_given_as_json(), "loss_weights", "learning_rates"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        direction = (
-            self.greater_is_better
-        )  # before transformers guesses: only names that end in "loss" are losses to it
+        # Read before transformers guesses: it takes a higher value for the better one unless the name ends in "loss".
+        chosen_by_user = self.greater_is_better is not None
         super().__post_init__()
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")
+        if self.metric_for_best_model is not None and not chosen_by_user:
+            self.greater_is_better: bool | None = greater_is_better(self.metric_for_best_model)
         if self.max_tokens_per_row == 0:
             self.max_tokens_per_row = row_tokens(self.device.type)
-        self._check_choices(direction)
         self.loss_weights = check_weights(MPO_WEIGHTS if self.loss_weights is None else self.loss_weights)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -118,12 +123,6 @@ class MPOConfig(TrainingArguments):
             raise ValueError("label_smoothing_factor is not MPO's; set label_smoothing (loss.label_smoothing)")
         if not 0.0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
-
-    def _check_choices(self, direction: bool | None) -> None:
-        if self.save_strategy == "best" and self.metric_for_best_model is None:
-            raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")
-        if self.metric_for_best_model is not None and direction is None:
-            self.greater_is_better = greater_is_better(self.metric_for_best_model)
         check_values(self.learning_rates or {})
         decay = self.ema_decay
         if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1):
@@ -131,13 +130,13 @@ class MPOConfig(TrainingArguments):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The terms that are on."""
+        """The weights of the terms that are on."""
         assert self.loss_weights is not None  # set in __post_init__
         return self.loss_weights
 
     @property
     def loss_settings(self) -> dict[str, Any]:
-        """What every call of :func:`vlmpo.loss.mpo_loss` in a run is told alike."""
+        """Keywords that every call of :func:`vlmpo.loss.mpo_loss` in a run has in common."""
         return {
             "weights": self.weights,
             "beta": self.beta,

@@ -1,4 +1,4 @@
-"""Count what became of every pair: used, or dropped for a reason, by data set. Nothing disappears in silence."""
+"""Count what became of every pair, by data set: used, or dropped and for what reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = 3  # records named for each reason; all are counted
 
 @dataclass
 class PairCounts:
-    """Counts of used and dropped pairs.
+    """Counts used and dropped pairs.
 
     Attributes:
         used: by data set.
@@ -32,17 +32,12 @@ class PairCounts:
         self.dropped[source, error.reason] += 1
 
     def add_example(self, reason: str, message: str) -> bool:
-        """Keep ``message`` if it is one of the first of its reason; return whether it is, and so worth logging."""
+        """Keep ``message`` if it is new and one of the first of its reason; return whether it is."""
         messages = self.examples.setdefault(reason, [])
         is_new = len(messages) < EXAMPLES and message not in messages
         if is_new:
             messages.append(message)
         return is_new
-
-    @property
-    def num_used(self) -> int:
-        """Pairs used, of all data sets."""
-        return self.used.total()
 
     @property
     def num_dropped(self) -> int:

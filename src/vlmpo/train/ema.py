@@ -1,4 +1,4 @@
-"""Keep an exponential moving average of the trained weights, beside them."""
+"""Keep an exponential moving average of the trained weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from vlmpo.errors import RecipeError, RunError
+from vlmpo.tree.chunked_logprobs import wide
 
 AVERAGE_FILE = "ema.safetensors"  # in a checkpoint
 AVERAGE_FOLDER = "ema"  # in a run folder: the averaged model, which loads like any other
@@ -27,8 +28,8 @@ class WeightAverage(TrainerCallback):
     from. It is kept for the parameters that train, on their device, in float32 or better whatever their dtype. A step
     that the loss scaler skipped does not count. Every rank of a data-parallel run keeps the same average.
 
-    It is a callback, but a checkpoint must hold the average before it is marked as complete, and ``on_save`` comes
-    after that: so whoever writes the checkpoint calls :meth:`save`, and whoever starts training :meth:`start_from`.
+    The trainer calls :meth:`save` and :meth:`start_from`: a checkpoint must hold the average before it is marked as
+    complete, and ``on_save`` is called after that.
 
     Args:
         decay: in (0, 1); near ``1 - 1/n`` it averages over about n steps.
@@ -41,28 +42,44 @@ class WeightAverage(TrainerCallback):
 
     @classmethod
     def for_run(cls, decay: float | None, sharded: bool) -> WeightAverage | None:
-        """Return the average that ``ema_decay`` asks for; None without. Raises RecipeError if weights are sharded."""
+        """Return an average with ``decay``; None if it is None or 0.
+
+        Raises:
+            RecipeError: the weights are sharded.
+        """
         if not decay:
             return None
         if sharded:
             raise RecipeError(
-                "training.ema_decay: an average is kept of whole weights, and FSDP and DeepSpeed hold parts of them; "
-                "leave ema_decay out, or train data-parallel (DDP)"
+                "training.ema_decay: an average needs whole weights, and FSDP and DeepSpeed shard them; leave "
+                "ema_decay out, or train data-parallel (DDP)"
             )
         return cls(decay)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start from the model's weights, or from the average of the checkpoint that :meth:`start_from` named."""
-        self.averages = {name: weight.to(_wide(weight), copy=True) for name, weight in _trained(model)}
-        if self._checkpoint is not None:
-            self._load(self._checkpoint)
+        """Start from the model's weights, or from the average of the checkpoint given to :meth:`start_from`.
+
+        Raises:
+            RunError: that average is of other parameters than those that train.
+        """
+        self.averages = {name: weight.to(wide(weight.dtype), copy=True) for name, weight in _trained(model)}
+        if self._checkpoint is None:
+            return
+        with safe_open(Path(self._checkpoint) / AVERAGE_FILE, framework="pt") as saved:
+            if set(saved.keys()) != self.averages.keys():
+                names = ", ".join(sorted(set(saved.keys()) ^ self.averages.keys())[:3])
+                raise RunError(
+                    f"the average in {self._checkpoint} is of other parameters than those that train: {names}"
+                )
+            for name, average in self.averages.items():
+                average.copy_(saved.get_tensor(name))
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take the weights of one step in."""
+        """Update the average with the weights of one step."""
         if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             for name, weight in _trained(model):
-                self.averages[name].mul_(self.decay).add_(weight.to(_wide(weight)), alpha=1.0 - self.decay)
+                self.averages[name].mul_(self.decay).add_(weight.to(wide(weight.dtype)), alpha=1.0 - self.decay)
 
     def save(self, checkpoint: str | os.PathLike[str]) -> None:
         """Write the average into a checkpoint folder."""
@@ -70,10 +87,10 @@ class WeightAverage(TrainerCallback):
         save_file(tensors, Path(checkpoint) / AVERAGE_FILE, metadata={"decay": repr(self.decay)})
 
     def start_from(self, checkpoint: str | os.PathLike[str] | None) -> None:
-        """Go on from the average in ``checkpoint`` when training begins; None starts from the model's weights.
+        """Continue the average in ``checkpoint`` when training begins; None starts from the model's weights.
 
         Raises:
-            RunError: it has no average, or one of another decay. When training begins: one of other parameters.
+            RunError: the checkpoint has no average, or one of another decay.
         """
         self._checkpoint = checkpoint
         if checkpoint is None:
@@ -81,7 +98,7 @@ class WeightAverage(TrainerCallback):
         file = Path(checkpoint) / AVERAGE_FILE
         if not file.is_file():
             raise RunError(
-                f"training.ema_decay: {checkpoint} holds no average to go on with ({AVERAGE_FILE} is missing); "
+                f"training.ema_decay: {checkpoint} has no average to continue ({AVERAGE_FILE} is missing); "
                 "leave ema_decay out, or start anew"
             )
         with safe_open(file, framework="pt") as saved:
@@ -92,17 +109,9 @@ class WeightAverage(TrainerCallback):
                 "an average has one decay"
             )
 
-    def _load(self, checkpoint: str | os.PathLike[str]) -> None:
-        with safe_open(Path(checkpoint) / AVERAGE_FILE, framework="pt") as saved:
-            if set(saved.keys()) != self.averages.keys():
-                different = ", ".join(sorted(set(saved.keys()) ^ self.averages.keys())[:3])
-                raise RunError(f"the average in {checkpoint} is of other parameters than those that train: {different}")
-            for name, average in self.averages.items():
-                average.copy_(saved.get_tensor(name))
-
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Give ``model`` the averaged weights, rounded to its dtype; afterwards its weights are back, bit for bit."""
+        """Give ``model`` the averaged weights, rounded to its dtype, in the body; then restore its own, bit for bit."""
         weights = {name: weight.to("cpu", copy=True) for name, weight in _trained(model)}
         try:
             _set_trained(model, self.averages)
@@ -120,7 +129,3 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _set_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in _trained(model):
         weight.copy_(weights[name])
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Loss and rewards on held-out pairs, over all ranks, without touching the state of training."""
+"""Evaluate a policy on held-out pairs over all ranks, without changing the state of training."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def evaluate_pairs(
     """Score held-out pairs and summarise them over all ranks; see :func:`evaluation_metrics`.
 
     Args:
-        batches: of this rank, in step with the other ranks.
-        model: the policy; in evaluation mode meanwhile.
-        score: returns policy's and reference's log-probs of a micro-batch.
-        gather: returns an object of every rank.
+        batches: batches of this rank, as many as the other ranks have.
+        model: the policy; it is put into evaluation mode while it is read.
+        score: returns the log-probs of policy and reference for a micro-batch.
+        gather: returns the object that each rank gives.
         loss_settings: keywords of :func:`vlmpo.loss.mpo_loss`.
         reward_shift: delta's present value.
     """
@@ -50,16 +50,18 @@ def evaluate_pairs(
 
 
 def _scored(micro_batch: MicroBatch, policy: Tensor, reference: Tensor | None) -> list[ScoredPair]:
-    absent: list[float | None] = [None] * len(micro_batch)
-    rejected = micro_batch.rejected if reference is not None else None
-    lengths = micro_batch.response_lengths
+    def column(values: Tensor | None, responses: Tensor | None) -> list[Any]:
+        return [None] * len(micro_batch) if values is None or responses is None else values[responses].tolist()
+
+    chosen, rejected = micro_batch.chosen, None if reference is None else micro_batch.rejected
+    lengths = torch.tensor(micro_batch.response_lengths, device=policy.device)
     columns = (
         micro_batch.sources,
         micro_batch.chosen_lengths.tolist(),
-        absent if rejected is None else [lengths[response] for response in rejected.tolist()],
-        policy[micro_batch.chosen].tolist(),
-        absent if rejected is None else policy[rejected].tolist(),
-        absent if reference is None else reference[micro_batch.chosen].tolist(),
-        absent if reference is None or rejected is None else reference[rejected].tolist(),
+        column(lengths, rejected),
+        column(policy, chosen),
+        column(policy, rejected),
+        column(reference, chosen),
+        column(reference, rejected),
     )
     return [ScoredPair(*values) for values in zip(*columns, strict=True)]

@@ -1,6 +1,6 @@
-"""What a script hands to MPOTrainer, settled: names are loaded, records become pairs, what has no use is refused.
+"""Prepare the arguments of MPOTrainer: load models by name, read records as pairs, refuse what would have no effect.
 
-TRL's DPOTrainer takes the same things by the same names; see docs/from_trl.md.
+TRL's DPOTrainer has arguments of the same names; see docs/from_trl.md.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def refuse_unused(**given: Any) -> None:
 
 
 def load_named(model: Any, ref_model: Any, processing_class: Any) -> tuple[Any, Any, Any]:
-    """Policy, reference and processor; a model given by its name or path is loaded, in float32, with its processor.
+    """Return policy, reference and processor; load those given by name or path, models in float32.
 
     Raises:
         ModelError: there is no such model, or no processor for it.
-        RecipeError: no processor is given, nor a name under which one could be found.
+        RecipeError: no processor is given, and no name or path to load one from.
     """
     name = model if isinstance(model, str) else compat.name_or_path(getattr(model, "config", None))
     if isinstance(model, str):
@@ -40,15 +40,18 @@ def load_named(model: Any, ref_model: Any, processing_class: Any) -> tuple[Any, 
         ref_model = loading.load_model(ref_model)
     if processing_class is None:
         if not name:
-            raise RecipeError("MPOTrainer: processing_class is missing; pass the model's own processor")
+            raise RecipeError("MPOTrainer: processing_class is missing; pass the model's processor")
         processing_class = loading.load_processor(name)
     return model, ref_model, processing_class
 
 
 def pairs_of(data: Any, need_rejected: bool, name: str) -> Any:
-    """A data set, or a mapping of them by name, with PreferencePairs as items; None stays None.
+    """Return the argument ``name``, a data set or a mapping of them by name, with PreferencePairs as items.
 
-    Raises DataError where records fit no format, or cannot be counted and picked.
+    None stays None.
+
+    Raises:
+        DataError: records fit no format, or the data set has no length or no items by number.
     """
     if data is None:
         return None

@@ -1,9 +1,9 @@
 """Estimate how long each pair is and what it costs to read, to share pairs out evenly among ranks.
 
-No pair is tokenised and no image is decoded: estimates come from the bytes of the texts and the sizes in the images'
-headers. A few pairs are encoded to measure how many tokens a byte and an image make. Image tokens are as exact as the
-processor's own count, text is not. Estimates decide which rank reads a pair, never whether it is read: one that is off
-costs time, not correctness.
+No pair is tokenised and no image is decoded: estimates are made from the bytes of the texts and from the sizes in the
+images' headers. A few pairs are encoded to measure how many tokens a byte and an image make. Image tokens are counted
+by the processor, text tokens are estimated. Estimates decide which rank reads a pair, never whether it is read: a wrong
+one costs time, not correctness.
 
 A pair costs its tokens times the text model's parameters and its patches times the vision tower's, by the passes each
 of them takes part in. Left out: attention's quadratic part, the head and the projector.
@@ -39,17 +39,17 @@ from vlmpo.train.sharding import all_gather_object, broadcast_object
 Lengths = NDArray[np.int32]  # [pairs, 3], each row a PairLength
 
 _ENCODED = 16  # pairs encoded to measure rates, those with images first
-_SAMPLED = 256  # pairs among which they are found
-# An estimate this far above max_length counts as too long; one nearer to it may well fit.
+_SAMPLED = 256  # pairs among which these are chosen
+# A pair counts as too long if its estimate is this many times max_length; below that it may fit.
 _TOO_LONG = 1.2
-_FRAME = Size(int(TILE_PIXELS**0.5), int(TILE_PIXELS**0.5))  # assumed of a video's frames
+_FRAME = Size(int(TILE_PIXELS**0.5), int(TILE_PIXELS**0.5))  # assumed size of a video's frames
 _PATCH_SIZE = 14  # pixels, if the config does not give it
-_BLOCK = 64  # neighbours that one rank estimates: they share images
+_BLOCK = 64  # neighbouring pairs that one rank estimates, as they may share images
 _NOTICE_EVERY = 10.0  # seconds
 
 
 class PairLength(NamedTuple):
-    """Estimated tokens of the prompt and of all responses, and patches the vision tower reads."""
+    """Estimates the tokens of a pair's prompt, those of all its responses, and the patches of its images."""
 
     prompt: int
     responses: int
@@ -60,12 +60,12 @@ UNUSABLE = PairLength(0, 0, 0)
 
 
 class Rates(NamedTuple):
-    """What texts and images come to, as measured on some pairs.
+    """Holds the ratios that were measured on some pairs.
 
     Attributes:
-        bytes_per_token: of responses.
-        overhead: tokens of a prompt beyond its text and images, those of the chat template.
-        tokens, patches: per image unit (see :meth:`LengthEstimator.image_units`).
+        bytes_per_token: bytes of a response per token.
+        overhead: tokens that the chat template adds to a prompt.
+        tokens, patches: tokens and patches per image unit (see :meth:`LengthEstimator.image_units`).
     """
 
     bytes_per_token: float = 4.0
@@ -75,7 +75,7 @@ class Rates(NamedTuple):
 
 
 class LengthEstimator:
-    """Estimates how long pairs are once ``encoder`` has encoded them."""
+    """Estimates the lengths of pairs as ``encoder`` would encode them."""
 
     def __init__(self, encoder: PairEncoder, rates: Rates) -> None:
         self.encoder = encoder
@@ -100,9 +100,9 @@ class LengthEstimator:
         return PairLength(prompt, sum(lengths), round(rates.patches * units))
 
     def image_units(self, pair: PreferencePair) -> int | None:
-        """Count the image tokens of ``pair`` as the processor predicts them; if it cannot, count the images.
+        """Return the number of image tokens that the processor predicts for ``pair``; if it cannot, that of images.
 
-        None if the processor reads no images or cannot read one of these.
+        None if the processor reads no images, or if one of these cannot be read.
         """
         if not pair.images and not pair.videos:
             return 0
@@ -120,11 +120,11 @@ class LengthEstimator:
 
 
 def measure_rates(encoder: PairEncoder, pairs: Iterable[PreferencePair], patch_pixels: int) -> Rates:
-    """Encode a few of ``pairs`` and return what their texts and images come to.
+    """Encode a few of ``pairs`` and measure how many tokens and patches their texts and images make.
 
     Args:
-        encoder: of the run, its pixels normalised by the processor.
-        pairs: to choose from.
+        encoder: encoder of the run, with pixels normalised by the processor.
+        pairs: pairs to choose from.
         patch_pixels: pixels in one patch of the vision tower.
 
     Raises:
@@ -133,31 +133,29 @@ def measure_rates(encoder: PairEncoder, pairs: Iterable[PreferencePair], patch_p
     unbounded = copy.copy(encoder)
     unbounded.max_length = None
     image_units = LengthEstimator(encoder, Rates()).image_units
-    measured: list[tuple[PreferencePair, EncodedPair]] = []
     totals: Counter[str] = Counter()
     for pair in sorted(pairs, key=lambda pair: not (pair.images or pair.videos)):
         units = image_units(pair)
-        if units is None or len(measured) == _ENCODED:
+        if units is None or totals["pairs"] == _ENCODED:
             continue
         with contextlib.suppress(RecordError):
             encoded = unbounded.encode(pair)
             responses = [ids for ids in (encoded.chosen_ids, encoded.rejected_ids) if ids is not None]
+            totals["pairs"] += 1
             totals["response bytes"] += sum(_response_bytes(pair, encoder))
             totals["response tokens"] += sum(ids.numel() - 1 for ids in responses)  # the end-of-turn token has no byte
+            totals["prompt bytes"] += _prompt_bytes(pair)
+            totals["prompt tokens"] += encoded.prompt_ids.numel()
             totals["units"] += units
             totals["image tokens"] += encoded.image_tokens
             totals["patches"] += _count_patches(encoded, patch_pixels)
-            measured.append((pair, encoded))
-    if not measured:
+    if not totals["pairs"]:
         return Rates()
     bytes_per_token = max(totals["response bytes"], 1) / max(totals["response tokens"], 1)
-    overheads = [
-        encoded.prompt_ids.numel() - encoded.image_tokens - _prompt_bytes(pair) / bytes_per_token
-        for pair, encoded in measured
-    ]
+    text_tokens = totals["prompt tokens"] - totals["image tokens"]
     return Rates(
         bytes_per_token=bytes_per_token,
-        overhead=sum(overheads) / len(overheads),
+        overhead=(text_tokens - totals["prompt bytes"] / bytes_per_token) / totals["pairs"],
         tokens=totals["image tokens"] / totals["units"] if totals["units"] else 1.0,
         patches=totals["patches"] / totals["units"] if totals["units"] else 0.0,
     )
@@ -186,10 +184,10 @@ def _count_patches(encoded: EncodedPair, patch_pixels: int) -> int:
 
 
 def estimate_lengths(pairs: Any, *, encoder: PairEncoder, patch_pixels: int, accelerator: Any) -> Lengths:
-    """Return the estimated lengths of ``pairs``: each rank reads its share of them, then all hold the same array.
+    """Return the estimated lengths of ``pairs``: each rank estimates a share of them, and all get the same array.
 
-    Records that cannot be read are UNUSABLE. The lengths of a large data set in files are kept in the cache folder; an
-    image that changes its size later goes unnoticed there.
+    Records that cannot be read are UNUSABLE. The lengths of a large data set in files are kept in the cache folder;
+    there an image whose size changes later is not noticed.
 
     Args:
         pairs: the data set.

@@ -1,8 +1,10 @@
-"""The loaders of a run: which pairs come when, on which rank, encoded and collated by workers."""
+"""Make the loaders of a run, whose workers encode and collate the pairs of each batch."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
 from vlmpo.errors import RecipeError
@@ -15,11 +17,10 @@ from vlmpo.train.sampler import (
     PairCosts,
     PairLoader,
     explain_small_micro_batch,
-    make_loader,
     prompt_keys,
 )
 
-_STEPS_SHOWN = 100  # of an epoch, when the balance of ranks is said
+_STEPS_SHOWN = 100  # over which the balance of ranks is averaged for the log
 
 
 class LoaderFactory:
@@ -31,7 +32,7 @@ class LoaderFactory:
         loader_encoder: does the same in the loaders' workers.
         collator: turns encoded pairs into batches.
         accelerator: of the run.
-        model: the policy: what reading a pair costs depends on it.
+        model: the policy, whose size decides what a pair costs.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class LoaderFactory:
         self._costs: PairCosts | None = None  # of the training pairs, likewise
 
     def check_steps(self, num_pairs: int, per_device: int) -> None:
-        """Raise RecipeError if ``dataloader_drop_last`` leaves no step; say if a group of pairs has no room."""
+        """Raise RecipeError if ``dataloader_drop_last`` leaves no step; log a note if groups of pairs are cut up."""
         args = self.args
         step = per_device * args.gradient_accumulation_steps * self.accelerator.num_processes
         if args.dataloader_drop_last and num_pairs < step:
@@ -80,12 +81,21 @@ class LoaderFactory:
             seed = None
         if args.group_by_prompt > 1 and seed is not None and self._prompt_keys is None:
             self._prompt_keys = prompt_keys(pairs)
-        # The costliest pairs come first: delta that moves with every micro-batch would follow the responses' length.
+        # Balanced ranks read their costliest pairs first: a delta that moves with every micro-batch would follow the
+        # length of the responses.
         delta_moves = args.reward_shift == "running" and self.encoder.need_rejected
         balance = args.balance_ranks and self.accelerator.num_processes > 1 and seed is not None and not delta_moves
         first_time = balance and self._costs is None
         if first_time:
-            self._costs = self._costs_of(pairs)
+            lengths = estimate_lengths(
+                pairs, encoder=self.encoder, patch_pixels=count_patch_pixels(self.model), accelerator=self.accelerator
+            )
+            self._costs = pair_costs(
+                lengths,
+                tokens_per_patch=measure_tokens_per_patch(self.model),
+                num_responses=2 if self.encoder.need_rejected else 1,
+                shared=self.collator.shared,
+            )
         loader = self._loader(
             pairs,
             per_device=per_device,
@@ -102,32 +112,23 @@ class LoaderFactory:
             logger.info(f"ranks: the heaviest has {figures}, by tokens and patches")
         return loader
 
-    def _costs_of(self, pairs: Any) -> PairCosts:
-        lengths = estimate_lengths(
-            pairs, encoder=self.encoder, patch_pixels=count_patch_pixels(self.model), accelerator=self.accelerator
-        )
-        return pair_costs(
-            lengths,
-            tokens_per_patch=measure_tokens_per_patch(self.model),
-            num_responses=2 if self.encoder.need_rejected else 1,
-            shared=self.collator.shared,
-        )
-
     def evaluation(self, pairs: Any) -> PairLoader:
         """Make the loader of pairs in the data set's own order."""
         return self._loader(pairs, per_device=self.args.eval_batch_size)
 
     def _loader(self, pairs: Any, **order: Any) -> PairLoader:
-        return make_loader(
+        num_workers = self.args.dataloader_num_workers
+        return PairLoader(
             EncodedPairs(pairs, self.loader_encoder),
-            sampler=PairBatchSampler(
+            batch_sampler=PairBatchSampler(
                 num_pairs=len(pairs),
                 num_ranks=self.accelerator.num_processes,
                 rank=self.accelerator.process_index,
                 **order,
             ),
-            collate=self.collator,
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
+            collate_fn=self.collator,
+            num_workers=num_workers,
+            generator=torch.Generator(),  # its own: reading data must not change the random state of training
+            persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
         )

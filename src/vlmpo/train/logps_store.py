@@ -1,13 +1,13 @@
 """Keep the reference's log-probs on disk: a response is scored once, whatever run, epoch or rank needs it next.
 
 An entry is 32 bytes: the key of the response's content, its summed log-prob, the number of its scored tokens, and a
-checksum. Every process appends to a shard of its own, so it cannot damage what another one wrote. After a kill at any
-byte every acknowledged entry is there; a torn or damaged one fails its checksum, is left out, and is computed again.
+checksum. Every process appends to a shard of its own, so it cannot damage what another one wrote. A process may be
+killed at any byte and loses no acknowledged entry; a torn or damaged one fails its checksum, is left out, and its
+log-prob is computed again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import uuid
 import zlib
@@ -20,35 +20,25 @@ from numpy.typing import NDArray
 
 from vlmpo.errors import RunError
 
-KEY_BYTES = 16
 MAGIC = b"vlmpo reference log-probs, v1\n".ljust(32, b"\0")  # as long as an entry, so that entries are aligned
 ENTRY = np.dtype([("key", "S16"), ("logp", "<f8"), ("tokens", "<u4"), ("check", "<u4")])
 assert ENTRY.itemsize == len(MAGIC) == 32
 
 
 class Scored(NamedTuple):
-    """The reference's score of one response: its log-prob summed over its scored tokens, and how many these are."""
+    """Holds the log-prob of one response, summed over its scored tokens, and the number of these."""
 
     logp: float
     tokens: int
 
 
-def content_key(*parts: bytes | memoryview) -> bytes:
-    """Hash ``parts`` to 16 bytes, which differ if any part differs or the same bytes are cut elsewhere."""
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.digest()
-
-
 class ReferenceStore:
-    """Log-probs of responses by content key, in the shards of one folder.
+    """Stores log-probs of responses by content key, in the shards of one folder.
 
-    Finds what all processes had written when it was opened or last refreshed, and what it wrote itself.
+    It holds what all processes had written when it was opened or last refreshed, and what it has written since.
 
     Args:
-        folder: made if it does not exist; runs and ranks may share it.
+        folder: folder of the shards, made if it does not exist; runs and ranks may share it.
 
     Attributes:
         damaged: entries that were left out at the last refresh because their checksum was wrong.
@@ -113,7 +103,7 @@ class ReferenceStore:
         """Write the scores of some responses; once this returns, they survive the end of the process.
 
         Raises:
-            RunError: the disk does not take them.
+            RunError: they cannot be written.
         """
         scores = dict(zip(keys, scored, strict=True))
         entries = np.zeros(len(scores), ENTRY)
@@ -137,10 +127,10 @@ class ReferenceStore:
         self._written |= scores
 
     def sync(self) -> None:
-        """Make what was written survive the end of the machine as well.
+        """Make the written scores survive a crash of the machine as well.
 
         Raises:
-            RunError: the disk did not take all of it.
+            RunError: they cannot be written.
         """
         try:
             if self._file is not None:

@@ -1,4 +1,4 @@
-"""Metrics of training and of evaluation: their formulas, their names, and which of them are better if higher."""
+"""Compute the metrics of training and evaluation, list their names, and decide which are better if higher."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DIRECTIONS = (
 
 
 def is_right(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Return whether the implicit reward of the chosen response is the higher one. ``[pairs]``, bool; a tie is not."""
+    """Return ``[pairs]`` bool: whether the chosen response has the higher implicit reward. A tie is False."""
     return chosen_rewards > rejected_rewards
 
 
@@ -42,7 +42,7 @@ def is_right(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
 
 @dataclass
 class StepSums:
-    """Sums over the pairs of one or more optimizer steps on this rank; those of several ranks add up.
+    """Sums metrics over the pairs of one or more optimizer steps on this rank; the sums of several ranks add up.
 
     Values under ``loss/`` hold each term's share of its step's global mean, so that their sum over a step is the mean.
     All others are plain sums over pairs.
@@ -62,10 +62,10 @@ class StepSums:
         """Add the pairs of a micro-batch.
 
         Args:
-            output: of their loss.
-            chosen_logps, rejected_logps: ``[pairs]``, the policy's, detached.
+            output: their loss.
+            chosen_logps, rejected_logps: ``[pairs]``, the policy's log-probs, detached.
             sources: the data set of each pair.
-            num_tokens: that were read.
+            num_tokens: tokens that were read.
         """
         values = self.values
         values["tokens"] += num_tokens
@@ -100,7 +100,7 @@ def training_metrics(total: Mapping[str, float], steps: float) -> dict[str, floa
     """Return the logged metrics of ``steps`` optimizer steps: means of the terms over steps, of the rest over pairs.
 
     There are rewards only if a preference term is on. With more than one data set, reward accuracy and number of pairs
-    of each are beside the total.
+    are also given for each.
     """
     metrics = {name: value / steps for name, value in total.items() if name.startswith("loss/")}
     for count, names in (
@@ -119,11 +119,11 @@ def training_metrics(total: Mapping[str, float], steps: float) -> dict[str, floa
 
 
 def window_metrics(ranks: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:
-    """Return what is logged of the optimizer steps since the last log.
+    """Return the logged metrics of the optimizer steps since the last log.
 
     Args:
         ranks: the values of each rank's StepSums, with ``steps`` and the seconds of ``data_wait`` among them.
-        seconds: that these steps took.
+        seconds: time that these steps took.
     """
     total = add_up(ranks)
     waited = total.pop("data_wait", 0.0) / len(ranks)
@@ -137,7 +137,7 @@ def window_metrics(ranks: Sequence[Mapping[str, float]], seconds: float) -> dict
 
 
 def start_loss(logs: Mapping[str, float], weights: Mapping[str, float], router_coefficient: float | None) -> float:
-    """Return the loss expected while policy and reference are the same, and say it beside the first measured one."""
+    """Return the loss expected while policy and reference are equal, and log it beside the first measured one."""
     offset = expected_start(weights, 0.0)
     nll = weights.get("nll", 0.0) * logs.get("loss/nll", 0.0)
     router = (router_coefficient or 0.0) * logs.get("loss/router_aux", 0.0)
@@ -151,7 +151,7 @@ def start_loss(logs: Mapping[str, float], weights: Mapping[str, float], router_c
 
 
 class ScoredPair(NamedTuple):
-    """Log-probs of one pair, summed over scored tokens; in supervised fine-tuning the chosen response's alone."""
+    """Holds the log-probs of one pair, summed over scored tokens; in supervised fine-tuning only the chosen one's."""
 
     source: str
     chosen_length: int
@@ -167,10 +167,10 @@ def evaluation_metrics(
 ) -> dict[str, float]:
     """Return the metrics of held-out pairs: loss, terms and log-probs; rewards, with 95 % intervals, and lengths.
 
-    With more than one data set, rewards and number of pairs of each are beside the total.
+    With more than one data set, rewards and number of pairs are also given for each.
 
     Args:
-        pairs: all that were scored, over all ranks.
+        pairs: all pairs that were scored, over all ranks.
         num_dropped: pairs that could not be used.
         reward_shift: delta's present value.
         loss_settings: further keywords of :func:`vlmpo.loss.mpo_loss`.
@@ -197,7 +197,7 @@ def evaluation_metrics(
     metrics["lengths/rejected"] = _mean([rejected for _, rejected in lengths])
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     metrics |= reward_metrics(chosen, rejected)
-    # Among responses of similar length, length cannot give the better one away.
+    # Between responses of similar length, length does not give away which is better.
     similar = torch.tensor([min(both) >= _SIMILAR_LENGTH * max(both) for both in lengths])
     metrics["pairs_similar_length"] = int(similar.sum())
     if similar.any():
@@ -262,7 +262,7 @@ def pair_metric_names(weights: Mapping[str, float], sources: Sequence[str] | Non
 
     Args:
         weights: of the loss terms that are on.
-        sources: names of the data sets in the evaluation set; None if they are not known, and ``*`` stands for any.
+        sources: names of the data sets in the evaluation set; None if they are unknown, which gives names in ``*``.
     """
     rewarded = needs_reference(weights)
     pair = ScoredPair("", 1, 1, 0.0, 0.0, 0.0, 0.0) if rewarded else ScoredPair("", 1, None, 0.0, None, None, None)
@@ -277,7 +277,7 @@ def evaluation_metric_names(eval_dataset: Any, weights: Mapping[str, float], ext
     """Return the full names of the metrics that an evaluation during training can give.
 
     Args:
-        eval_dataset: of the trainer: one set, several by name, or None.
+        eval_dataset: the trainer's: one set, several by name, or None.
         weights: of the loss terms that are on.
         extra: names of the metrics that further evaluations add.
     """
@@ -292,10 +292,10 @@ def evaluation_metric_names(eval_dataset: Any, weights: Mapping[str, float], ext
 
 
 def resolve_metric(metric: str, known: Sequence[str]) -> str:
-    """Return the full name of ``metric``, which may lack ``eval_`` or be one of the set named ``eval``.
+    """Return the full name of ``metric``, which may lack ``eval_`` or ``eval_eval_``.
 
     Raises:
-        RecipeError: it is not among the ``known`` names, in which a final ``*`` stands for any ending.
+        RecipeError: it is not among the ``known`` names, of which a final ``*`` matches any ending.
     """
     for candidate in (metric, f"eval_{metric}", f"eval_eval_{metric}"):
         for name in known:
@@ -311,7 +311,7 @@ def resolve_metric(metric: str, known: Sequence[str]) -> str:
 
 
 def without_set_name(metric: str | None, name: str) -> str | None:
-    """Return ``held_out_loss`` as ``eval_loss``: a trainer with one evaluation set leaves the set's name out."""
+    """Return ``held_out_loss`` as ``eval_loss``: with one evaluation set, metrics do not have the set's name."""
     for prefix in (f"eval_{name}_", f"{name}_"):
         if metric is not None and metric.startswith(prefix):
             return f"eval_{metric.removeprefix(prefix)}"
@@ -319,9 +319,9 @@ def without_set_name(metric: str | None, name: str) -> str | None:
 
 
 def greater_is_better(metric: str) -> bool | None:
-    """Return whether a higher ``metric`` is better, judging by its name; None if that does not show it.
+    """Return whether a higher ``metric`` is better, by its name; None if the name is unknown.
 
-    (transformers assumes so for every name that does not end in "loss".)
+    transformers takes a higher value for the better one unless the name ends in "loss".
     """
     return next((higher for pattern, higher in _DIRECTIONS if re.search(pattern, metric)), None)
 
@@ -335,7 +335,7 @@ def settle_best_metric(args: Any, eval_dataset: Any, extra_evaluations: Sequence
         extra_evaluations: further evaluations; their ``metrics``, if they have it, names what they give.
 
     Raises:
-        RecipeError: no evaluation will give that metric, or it is unknown which way it is better.
+        RecipeError: no evaluation will give that metric, or it is unknown whether a higher one is better.
     """
     metric = args.metric_for_best_model
     if metric is None:
@@ -352,4 +352,4 @@ def settle_best_metric(args: Any, eval_dataset: Any, extra_evaluations: Sequence
         )
     by_steps = args.save_strategy == args.eval_strategy == "steps"
     if args.load_best_model_at_end and by_steps and args.save_steps != args.eval_steps:
-        logger.info("note: the best checkpoint is sought among the evaluations at which one is saved")
+        logger.info("note: only evaluations at which a checkpoint is saved can give the best checkpoint")

@@ -41,21 +41,21 @@ OBJECTIVES: dict[frozenset[str], tuple[str, list[str]]] = {
 
 @dataclass(kw_only=True)
 class RunSummary:
-    """Everything the model card states of a run.
+    """Holds everything that the model card states of a run.
 
     Attributes:
         title: of the card.
-        location: the model's name on the Hub, or of the run folder.
+        location: the model's name on the Hub, or else the run folder's.
         base_model: path or Hub name of the model that training started from, if known.
         adapter: whether the result is an adapter.
         reads_images: whether the model is an image-text-to-text model.
-        processor_class: that loads its processor.
-        weights, beta, reward_shift, nll_reduction, label_smoothing: of the objective.
+        processor_class: the class that loads its processor.
+        weights, beta, reward_shift, nll_reduction, label_smoothing: settings of the objective.
         reference: what the rewards are measured against.
         settings: rows of the table of settings.
         log_history: what was logged while training.
         final_step: the optimizer step of the final weights.
-        best_by: the metric that chose them and its value; None: they are those of the last step.
+        best_by: the metric by which they were chosen and its value; None: they are those of the last step.
         ema: ``decay`` and ``step`` of the averaged weights, if there are any.
         data: by data set, ``used`` and ``dropped`` (by reason) and, if counted, ``read``, ``held_out``,
             ``not_reached``.
@@ -107,7 +107,7 @@ def model_card(run: RunSummary, given: Mapping[str, Any]) -> str:
     """Return the card as Markdown with a YAML head.
 
     Args:
-        run: which is over.
+        run: the run, which is over.
         given: further metadata (``license``, ``language``, ``datasets``, ``tags``); empty values are left out.
     """
     environment = jinja2.Environment(
@@ -165,7 +165,7 @@ def _result_rows(name: str, metrics: Mapping[str, float]) -> Iterator[list[str]]
 
 
 def _answers(run: RunSummary) -> Mapping[str, Any] | None:
-    """Return the logged figures of answers to questions: those at the final weights' step, else the last ones."""
+    """Return the logged metrics of answers to questions: those of the final weights' step, else the last ones."""
     logged = [entry for entry in run.log_history if entry.get("eval_answers/items")]
     return next((entry for entry in logged if entry["step"] == run.final_step), logged[-1] if logged else None)
 
@@ -175,7 +175,7 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-# ---- what the card says of a run ----
+# ---- fields of the summary ----
 
 
 def objective_fields(args: Any) -> dict[str, Any]:

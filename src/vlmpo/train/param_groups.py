@@ -1,4 +1,4 @@
-"""A learning rate of its own for the vision tower, the projector and the text model."""
+"""Train the vision tower, the projector and the text model with different learning rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = ("vision", "projector", "text")
 
 
 def count_by_part(model: nn.Module, trained_only: bool = False) -> dict[str, int]:
-    """Numbers of ``model``'s parameters by part, of parts that have any."""
+    """Return the number of ``model``'s parameters by part; parts without any are left out."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not trained_only:
@@ -37,54 +37,28 @@ def check_values(rates: Mapping[str, Any]) -> None:
 
 
 def check_parts(model: nn.Module, rates: Mapping[str, float]) -> dict[str, int]:
-    """Numbers of parameters that train, by part.
+    """Return the number of parameters that train, by part.
 
     Raises:
-        RecipeError: a part in ``rates`` that ``model`` lacks or that does not train; or a model whose vision tower
-            has an unknown name, so that its parameters would pass for text.
+        RecipeError: ``model`` lacks a part in ``rates``, or trains nothing of it; or the model's vision tower has an
+            unknown name, so that its parameters would be taken for text.
     """
-    there, trained = count_by_part(model), count_by_part(model, trained_only=True)
-    if getattr(getattr(model, "config", None), "vision_config", None) is not None and "vision" not in there:
+    present, trained = count_by_part(model), count_by_part(model, trained_only=True)
+    if getattr(getattr(model, "config", None), "vision_config", None) is not None and "vision" not in present:
         raise RecipeError(
             f"training.learning_rates: which parameters of {type(model).__name__} are its vision tower is not known; "
             "leave learning_rates out"
         )
     for part in rates:
         if part not in trained:
-            why = "is frozen as a whole" if part in there else "is not in this model"
+            why = "is frozen as a whole" if part in present else "is not in this model"
             parts = ", ".join(f"{name} ({count:,})" for name, count in trained.items())
             raise RecipeError(f"training.learning_rates.{part}: that part {why}; what trains: {parts}")
     return trained
 
 
-def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> list[str]:
-    """Split each parameter group of a fresh ``optimizer`` by part, giving each part in ``rates`` its own rate.
-
-    Groups keep everything else, so weight decay stays where transformers put it.
-
-    Returns:
-        The part of each group, in the optimizer's order.
-
-    Raises:
-        RecipeError: the optimizer does not keep the model's parameters in groups of its own.
-    """
-    parts = {id(parameter): part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    if sorted(held) != sorted(parts):
-        raise RecipeError(f"training.learning_rates: {type(optimizer).__name__} takes no rates by part; set optim")
-    groups, order = [], []
-    for group in optimizer.param_groups:
-        for part in PARTS:
-            own = [parameter for parameter in group["params"] if parts[id(parameter)] == part]
-            if own:
-                groups.append({**group, "params": own, "lr": rates.get(part, group["lr"])})
-                order.append(part)
-    optimizer.param_groups[:] = groups
-    return order
-
-
 class PartRates:
-    """Learning rates by part of the model, beside transformers' one base rate.
+    """Gives parts of the model their learning rates, beside transformers' one base rate.
 
     Args:
         model: whose parameters train.
@@ -92,7 +66,7 @@ class PartRates:
         base: ``learning_rate``.
 
     Attributes:
-        latest: the parts' rates as last scheduled, by their names in the log.
+        latest: the parts' rates at the last call of :meth:`base_rate`, by their names in the log.
 
     Raises:
         RecipeError: see :func:`check_parts`.
@@ -109,27 +83,44 @@ class PartRates:
 
     @classmethod
     def for_run(cls, args: Any, model: nn.Module, optimizer: Any, deepspeed_plugin: Any) -> PartRates | None:
-        """Return the rates that ``args.learning_rates`` asks for; None without.
+        """Return the rates of ``args.learning_rates``; None if it is not set.
 
         Raises:
-            RecipeError: an optimizer comes from elsewhere, with its own rates; or see :func:`check_parts`.
+            RecipeError: the optimizer was made by the caller or is DeepSpeed's; or see :func:`check_parts`.
         """
         if not args.learning_rates:
             return None
         if optimizer is not None:
-            raise RecipeError("learning_rates: the optimizer was given, with its rates; leave one of them out")
+            raise RecipeError("learning_rates: an optimizer was passed, with its rates; leave one of them out")
         if deepspeed_plugin is not None and "optimizer" in deepspeed_plugin.deepspeed_config:
-            raise RecipeError(
-                "training.learning_rates: the DeepSpeed configuration brings an optimizer of its own; take it out there"
-            )
+            raise RecipeError("training.learning_rates: the DeepSpeed configuration has an optimizer; remove it there")
         return cls(model, args.learning_rates, args.learning_rate)
 
     def split(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Split the groups of a fresh ``optimizer`` by part; see :func:`split_groups`."""
-        self._part_of_group = split_groups(optimizer, model, self.rates)
+        """Split each parameter group of a fresh ``optimizer`` by part, and give each part its rate.
+
+        Groups keep everything else, so weight decay stays where transformers put it.
+
+        Raises:
+            RecipeError: the optimizer keeps other parameters than those of ``model`` that train.
+        """
+        named = model.named_parameters()
+        part_of_id = {id(parameter): part_of(name) for name, parameter in named if parameter.requires_grad}
+        ids = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        if sorted(ids) != sorted(part_of_id):
+            raise RecipeError(f"training.learning_rates: {type(optimizer).__name__} takes no rates by part; set optim")
+        groups = []
+        self._part_of_group = []
+        for group in optimizer.param_groups:
+            for part in PARTS:
+                parameters = [parameter for parameter in group["params"] if part_of_id[id(parameter)] == part]
+                if parameters:
+                    groups.append({**group, "params": parameters, "lr": self.rates.get(part, group["lr"])})
+                    self._part_of_group.append(part)
+        optimizer.param_groups[:] = groups
 
     def base_rate(self, optimizer: torch.optim.Optimizer) -> float | None:
-        """Return the base rate as scheduled, whichever group comes first; None before the groups are split."""
+        """Return the base rate as now scheduled, and update ``latest``; return None before the groups are split."""
         if not self._part_of_group:
             return None
         now = dict(zip(self._part_of_group, (float(group["lr"]) for group in optimizer.param_groups), strict=True))
@@ -137,5 +128,5 @@ class PartRates:
         at_base = [rate for part, rate in now.items() if part not in self.rates]
         if at_base:
             return at_base[0]
-        first = self._part_of_group[0]  # every part has a rate of its own: all are scaled alike
+        first = self._part_of_group[0]  # no part has the base rate; the schedule scales all by the same factor
         return self.base * (now[first] / self.rates[first])

@@ -1,11 +1,11 @@
-"""Keeps ranks in step: before an optimizer step they agree on its denominators, its passes, and its errors.
+"""Keep ranks in step: before an optimizer step they agree on its denominators, its passes and its errors.
 
 Ranks rarely have equal work: one has fewer pairs, one needs more rows, one has no image. Wrappers that shard weights or
-gradients (FSDP2, DeepSpeed) call the other ranks in every layer of every pass, so all ranks must make the same passes
-through the same layers: a rank with less to read reads dummy rows, which belong to no pair, and a row without an image
-gets a dummy image behind its end. Neither is scored; what they add to loss and gradients is exactly zero. Under DDP
-only the last backward pass of a micro-batch is shared, so only that one is completed, and only if DDP does not look for
-unused weights.
+gradients (FSDP2, DeepSpeed) communicate in every layer of every pass, so all ranks must make the same passes through
+the same layers. A rank with less to read therefore reads dummy rows, which belong to no pair, and a row without an
+image gets a dummy image at its end. Neither is scored, and both add exactly zero to loss and gradients. DDP
+communicates only in the last backward pass of a batch, so only its last micro-batch gets a dummy image, and none if
+DDP looks for unused weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -21,26 +21,26 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
+from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
 from vlmpo.errors import ModelError, RecordError, RunError, VlmpoError
-from vlmpo.train.batching import Batch, MicroBatch, lay_out
+from vlmpo.train.batching import Batch, Collator, MicroBatch, lay_out
 from vlmpo.train.sharding import all_gather_object, passes_are_shared
 from vlmpo.tree.dummies import append_dummy, dummy_row
-from vlmpo.tree.layout import PackedRow, PromptTree
+from vlmpo.tree.layout import PromptTree
 
 _VIDEO_TENSORS = "pixel_values_videos"
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What one rank, or all of them, will read in an optimizer step.
+    """Describes what one rank, or all of them, will read in an optimizer step.
 
     Attributes:
-        pairs, chosen_tokens: the denominators; summed over ranks.
-        micro_batches: the number of micro-batches with rows in each batch; the largest of any rank.
+        pairs, chosen_tokens: the denominators; of all ranks: the sums.
+        micro_batches: for each batch its number of micro-batches with rows; of all ranks: the largest.
         images, videos: whether any row has some.
-        error: of a record, if the run is to end on it.
+        error: of a bad record that ends the run, if there is one.
     """
 
     pairs: int
@@ -65,7 +65,7 @@ class StepInfo:
 
     @classmethod
     def merge(cls, ranks: Sequence[StepInfo]) -> StepInfo:
-        """Describe the step of all ranks. They have equally many batches a step: the sampler sees to it."""
+        """Describe the step of all ranks. The sampler gives each rank the same number of batches a step."""
         return cls(
             pairs=sum(info.pairs for info in ranks),
             chosen_tokens=sum(info.chosen_tokens for info in ranks),
@@ -76,23 +76,19 @@ class StepInfo:
         )
 
 
-class _Collation(Protocol):
-    shared: bool
-
-
 class RankSync:
-    """Collectives of this run, and the dummies that keep this rank in step with the others.
+    """Runs the collectives of a run, and makes the dummies that keep this rank in step with the others.
 
     Args:
         accelerator: of the run.
-        encoder: of the run; dummy rows are made by the model's own processor.
-        collation: its ``shared`` says whether rows share prompts.
+        encoder: of the run; it makes the dummy rows too.
+        collator: of the run; its ``shared`` is whether rows share prompts, which may change at the start of training.
     """
 
-    def __init__(self, accelerator: Any, encoder: PairEncoder, collation: _Collation) -> None:
+    def __init__(self, accelerator: Any, encoder: PairEncoder, collator: Collator) -> None:
         self.accelerator = accelerator
         self.encoder = encoder
-        self.collation = collation
+        self.collator = collator
         self._dummy_trees: dict[bool, PromptTree] = {}
         self._only_dummy_images = False  # in the step under way
 
@@ -100,16 +96,12 @@ class RankSync:
 
     @property
     def share_passes(self) -> bool:
-        """Whether every pass of a rank needs the other ranks: FSDP and DeepSpeed, not DDP."""
+        """Whether every pass of a rank needs the other ranks; see :func:`passes_are_shared`."""
         return passes_are_shared(self.accelerator)
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return ``value``, any object, of every rank, in order of the ranks."""
+        """Return the ``value`` of every rank, any object, in order of the ranks."""
         return all_gather_object(self.accelerator, value)
-
-    def any_rank(self, value: bool) -> bool:
-        """Return whether ``value`` is true on some rank."""
-        return any(self.all_gather(value))
 
     def sum_over_ranks(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Sum each value over ranks, in float64 if the device has it."""
@@ -120,10 +112,10 @@ class RankSync:
         return [float(value) for value in summed]
 
     def all_reduce(self, batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
-        """Return what all ranks will read in the step of ``batches``, known to each of them before any forward.
+        """Return what all ranks will read in the step of ``batches``; called before any forward.
 
         Raises:
-            RecordError: some rank met an error; all of them raise it.
+            RecordError: some rank gave an ``error``; all of them raise it.
             RunError: videos under a wrapper that shares every pass.
         """
         info = StepInfo.merge(self.all_gather(StepInfo.of(batches, error)))
@@ -139,10 +131,10 @@ class RankSync:
         return info
 
     def in_step(self, batches: Iterable[Batch], model: nn.Module, fail_on_bad: bool) -> Iterator[Batch]:
-        """Yield each batch once all ranks have one, with its dummies, for scoring outside of a training step.
+        """Yield each batch with the dummies it needs, once all ranks have one, to score it outside of a training step.
 
         Raises:
-            RecordError: some rank met a bad record and ``fail_on_bad``; all of them raise it.
+            RecordError: ``fail_on_bad``, and some rank met a bad record; all of them raise it.
         """
         for batch in batches:
             error = batch.dropped[0].error if fail_on_bad and batch.dropped else None
@@ -151,15 +143,15 @@ class RankSync:
     # ---- dummies ----
 
     def add_dummies(self, batches: Sequence[Batch], info: StepInfo, model: nn.Module) -> list[Batch]:
-        """Return ``batches`` with the dummies that this rank needs to read ``model``, as it is wrapped."""
+        """Return ``batches`` with the dummies that this rank needs to run ``model``, the wrapped policy, in step."""
         reads_images = getattr(self.encoder.processor, "image_processor", None) is not None
         if self.share_passes and self.accelerator.num_processes > 1:
-            # ZeRO-3 would step with an earlier gradient of weights that have none.
+            # ZeRO-3 would step with an earlier step's gradient for weights that get none in this one.
             images = info.images or (reads_images and self.accelerator.distributed_type == DistributedType.DEEPSPEED)
             counts, last_only = info.micro_batches, False
         elif torch.is_grad_enabled():
-            # Every weight must come into every shared backward pass, whoever has images, unless DDP looks for those
-            # that did not; and there must be a backward pass.
+            # Every weight must take part in every shared backward pass, whichever rank has images, unless DDP looks
+            # for unused weights; and there must be a backward pass.
             strict = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
             images = strict and reads_images
             self._only_dummy_images = images and not info.images
@@ -169,7 +161,7 @@ class RankSync:
         return [self._complete(batch, count, images, last_only) for batch, count in zip(batches, counts, strict=True)]
 
     def _complete(self, batch: Batch, count: int, images: bool, last_only: bool) -> Batch:
-        """Bring ``batch`` to at least ``count`` (or 1) micro-batches, and to images in all or the last of them."""
+        """Fill ``batch`` up to ``count`` (at least 1) micro-batches; ``images``: with images in all or in the last."""
         parts = [part for part in batch.micro_batches if part.rows]
         parts += [self._dummy_micro_batch(images)] * (max(1, count) - len(parts))
         if images:
@@ -179,9 +171,9 @@ class RankSync:
         return replace(batch, micro_batches=parts)
 
     def drop_dummy_gradients(self, model: nn.Module) -> None:
-        """If no rank had an image in the step, set the tower's gradients to None, not 0, once they are summed.
+        """Set the vision tower's summed gradients from 0 to None if no rank had an image in the step.
 
-        To an optimizer with momentum or weight decay the two are not the same.
+        An optimizer with momentum or weight decay moves weights whose gradient is 0.
         """
         if not self._only_dummy_images:
             return
@@ -190,38 +182,34 @@ class RankSync:
                 parameter.grad = None
 
     def _dummy_micro_batch(self, images: bool) -> MicroBatch:
-        """Make a micro-batch of no pair, with as many rows as any other has."""
-        rows: list[PackedRow] = [dummy_row([self.dummy_tree(images)])]
-        return replace(lay_out([]), rows=rows * (2 if self.encoder.need_rejected and not self.collation.shared else 1))
+        """Make a micro-batch without pairs: one row, or two if each response of a pair is read in a row of its own."""
+        count = 2 if self.encoder.need_rejected and not self.collator.shared else 1
+        return replace(lay_out([]), rows=[dummy_row(self.dummy_tree(images))] * count)
 
     def dummy_tree(self, image: bool) -> PromptTree:
         """Return a short prompt, with one small blank image or none, and a response of one token."""
         if image not in self._dummy_trees:
-            pair = self._encode_dummy(image)
-            self._dummy_trees[image] = PromptTree(
-                pair.prompt_ids, (pair.chosen_ids[:1],), pair.vision, pair.token_types
+            encoder = copy.copy(self.encoder)
+            encoder.max_length, encoder.need_rejected = None, False
+            dummy = PreferencePair(
+                prompt=(Message("user", f"{IMAGE_PLACEHOLDER}\nA" if image else "A"),),
+                images=(Image.new("RGB", (64, 64), (128, 128, 128)),) if image else (),
+                chosen="A",
+                rejected=None,
+                max_tiles=1,
             )
+            try:
+                pair = encoder.encode(dummy)
+            except RecordError as error:
+                raise ModelError(
+                    f"the model's processor refuses the dummy prompt that keeps ranks in step: {error.detail}"
+                ) from error
+            response = pair.chosen_ids[:1]
+            self._dummy_trees[image] = PromptTree(pair.prompt_ids, (response,), pair.vision, pair.token_types)
         return self._dummy_trees[image]
-
-    def _encode_dummy(self, image: bool) -> EncodedPair:
-        encoder = copy.copy(self.encoder)
-        encoder.max_length, encoder.need_rejected = None, False
-        pair = PreferencePair(
-            prompt=(Message("user", f"{IMAGE_PLACEHOLDER}\nA" if image else "A"),),
-            images=(Image.new("RGB", (64, 64), (128, 128, 128)),) if image else (),
-            chosen="A",
-            rejected=None,
-            max_tiles=1,
-        )
-        try:
-            return encoder.encode(pair)
-        except RecordError as error:
-            raise ModelError(
-                f"the model's processor refuses the dummy prompt that keeps ranks in step: {error.detail}"
-            ) from error
 
 
 def _met_by_all(error: VlmpoError) -> VlmpoError:
-    """Mark an error that all ranks raise: one message is enough."""
+    """Mark an error that all ranks raise, so that it is printed once."""
     error.met_by = "all"
     return error

@@ -1,4 +1,4 @@
-"""The frozen reference: a copy of the initial policy, or the policy's own base model under other adapter weights."""
+"""Build and read the frozen reference: a copy of the initial policy, or its base model under other adapter weights."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _DROPOUT_RATES = (
 
 
 class Reference(Protocol):
-    """Answers with the frozen reference's log-probs."""
+    """Gives the log-probs of the frozen reference."""
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
-        """Return ``[responses]``, summed over scored tokens, without gradient."""
+        """Return each response's log-prob summed over its scored tokens, ``[responses]``, without gradient."""
 
     def stop_sharing(self) -> None:
         """Read every response in a row of its own from now on."""
@@ -54,7 +54,7 @@ class Reference(Protocol):
 
 
 class CopyReference:
-    """A frozen model of its own."""
+    """Reads a frozen model that is not the policy."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -84,11 +84,11 @@ class CopyReference:
 
 
 class AdapterReference:
-    """The policy itself, read with its adapter off or a frozen one in its place: no second copy of the base.
+    """Reads the policy itself, with its adapter off or a frozen one in its place: no second copy of the base.
 
     Args:
         policy: a PEFT model.
-        frozen: the name of the adapter that is read instead of the policy's; None: none, the base model alone.
+        frozen: name of the adapter that is read instead of the policy's; None: the base model alone.
     """
 
     def __init__(self, policy: Any, frozen: str | None = None) -> None:
@@ -102,7 +102,7 @@ class AdapterReference:
             return response_logps(self.policy, micro_batch.rows)
 
     def stop_sharing(self) -> None:
-        """Do nothing: the policy itself is read, and stops."""
+        """Do nothing: the policy, which is the model that is read here, is set up by the trainer."""
 
     def tower_owner(self) -> Any | None:
         """Return the policy's own base model."""
@@ -134,7 +134,7 @@ def online_reference(
 
 
 def frozen_copy(policy: Any) -> nn.Module:
-    """A deep copy of the policy (its adapter included) that never learns.
+    """Return a deep copy of the policy, its adapter included, that never learns.
 
     Raises:
         ModelError: ZeRO-3 has taken the policy's weights apart already.
@@ -148,7 +148,7 @@ def frozen_copy(policy: Any) -> nn.Module:
 
 
 def freeze(model: Any, shared: bool) -> nn.Module:
-    """Make ``model`` a reference: no gradients, no dropout, answering rows the same way as the policy."""
+    """Make ``model`` a reference: without gradients or dropout, reading rows as the policy does."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     switch_dropout_off(model)
@@ -157,12 +157,12 @@ def freeze(model: Any, shared: bool) -> nn.Module:
 
 
 def switch_dropout_off(model: nn.Module) -> list[str]:
-    """Set every dropout rate in ``model`` to 0; the names of the modules where one was on.
+    """Set every dropout rate in ``model`` to 0; return the names of the modules in which one was on.
 
-    With dropout on, policy and reference of the same weights would differ and the first rewards not be 0. The saved
-    config is left as it is.
+    With dropout on, policy and reference would differ although their weights are equal, and the first rewards would
+    not be 0. The saved config stays as it is.
     """
-    found = []
+    switched_off = []
     for name, module in model.named_modules():
         rates = [r for r in _DROPOUT_RATES if isinstance(getattr(module, r, None), float) and getattr(module, r) > 0]
         if compat.is_dropout(module) and module.p > 0:
@@ -170,27 +170,31 @@ def switch_dropout_off(model: nn.Module) -> list[str]:
         for rate in rates:
             setattr(module, rate, 0.0)
         if rates:
-            found.append(name)
-    return found
+            switched_off.append(name)
+    return switched_off
 
 
 def weights_hash(model: Any, adapter: str | None) -> str:
-    """BLAKE2 of a reference's weights by name: the base model's, and those of one adapter on it. Hex, 32 digits.
+    """Hash a reference's weights and their names to 32 hexadecimal digits (BLAKE2b).
 
-    The same for a model whose weights are sharded over ranks, each of which must then ask.
+    A model whose weights are sharded over ranks has the same hash; all ranks must call this together.
+
+    Args:
+        model: a transformers or PEFT model.
+        adapter: the adapter whose weights count, whatever its name; None: the base model's alone.
     """
     base = unwrap_peft(model)
     places = adapter_places(base) if is_peft(model) else set()
     weights = {}
     for name, weight in base.state_dict(keep_vars=True).items():
-        own = split_name(name, places)
-        if own is None:
+        adapted = split_name(name, places)
+        if adapted is None:
             weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = weight
-        elif own.adapter == adapter:
-            weights[f"{own.place}.{own.rest}"] = weight  # under any name it is the same adapter
+        elif adapted.adapter == adapter:
+            weights[f"{adapted.place}.{adapted.rest}"] = weight
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(weights.items(), key=lambda item: item[0]):
-        tensor = full_tensor(weight)
+    for name in sorted(weights):
+        tensor = full_tensor(weights[name])
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

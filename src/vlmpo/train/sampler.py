@@ -1,8 +1,8 @@
 """Decide which pairs make an optimizer step, and which rank and micro-batch reads each of them.
 
 The order of an epoch is a pure function of the seed, the epoch and the data. A step takes the next pairs of that order,
-however they are then split: the same pairs as 8x1, 4x2 or over two ranks make the same step. No pair is repeated to
-fill a step up; a rank that runs short gets an empty micro-batch.
+however they are then split: 8 micro-batches of 1 pair, 4 of 2 and two ranks of 4 make the same step. No pair is
+repeated to fill a step up; a rank without enough pairs gets an empty micro-batch.
 
 With costs (:mod:`vlmpo.train.lengths`) the pairs of a step are shared out so that all ranks have equal work. Every
 rank computes the same split for itself. Inside a rank the costliest pairs come first: the k-th micro-batches of all
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
 from vlmpo.errors import RecordError
-from vlmpo.train.logps_store import content_key
+from vlmpo.hashing import content_key
 
 Item = TypeVar("Item")
 Split = list[list[list[int]]]  # pairs by rank and micro-batch
@@ -68,8 +68,8 @@ def prompt_keys(pairs: Any) -> list[bytes]:
 def bring_prompts_together(order: Sequence[int], keys: Sequence[bytes], max_group: int) -> list[int]:
     """Return ``order`` with pairs of one prompt next to each other, up to ``max_group`` at a time.
 
-    A group takes the place of its first pair. So which pairs meet, and where, is as random as ``order``, and every
-    pair still comes once.
+    A group takes the place of its first pair. So which pairs are together, and where in the epoch, is as random as
+    ``order``, and every pair is still read once.
     """
     open_groups: dict[bytes, list[int]] = {}
     groups: list[list[int]] = []
@@ -108,11 +108,11 @@ def explain_small_micro_batch(max_group: int, per_device: int) -> str | None:
 
 
 class PairCosts(NamedTuple):
-    """Work of reading each pair, in tokens of the text model.
+    """Holds the work of reading each pair, in tokens of the text model.
 
     Attributes:
         pair: int32 [pairs], work of the pair by itself; 0 if it cannot be used.
-        prompt: int32 [pairs], the part of it that is saved if the pair shares another pair's prompt.
+        prompt: int32 [pairs], the part of it that is saved if the pair shares the prompt of another pair.
     """
 
     pair: NDArray[np.int32]
@@ -172,7 +172,7 @@ def balance_ranks(groups: Sequence[list[int]], *, costs: PairCosts, num_ranks: i
 def _fill_micro_batches(
     share: Sequence[list[int]], costs: PairCosts, per_device: int, num_micro_batches: int
 ) -> list[list[int]]:
-    """Put the group that costs most a pair first, into the first micro-batch with room; divide those that find none."""
+    """Put each group, the costliest per pair first, into the first micro-batch with room; divide it if none has."""
     batches: list[list[int]] = [[] for _ in range(num_micro_batches)]
     divided: list[int] = []
     for group in sorted(share, key=lambda group: costs.of_group(group) / len(group), reverse=True):
@@ -194,13 +194,13 @@ class PairBatchSampler(Sampler[list[int]]):
         num_pairs: pairs in the data set.
         per_device: pairs in a micro-batch.
         accumulation: micro-batches in an optimizer step, on each rank.
-        num_ranks, rank: of the data-parallel group.
-        seed: of the order; None keeps the order of the data set.
+        num_ranks, rank: number of data-parallel ranks, and this one.
+        seed: seed of the order; None keeps the order of the data set.
         drop_last: whether to leave out the last optimizer step of an epoch if it is not full.
         keys: the prompt of each pair (see :func:`prompt_keys`), to bring pairs of one prompt together; else None.
-        max_group: how many of them at a time.
-        costs: of each pair, to balance the ranks; None deals the pairs of a step out in order.
-        epoch: whose order is given next.
+        max_group: most pairs of one prompt that are brought together.
+        costs: costs of each pair, to balance the ranks; None deals the pairs of a step out in order.
+        epoch: the epoch whose order is yielded next.
     """
 
     num_pairs: int
@@ -253,9 +253,10 @@ class PairBatchSampler(Sampler[list[int]]):
         return split_runs(pairs, self.max_group, lambda one, other: keys is not None and keys[one] == keys[other])
 
     def mean_imbalance(self, num_steps: int, balanced: bool = True) -> float:
-        """Return the cost of the costliest rank over the mean of all ranks, 1 if they are equal.
+        """Return the cost of the costliest rank divided by the mean cost of a rank; 1 if all are equal.
 
-        A mean over the epoch's first ``num_steps`` optimizer steps, ``balanced`` by costs or dealt out in order.
+        It is averaged over the first ``num_steps`` optimizer steps of the epoch, ``balanced`` by costs or dealt out in
+        order.
         """
         assert self.costs is not None
         ratios = []
@@ -278,26 +279,5 @@ class PairLoader(DataLoader[Any]):
         return self.batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given next."""
+        """Choose the epoch whose order is yielded next."""
         self.pair_sampler.epoch = epoch
-
-
-def make_loader(
-    dataset: Any,
-    *,
-    sampler: PairBatchSampler,
-    collate: Callable[[Sequence[Any]], Any],
-    num_workers: int = 0,
-    persistent_workers: bool = False,
-    prefetch_factor: int | None = None,
-) -> PairLoader:
-    """Return a loader of ``dataset``'s items, in the batches of ``sampler``; the last two are for workers, if any."""
-    return PairLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # of its own: reading data must not change the random state of training
-        persistent_workers=persistent_workers and num_workers > 0,
-        prefetch_factor=prefetch_factor if num_workers else None,
-    )

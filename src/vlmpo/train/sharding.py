@@ -1,8 +1,8 @@
-"""What the wrappers that shard a model (FSDP2, DeepSpeed) need beyond what accelerate does for the policy.
+"""Shard models and collect over ranks, beyond what accelerate does for the policy (FSDP2, DeepSpeed, DDP).
 
-accelerate prepares one model, with its optimizer. The reference is a second one, without; it is sharded here likewise.
-And accelerate's FSDP2 would round the forward's output, our log-probs, and the sum of gradients over ranks to the
-half-precision type; both stay in float32 here.
+accelerate prepares one model, with its optimizer. The reference is a second one, without an optimizer; it is sharded
+here in the same way. And accelerate's FSDP2 would round log-probs, which are the forward's output, and gradients summed
+over ranks to the half-precision type; both stay in float32 here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    extract_model_from_parallel,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from vlmpo import compat
@@ -21,33 +26,25 @@ from vlmpo.errors import RecipeError, RunError
 
 
 def passes_are_shared(accelerator: Any) -> bool:
-    """Whether every pass of a rank needs the other ranks: FSDP and DeepSpeed, not DDP."""
+    """Return whether every pass of a rank needs the other ranks: under FSDP and DeepSpeed, not under DDP."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def all_gather_object(accelerator: Any, mine: Any) -> list[Any]:
-    """``mine``, any object, of every rank, in order of the ranks."""
-    if accelerator.num_processes == 1:
-        return [mine]
-    from accelerate.utils import gather_object
-
-    return gather_object([mine])
+def all_gather_object(accelerator: Any, value: Any) -> list[Any]:
+    """Return the ``value`` of every rank, any object, in order of the ranks."""
+    return [value] if accelerator.num_processes == 1 else gather_object([value])
 
 
-def broadcast_object(accelerator: Any, mine: Any) -> Any:
-    """The first rank's object, whatever the others have."""
-    if accelerator.num_processes == 1:
-        return mine
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([mine])[0]
+def broadcast_object(accelerator: Any, value: Any) -> Any:
+    """Return the first rank's ``value``, any object, on every rank."""
+    return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 
 
 def configure_fsdp(accelerator: Any, model: nn.Module) -> None:
-    """Refuse FSDP1; keep FSDP2's mixed precision from rounding log-probs and summed gradients; name the layers to wrap.
+    """Refuse FSDP1; name the layers to wrap; keep log-probs and summed gradients in float32 under mixed precision.
 
-    A model's own list of layers also names some of its towers' other halves (CLIP's text model in LLaVA), which it has
-    not; accelerate would stop at the first of them.
+    A model's list of layers may name some that it lacks (of CLIP's text model, in LLaVA); accelerate would stop at the
+    first of them.
 
     Raises:
         RecipeError: FSDP of version 1.
@@ -74,10 +71,10 @@ def configure_fsdp(accelerator: Any, model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def no_gradient_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
-    """Around a backward pass after which the same micro-batch has others.
+    """Run the body, a backward pass, knowing that it is not the last one of its optimizer step's batch.
 
-    DDP sums gradients over ranks in the last one only. FSDP2 does so in each: kept back, they would be whole on every
-    rank. DeepSpeed steps the optimizer in the backward pass unless told that no gradients are due yet.
+    DDP then sums gradients over ranks in the last one only. FSDP2 sums them in each: gradients kept back would take a
+    whole model's memory on every rank. DeepSpeed steps the optimizer in the backward pass unless no gradients are due.
     """
     due = accelerator.gradient_state.sync_gradients
     compat.set_gradient_sync(accelerator, False)
@@ -89,7 +86,10 @@ def no_gradient_sync(accelerator: Any, model: nn.Module) -> Iterator[None]:
 
 
 def compute_dtype(accelerator: Any) -> torch.dtype | None:
-    """Return the type that a sharded model computes in: no autocast around it converts pixels. None: not sharded."""
+    """Return the type that a sharded model computes in, None for a model that is not sharded.
+
+    No autocast converts the pixels that a sharded model is given.
+    """
     if accelerator.distributed_type == DistributedType.FSDP:
         policy = accelerator.state.fsdp_plugin.mixed_precision_policy
         return None if policy is None else policy.param_dtype
@@ -99,7 +99,7 @@ def compute_dtype(accelerator: Any) -> torch.dtype | None:
 
 
 def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
-    """A model that only answers, placed, converted and sharded as accelerate does it with the policy."""
+    """Return a model that never trains, placed, converted and sharded as accelerate does it with the policy."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _deepspeed_engine(accelerator, model)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -110,14 +110,14 @@ def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
 
 
 def shard(accelerator: Any, model: nn.Module) -> nn.Module:
-    """``model`` under FSDP2, in place, as accelerate's plugin says; harmless when done twice."""
+    """Shard ``model`` in place by FSDP2, with the run's FSDP settings; a second call changes nothing."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     return fsdp2_prepare_model(accelerator, model)
 
 
 def prepare_to_score(accelerator: Any, model: nn.Module) -> nn.Module:
-    """A policy that is scored before training has prepared it.
+    """Return the policy ready to be scored, before training has prepared it.
 
     Raises:
         RunError: under DeepSpeed, whose engine exists only once training has begun.
@@ -131,7 +131,7 @@ def prepare_to_score(accelerator: Any, model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def whole_state_dict(accelerator: Any) -> Iterator[None]:
-    """While a model is saved: under FSDP2 all of it, even where checkpoints hold a shard a rank."""
+    """Save models whole in the body, also under FSDP2 with checkpoints of one shard a rank."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         yield
@@ -146,7 +146,7 @@ def whole_state_dict(accelerator: Any) -> Iterator[None]:
 
 
 def _deepspeed_engine(accelerator: Any, model: nn.Module) -> nn.Module:
-    """Stage 3 shards the reference as well; below it each rank holds the weights, converted as the policy's are."""
+    """Return ``model`` in an engine: sharded under stage 3, else whole; its weights converted as the policy's are."""
     import deepspeed
 
     policy = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -162,7 +162,7 @@ def _deepspeed_engine(accelerator: Any, model: nn.Module) -> nn.Module:
 
 
 def release(model: nn.Module) -> None:
-    """Give up the gathered weights that FSDP2 keeps after a forward, for a backward that does not come here."""
+    """Free the gathered weights that FSDP2 keeps after a forward for its backward pass; a reference has none."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -171,19 +171,17 @@ def release(model: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model under DeepSpeed's engine or DDP; what FSDP2 shards is the model itself."""
-    from accelerate.utils import extract_model_from_parallel
-
+    """Return the model inside DeepSpeed's engine or DDP; FSDP2 shards the model itself."""
     return extract_model_from_parallel(model)
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 took the weights apart when they were loaded, so that a copy of the model would hold nothing."""
+    """Return whether ZeRO-3 partitioned the weights as they were loaded, so that a copy of the model would be empty."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A weight in full, on every rank; all ranks must ask for the same ones in the same order."""
+    """Return a whole weight on every rank; all ranks must call this for the same weights in the same order."""
     detached: Any = tensor.detach()
     if hasattr(detached, "full_tensor"):  # a DTensor of FSDP2
         return detached.full_tensor()

@@ -1,4 +1,4 @@
-"""The check before the first step: on one real pair, are the log-probs that training would read those of the model?"""
+"""Check before the first step, on one real pair, that training would read the log-probs of the model itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shared_rows_hold(
     half: bool,
     wrapped: Any | None,
 ) -> bool:
-    """Read one pair as the run does and as the model does; return False, and say so, if shared rows differ.
+    """Read one pair as the run would and by the model's plain forward; log it and return False if shared rows differ.
 
     Args:
         pairs: the training pairs. Without a usable one there is nothing to check.
@@ -34,7 +34,7 @@ def shared_rows_hold(
         wrapped: called in the model's place, if a wrapper holds its weights.
 
     Raises:
-        ModelError: even separate rows are not what the model itself says.
+        ModelError: even separate rows differ from the model's plain forward.
     """
     usable = (item for item in map(pairs.__getitem__, range(len(pairs))) if isinstance(item, EncodedPair))
     pair = max(itertools.islice(usable, _LOOKED_AT), key=lambda item: bool(item.vision), default=None)

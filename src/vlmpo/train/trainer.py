@@ -23,7 +23,7 @@ from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
-from vlmpo.train.cached_reference import CachedReference, EpochWatch, open_cached_reference, precompute
+from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.checkpoint import (
     check_rates,
@@ -238,7 +238,7 @@ class MPOTrainer(Trainer):
             dataset=self.train_dataset,
             encoding=[encoder.max_length, encoder.over_long, encoder.max_tiles, encoder.video_frames],
         )
-        self.add_callback(EpochWatch(self.completeness))
+        self.add_callback(self.completeness)
         return reference
 
     def _share_frozen_tower(self) -> None:

@@ -1,11 +1,11 @@
-"""The attention that lets a response see its prompt and itself, nothing else.
+"""Attend over a row so that each response sees its prompt and itself, and nothing else.
 
 Prompt and first response together are plain causal attention. Every further response attends to ``[prompt, itself]``
 with lower-right causal alignment. On CUDA, in half precision, that is one call for the whole row; elsewhere one call a
 response. Either way there is no padding, and no dense mask over the row.
 
-If a layer sees only a window of tokens back, it is a window over logical positions: a response's first token counts as
-right behind the prompt, wherever in the row the response lies.
+A sliding window is counted in logical positions: a response's first token is one position after the prompt's last one,
+wherever in the row the response is.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _reading_a_row: ContextVar[bool] = ContextVar("vlmpo_reading_a_row", default=Fal
 
 @contextmanager
 def reading_a_row(device: torch.device) -> Iterator[None]:
-    """Build no mask while a row is read: its layout has all the attention needs."""
-    kernel_for(device)  # tried out here: the trial's gradients must not run inside a checkpointed layer
+    """Build no mask in the body, which reads a row: its layout has all that the attention needs."""
+    kernel_for(device)  # test the kernels here: the gradients of that must not run inside a checkpointed layer
     token = _reading_a_row.set(True)
     try:
         yield
@@ -49,7 +49,7 @@ def reading_a_row(device: torch.device) -> Iterator[None]:
 
 
 def response_mask(**arguments: Any) -> Tensor | None:
-    """Return the mask for our attention: none while a row is read, otherwise (``generate``) the usual one."""
+    """Return None while a row is read; otherwise, as in ``generate``, the usual mask of SDPA."""
     return None if _reading_a_row.get() else sdpa_mask(**arguments)
 
 
@@ -64,7 +64,7 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over a row of trees; without a layout, use plain SDPA, so that ``generate`` works as ever.
+    """Attend over a row of trees; without a layout use plain SDPA, so that ``generate`` works as usual.
 
     Args:
         query: ``[1, heads, tokens, head]``; key, value: ``[1, kv_heads, tokens, head]``.
@@ -75,8 +75,8 @@ def shared_prompt_attention(
         ``[1, tokens, heads, head]`` and None for the weights.
 
     Raises:
-        ModelError: called from a vision layer, with dropout on, or for a layer that changes its scores in a way unknown
-            here (soft caps, sinks): each would be silently wrong.
+        ModelError: the layer is a vision layer, has dropout, or changes its scores in a way that is not supported (soft
+            caps, sinks): the result would be wrong without notice.
     """
     layout: RowLayout | None = arguments.pop(LAYOUT_ARGUMENT, None)
     if layout is None:
@@ -89,7 +89,7 @@ def shared_prompt_attention(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     if kernel is not None and can_read(layout, dtype, query.shape[3], window):
-        # Under autocast rotated queries are float32 while values are not; SDPA would be handed all in half precision.
+        # Under autocast rotated queries are float32 while values are not; SDPA would convert all to half precision.
         query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
         return attend_in_one_call(kernel, query, key, value, layout, scaling)[None], None
     return _in_segments(query, key, value, layout, scaling, window).transpose(1, 2).contiguous(), None
@@ -134,7 +134,7 @@ def _response_mask(layout: RowLayout, queries: int, keys: int, window: int | Non
     if window is not None and keys > window:
         return layout.response_mask(queries, keys, window, device)
     if device.type == "cuda":
-        return causal_lower_right(queries, keys)  # dispatches to flash attention, which knows this alignment
+        return causal_lower_right(queries, keys)  # dispatches to flash attention, which has this alignment
     return layout.response_mask(queries, keys, None, device)
 
 
@@ -143,7 +143,7 @@ def _refuse_what_would_be_wrong(
 ) -> None:
     if not getattr(module, "is_causal", True):
         raise ModelError(
-            f"{type(module).__name__} is not a causal text layer, yet the attention for responses was called from it; "
+            f"{type(module).__name__} is not a causal text layer, but it called the attention for responses; "
             "set model.attention: separate in the recipe"
         )
     if dropout:
@@ -151,7 +151,7 @@ def _refuse_what_would_be_wrong(
     unknown = sorted(name for name in _CHANGES_SCORES if arguments.get(name) is not None)
     if unknown:
         raise ModelError(
-            f"{type(module).__name__} asks for {', '.join(unknown)}, which the attention for responses does not know; "
+            f"{type(module).__name__} uses {', '.join(unknown)}, which the attention for responses does not support; "
             "set model.attention: separate in the recipe"
         )
     if query.shape[0] != 1 or query.shape[2] != layout.num_tokens:

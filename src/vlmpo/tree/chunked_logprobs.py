@@ -1,4 +1,4 @@
-"""Log-probabilities of targets under the vocabulary head, block by block of the vocabulary.
+"""Compute log-probabilities of targets under the vocabulary head, block by block of the vocabulary.
 
 The logits of all scored tokens exist one block of vocabulary entries at a time. If a gradient is wanted, the first
 blocks are kept up to a budget; the others are computed again in the backward pass. Each block owns its rows of the
@@ -51,18 +51,13 @@ class LogitTransform:
 PLAIN = LogitTransform()
 
 
-def chunk_elements_for(device: torch.device) -> int:
-    """Return the number of logits alive at once on ``device``, the kept ones not counted."""
-    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
-
-
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which log-probs of a model in ``dtype`` are computed: float32 or better."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class ScoringHead(nn.Linear):
-    """Answers with log-probs if its call is given labels, and with logits otherwise.
+    """Returns log-probs if its call is given labels, and logits otherwise.
 
     FSDP2 and ZeRO-3 gather a weight around the call of its module, so log-probs have to be computed inside that call.
     A plain ``nn.Linear`` becomes one by ``head.__class__ = ScoringHead``: the weight, the hooks and the names in the
@@ -73,7 +68,7 @@ class ScoringHead(nn.Linear):
         self,
         input: Tensor,
         head_labels: Tensor | None = None,
-        chunk_elements: int | None = None,
+        chunk_elements: int = CHUNK_ELEMENTS["cpu"],
         logit_transform: LogitTransform = PLAIN,
     ) -> Tensor:
         """Return logits ``[..., vocabulary]``, or with ``head_labels`` ``[scored]`` their log-probs ``[scored]``."""
@@ -104,6 +99,7 @@ def token_logps(
     """
     if hidden.shape[0] == 0:
         return hidden.sum(dim=1).to(wide(hidden.dtype))
+    chunk_elements = chunk_elements or CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
     if isinstance(head, ScoringHead):
         logps: Tensor = head(
             hidden, head_labels=targets, chunk_elements=chunk_elements, logit_transform=logit_transform
@@ -117,22 +113,18 @@ def token_logps(
         logits = logit_transform.apply(projected.to(wide(projected.dtype)))
         return logits.gather(1, labels[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
 
-    chunk_elements = chunk_elements or chunk_elements_for(hidden.device)
     size = max(1, chunk_elements // int(getattr(head, "out_features", 32768)))
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
     return torch.cat([checkpoint(score, states, labels, use_reentrant=False) for states, labels in chunks])
 
 
 def _linear_head_logps(
-    head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_elements: int | None, logit_transform: LogitTransform
+    head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_elements: int, logit_transform: LogitTransform
 ) -> Tensor:
-    device = hidden.device
-    autocast = torch.is_autocast_enabled(device.type)
-    hidden = hidden.to(torch.get_autocast_dtype(device.type) if autocast else head.weight.dtype)
-    with torch.autocast(device.type, enabled=False):
-        return linear_token_logps(
-            hidden, head.weight, head.bias, targets, chunk_elements or chunk_elements_for(device), logit_transform
-        )
+    kind = hidden.device.type
+    hidden = hidden.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype)
+    with torch.autocast(kind, enabled=False):
+        return linear_token_logps(hidden, head.weight, head.bias, targets, chunk_elements, logit_transform)
 
 
 def linear_token_logps(
@@ -220,9 +212,16 @@ class _TokenLogProbs(torch.autograd.Function):
             excess = _excess(projected, total, targets, block, ctx.logit_transform)
             narrow = excess.to(hidden.dtype)
             if grad_hidden is not None:
-                _add_product(grad_hidden, narrow, weight[block].to(hidden.dtype))
+                block_weight = weight[block].to(hidden.dtype)
+                if grad_hidden.dtype == narrow.dtype:
+                    grad_hidden.addmm_(narrow, block_weight)
+                else:
+                    grad_hidden += narrow @ block_weight
             if grad_weight is not None:
-                _set_product(grad_weight[block], narrow.t(), scaled)
+                if grad_weight.dtype == narrow.dtype:
+                    torch.mm(narrow.t(), scaled, out=grad_weight[block])
+                else:
+                    grad_weight[block] = narrow.t() @ scaled
             if grad_bias is not None:
                 grad_bias[block] = -(excess.t() @ grad)
         if grad_hidden is not None:
@@ -264,17 +263,3 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | 
     if bias is None:
         return torch.mm(hidden, narrow, out=out)
     return torch.add((hidden @ narrow).to(wide(hidden.dtype)), bias, out=out)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
-def _set_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left @ right)

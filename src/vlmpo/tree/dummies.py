@@ -1,13 +1,12 @@
-"""Tokens that are read and not scored, so that a row without an image still runs through the image tower.
+"""Add tokens that are read and not scored, so that a row without an image still runs through the vision tower.
 
-Ranks that shard a model's weights must call the same layers in the same order. A row that holds no image would leave
-out the tower. So a prompt with an image is put behind it: what stands before it in the row cannot see it (attention is
-causal, trees do not see each other), no score is taken from it, and its gradient is exactly zero.
+Ranks that shard a model's weights must call the same layers in the same order. A row without an image would skip the
+tower. So a prompt with an image is put at its end: no other token of the row can see it (attention is causal, and trees
+do not see each other), it is not scored, and its gradient is exactly zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,7 +34,7 @@ def append_dummy(row: PackedRow, tree: PromptTree) -> PackedRow:
     )
 
 
-def dummy_row(trees: Sequence[PromptTree]) -> PackedRow:
+def dummy_row(tree: PromptTree) -> PackedRow:
     """Build a row that belongs to no pair: all of its tokens are dummies."""
-    row = build_row(trees)
+    row = build_row([tree])
     return replace(row, dummy_tokens=row.layout.num_tokens)

@@ -1,7 +1,7 @@
-"""Image features computed once for two models: policy and reference, if both have the same frozen vision tower.
+"""Compute image features once for two models: policy and reference, if both have the same frozen vision tower.
 
-The model that reads a row first, without gradient (the reference), leaves its features with the row's layout. The one
-that reads it next (the policy) takes them from there instead of running its own tower. Nothing is kept beyond that.
+The model that reads a row first, without gradient (the reference), stores its features in the row's layout. The one
+that reads it next (the policy) uses and removes them instead of running its vision tower.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def share_features(policy: Any, reference: Any, share: bool = True) -> bool:
     Args:
         policy, reference: set up by ``install``, under no wrapper; the same model twice if an adapter makes the
             difference.
-        share: False takes it back. Under FSDP and DeepSpeed it has to be: their hooks would miss a tower that is called
-            outside of its model's forward.
+        share: False stops sharing. FSDP and DeepSpeed need that: their hooks would miss a tower that is called outside
+            of its model's forward.
     """
     policy_tower, reference_tower = (tower_of(model) if share else None for model in (policy, reference))
-    adapted = any(part in f".{name}" for name in policy_tower or () for part in _ADAPTED)
-    if policy_tower is None or reference_tower is None or (policy is reference and adapted):
-        shared = False  # an adapted tower is another one when read as the reference, without the adapter
-    else:
-        shared = _frozen_and_equal(policy_tower, reference_tower)
+    shared = False
+    if policy_tower and reference_tower:
+        # An adapted tower is another one when the same model is read as the reference, without its adapter.
+        adapted = policy is reference and any(part in f".{name}" for name in policy_tower for part in _ADAPTED)
+        shared = not adapted and _frozen_and_equal(policy_tower, reference_tower)
     if shared and policy._vlmpo.frozen_tower is None:
         logger.info("the vision tower is frozen: image features are computed once a step, for policy and reference")
     for model, tower in ((policy, policy_tower), (reference, reference_tower)):
@@ -50,8 +50,8 @@ def share_features(policy: Any, reference: Any, share: bool = True) -> bool:
 def tower_of(model: Any) -> dict[str, Tensor] | None:
     """Return the weights and buffers that make image features of ``model`` (under no wrapper), by name.
 
-    That is everything but the text model and its vocabulary, so a projector too. None if the family is not known to
-    take features, or if a tower behaves otherwise in training.
+    They are all but the text model's, its embeddings' and its head's; the projector's are among them. None if the
+    family does not take features, or if the model computes them differently in training (batch norm).
     """
     base = model.base_model
     known = family_of(model.config).takes_features
@@ -66,7 +66,7 @@ def tower_of(model: Any) -> dict[str, Tensor] | None:
 
 
 def _frozen_and_equal(policy: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:
-    if not policy or policy.keys() != reference.keys() or any(tensor.requires_grad for tensor in policy.values()):
+    if policy.keys() != reference.keys() or any(tensor.requires_grad for tensor in policy.values()):
         return False
     return all(
         tensor is reference[name]

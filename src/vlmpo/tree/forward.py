@@ -1,6 +1,6 @@
-"""Rows to log-probabilities: the one piece of code that answers "how likely is each response to this prompt".
+"""Read rows with a model and return the log-probabilities of their responses.
 
-A patched model answers ``model(packed_rows=rows)`` with the log-probs of the rows' scored tokens. The hidden states
+A patched model returns for ``model(packed_rows=rows)`` the log-probs of the rows' scored tokens. The hidden states
 that predict scored tokens are gathered first and then projected to the vocabulary in blocks: logits of the whole row
 never exist. All of it runs inside the model's own forward, so that wrappers which shard or convert weights around a
 forward (DDP, FSDP2, ZeRO-3, autocast, PEFT) do so here too.
@@ -54,7 +54,7 @@ def sum_by_response(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
         index.append(row.response_index + seen)
         seen += row.num_responses
     sums = token_logps.new_zeros(seen)
-    # Without rows the empty input itself is given back: it still hangs on the model's weights.
+    # Without rows return the empty input itself, which still depends on the model's weights.
     return sums.index_add(0, torch.cat(index), token_logps) if index else token_logps
 
 
@@ -78,7 +78,7 @@ class Patch:
 
 
 def install(model: Any, shared: bool) -> None:
-    """Teach ``model`` to answer ``model(packed_rows=rows)`` with the rows' token log-probs; nothing else changes.
+    """Patch ``model`` so that ``model(packed_rows=rows)`` returns the rows' token log-probs; nothing else changes.
 
     The instance is patched, not wrapped, so that saving, generating and every wrapper around the model see the model
     itself. A second call changes ``shared`` alone.
@@ -97,15 +97,15 @@ def install(model: Any, shared: bool) -> None:
         model._vlmpo.shared = shared
     else:
         model._vlmpo = Patch(model.forward, shared)
-        # A bound method, so that a deep copy of the model (a frozen reference) answers from its own weights.
+        # A bound method, so that a deep copy of the model (a frozen reference) reads its own weights.
         model.forward = types.MethodType(_patched(type(model).forward), model)
 
 
 @contextmanager
 def installed(model: Any, shared: bool) -> Iterator[bool]:
-    """Patch ``model`` for the time of a ``with`` block, and yield whether its rows share prompts.
+    """Patch ``model`` during the body of a ``with`` statement, and yield whether its rows share prompts.
 
-    A model that is patched already is left as it is, whatever ``shared`` says.
+    A model that is patched already is left as it is, whatever ``shared`` is.
     """
     if "_vlmpo" in vars(model):
         yield uses_shared_rows(model)
@@ -144,7 +144,7 @@ def _patched(plain: Any) -> Any:
 
         Args:
             packed_rows: rows to score.
-            share_prompts: read the rows with shared prompts or not, whatever ``install`` was told.
+            share_prompts: whether the rows share prompts; None: as :func:`install` was called.
             router_losses: return ``(log-probs, router losses [responses of all rows])``.
 
         Returns:
@@ -188,7 +188,7 @@ def _read_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
 
 
 def _empty_on_weights(model: Any) -> Tensor:
-    """Return an empty tensor that hangs on a weight: a rank without rows must join the backward pass of the others."""
+    """Return an empty tensor that depends on a weight, so that a rank without rows joins the others' backward pass."""
     weight = model.get_output_embeddings().weight
     if not weight.requires_grad:  # under LoRA, for one
         weight = next((other for other in model.parameters() if other.requires_grad), weight)
@@ -197,7 +197,7 @@ def _empty_on_weights(model: Any) -> Tensor:
 
 
 def accepted(model: Any, token_types: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keep only the token types that ``model``'s forward accepts; layers would not know the others."""
+    """Return those of ``token_types`` that ``model``'s forward accepts; it would pass the others on to its layers."""
     named = inspect.signature(type(model).forward).parameters
     return {name: types for name, types in token_types.items() if name in named}
 

@@ -1,4 +1,4 @@
-"""Prompts and responses laid out in one row.
+"""Lay prompts and responses out in one row.
 
 A prompt (its images included) and the responses to it are a tree. A row holds the tokens of one or more trees behind
 one another, without padding: ``prompt response response ... | prompt response ...``. Positions of every response
@@ -45,11 +45,11 @@ class PromptTree:
 
     @property
     def num_tokens(self) -> int:
-        """Return the tokens the tree takes in a row: the prompt once, every response once."""
+        """Tokens that the tree takes in a row: the prompt once, and every response once."""
         return self.prompt_ids.numel() + sum(response.numel() for response in self.responses)
 
     def separate(self) -> list[PromptTree]:
-        """Return the same responses as one tree each: what a model reads that cannot share a prompt."""
+        """Return one tree for each response, for a model that cannot share a prompt."""
         return [replace(self, responses=(response,)) for response in self.responses]
 
 
@@ -118,8 +118,8 @@ def _attention_segments(spans: Sequence[TreeSpan], device: torch.device) -> Segm
 class RowLayout:
     """Holds the spans of the trees in a row; the attention reads nothing else.
 
-    It is a class of its own so that wrappers which walk through nested inputs leave it alone, and so that masks made
-    for one layer serve all.
+    Wrappers that walk through nested inputs leave an object of such a class alone. Masks that are made for one layer
+    are kept for all others.
 
     Attributes:
         spans: the trees, in order.
@@ -139,27 +139,11 @@ class RowLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens in the row."""
+        """Tokens in the row."""
         return sum(span.prompt + sum(span.responses) for span in self.spans)
 
-    def prompts_and_responses(self) -> tuple[list[int], list[int], list[int]]:
-        """Return the parts of the row: prompts and responses, in order.
-
-        Returns:
-            The length of each part; for each response the index of its prompt's part; and the index of its own.
-        """
-        lengths: list[int] = []
-        prompt_of: list[int] = []
-        response_at: list[int] = []
-        for span in self.spans:
-            prompt = len(lengths)
-            lengths += [span.prompt, *span.responses]
-            prompt_of += [prompt] * len(span.responses)
-            response_at += range(prompt + 1, len(lengths))
-        return lengths, prompt_of, response_at
-
     def segments(self, device: torch.device) -> Segments:
-        """Return the row as one attention call; made once, for all layers."""
+        """Return the segments of one attention call over the row; they are made once for all layers."""
         if device not in self._segments:
             self._segments[device] = _attention_segments(self.spans, device)
         return self._segments[device]

@@ -1,4 +1,4 @@
-"""Which trees share a row: few rows, each within a bound of tokens."""
+"""Choose which trees share a row: few rows, each within a bound of tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vlmpo.tree.layout import PromptTree
 def pack(trees: Sequence[PromptTree], max_tokens: int | None) -> list[list[int]]:
     """Choose which trees go into which row.
 
-    There are as few rows as a short search finds, with tokens spread evenly among them. Equal trees give equal rows.
+    A short search looks for few rows of similar length. The same trees give the same rows.
 
     Args:
-        trees: what to pack.
-        max_tokens: of a row, unless one tree alone is longer; None: all in one row.
+        trees: trees to pack.
+        max_tokens: most tokens of a row, unless a single tree is longer; None: all in one row.
 
     Returns:
         Indices of the trees of each row, in order within a row; the longest row first.

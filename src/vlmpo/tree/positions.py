@@ -1,6 +1,6 @@
-"""Positions of a row's tokens as its family counts them, and blocks of tokens that see each other in both directions.
+"""Count the positions of a row's tokens as its family does, and find blocks of tokens that attend in both directions.
 
-Positions of the prompt and its first response are always the model's own count. Every other response restarts at the
+Positions of the prompt and its first response are always counted by the model. Every other response restarts at the
 first response's first position, as if it were the only response.
 """
 
@@ -21,7 +21,7 @@ _GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
 def refuse_missing_types(model: Any, row: PackedRow) -> None:
-    """Raise ModelError if no one marked the image tokens: some models then count in one dimension, silently."""
+    """Raise ModelError if the image tokens are not marked: some models would count in one dimension without notice."""
     if not family_of(model.config).three_dimensional or TYPES in row.token_types:
         return
     if any(name in row.vision for name in _GRIDS):

@@ -1,4 +1,4 @@
-"""The load-balancing loss of mixture-of-experts routers, per response, whatever row it was read in.
+"""Compute the load-balancing loss of mixture-of-experts routers, per response, whatever row it was read in.
 
 transformers takes this loss over all tokens of a forward: the same pairs give other numbers as other batches. Here it
 is taken over one response's sequence, its prompt and itself, as a forward of that response alone would. So shared rows,
@@ -19,6 +19,7 @@ from vlmpo import compat
 from vlmpo.errors import ModelError
 from vlmpo.loss import LossOutput
 from vlmpo.models.families import family_of
+from vlmpo.tree.chunked_logprobs import wide
 from vlmpo.tree.layout import RowLayout
 
 TERM = "router_aux"  # its name among the terms of the loss
@@ -28,7 +29,7 @@ def router_coefficient(config: Any) -> float | None:
     """Return the weight of the router loss if a model's config switches it on (``output_router_logits``), else None.
 
     Raises:
-        ModelError: it is on for a text tower whose routers are not known here.
+        ModelError: it is on for a text tower whose routers are not supported.
     """
     text = config.get_text_config()
     coefficient = float(getattr(text, "router_aux_loss_coef", None) or 0.0)
@@ -36,8 +37,8 @@ def router_coefficient(config: Any) -> float | None:
         return None
     if not family_of(text).routed:
         raise ModelError(
-            f"the model's config asks for the router loss of a {text.model_type!r} text tower, which is not known "
-            "here; set output_router_logits to false in its config.json to train without it"
+            f"the model's config switches on the router loss of a {text.model_type!r} text tower, which vlmpo does not "
+            "support; set output_router_logits to false in its config.json to train without it"
         )
     return coefficient
 
@@ -81,20 +82,27 @@ def response_router_losses(layers: Sequence[Tensor], layout: RowLayout, top_k: i
         ``[responses of the layout]``, float32 or better; the gradient goes through the probabilities alone.
     """
     device, experts = layers[0].device, layers[0].shape[1]
-    lengths, prompt_of, response_at = layout.prompts_and_responses()
+    lengths: list[int] = []  # of the parts of the row: prompts and responses, in order
+    prompt_of: list[int] = []  # for each response, the index of its prompt among the parts
+    response_at: list[int] = []  # and its own index there
+    for span in layout.spans:
+        prompt_of += [len(lengths)] * len(span.responses)
+        lengths += [span.prompt, *span.responses]
+        response_at += range(len(lengths) - len(span.responses), len(lengths))
     sizes = torch.tensor(lengths, device=device)
-    wide = torch.promote_types(layers[0].dtype, torch.float32)
-    sent = torch.zeros(layout.num_tokens, experts, dtype=wide, device=device)
+    sent = torch.zeros(layout.num_tokens, experts, dtype=wide(layers[0].dtype), device=device)
     probabilities = torch.zeros_like(sent)
     for logits in layers:
         routed = logits.softmax(dim=-1)
-        probabilities = probabilities + routed.to(wide)
+        probabilities = probabilities + routed.to(sent.dtype)
         sent = sent + torch.zeros_like(sent).scatter_(1, routed.topk(top_k, dim=-1).indices, 1.0)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), sizes, output_size=layout.num_tokens)
+    part_of_token = torch.repeat_interleave(
+        torch.arange(len(lengths), device=device), sizes, output_size=layout.num_tokens
+    )
 
     def by_response(values: Tensor) -> Tensor:
         """Sum ``[tokens, experts]`` over each response and its prompt: ``[responses, experts]``."""
-        sums = values.new_zeros(len(lengths), experts).index_add(0, owner, values)
+        sums = values.new_zeros(len(lengths), experts).index_add(0, part_of_token, values)
         return sums[prompt_of] + sums[response_at]
 
     rows = len(layers) * (sizes[prompt_of] + sizes[response_at])[:, None]
@@ -108,7 +116,7 @@ def response_router_losses(layers: Sequence[Tensor], layout: RowLayout, top_k: i
 def recording_routers(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the routers' logits of the forward inside, ``[tokens, experts]`` a layer.
 
-    Recomputation in a later backward pass is not heard.
+    What a later backward pass computes again is not collected.
 
     Raises:
         ModelError: the model has no router, or its router would get no gradient.
@@ -116,18 +124,18 @@ def recording_routers(model: nn.Module) -> Iterator[list[Tensor]]:
     logits: list[Tensor] = []
     routers = routers_of(model)
 
-    def listen(module: nn.Module, arguments: Any, output: Any) -> None:
+    def collect(module: nn.Module, arguments: Any, output: Any) -> None:
         logits.append(output[0])  # transformers' routers return logits, weights and indices
 
-    hooks = [router.register_forward_hook(listen) for router in routers]
+    hooks = [router.register_forward_hook(collect) for router in routers]
     try:
         yield logits
     finally:
         for hook in hooks:
             hook.remove()
     trained = any(parameter.requires_grad for router in routers for parameter in router.parameters())
-    if torch.is_grad_enabled() and trained and not all(one.requires_grad for one in logits):
-        # Re-entrant checkpointing runs a layer without gradient first: what was heard would train nothing.
+    if torch.is_grad_enabled() and trained and not all(layer.requires_grad for layer in logits):
+        # Re-entrant checkpointing runs a layer without gradient first: what was collected would train nothing.
         raise ModelError(
             "the router loss gets no gradient under re-entrant checkpointing; set "
             "training.gradient_checkpointing_kwargs: {use_reentrant: false}"
@@ -143,5 +151,5 @@ def routers_of(model: nn.Module) -> list[nn.Module]:
     kinds = tuple({kind for module in model.modules() if (kind := compat.router_class(module)) is not None})
     routers = [module for module in model.modules() if isinstance(module, kinds)]
     if not routers:
-        raise ModelError("the model's config asks for a router loss (output_router_logits), but it has no router")
+        raise ModelError("the model's config switches on a router loss (output_router_logits), but it has no router")
     return routers

@@ -1,4 +1,4 @@
-"""The start-up check: our log-probabilities are those of the model itself, on one real pair."""
+"""Check at the start of a run that log-probabilities are those of the model itself, on one real pair."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmpo.errors import ModelError
+from vlmpo.tree.chunked_logprobs import wide
 from vlmpo.tree.forward import accepted
 from vlmpo.tree.layout import PackedRow
 
@@ -24,12 +25,12 @@ def check_rows(
     half: bool,
     wrapped: Any | None = None,
 ) -> float | None:
-    """Compare our log-probabilities of one real pair with the model's own.
+    """Compare the log-probabilities that training would read of one pair with those of the model's plain forward.
 
     Args:
         model: set up by ``install``, under no wrapper.
         shared: the pair on one prompt; None if the run does not share prompts.
-        separate: the same responses, each on its own.
+        separate: the same responses, each in a row of its own.
         half: whether the run computes in a half-precision type by autocast.
         wrapped: what to call in the model's place: the wrapper that holds its weights.
 
@@ -37,38 +38,37 @@ def check_rows(
         None if shared and separate rows agree to rounding, else the mean absolute difference in nats a token.
 
     Raises:
-        ModelError: separate rows already differ from the model's own forward. Its family does something that is not
+        ModelError: separate rows already differ from the plain forward. The model's family does something that is not
             known here, so every number would be wrong.
     """
     weight = model.get_output_embeddings().weight
     bound = max(ROUNDING[weight.dtype], ROUNDING[torch.bfloat16] if half else 0.0)
-    shortest = min(separate, key=lambda row: row.targets.numel())  # the one whose logits exist whole
+    shortest = min(range(len(separate)), key=lambda at: separate[at].targets.numel())  # whole logits are large
     was_training = model.training
     model.eval()
     read = model if wrapped is None else wrapped
     try:
         with torch.no_grad(), torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=half):
-            ours = {id(row): read(packed_rows=[row], share_prompts=False) for row in separate}
-            expected, rounding = own_logps(model, shortest, read)
-            plain = torch.cat([ours[id(row)] for row in separate])
-            together = plain if shared is None else read(packed_rows=shared, share_prompts=True)
+            apart = [read(packed_rows=[row], share_prompts=False) for row in separate]
+            expected, rounding = plain_logps(model, separate[shortest], read)
+            together = None if shared is None else read(packed_rows=shared, share_prompts=True)
     finally:
         model.train(was_training)
-    wrong = _mean_difference(ours[id(shortest)], expected)
+    wrong = _mean_difference(apart[shortest], expected)
     if not wrong <= bound + rounding:  # NaN is not within any bound
         raise ModelError(
             f"family {model.config.model_type!r} ({type(model).__name__}): log-probabilities read by vlmpo differ from "
             f"the model's own by {wrong:.3g} nats a token; it does something to its tokens or logits that is not known "
             "here, and would be trained wrongly. Please report it; a model of another family can be trained"
         )
-    difference = _mean_difference(together, plain)
+    difference = 0.0 if together is None else _mean_difference(together, torch.cat(apart))
     return None if difference <= bound else difference
 
 
-def own_logps(model: Any, row: PackedRow, read: Any) -> tuple[Tensor, float]:
-    """Return the log-probabilities of the scored tokens of ``row`` by the model's own forward, logits and all.
+def plain_logps(model: Any, row: PackedRow, read: Any) -> tuple[Tensor, float]:
+    """Return the log-probabilities of the scored tokens of ``row`` by the model's plain forward, from whole logits.
 
-    Nothing of ours takes part: no attention, head or positions.
+    vlmpo's attention, head and positions take no part.
 
     Args:
         model: under no wrapper.
@@ -87,7 +87,7 @@ def own_logps(model: Any, row: PackedRow, read: Any) -> tuple[Tensor, float]:
         arguments["logits_to_keep"] = scored + 1
     logits = read(**arguments).logits[0, -scored - 1 : -1]  # [scored, vocabulary]
     rounding = float(logits.abs().amax(dim=1).float().mean()) * torch.finfo(logits.dtype).eps
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide(logits.dtype))
     return logits.gather(1, row.targets[:, None]).squeeze(1) - logits.logsumexp(dim=1), rounding
 
 

@@ -1,9 +1,9 @@
-"""A row's attention in one call: kernels for sequences of differing lengths, and a test whether to trust them.
+"""Attend over a row in one call, by kernels for sequences of different lengths, once a test has shown them right.
 
 Prompt and first response are one segment with its own keys; every further response is a segment whose keys are its
 prompt's and its own. That is right only if a kernel aligns a segment's causal mask at the lower right corner, so that a
-response's first token sees all of the prompt. Kernels disagree on this between versions. Therefore each is tried out
-once a process, forward and backward, before anything is trained with it.
+response's first token sees all of the prompt. Versions of kernels differ in this. Therefore each is tested once a
+process, forward and backward, before anything is trained with it.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def _torch_kernel() -> Kernel:
     from torch.nn.attention.varlen import varlen_attn
 
     named = inspect.signature(varlen_attn).parameters
-    # Versions without ``enable_gqa`` accept fewer heads of keys without being told.
+    # Versions without ``enable_gqa`` accept fewer heads of keys anyway.
     further: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in named else {}
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
         starts = segments.cu_seqlens_q, segments.cu_seqlens_k
         longest = segments.max_seqlen_q, segments.max_seqlen_k
         out = varlen_attn(query, key, value, *starts, *longest, scale=scale, window_size=(-1, 0), **further)
-        assert isinstance(out, Tensor)  # nothing else was asked for
+        assert isinstance(out, Tensor)  # without auxiliary outputs
         return out
 
     return kernel
@@ -79,7 +79,7 @@ CANDIDATES: dict[str, Callable[[], Kernel]] = {"torch": _torch_kernel, "flash-at
 def kernel_for(device: torch.device) -> Kernel | None:
     """Return the kernel that reads rows on ``device``; None if SDPA does: off CUDA, or with a warning why.
 
-    The first call on a CUDA device tries the kernels out.
+    The first call on a CUDA device tests the kernels.
     """
     return first_trusted(device) if device.type == "cuda" else None
 
@@ -109,7 +109,7 @@ def first_trusted(device: torch.device) -> Kernel | None:
 def misreading(kernel: Kernel, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
     """Return the relative error of ``kernel`` on a small row, of outputs and gradients; NaN counts as infinite.
 
-    It is compared with attention in float32 under a dense mask.
+    The expected values are those of attention in float32 under a dense mask.
     """
     # The first row may be read under no_grad, autocast or inference mode.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):

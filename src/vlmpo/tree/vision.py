@@ -1,4 +1,4 @@
-"""Merges the processor's vision tensors of several prompts into those of one row, all images in order.
+"""Merge the processor's vision tensors of several prompts into those of one row, all images in order.
 
 Nearly every family lists its tiles, images, patches or grids along dimension 0. The exceptions:
 
@@ -7,7 +7,7 @@ Nearly every family lists its tiles, images, patches or grids along dimension 0.
 - Pixtral and Mistral 3: ``pixel_values [images, 3, height, width]``, zeros right of and below an image, which the
   model cuts to its entry of ``image_sizes``.
 - Idefics3 and SmolVLM: ``pixel_values [prompts, pictures, 3, height, width]`` and ``pixel_attention_mask [prompts,
-  pictures, height, width]``: the pictures of one row stand in one prompt.
+  pictures, height, width]``: the pictures of one row are listed under one prompt.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def merge_vision(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         parts: the processor's tensors for each prompt, encoded alone; a prompt without images has none.
 
     Returns:
-        The tensors by name. A picture gives the same features as in its prompt alone: zeros are added only if the
-        model cuts them off again.
+        The tensors by name. Pictures have the same features as in their prompt alone: zeros are added only if the model
+        cuts them off again.
 
     Raises:
-        ValueError: tensors of one name have shapes that do not go together.
+        ValueError: tensors of one name have shapes or dtypes that cannot be merged.
     """
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: _merge(name, [part for part in parts if name in part]) for name in names}
 
 
 def refuse_bytes(pixels: Tensor | None) -> None:
-    """Raise ModelError for pixels that are still bytes: some models would read 0 to 255 as if normalised, silently."""
+    """Raise ModelError for pixels that are still bytes: some models would read 0 to 255 as normalised pixels."""
     if pixels is not None and pixels.dtype == torch.uint8:
         raise ModelError(
             "the model was given pixels as bytes; put their tensors through the encoder's pixel_scale.normalise() first"
@@ -65,7 +65,7 @@ def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
     if len(fixed) > 1 or (by_prompt and tensors[0].shape[0] != 1):
         shapes = ", ".join(str(tuple(part[name].shape)) for part in parts)
         raise ValueError(
-            f"the processor's {name} of several prompts, of shapes {shapes}, cannot stand in one row; "
+            f"the processor's {name} of several prompts, of shapes {shapes}, cannot be in one row; "
             "set model.attention: separate, which reads one prompt a row"
         )
     return torch.cat(tensors, dim=item)
