@@ -239,6 +239,7 @@ def test_only_the_policys_adapter_is_saved(tmp_path: Path, place: str) -> None:
         assert torch.equal(weight, trained[name]), name
 
 
+@pytest.mark.slow
 def test_a_second_trainer_on_the_same_model_takes_a_reference_of_its_own(tmp_path: Path) -> None:
     first = trainer(tmp_path / "1", pairs(4), model=policy(), learning_rate=1e-2)
     first.train()

@@ -94,6 +94,7 @@ def test_no_step_no_line(told: list[str]) -> None:
     assert told == []
 
 
+@pytest.mark.slow
 def test_a_slow_data_set_is_waited_for(tmp_path: Path, told: list[str]) -> None:
     """Sixteen pairs of 0.1 seconds: at least 0.4 seconds of each of four steps of four pairs."""
     trainer(tmp_path, Slow(16, 0.1), per_device_train_batch_size=2, gradient_accumulation_steps=2).train()
@@ -107,6 +108,7 @@ def test_a_slow_data_set_is_waited_for(tmp_path: Path, told: list[str]) -> None:
     assert "waiting " in short_line(1, lines[0])
 
 
+@pytest.mark.slow
 def test_what_a_worker_has_ready_is_not_waited_for(tmp_path: Path, told: list[str]) -> None:
     """The same pairs, made ready beforehand by a worker while the model is kept busy."""
     run = trainer(tmp_path, Slow(16, 0.02), per_device_train_batch_size=4, dataloader_num_workers=1)
