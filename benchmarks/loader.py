@@ -30,11 +30,11 @@ import torch
 from PIL import Image
 
 from vlmpo import Message, PreferencePair
-from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
 from vlmpo.data.encode.pixels import PixelScale
 from vlmpo.data.encode.response_tokens import ResponseTokenizer
 from vlmpo.testing.tiny import TinySize, build_processor, train_tokenizer
-from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch
+from vlmpo.train.batching import Batch, Collator, MicroBatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VISONLYQA = Path(__file__).resolve().parents[2] / "shared" / "data" / "visonlyqa"

@@ -13,14 +13,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tests.ranks import skewed_pairs
 from tests.tiny_models import model as tiny_model
 from tests.tiny_models import processor
-from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.data.encode.encoder import PairEncoder, Unusable
 from vlmpo.errors import RecipeError, RecordError, RunError
-from vlmpo.train.batching import Batch, Collator, MicroBatch, Unusable, lay_out, merge
+from vlmpo.train.batching import Batch, Collator, MicroBatch, lay_out, merge
 from vlmpo.train.rank_sync import RankSync, StepInfo
 from vlmpo.train.sharding import configure_fsdp, no_gradient_sync
 from vlmpo.tree.dummies import append_dummy
-from vlmpo.tree.forward import install
-from vlmpo.tree.layout import PromptTree, build_row, sum_by_response
+from vlmpo.tree.forward import install, sum_by_response
+from vlmpo.tree.layout import PromptTree, build_row
 
 PAIRS = skewed_pairs(8)  # 0, 1, 5 have images; 2, 3, 6, 7 have none; 4 is too long
 

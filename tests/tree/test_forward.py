@@ -14,8 +14,8 @@ from vlmpo.models.families import support_for
 from vlmpo.tree import chunked_logprobs as projection
 from vlmpo.tree.attention import ATTENTION_NAME, shared_prompt_attention
 from vlmpo.tree.chunked_logprobs import LogitTransform, linear_token_logps
-from vlmpo.tree.forward import install, token_logps
-from vlmpo.tree.layout import PackedRow, PromptTree, RowLayout, TreeSpan, build_row, sum_by_response
+from vlmpo.tree.forward import install, sum_by_response, token_logps
+from vlmpo.tree.layout import PackedRow, PromptTree, RowLayout, TreeSpan, build_row
 
 
 def one_image(seed: int) -> list:

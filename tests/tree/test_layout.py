@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmpo.tree.layout import PromptTree, TreeSpan, build_row, sum_by_response
+from vlmpo.tree.forward import sum_by_response
+from vlmpo.tree.layout import PromptTree, TreeSpan, build_row
 from vlmpo.tree.packing import pack
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.tiny_models import image_tree, model, noise_image
 from tests.tree.test_forward import separate_logps
-from vlmpo.tree.forward import install
-from vlmpo.tree.layout import PromptTree, build_row, sum_by_response
+from vlmpo.tree.forward import install, sum_by_response
+from vlmpo.tree.layout import PromptTree, build_row
 
 SHAPES = [(60, 60), (120, 56), (40, 90)]  # one tile; two beside each other and a thumbnail; two below each other
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -143,19 +142,6 @@ class Verdict:
 
 
 # ---- fields of JSON records ----
-
-
-def json_object(raw: bytes, origin: str, unit: str = "line") -> dict[str, Any]:
-    """Parse one line (or another ``unit``) of JSON. Raises RecordError ``bad_json`` if it is not an object."""
-    remedy = "write one JSON object a line" if unit == "line" else "write a JSON object"
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        detail = f"the {unit} is not valid JSON in UTF-8 ({error}); {remedy}"
-        raise RecordError("bad_json", origin, detail) from error
-    if not isinstance(record, dict):
-        raise RecordError("bad_json", origin, f"the {unit} holds {json_kind(record)}; {remedy}")
-    return record
 
 
 def text_field(record: Mapping[str, Any], key: str, origin: str) -> str:

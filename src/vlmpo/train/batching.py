@@ -5,47 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
-from vlmpo.data.records import PreferencePair
-from vlmpo.errors import RecordError
+from vlmpo.data.encode.encoder import EncodedPair, Unusable
 from vlmpo.train.logps_store import content_key
 from vlmpo.train.sampler import split_runs
 from vlmpo.tree.layout import PackedRow, PromptTree, build_row
 from vlmpo.tree.packing import pack
-
-
-class Unusable(NamedTuple):
-    """A record that cannot be trained on: why, and the data set it belongs to."""
-
-    error: RecordError
-    source: str
-
-
-class EncodedPairs(Dataset[Any]):
-    """Encodes pairs on access, in the loader's workers. A bad record comes back as :class:`Unusable`."""
-
-    def __init__(self, pairs: Any, encoder: PairEncoder) -> None:
-        self.pairs = pairs
-        self.encoder = encoder
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> EncodedPair | Unusable:
-        source_of = getattr(self.pairs, "source", None)  # some data sets know it without reading the record
-        source = source_of(index) if callable(source_of) else ""
-        try:
-            pair: PreferencePair = self.pairs[index]
-            source = pair.source
-            return self.encoder.encode(pair)
-        except RecordError as error:
-            return Unusable(error, source)
 
 
 @dataclass(frozen=True)

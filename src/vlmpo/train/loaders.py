@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
 from vlmpo.errors import RecipeError
 from vlmpo.log import logger
-from vlmpo.train.batching import Collator, EncodedPairs
+from vlmpo.train.batching import Collator
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.lengths import count_patch_pixels, estimate_lengths, measure_tokens_per_patch, pair_costs
 from vlmpo.train.sampler import (

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from vlmpo.data.encode.encoder import EncodedPair
+from vlmpo.data.encode.encoder import EncodedPair, EncodedPairs
 from vlmpo.log import logger
-from vlmpo.train.batching import EncodedPairs, MicroBatch, lay_out
+from vlmpo.train.batching import MicroBatch, lay_out
 from vlmpo.tree.self_check import check_rows
 
 _LOOKED_AT = 8  # usable pairs, among which one with an image is sought

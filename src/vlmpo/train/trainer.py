@@ -16,13 +16,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat
-from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
 from vlmpo.errors import RecipeError, RecordError, RunError, first_line
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
-from vlmpo.train.batching import Batch, Collator, EncodedPairs, MicroBatch, merge
+from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, EpochWatch, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.checkpoint import (
@@ -291,7 +291,10 @@ class MPOTrainer(Trainer):
         self.clock.fetched()
         info = self.ranks.all_reduce(batches, self._count_pairs(batches))
         counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
-        return self.ranks.add_dummies(batches, info, self.model_wrapped), counts
+        empty = not all(part.rows for batch in batches for part in batch.micro_batches)
+        if empty or self.accelerator.num_processes > 1:
+            batches = self.ranks.add_dummies(batches, info, self.model_wrapped)
+        return batches, counts
 
     def _count_pairs(self, batches: list[Batch]) -> RecordError | None:
         """Count what became of the pairs; return the error of a bad record if it is to end the run."""
@@ -332,13 +335,11 @@ class MPOTrainer(Trainer):
         """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
         device, scale, dtype = self.args.device, self.loader_encoder.pixel_scale, compute_dtype(self.accelerator)
         rows = []
-        for row in inputs.rows:
-            vision = {name: tensor.to(device, non_blocking=True) for name, tensor in row.vision.items()}
-            if scale is not None:
-                vision = scale.normalise(vision)
+        for row in (row.to(device) for row in inputs.rows):
+            vision = row.vision if scale is None else scale.normalise(row.vision)
             if dtype is not None:
                 vision = {name: t.to(dtype) if t.is_floating_point() else t for name, t in vision.items()}
-            rows.append(replace(row, vision=vision, **row.text_tensors(device)))
+            rows.append(replace(row, vision=vision))
         return replace(
             inputs,
             rows=rows,

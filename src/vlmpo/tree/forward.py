@@ -24,7 +24,7 @@ from vlmpo.models.families import logit_scale_and_softcap
 from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
 from vlmpo.tree.chunked_logprobs import LogitTransform, ScoringHead, token_logps, wide
 from vlmpo.tree.features import vision_arguments
-from vlmpo.tree.layout import PackedRow, sum_by_response
+from vlmpo.tree.layout import PackedRow
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 from vlmpo.tree.router_loss import recording_routers, response_router_losses
 from vlmpo.tree.vision import refuse_bytes
@@ -44,6 +44,18 @@ def response_logps_and_router_losses(model: Any, rows: Sequence[PackedRow]) -> t
     """Return what :func:`response_logps` does, and the router loss of each response, ``[responses]`` both."""
     logps, router_losses = model(packed_rows=rows, router_losses=True)
     return sum_by_response(logps, rows), router_losses
+
+
+def sum_by_response(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
+    """Sum the log-probs of each response's scored tokens: ``[scored]`` of all rows to ``[responses]``."""
+    index: list[Tensor] = []
+    seen = 0
+    for row in rows:
+        index.append(row.response_index + seen)
+        seen += row.num_responses
+    sums = token_logps.new_zeros(seen)
+    # Without rows the empty input itself is given back: it still hangs on the model's weights.
+    return sums.index_add(0, torch.cat(index), token_logps) if index else token_logps
 
 
 # ---- the patch ----

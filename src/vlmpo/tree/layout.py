@@ -203,6 +203,9 @@ class RowLayout:
         return mask_or_none
 
 
+_TEXT_TENSORS = ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
+
+
 @dataclass(frozen=True)
 class PackedRow:
     """Holds one row, ready for the model.
@@ -233,15 +236,10 @@ class PackedRow:
 
     def to(self, device: torch.device) -> PackedRow:
         """Return the row with its tensors on ``device``."""
-        vision = {name: tensor.to(device, non_blocking=True) for name, tensor in self.vision.items()}
-        return replace(self, vision=vision, **self.text_tensors(device))
-
-    def text_tensors(self, device: torch.device) -> dict[str, Any]:
-        """Return the fields that hold tensors, all but ``vision``, on ``device``."""
-        names = ("input_ids", "position_ids", "logit_positions", "targets", "response_index")
-        tensors: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        types = {name: tensor.to(device, non_blocking=True) for name, tensor in self.token_types.items()}
-        return {**tensors, "token_types": types}
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in _TEXT_TENSORS}
+        for name in ("vision", "token_types"):
+            moved[name] = {key: tensor.to(device, non_blocking=True) for key, tensor in getattr(self, name).items()}
+        return replace(self, **moved)
 
 
 def build_row(trees: Sequence[PromptTree]) -> PackedRow:
@@ -290,15 +288,3 @@ def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:
             parts += [prompt, *(torch.zeros_like(response) for response in tree.responses)]
         types[name] = torch.cat(parts)[None]
     return types
-
-
-def sum_by_response(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
-    """Sum the log-probs of each response's scored tokens: ``[scored]`` of all rows to ``[responses]``."""
-    index: list[Tensor] = []
-    seen = 0
-    for row in rows:
-        index.append(row.response_index + seen)
-        seen += row.num_responses
-    sums = token_logps.new_zeros(seen)
-    # Without rows the empty input itself is given back: it still hangs on the model's weights.
-    return sums.index_add(0, torch.cat(index), token_logps) if index else token_logps

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from vlmpo.data.encode.chat_template import PROBE, ChatTemplate, Rendering
 from vlmpo.data.encode.fast_processor import fast_processor
@@ -153,7 +154,8 @@ class PairEncoder:
             RecordError: the pair cannot be trained on; its ``reason`` is the name under which it is counted.
             DataError: the pair holds a video, and the library that reads videos is not installed.
         """
-        pair = with_frames(pair, self.video_frames)
+        if pair.videos:
+            pair = with_frames(pair, self.video_frames)
         responses = self._check_texts(pair)
         rendering = self._chat.render(pair.prompt, responses, pair.origin)
         response_ids = self._response_ids(rendering, pair.origin)
@@ -296,6 +298,34 @@ class PairEncoder:
             return self.pixel_scale.num_pictures(vision)
         # [images or prompts, pictures, 3, height, width]; zeros fill up rows of fewer pictures.
         return int(pixels[:, :, 0].flatten(2).any(dim=-1).sum())
+
+
+class Unusable(NamedTuple):
+    """A record that cannot be trained on: why, and the data set it belongs to."""
+
+    error: RecordError
+    source: str
+
+
+class EncodedPairs(Dataset[Any]):
+    """Encodes pairs on access, in the loader's workers. A bad record comes back as :class:`Unusable`."""
+
+    def __init__(self, pairs: Any, encoder: PairEncoder) -> None:
+        self.pairs = pairs
+        self.encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> EncodedPair | Unusable:
+        source_of = getattr(self.pairs, "source", None)  # some data sets know it without reading the record
+        source = source_of(index) if callable(source_of) else ""
+        try:
+            pair: PreferencePair = self.pairs[index]
+            source = pair.source
+            return self.encoder.encode(pair)
+        except RecordError as error:
+            return Unusable(error, source)
 
 
 def _tensors(encoded: Any) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlmpo.data.index.store import Cache, Stamp
-from vlmpo.data.records import BOM, json_object
-from vlmpo.errors import DataError
+from vlmpo.data.records import BOM, json_kind
+from vlmpo.errors import DataError, RecordError
 
 # An array is read whole to find its records, once if the cache can be written to.
 MAX_ARRAY_BYTES = 2 << 30
@@ -95,7 +95,7 @@ class JsonRecords:
         file = self._file or self._open()
         start = int(self._starts[index])
         content = os.pread(file.fileno(), int(self._ends[index]) - start, start)
-        return json_object(content, self.origin(index), "record" if self._is_array else "line")
+        return _json_object(content, self.origin(index), "record" if self._is_array else "line")
 
     def _open(self) -> FileIO:
         try:
@@ -193,3 +193,16 @@ def _end_of_spaces(text: str, at: int) -> int:
     match = _skip_spaces(text, at)
     assert match is not None  # it may be empty
     return match.end()
+
+
+def _json_object(raw: bytes, origin: str, unit: str = "line") -> dict[str, Any]:
+    """Parse one line (or another ``unit``) of JSON. Raises RecordError ``bad_json`` if it is not an object."""
+    remedy = "write one JSON object a line" if unit == "line" else "write a JSON object"
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        detail = f"the {unit} is not valid JSON in UTF-8 ({error}); {remedy}"
+        raise RecordError("bad_json", origin, detail) from error
+    if not isinstance(record, dict):
+        raise RecordError("bad_json", origin, f"the {unit} holds {json_kind(record)}; {remedy}")
+    return record
