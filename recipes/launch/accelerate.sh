@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One node by accelerate; the config says how (recipes/accelerate: ddp, fsdp2, deepspeed_zero3).
+# One node, with accelerate; CONFIG chooses how (recipes/accelerate: ddp, fsdp2, deepspeed_zero3).
 #   CONFIG=recipes/accelerate/fsdp2.yaml recipes/launch/accelerate.sh [RECIPE] [KEY=VALUE ...]
 set -euo pipefail
 recipe=${1:-recipes/internvl3_mmpr.yaml}

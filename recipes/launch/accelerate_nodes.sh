@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several nodes by accelerate: run it on each of them, RANK_OF_NODE counting from 0 on MASTER_ADDR.
+# Several nodes, with accelerate: run it on each of them; RANK_OF_NODE counts from 0, which is MASTER_ADDR.
 #   MASTER_ADDR=node0 NODES=4 RANK_OF_NODE=0 recipes/launch/accelerate_nodes.sh [RECIPE] [KEY=VALUE ...]
 set -euo pipefail
 recipe=${1:-recipes/internvl3_mmpr.yaml}
