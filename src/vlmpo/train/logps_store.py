@@ -78,7 +78,7 @@ class ReferenceStore:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise RunError(f"reference.cache_dir: {path} cannot be read ({error}); use another one") from error
+            raise RunError(f"reference.cache_dir: {path} cannot be read ({error}); set another folder") from error
         if len(content) < len(MAGIC):
             return np.empty(0, ENTRY)  # killed before it wrote anything
         if content[: len(MAGIC)] != MAGIC:
