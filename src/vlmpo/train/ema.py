@@ -69,7 +69,8 @@ class WeightAverage(TrainerCallback):
             if set(saved.keys()) != self.averages.keys():
                 names = ", ".join(sorted(set(saved.keys()) ^ self.averages.keys())[:3])
                 raise RunError(
-                    f"the average in {self._checkpoint} is of other parameters than those that train: {names}"
+                    f"the average in {self._checkpoint} is of other parameters than those that train: {names}; "
+                    "train the same ones, or start anew"
                 )
             for name, average in self.averages.items():
                 average.copy_(saved.get_tensor(name))
@@ -106,7 +107,7 @@ class WeightAverage(TrainerCallback):
         if decay != self.decay:
             raise RunError(
                 f"training.ema_decay is {self.decay}, but the average in {checkpoint} was kept with {decay}; "
-                "an average has one decay"
+                f"set it to {decay}, or start anew"
             )
 
     @contextmanager

@@ -56,7 +56,9 @@ class ReferenceStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"reference.cache_dir: {self.folder} cannot be made ({error}); name another") from error
+            raise RunError(
+                f"reference.cache_dir: {self.folder} cannot be made ({error}); set another folder"
+            ) from error
         self.refresh()
 
     def _new_path(self) -> Path:
@@ -76,11 +78,13 @@ class ReferenceStore:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise RunError(f"reference.cache_dir: {path} cannot be read ({error})") from error
+            raise RunError(f"reference.cache_dir: {path} cannot be read ({error}); set another folder") from error
         if len(content) < len(MAGIC):
             return np.empty(0, ENTRY)  # killed before it wrote anything
         if content[: len(MAGIC)] != MAGIC:
-            raise RunError(f"reference.cache_dir: {path} is no shard of this version; move it away or name another")
+            raise RunError(
+                f"reference.cache_dir: {path} is no shard of this version; move it away or set another folder"
+            )
         entries = np.frombuffer(content, ENTRY, (len(content) - len(MAGIC)) // ENTRY.itemsize, offset=len(MAGIC))
         sound = checksums(entries) == entries["check"]
         self.damaged += int(len(entries) - sound.sum())

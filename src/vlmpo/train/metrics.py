@@ -303,7 +303,7 @@ def resolve_metric(metric: str, known: Sequence[str]) -> str:
             if candidate == name or (stem != name and candidate.startswith(stem) and candidate != stem):
                 return candidate
     near = get_close_matches(metric if metric.startswith("eval_") else f"eval_{metric}", known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise RecipeError(
         f"training.metric_for_best_model: no evaluation of this run gives {metric!r}{hint} "
         f"There are: {', '.join(known) or 'none'}"

@@ -100,7 +100,7 @@ def explain_small_micro_batch(max_group: int, per_device: int) -> str | None:
     have = "no two pairs" if per_device == 1 else f"only {per_device} pairs"
     return (
         f"data.group_by_prompt is {max_group}, but {have} of a prompt can share its prompt: a micro-batch holds "
-        f"{per_device}; raise training.per_device_train_batch_size (max_tokens_per_row bounds the memory, not it)"
+        f"{per_device}; raise training.per_device_train_batch_size (the memory is bounded by max_tokens_per_row)"
     )
 
 
