@@ -155,7 +155,8 @@ class PairEncoder:
             RecordError: the pair cannot be trained on; its ``reason`` is the name under which it is counted.
             DataError: the pair holds a video, and the library that reads videos is not installed.
         """
-        pair = with_frames(pair, self.video_frames)
+        if pair.videos:
+            pair = with_frames(pair, self.video_frames)
         responses = self._check_texts(pair)
         rendering = self._chat.render(pair.prompt, responses, pair.origin)
         response_ids = self._response_ids(rendering, pair.origin)

@@ -30,8 +30,6 @@ def with_frames(pair: PreferencePair, max_frames: int = DEFAULT_FRAMES) -> Prefe
         RecordError: ``placeholder_mismatch``, ``missing_video`` or ``undecodable_video``.
         DataError: the library that reads videos is not installed.
     """
-    if not pair.videos:
-        return pair
     check_placeholders(pair.prompt, VIDEO_PLACEHOLDER, pair.videos, pair.origin)
     check_placeholders(pair.prompt, IMAGE_PLACEHOLDER, pair.images, pair.origin)
     videos, still_images = iter(pair.videos), iter(pair.images)
