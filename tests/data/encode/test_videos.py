@@ -104,11 +104,6 @@ def test_frames_stand_where_the_video_stood() -> None:
     assert replace(shown, prompt=pair.prompt, images=pair.images, videos=pair.videos) == pair
 
 
-def test_a_pair_without_videos_is_left_as_it_is() -> None:
-    pair = PreferencePair((Message("user", "the word <video> in a text"),), (), "a", "b")
-    assert with_frames(pair) is pair
-
-
 def test_a_video_is_encoded_as_its_frames_are() -> None:
     encoder = PairEncoder(processor(), video_frames=3)
     pair = PreferencePair((Message("user", "<video>\nhow many?"),), (), "two", "three", videos=(video(9),))
