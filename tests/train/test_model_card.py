@@ -362,5 +362,5 @@ def test_pushing_by_hand_keeps_our_card(tmp_path: Path, hub: FakeHub) -> None:
     assert "trained with Mixed Preference Optimization (MPO)" in body
     assert "generated from a Trainer" not in body
     hub.refuse = "upload"
-    with pytest.raises(RunError, match=r"503 Server Error \(the model is in"):
+    with pytest.raises(RunError, match=r"503 Server Error; the model is in"):
         run.push_to_hub()
