@@ -54,8 +54,10 @@ class RunTokenizer:
         repeats = np.ones(ids.size, dtype=np.int64)
         repeats[places] = [len(run) // len(self._token) for run in runs]
         repeated = {name: np.repeat(values, repeats, axis=1) for name, values in arrays.items()}
-        lists = {name: values.tolist() for name, values in repeated.items()}
-        return BatchEncoding(lists, tensor_type=settings.get("return_tensors"))
+        kind = settings.get("return_tensors")
+        if kind is None:
+            return BatchEncoding({name: values.tolist() for name, values in repeated.items()})
+        return BatchEncoding(repeated, tensor_type=kind)  # of arrays: of lists it takes a tenth of the loader's time
 
 
 class SettingsCache:
