@@ -225,7 +225,7 @@ def test_rows_are_estimated_if_the_model_is_there(recipe_file, tokenizer):
     # 3 pairs as 2 + 1: two rows for three pairs, 4/3 of a row for the two of a step
     assert "rows per optimizer step: about 1.3 (prompts shared)" in text
     assert "optimizer steps per epoch: 2" in text
-    assert "tokens read at once: at most 1536 (training.max_tokens_per_row); the longest pair here has " in text
+    assert "tokens read at once: at most 1024 (training.max_tokens_per_row); the longest pair here has " in text
     assert is_shared(load_recipe(recipe_file, ["model.attention=separate"])) is False
 
 
