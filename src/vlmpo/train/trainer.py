@@ -221,7 +221,7 @@ class MPOTrainer(Trainer):
                 policy=self.model,
                 given=given,
                 fresh_adapter=fresh_adapter,
-                shared=self.data_collator.shared,
+                shared=self.shared,
                 accelerator=self.accelerator,
             )
 
@@ -233,7 +233,7 @@ class MPOTrainer(Trainer):
             source=self.model if given is None else given,
             online=lambda: online("auto"),
             pixel_scale=self.loader_encoder.pixel_scale,
-            shared=lambda: self.data_collator.shared,
+            shared=lambda: self.shared,
             accelerator=self.accelerator,
             dataset=self.train_dataset,
             encoding=[encoder.max_length, encoder.over_long, encoder.max_tiles, encoder.video_frames],
@@ -578,14 +578,18 @@ class MPOTrainer(Trainer):
     @property
     def final_step(self) -> int:
         """The optimizer step whose weights the model holds once training is over."""
-        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        return self.state.best_global_step if best else self.state.global_step
+        return self.state.global_step if self._best_checkpoint is None else self.state.best_global_step
+
+    @property
+    def _best_checkpoint(self) -> str | None:
+        """The checkpoint that the model is loaded from once training is over; None: it is that of the last step."""
+        return self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
 
     def final_model(self) -> dict[str, Any]:
         """Return which weights the final model has, in plain JSON values."""
         final: dict[str, Any] = {"step": self.final_step, "checkpoint": None}
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            final["checkpoint"] = Path(self.state.best_model_checkpoint).name
+        if self._best_checkpoint is not None:
+            final["checkpoint"] = Path(self._best_checkpoint).name
             final["best_by"] = {self.args.metric_for_best_model: self.state.best_metric}
         if self.average is not None:
             final["ema"] = {"decay": self.average.decay, "step": self.state.global_step}
@@ -628,7 +632,7 @@ class MPOTrainer(Trainer):
             check_rates(checkpoint, self.args.learning_rates)
         output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.trained_pairs = self.all_pair_counts()
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+        if self.args.load_best_model_at_end and self._best_checkpoint is None:
             logger.info(
                 f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
                 f"The model is that of the last step, {self.state.global_step}."
