@@ -33,7 +33,6 @@ import functools
 import json
 import math
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -45,15 +44,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from benchmarks import gpu_arms, head
+from benchmarks.gpu_alignment import errors_of, readers, times_of
 from benchmarks.gpu_model import INTERNVL3_1B, INTERNVL3_8B, MINIATURE, VlmSize, make_pairs
+from benchmarks.gpu_parity import parity_of
 from vlmpo import MPOConfig, MPOTrainer
-from vlmpo.tree import attention, varlen
 from vlmpo.tree import chunked_logprobs as projection
-from vlmpo.tree.forward import install
-from vlmpo.tree.layout import RowLayout, TreeSpan
+from vlmpo.tree import varlen
 
 ALL_SECONDS = 450.0
 
@@ -69,11 +67,6 @@ class Run:
     def left(self) -> float:
         """Return the seconds until this part must end."""
         return self.deadline - time.perf_counter()
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 Figures = dict[str, Any]
@@ -99,71 +92,19 @@ def part_device(run: Run) -> Figures:
 # ---- alignment ----
 
 
-Reader = Callable[[list[Tensor], RowLayout], Tensor]  # query, key and value of a row to its attention
-
-
-def in_segments(states: list[Tensor], layout: RowLayout) -> Tensor:
-    """Return the attention of a row by SDPA, segment by segment."""
-    query, key, value = (part.transpose(0, 1)[None] for part in states)
-    return attention._in_segments(query, key, value, layout, None, None)[0].transpose(0, 1)
-
-
-def in_one_call(kernel: varlen.Kernel) -> Reader:
-    """Return a reader that computes a row's attention by ``kernel``."""
-
-    def read(states: list[Tensor], layout: RowLayout) -> Tensor:
-        query, key, value = states
-        return varlen.attend_in_one_call(kernel, query, key, value, layout, None)
-
-    return read
-
-
-def readers() -> dict[str, Callable[[], Reader]]:
-    """Return the loaders of SDPA and of every kernel that might be installed."""
-    loads = {name: lambda load=load: in_one_call(load()) for name, load in varlen.CANDIDATES.items()}
-    return {"segments": lambda: in_segments, **loads}
-
-
-def layouts(miniature: bool) -> dict[str, RowLayout]:
-    """Return the layouts of rows of two trees, one to six responses each, of uneven lengths."""
-    by_label = {}
-    for count in range(1, 7):
-        spans, start = [], 0
-        for prompt in (13, 40) if miniature else (130, 517):
-            responses = tuple(1 + (37 * (number + prompt)) % (20 if miniature else 200) for number in range(count))
-            spans.append(TreeSpan(start, prompt, responses))
-            start += prompt + sum(responses)
-        by_label[f"{count} responses"] = RowLayout(tuple(spans))
-    return by_label
-
-
-def random_states(layout: RowLayout, heads: int, kv_heads: int, width: int, run: Run) -> list[Tensor]:
-    """Return query, key, value and the incoming gradient, float32."""
-    generator = torch.Generator().manual_seed(layout.num_tokens)
-    shapes = [(layout.num_tokens, count, width) for count in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(shape, generator=generator).to(run.device) for shape in shapes]
-
-
-def with_gradients(reader: Reader, states: list[Tensor], layout: RowLayout) -> list[Tensor]:
-    """Return the output and the gradients of query, key and value."""
-    inputs = [state.detach().requires_grad_() for state in states[:3]]
-    out = reader(inputs, layout)
-    return [out.detach(), *torch.autograd.grad(out, inputs, states[3])]
-
-
 def part_alignment(run: Run) -> Figures:
     """Return the relative errors of every kernel that loads, and why the others do not load."""
     figures: Figures = {"passed": True, "bound": varlen._ROUNDING, "taken": None}
     for name, load in readers().items():
         try:
             reader = load()
-            figures[name] = {"errors": errors_of(reader, run)}
+            figures[name] = {"errors": errors_of(reader, run.device, run.miniature)}
         except Exception as fault:
             figures[name] = {"error": f"{type(fault).__name__}: {str(fault)[:300]}"}
             continue
         figures[name]["worst"] = max(figures[name]["errors"].values())
         figures["passed"] &= figures[name]["worst"] <= varlen._ROUNDING
-        figures[name]["milliseconds"] = times_of(reader, run)
+        figures[name]["milliseconds"] = times_of(reader, run.device, run.miniature)
     if run.device.type == "cuda":
         chosen = varlen.kernel_for(run.device)
         figures["taken"] = None if chosen is None else getattr(chosen, "__qualname__", repr(chosen)).split(".")[0]
@@ -171,112 +112,19 @@ def part_alignment(run: Run) -> Figures:
     return figures
 
 
-def errors_of(reader: Reader, run: Run) -> dict[str, float]:
-    """Return the largest relative error of output and gradients, by dtype and number of responses."""
-
-    def in_float32(states: list[Tensor], layout: RowLayout) -> Tensor:
-        return varlen.attend_densely(*states, layout)  # SDPA under an explicit mask
-
-    errors = {}
-    for kind in varlen.HALF:
-        for label, layout in layouts(run.miniature).items():
-            states = [state.to(kind) for state in random_states(layout, 6, 2, 64, run)]
-            got = with_gradients(reader, states, layout)
-            exact = with_gradients(in_float32, [state.float() for state in states], layout)
-            pairs = zip(got, exact, strict=True)
-            errors[f"{str(kind).removeprefix('torch.')}, {label}"] = max(
-                float((a.float() - b).norm() / b.norm()) for a, b in pairs
-            )
-    if not all(math.isfinite(error) for error in errors.values()):
-        raise ValueError(f"not finite: {errors}")
-    return errors
-
-
-def times_of(reader: Reader, run: Run) -> dict[str, float]:
-    """Time forward and backward of two pairs with seven tiles in bf16, 14 heads of 64 on 2; return milliseconds."""
-    prompt, length = (40, 12) if run.miniature else (1832, 225)
-    spans = tuple(TreeSpan(start, prompt, (length, length)) for start in (0, prompt + 2 * length))
-    layout = RowLayout(spans)
-    states = [state.bfloat16() for state in random_states(layout, 14, 2, 64, run)]
-    taken = []
-    for _ in range(3 if run.miniature else 20):
-        run.synchronize()
-        started = time.perf_counter()
-        with_gradients(reader, states, layout)
-        run.synchronize()
-        taken.append(1e3 * (time.perf_counter() - started))
-    return {"median": statistics.median(taken[1:]), "min": min(taken[1:])}
-
-
 # ---- parity ----
-
-
-def flat_gradient(model: Any) -> Tensor:
-    """Return all gradients, concatenated, float32 on the CPU."""
-    return torch.cat([p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None])
-
-
-def reading(model: Any, rows: list[Any], weights: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the log-probs, and the gradient of their weighted sum."""
-    model.zero_grad()
-    logps = model(packed_rows=[row.to(device) for row in rows])
-    (logps * weights.to(device)).sum().backward()
-    return logps.detach().float().cpu(), flat_gradient(model)
-
-
-def own_forward(model: Any, pairs: list[Any], weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probs and gradient from the model's own forward, one response at a time, on the CPU."""
-    parts = []
-    for pair in pairs:
-        for response in (pair.chosen_ids, pair.rejected_ids):
-            types = {name: torch.cat([t, torch.zeros_like(response)])[None] for name, t in pair.token_types.items()}
-            ids = torch.cat([pair.prompt_ids, response])[None]
-            logps = model(input_ids=ids, **types, **pair.vision).logits[0].log_softmax(-1)
-            parts.append(logps[pair.prompt_ids.numel() - 1 : -1].gather(1, response[:, None]).squeeze(1))
-    all_logps = torch.cat(parts)
-    (all_logps * weights).sum().backward()
-    return all_logps.detach(), flat_gradient(model)
-
-
-def compare(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Return the largest and mean difference of log-probs in nats, and the relative difference of gradients."""
-    difference = (one[0] - other[0]).abs()
-    gradient = float((one[1] - other[1]).norm() / other[1].norm())
-    return {"largest": float(difference.max()), "mean": float(difference.mean()), "gradient": gradient}
 
 
 def part_parity(run: Run) -> Figures:
     """Compare small models of two families, float32 and bf16, to their own forward."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     names = ("internvl-qwen2", "qwen2.5-vl")
-    figures: Figures = {name: parity_of(name, run) for name in names}
+    figures: Figures = {name: parity_of(name, run.device) for name in names}
     passed = []
     for name in names:
         full, half = figures[name]["float32"], figures[name]["bfloat16"]
         passed += [full["largest"] < 1e-4, full["gradient"] < 1e-4, half["mean"] < 0.1, half["gradient"] < 0.2]
     return {**figures, "passed": all(passed)}
-
-
-def parity_of(name: str, run: Run) -> Figures:
-    """Compare vlmpo on the device to the family's own forward on the CPU; in bf16 also without the one-call kernel."""
-    from tests.zoo import FAMILIES, encoded_pairs
-
-    from vlmpo.train.batching import lay_out
-
-    pairs = list(encoded_pairs(name).values())
-    rows = list(lay_out(pairs, True).rows)
-    scored = sum(row.targets.numel() for row in rows)
-    weights = torch.randn(scored, generator=torch.Generator().manual_seed(0))
-    expected = own_forward(FAMILIES[name].model(0), pairs, weights)
-    figures: Figures = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = FAMILIES[name].model(0).to(run.device, dtype)
-        install(model, shared=True)
-        label = str(dtype).removeprefix("torch.")
-        figures[label] = compare(reading(model, rows, weights, run.device), expected)
-    with mock.patch.object(attention, "kernel_for", return_value=None):
-        figures["bfloat16, SDPA"] = compare(reading(model, rows, weights, run.device), expected)
-    return figures
 
 
 # ---- start ----
