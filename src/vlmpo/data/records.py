@@ -35,6 +35,9 @@ class PreferencePair:
         max_tiles: limit of tiles per pair set by its data set; None leaves it to the recipe.
         metadata: all other fields of the record.
         videos: a path or encoded bytes for each ``<video>``, in order; read as frames.
+        chosen_complete: False if the chosen response was cut off before the model ended its turn; None if not said.
+        rejected_complete: likewise for the rejected response.
+        as_sampled: whether the responses are what a model wrote right after its prompt, as ``vlmpo pair`` records them.
     """
 
     prompt: tuple[Message, ...]
@@ -46,6 +49,9 @@ class PreferencePair:
     max_tiles: int | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     videos: tuple[Any, ...] = ()
+    chosen_complete: bool | None = None
+    rejected_complete: bool | None = None
+    as_sampled: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values. Raises TypeError for an image or video that is not a path."""
