@@ -17,6 +17,9 @@ PAIR = PreferencePair(
     max_tiles=6,
     metadata={"id": 3, "tags": ["x", None]},
     videos=("/data/c.mp4",),
+    chosen_complete=True,
+    rejected_complete=False,
+    as_sampled=True,
 )
 
 AS_JSON = {
@@ -32,6 +35,9 @@ AS_JSON = {
     "max_tiles": 6,
     "metadata": {"id": 3, "tags": ["x", None]},
     "videos": ["/data/c.mp4"],
+    "chosen_complete": True,
+    "rejected_complete": False,
+    "as_sampled": True,
 }
 
 
@@ -48,6 +54,7 @@ def test_fine_tuning_record_round_trips_with_its_defaults() -> None:
     again = PreferencePair.from_json(json.loads(json.dumps(pair.to_json())))
     assert again == pair
     assert (again.rejected, again.source, again.origin, again.max_tiles, again.metadata) == (None, "data", "", None, {})
+    assert (again.chosen_complete, again.rejected_complete, again.as_sampled) == (None, None, False)
 
 
 def test_from_json_needs_only_the_fields_without_default() -> None:
