@@ -73,7 +73,7 @@ def answer_questions(
             dropped.append(result)
             continue
         for response in result:
-            verdict = verify(response.text, question.answer, question.verifier or verifier)
+            verdict = verify(response.judged_text, question.answer, question.verifier or verifier)
             answers.append(Answer(question, response.text, response.finish_reason, verdict))
     return answers, dropped
 

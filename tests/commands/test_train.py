@@ -140,7 +140,7 @@ REASONS = {
     "empty_response": 5,
     "identical": 6,
     "over_long": 7,
-    "image_token_in_response": 8,
+    "control_token_in_text": 8,
 }
 
 

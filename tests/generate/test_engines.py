@@ -295,7 +295,7 @@ def test_bad_requests_are_reported_and_the_others_answered():
     assert reasons(bad) == REASONS
     assert str(bad[0]).startswith("q:2: image no/such.png does not exist")
     assert reasons(engine().generate(bad_requests()[1:4])) == REASONS
-    assert reasons(engine().generate([request("what is <IMG_CONTEXT>?")])) == [("q:1", "image_token_in_prompt")]
+    assert reasons(engine().generate([request("what is <IMG_CONTEXT>?")])) == [("q:1", "control_token_in_text")]
 
 
 # ---- the server engine ----
@@ -330,6 +330,7 @@ def test_what_a_server_is_asked(monkeypatch):
         "temperature": 0.7,
         "top_p": 0.9,
         "max_tokens": 20,
+        "skip_special_tokens": False,
         "continue_final_message": True,
         "add_generation_prompt": False,
     }

@@ -199,7 +199,8 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
         trainer.save_average(folder / AVERAGE_FOLDER)
     results = {name: trainer.evaluate(pairs, metric_key_prefix=name) for name, pairs in data.evaluation.items()}
     warnings = [length_warning(metrics, name) for name, metrics in results.items()]
-    for remark in [*trainer.encoder.notices, *filter(None, warnings)]:
+    notices = [remark for of_rank in trainer.ranks.all_gather(trainer.encoder.notices) for remark in of_rank]
+    for remark in dict.fromkeys([*notices, *filter(None, warnings)]):
         logger.info(f"note: {remark}")
     manifest["data"] |= _data_counts(data, trainer.trained_pairs)
     trainer.card_fields |= {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from vlmpo.data.encode.continuations import THOUGHT_OPEN
 from vlmpo.data.records import Message
 from vlmpo.errors import RecordError
 
@@ -21,6 +22,7 @@ class GenerationRequest:
         seed: from 0. Response ``i`` depends on it and on ``i``, not on the other requests.
         prefix: beginning of the model's turn, which the model continues; the texts returned do not contain it.
         origin: ``file:line`` of the question, for messages.
+        in_thinking: whether ``prefix`` is the beginning of a turn with a thought, open or closed.
     """
 
     messages: tuple[Message, ...]
@@ -29,6 +31,7 @@ class GenerationRequest:
     seed: int
     prefix: str = ""
     origin: str = ""
+    in_thinking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,22 @@ class Generated:
     Attributes:
         text: without the end of the turn.
         finish_reason: ``stop`` if the model ended its turn, ``length`` if the response was cut off.
+        in_thought: whether all of it is thought: the prompt opened one that was never closed. False if not known.
     """
 
     text: str
     finish_reason: str
+    in_thought: bool = False
+
+    @property
+    def judged_text(self) -> str:
+        """Return the text as a verifier is to read it: it finds no final answer in a thought."""
+        return judged_text(self.text, self.in_thought)
+
+
+def judged_text(text: str, in_thought: bool) -> str:
+    """Return a response as a verifier is to read it, the thought that its prompt opened and it never closed marked."""
+    return THOUGHT_OPEN + text if in_thought else text
 
 
 @dataclass(frozen=True, slots=True)

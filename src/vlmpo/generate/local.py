@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vlmpo.data.encode.chat_template import PROBE
+from vlmpo.data.encode.continuations import THOUGHT_CLOSE
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import reads_images, tokenizer_of
 from vlmpo.data.records import PreferencePair
@@ -28,9 +29,10 @@ from vlmpo.tree.forward import accepted
 class LocalEngine:
     """Generates with a model in this process.
 
-    Prompts are tokenised as in training (:class:`vlmpo.data.encode.encoder.PairEncoder`). Image tokens are never
-    drawn. Of the model's generation settings only the tokens that end a turn are used, not, for example, its
-    repetition penalty.
+    Prompts and prefixes are tokenised as in training (:class:`vlmpo.data.encode.encoder.PairEncoder`). Image tokens are
+    never drawn. The text of a response is all that was drawn, special tokens of thoughts, tools and grounding included,
+    but without the model's control tokens, which no text to train on may hold. Of the model's generation settings only
+    the tokens that end a turn are used, not, for example, its repetition penalty.
 
     Each response is drawn with random numbers of its own, so that neither the other requests nor the global seed
     change it. Only rounding remains: in a batch of another shape, logits differ in their last bits, which now and then
@@ -64,6 +66,9 @@ class LocalEngine:
         self._model = unwrap_peft(model)
         self._tokenizer = tokenizer_of(processor)
         self._sampling = sampling
+        # Whether a response that begins with a space is decoded without it.
+        with_space, without = map(self._encoder.ids_after_prompt, (f" {PROBE}", PROBE))
+        self._drops_space = with_space != without and self._decode(with_space) == self._decode(without)
         # Text-only models have no images to mix up. Any other family without the mark gets one prompt a call, its
         # inputs repeated for every sample.
         batches_images = family_of(self._model.config).batches_images
@@ -84,8 +89,15 @@ class LocalEngine:
         results: list[Result] = [[] for _ in requests]
         groups: dict[int, dict[int, EncodedPair]] = {}  # by number of samples: generate() takes one number for all
         for position, request in enumerate(requests):
-            # Encode the prompt as a pair's prompt is; the one response is there for the token that ends a turn.
-            pair = PreferencePair(request.messages, request.images, chosen=PROBE, rejected=None, origin=request.origin)
+            pair = PreferencePair(
+                request.messages,
+                request.images,
+                chosen=request.prefix or PROBE,
+                rejected=None,
+                origin=request.origin,
+                chosen_complete=False,
+                as_sampled=True,
+            )
             try:
                 groups.setdefault(request.n, {})[position] = self._encoder.encode(pair)
             except RecordError as error:
@@ -101,7 +113,7 @@ class LocalEngine:
         is_greedy = self._sampling.temperature == 0
         samples = 1 if is_greedy else requests[0].n  # greedy responses are all the same
         copies = 1 if self._encodes_once else samples
-        prefixes = [self._tokenizer(r.prefix, add_special_tokens=False)["input_ids"] for r in requests]
+        prefixes = [e.chosen_ids.tolist() if r.prefix else [] for r, e in zip(requests, encoded, strict=True)]
         prompts = [torch.cat([e.prompt_ids, torch.tensor(p).long()]) for e, p in zip(encoded, prefixes, strict=True)]
         inputs = self._inputs([p for p in prompts for _ in range(copies)], [e for e in encoded for _ in range(copies)])
         length = inputs["input_ids"].shape[1]
@@ -111,7 +123,7 @@ class LocalEngine:
             draw.append(_Draw(self._sampling, seeds, length))
         # A turn ends with one of the tokens in the model's settings, or as a scored response does.
         eos = self._model.generation_config.eos_token_id
-        ends = sorted({int(encoded[0].chosen_ids[-1]), *([eos] if isinstance(eos, int) else eos or [])})
+        ends = sorted({self._encoder.end_id, *([eos] if isinstance(eos, int) else eos or [])})
         pad_id = self._tokenizer.pad_token_id
         config = GenerationConfig(
             do_sample=not is_greedy,
@@ -125,9 +137,10 @@ class LocalEngine:
         with torch.no_grad(), _set_to_generate(self._model, config):
             output = self._model.generate(**inputs, logits_processor=draw)
         new = output[:, length:].tolist()  # [requests * samples, new tokens]
-        for index, (request, prefix) in enumerate(zip(requests, prefixes, strict=True)):
+        for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             rows = new[index * samples : (index + 1) * samples]
-            yield [self._read(row, prefix, ends) for row in rows] * (request.n // samples)
+            before = prefixes[index] or (prompt[-1:].tolist() if self._drops_space else [])
+            yield [self._read(row, before, request.prefix, ends) for row in rows] * (request.n // samples)
 
     def _inputs(self, prompts: list[Tensor], encoded: list[EncodedPair]) -> dict[str, Tensor]:
         """Pad the prompts on the left: ``input_ids [prompts, tokens]`` and the like, and their vision tensors."""
@@ -147,16 +160,18 @@ class LocalEngine:
             inputs[key] = tensor.to(self._model.dtype) if tensor.is_floating_point() else tensor
         return {key: tensor.to(self._model.device) for key, tensor in inputs.items()}
 
-    def _read(self, new: list[int], prefix: list[int], ends: list[int]) -> Generated:
+    def _read(self, new: list[int], before: list[int], prefix: str, ends: list[int]) -> Generated:
+        """Return the response of the tokens ``new``, which follow ``before``: the last tokens of prompt and prefix."""
         end = next((index for index, token in enumerate(new) if token in ends), None)
-        ids = new[:end]
-        # Decode together with the prefix: many tokenizers drop the first space of a text decoded on its own.
-        before, whole = self._decode(prefix), self._decode(prefix + ids)
-        text = whole.removeprefix(before) if whole.startswith(before) else self._decode(ids)
-        return Generated(text, "length" if end is None else "stop")
+        ids = [token for token in new[:end] if token not in self._encoder.control_ids]
+        # Decode together with what is before: many tokenizers drop the first space of a text decoded on its own.
+        start, whole = self._decode(before), self._decode(before + ids)
+        text = whole.removeprefix(start) if whole.startswith(start) else self._decode(ids)
+        in_thought = self._encoder.opens_thought and THOUGHT_CLOSE not in prefix + text
+        return Generated(text, "length" if end is None else "stop", in_thought)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 class _Draw(LogitsProcessor):

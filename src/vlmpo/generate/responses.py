@@ -16,6 +16,7 @@ from vlmpo.generate.base import Generated
 
 RESPONSES_FILE = "responses.jsonl"
 PROMPT_HASH = "prompt_hash"  # the one setting that differs from question to question
+IN_THOUGHT = "in_thought"  # stored with a response that is all thought; see Generated
 # Recipe keys of what a response was generated with; every other setting is a key of `build`.
 _RECIPE_KEYS = {"model": "model.path or build.model", "max_tiles": "data.max_tiles", "dtype": "model.dtype"}
 
@@ -93,7 +94,8 @@ class ResponseFile:
     def _check_settings(self, origin: str, response: Response) -> None:
         now = {"model": self.model, **self.settings}
         then = {"model": response.model, **response.settings}
-        then.pop(PROMPT_HASH, None)
+        for of_one_response in (PROMPT_HASH, IN_THOUGHT):
+            then.pop(of_one_response, None)
         for key in {**now, **then}:
             if now.get(key) != then.get(key):
                 raise RunError(
@@ -122,9 +124,17 @@ class ResponseFile:
             prompt_hash: hash of its prompt, stored among the settings.
         """
         settings = self.settings if prompt_hash is None else {**self.settings, PROMPT_HASH: prompt_hash}
+        with_thought = {**settings, IN_THOUGHT: True}
         known = self.done.get(question_id, set())
         new = [
-            Response(question_id, index, response.text, response.finish_reason, self.model, settings)
+            Response(
+                question_id,
+                index,
+                response.text,
+                response.finish_reason,
+                self.model,
+                with_thought if response.in_thought else settings,
+            )
             for index, response in enumerate(responses)
             if index not in known
         ]

@@ -49,8 +49,11 @@ class ServerEngine:
     nothing else up. The server tokenises prompts and tiles images; images are sent as PNG data URLs, upright and in
     RGB as in training. A key in the environment variable VLMPO_API_KEY is sent along.
 
-    ``prefix`` of a request needs a server that supports ``continue_final_message`` (vLLM, SGLang). A server that
-    returns the reasoning apart from the response is refused, since the reasoning would be lost.
+    ``prefix`` of a request needs a server that supports ``continue_final_message`` (vLLM, SGLang), and is refused in a
+    turn with a thought: the server puts it through its chat template, which would not leave it as it was sampled. A
+    server that returns the reasoning apart from the response is refused too: what the model wrote around it, and
+    whether the prompt opened it, cannot be told. Special tokens of a response (of thoughts, tools, grounding) are asked
+    for by ``skip_special_tokens``; of a server that does not take it, a notice says that they may be missing.
 
     Args:
         url: of the server, with or without ``/v1``.
@@ -81,6 +84,7 @@ class ServerEngine:
         self._retries = retries
         self.batch_size = 1
         self.notices: list[str] = []
+        self._extra: dict[str, Any] = {"skip_special_tokens": False}
         self.name = model or self._only_model()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Result]:
@@ -113,6 +117,12 @@ class ServerEngine:
             messages = _messages(request)
         except RecordError as error:
             return error
+        if request.prefix and request.in_thinking:
+            detail = (
+                "a turn with a thought cannot be continued by a chat server, whose template would change it; "
+                "use the local engine (build.engine: local)"
+            )
+            return RecordError("thought_on_server", request.origin, detail)
         payload = {
             "model": self.name,
             "messages": messages,
@@ -128,9 +138,13 @@ class ServerEngine:
         return [pool.submit(self._sample, {**payload, "seed": seed}, request.origin, stop) for seed in seeds]
 
     def _sample(self, payload: dict[str, Any], origin: str, stop: threading.Event) -> Generated:
+        extra = self._extra
         try:
-            reply = self._call("chat/completions", payload, stop)
+            reply = self._call("chat/completions", {**payload, **extra}, stop)
         except _RefusalError as refusal:
+            if any(name in str(refusal) for name in extra):
+                self._leave_out(extra)
+                return self._sample(payload, origin, stop)
             detail = f"{self._base} refuses the request ({refusal}); shorten it or change the server's settings"
             raise RecordError("server_refused", origin, detail) from None
         try:
@@ -143,10 +157,19 @@ class ServerEngine:
             ) from None
         if message.get("reasoning_content") or message.get("reasoning"):
             raise RunError(
-                f"{self._base} returns the reasoning apart from the response, where it would be lost; "
-                "start the server without a reasoning parser"
+                f"{self._base} returns the reasoning apart from the response, and what the model wrote between them "
+                "cannot be told; start the server without a reasoning parser"
             )
         return Generated(text, reason)
+
+    def _leave_out(self, extra: dict[str, Any]) -> None:
+        """Ask no more for what the server does not know, and say once what that means."""
+        if self._extra is extra:
+            self._extra = {}
+            self.notices.append(
+                f"{self._base} takes no {', '.join(extra)}: special tokens of its responses (of thoughts, tools, "
+                "grounding) may be missing"
+            )
 
     def _only_model(self) -> str:
         try:

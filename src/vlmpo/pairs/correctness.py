@@ -5,12 +5,16 @@ Both responses of a pair answer the same prompt and come from the same model, so
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from vlmpo.data.encode.continuations import THOUGHT_CLOSE, closes_unopened
 from vlmpo.data.records import Question, Response, Verdict
 from vlmpo.errors import RecipeError, RecordError
+from vlmpo.generate.base import judged_text
+from vlmpo.generate.responses import IN_THOUGHT
 from vlmpo.pairs.records import Record, draw, pair_record, prompt_style, responses_by_question
 from vlmpo.pairs.report import PairingReport
 from vlmpo.verifiers.verifiers import choose_verifier, verify, words_of
@@ -28,7 +32,9 @@ def pair_correctness(
 
     Chosen are responses whose final answer verifies and that the model ended itself. Rejected are, as kind ``wrong``,
     those that the model ended with another answer and, as kind ``format``, those without a readable final answer or
-    cut off without the right one. A response repeated to the same prompt counts once.
+    cut off without the right one; the record of one that was cut off says ``rejected_complete: false``. A response
+    repeated to the same prompt counts once. A thought that the prompt opens and the response never closes holds no
+    final answer.
 
     A pair is skipped as ``contained`` if the rejected final answer contains, as whole words, the truth or the chosen
     final answer ("red and blue" beside "red"), or if the rejected text contains the whole chosen text: such a response
@@ -50,6 +56,7 @@ def pair_correctness(
     """
     report = PairingReport("correctness", questions=len(questions))
     grouped = responses_by_question(questions, responses, report)
+    opened = _opened_thoughts([response for answers in grouped.values() for response in answers])
     records: list[Record] = []
     for question in sorted(questions, key=lambda question: question.id):
         if question.id not in grouped:
@@ -60,10 +67,10 @@ def pair_correctness(
         except RecordError as error:
             report.errors.append(error)
             continue
-        judged = [_Judged(r, verify(r.text, question.answer, name)) for r in grouped[question.id]]
-        report.verdicts.update(one.verdict.status for one in judged)
+        judged = [_Judged(r, verify(_judged_text(r, opened), question.answer, name)) for r in grouped[question.id]]
+        report.verdicts.update(one.status for one in judged)
         new = _question_pairs(question, judged, report, seed, max_pairs)
-        outcome = "paired" if new else _unpaired_outcome({one.verdict.status for one in judged})
+        outcome = "paired" if new else _unpaired_outcome({one.status for one in judged})
         report.outcomes[outcome] += 1
         if outcome in report.aside:
             report.aside[outcome].append(question.id)
@@ -81,9 +88,14 @@ class _Judged:
         return self.response.finish_reason == "length"
 
     @property
+    def status(self) -> str:
+        """Return the verdict's status; what was cut off may have been going to answer otherwise: it is not wrong."""
+        return "unparsed" if self.is_cut and self.verdict.status == "wrong" else self.verdict.status
+
+    @property
     def group(self) -> tuple[str, str]:
         """Return the model and the prompt style: only responses that share both are paired."""
-        return self.response.model, prompt_style(self.response)
+        return _group(self.response)
 
     @cached_property
     def text_words(self) -> str:
@@ -113,7 +125,7 @@ def _question_pairs(
             candidates.setdefault(key, (chosen, rejected))
     records = []
     for chosen, rejected in draw(list(candidates.values()), question, seed, max_pairs, report):
-        kind = "wrong" if rejected.verdict.status == "wrong" and not rejected.is_cut else "format"
+        kind = "wrong" if rejected.status == "wrong" else "format"
         report.pairs[kind] += 1
         records.append(
             pair_record(
@@ -128,9 +140,33 @@ def _question_pairs(
                 model=chosen.response.model,
                 settings=chosen.response.settings,
                 samples=[chosen.response.sample_index, rejected.response.sample_index],
+                **({"rejected_complete": False} if rejected.is_cut else {}),
             )
         )
     return records
+
+
+def _group(response: Response) -> tuple[str, str]:
+    return response.model, prompt_style(response)
+
+
+def _opened_thoughts(responses: Sequence[Response]) -> set[tuple[str, str]]:
+    """Return the models and prompt styles whose prompts open a thought.
+
+    A server does not say it. The finished responses show it: at least half of them close a thought they did not open.
+    """
+    finished = [response for response in responses if response.finish_reason != "length"]
+    every = Counter(map(_group, finished))
+    closing = Counter(_group(response) for response in finished if closes_unopened(response.text))
+    return {group for group, count in closing.items() if 2 * count >= every[group]}
+
+
+def _judged_text(response: Response, opened: set[tuple[str, str]]) -> str:
+    """Return the response as a verifier is to read it."""
+    in_thought = response.settings.get(IN_THOUGHT) or (
+        _group(response) in opened and THOUGHT_CLOSE not in response.text
+    )
+    return judged_text(response.text, bool(in_thought))
 
 
 def _is_contained(chosen: _Judged, rejected: _Judged, truth: str) -> bool:

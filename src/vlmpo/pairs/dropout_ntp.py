@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from vlmpo.data.encode.continuations import THOUGHT_CLOSE, THOUGHT_OPEN
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question, Response
 from vlmpo.errors import RecordError
 from vlmpo.generate.base import Engine, Generated, GenerationRequest, incomplete_batches
@@ -134,6 +135,7 @@ class _Cut:
             seed=seed_for(seed, self.key),
             prefix=self.kept,
             origin=self.question.origin,
+            in_thinking=any(mark in self.response.text for mark in (THOUGHT_OPEN, THOUGHT_CLOSE)),
         )
 
 

@@ -60,10 +60,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """Holds the micro-batches of one training step on one rank, and the records that cannot be used."""
+    """Holds the micro-batches of one training step on one rank, and the records that cannot be used.
+
+    ``notices`` are those of its pairs: a loader's worker can tell the user nothing itself.
+    """
 
     micro_batches: list[MicroBatch]
     dropped: list[Unusable] = field(default_factory=list)
+    notices: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(len(micro_batch) for micro_batch in self.micro_batches)
@@ -152,7 +156,8 @@ class Collator:
                     keys=[key for tree in trees for key in response_keys(tree)] if self.keyed else [],
                 )
             )
-        return Batch(micro_batches, [item for item in items if isinstance(item, Unusable)])
+        notices = {kind: remark for pair in pairs for kind, remark in pair.notices.items()}
+        return Batch(micro_batches, [item for item in items if isinstance(item, Unusable)], notices)
 
 
 def lay_out(pairs: Sequence[EncodedPair], shared: bool = True, keyed: bool = False, group: int = 1) -> MicroBatch:

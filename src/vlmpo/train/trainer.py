@@ -300,6 +300,7 @@ class MPOTrainer(Trainer):
         """Count what became of the pairs; return the error of a bad record if it is to end the run."""
         first_epoch = (self.state.epoch or 0.0) < 1.0  # every pair comes once an epoch
         for batch in batches:
+            self.encoder.add_notices(batch.notices)
             for unusable in batch.dropped:
                 if self._fail_on_bad:
                     return unusable.error

@@ -251,7 +251,7 @@ def test_no_response_holds_what_stands_for_an_image(family: Family) -> None:
     names = encoder._tokenizer.convert_ids_to_tokens(sorted(encoder.media_ids))
     assert image_token_id(family.processor()) in encoder.media_ids
     for name in names:
-        assert refused(encoder, pair("what?", chosen=f"it is {name}")).reason == "image_token_in_response"
+        assert refused(encoder, pair("what?", chosen=f"it is {name}")).reason == "control_token_in_text"
 
 
 def test_the_tokens_around_images_are_known_too() -> None:

@@ -254,12 +254,12 @@ def test_tiles_are_shared_by_the_images(of_encoder, of_pair, images, tiles):
         ("placeholder_mismatch", {"question": "<image><image>", "images": (wide(),)}),
         ("placeholder_mismatch", {"question": "what?", "images": (wide(),)}),
         ("placeholder_mismatch", {"question": "<image>"}),
-        ("image_token_in_prompt", {"question": "<image>\nwhat is <IMG_CONTEXT>?", "images": (wide(),)}),
-        ("image_token_in_prompt", {"question": "what is <IMG_CONTEXT>?"}),
-        ("image_token_in_prompt", {"question": "what is a <video>?"}),
-        ("image_token_in_response", {"chosen": "it is <IMG_CONTEXT>"}),
-        ("image_token_in_response", {"rejected": "<img>"}),
-        ("end_of_turn_in_response", {"rejected": f"red{END}"}),
+        ("control_token_in_text", {"question": "<image>\nwhat is <IMG_CONTEXT>?", "images": (wide(),)}),
+        ("control_token_in_text", {"question": "what is <IMG_CONTEXT>?"}),
+        ("control_token_in_text", {"question": "what is a <video>?"}),
+        ("control_token_in_text", {"chosen": "it is <IMG_CONTEXT>"}),
+        ("control_token_in_text", {"rejected": "<img>"}),
+        ("control_token_in_text", {"rejected": f"red{END}"}),
         ("empty_response", {"chosen": ""}),
         ("empty_response", {"rejected": " \n"}),
         ("empty_response", {"rejected": None}),
@@ -524,7 +524,7 @@ def test_a_llava_processor():
     assert encoded.vision["pixel_values"].shape == (2, 3, 28, 28)
     # Its template writes no end of turn and all images first; its images are one size each.
     assert [notice.split()[0] for notice in encoder.notices] == ["the", "the", "max_tiles"]
-    assert reason_of(encoder, pair(chosen="an <image>")) == "image_token_in_response"
+    assert reason_of(encoder, pair(chosen="an <image>")) == "control_token_in_text"
 
 
 # ---- the encoder itself ----

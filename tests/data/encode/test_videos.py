@@ -130,7 +130,7 @@ def reason(pair: PreferencePair) -> RecordError:
         ("what?", 0, 1, "placeholder_mismatch"),
         ("<video> <image>", 0, 1, "placeholder_mismatch"),
         ("<video>", 1, 1, "placeholder_mismatch"),
-        ("a word: <video>", 0, 0, "image_token_in_prompt"),
+        ("a word: <video>", 0, 0, "control_token_in_text"),
     ],
 )
 def test_placeholders_must_fit(text: str, images: int, videos: int, expected: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from vlmpo.data.encode.continuations import ends_in_thought
+from vlmpo.data.encode.control_tokens import any_of, control_tokens, special_tokens
 from vlmpo.data.encode.processors import image_token, reads_images, tokenizer_of
+from vlmpo.data.encode.prompt_shape import Items, PromptShape, Turn, find_lost, texts_of, with_probes
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message
 from vlmpo.errors import ModelError, RecordError
 
@@ -17,6 +20,17 @@ from vlmpo.errors import ModelError, RecordError
 PROBE = "vlmpo-probe-response"
 _QUESTION = "Question?"
 _SHOWN = 200  # characters of template text that a notice quotes
+_QUOTED = 80  # characters of a record that a message quotes
+_KEPT_SHAPES = 1000  # a data set has a few
+_SHAPE_OF_ONE: tuple[Turn, ...] = (("user", ("",)),)
+# Conversations around which a template shows what it writes.
+_CONVERSATIONS: tuple[tuple[Turn, ...], ...] = (
+    _SHAPE_OF_ONE,
+    (("user", (None, "")),),
+    (("system", ("",)), *_SHAPE_OF_ONE),
+    (*_SHAPE_OF_ONE, ("assistant", ("",)), *_SHAPE_OF_ONE),
+    (("system", ("",)), *_SHAPE_OF_ONE, ("assistant", ("",)), *_SHAPE_OF_ONE),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +57,11 @@ class ChatTemplate:
     Args:
         processor: the model's own processor; a text-only model's tokenizer.
 
+    Attributes:
+        control: the model's control tokens, those among them that the template writes.
+        opens_thought: whether the model answers within a thought that the template has opened.
+        end_of_turn: what ends a response, up to and including the end-of-turn token.
+
     Raises:
         ModelError: there is no chat template, or none that renders a question and an answer.
     """
@@ -56,17 +75,26 @@ class ChatTemplate:
         self._processor = processor
         self._tokenizer = tokenizer_of(processor)
         self._image_token = image_token(processor)
-        self._special_token = _any_special_token(self._tokenizer)
+        self._special_token = any_of(special_tokens(self._tokenizer))
+        self._shapes: dict[tuple[Any, ...], PromptShape | None] = {}
+        self._notices: dict[str, str] = {}
         self._choose_form()
         self._look_at_order()
+        self._look_at_conversations()
 
     @property
-    def notices(self) -> list[str]:
-        """Return what the user should know about the template, each remark once.
+    def notices(self) -> dict[str, str]:
+        """Return what the user should know about the template, each remark once, by kind.
 
         Nearly all are made on the probe that ``__init__`` renders, before the loader's workers get their copies.
         """
-        return list(self._notices.values())
+        return dict(self._notices)
+
+    def add_notices(self, notices: Mapping[str, str]) -> None:
+        """Add what a copy in another process has found; of each kind the first remark is kept."""
+        self._notices = {**notices, **self._notices}
+
+    # ---- what the template does, found out once ----
 
     def _choose_form(self) -> None:
         """Find out whether the template takes a message's content as a list of items or as a string."""
@@ -74,10 +102,13 @@ class ChatTemplate:
         for as_items in (True, False) if reads_images(self._processor) else (False, True):
             self._as_items = as_items
             self._tail: str | None = None  # what the template last wrote after a response: hardly ever changes
-            self._notices: dict[str, str] = {}
+            self._notices = {}
             try:
+                messages = [self._message("user", self._items(_QUESTION))]
+                prompt = self._apply(messages, None, "")
                 # The probe's white space is lost if the template trims responses.
-                prompt = self.render([Message("user", _QUESTION)], [f" {PROBE} "], "").prompt
+                _, tail = self._render_responses(messages, prompt, [f" {PROBE} "], "")
+                self.end_of_turn = self._end_of_turn(tail)
                 if _QUESTION not in prompt or "'type'" in prompt:  # left out, or the list written as Python writes it
                     raise RecordError("template_refused", "", "it does not write the question")
                 return
@@ -88,30 +119,88 @@ class ChatTemplate:
         raise ModelError(f"the chat template cannot render a question and an answer: {cause}") from first
 
     def _look_at_order(self) -> None:
-        """Add a notice if the template moves images before the text."""
-        if self._image_token is None or not self._as_items:
+        """Count an image's marks, and add a notice if the template moves images before the text."""
+        self._marks_per_image = 0  # not known
+        if self._image_token is None:
             return
         try:
-            prompt = self._apply([self._message("user", f"{_QUESTION}{IMAGE_PLACEHOLDER}")], None, "")
+            prompt = self._apply([self._message("user", self._items(f"{_QUESTION}{IMAGE_PLACEHOLDER}"))], None, "")
         except RecordError:  # no text may precede an image: each record with such text is refused
             return
-        if -1 < prompt.find(self._image_token) < prompt.find(_QUESTION):
+        self._marks_per_image = prompt.count(self._image_token)
+        if self._as_items and -1 < prompt.find(self._image_token) < prompt.find(_QUESTION):
             self._notices["order"] = (
                 "the chat template writes a message's images before its text, whatever their places in it"
             )
 
-    def render(self, prompt: Sequence[Message], responses: Sequence[str], origin: str) -> Rendering:
+    def _look_at_conversations(self) -> None:
+        """Find out what the template writes around texts of every role that it takes."""
+        shapes = [self._shape(turns) for turns in _CONVERSATIONS]
+        answered = self._apply([self._message("user", self._items(_QUESTION))], PROBE, "")
+        self.control = control_tokens(self._processor, "\n".join([answered, *(s.rendered for s in shapes if s)]))
+        alone, _, after_system = shapes[:3]
+        self.opens_thought = alone is not None and ends_in_thought(alone.literals[-1])
+        # What a user's turn begins with, if it is text: control tokens are refused, wherever they stand.
+        opening = self.control.pattern.split(alone.literals[0])[-1].strip() if alone else ""
+        marks = [opening, opening.rpartition("\n")[2]]
+        if after_system and len(after_system.literals) == 3:
+            marks.append(self.control.pattern.split(after_system.literals[1])[-1])
+        is_mark = re.compile(r"\S.*[^\w\s]|[^\w\s].*\S", re.DOTALL)  # not a word alone: "user"
+        self._opening_marks = tuple({mark.strip(): None for mark in marks if is_mark.search(mark)})
+
+    def _shape(self, turns: Sequence[Turn]) -> PromptShape | None:
+        """Return how the template renders conversations like ``turns``; None if it refuses the one of probes."""
+        key = tuple((role, *(item is None for item in items)) for role, items in turns)
+        if key not in self._shapes:
+            if len(self._shapes) >= _KEPT_SHAPES:
+                self._shapes.clear()
+            messages = [self._message(role, items) for role, items in with_probes(turns)]
+            try:
+                self._shapes[key] = PromptShape.of(self._apply(messages, None, ""))
+            except Exception:  # the template does not take the probes, of which the user knows nothing
+                self._shapes[key] = None
+        return self._shapes[key]
+
+    # ---- a record ----
+
+    def render(
+        self, prompt: Sequence[Message], responses: Sequence[str], origin: str, as_sampled: Sequence[bool] = ()
+    ) -> Rendering:
         """Return the prompt as the model reads it, and each response as the model has to write it.
 
         The model has to write everything that follows the prompt: the response, and what the template puts before it.
         If the template renders the prompt differently when a response follows, only the response counts.
 
+        Args:
+            prompt: the turns before the response.
+            responses: the responses.
+            origin: ``file:line`` of the record.
+            as_sampled: for each response whether it is what the model wrote after the prompt, which no template
+                renders; by default none is.
+
         Raises:
-            RecordError: ``template_refused``, or ``template_lost_response`` if the rendered text does not hold a
-                response as it is (white space at its ends aside).
+            RecordError: ``template_refused``; ``template_lost_prompt`` if the rendered prompt does not hold one of its
+                texts as it is, or an image; ``template_lost_response`` if the rendered text does not hold a response
+                (white space at their ends aside).
         """
-        messages = [self._message(message.role, message.text) for message in prompt]
+        turns = [(message.role, self._items(message.text)) for message in prompt]
+        messages = [self._message(role, items) for role, items in turns]
         given = self._apply(messages, None, origin)
+        self._check_prompt(turns, given, origin)
+        self._look_for_marks(prompt)
+        sampled = [*as_sampled, *[False] * (len(responses) - len(as_sampled))]
+        plain = [response for response, is_sampled in zip(responses, sampled, strict=True) if not is_sampled]
+        if not plain:
+            return Rendering(given, tuple(responses), self.end_of_turn)
+        rendered, tail = self._render_responses(messages, given, plain, origin)
+        written = iter(rendered)
+        texts = (r if is_sampled else next(written) for r, is_sampled in zip(responses, sampled, strict=True))
+        return Rendering(given, tuple(texts), self._end_of_turn(tail))
+
+    def _render_responses(
+        self, messages: list[dict[str, Any]], given: str, responses: Sequence[str], origin: str
+    ) -> tuple[list[str], str]:
+        """Return what follows the prompt ``given`` up to the end of each response, and what follows the responses."""
         finished = [self._apply(messages, response, origin) for response in responses]
         tail = self._tail
         if tail is None or any(not text.endswith(r + tail) for text, r in zip(finished, responses, strict=True)):
@@ -134,14 +223,59 @@ class ChatTemplate:
                     )
                 start = len(given)
             written.append(text.removesuffix(tail)[start:])
-        return Rendering(given, tuple(written), self._end_of_turn(tail))
+        return written, tail
 
-    def _message(self, role: str, text: str) -> dict[str, Any]:
+    def _check_prompt(self, turns: Sequence[Turn], given: str, origin: str) -> None:
+        """Raise RecordError ``template_lost_prompt`` if a text or an image of the turns is not in the prompt."""
+        texts, shape = list(texts_of(turns)), self._shape(turns)
+        as_expected = False
+        if shape is None:
+            lost = find_lost(given, texts, range(len(texts)))
+        else:
+            lost = shape.left_out(texts)
+            as_expected = lost is None and shape.fill(texts) == given
+            if lost is None and not as_expected:  # the template changes a text, or writes by what is in one
+                lost = find_lost(given, texts, [place.text for place in shape.places])
+        if lost is not None:
+            roles = [role for role, items in turns for item in items if item is not None]
+            where = f"the {roles[lost]} turn's {_quoted(texts[lost])}"
+            raise _lost_prompt(f"the chat template leaves out or changes {where}", origin)
+        images = sum(item is None for _, items in turns for item in items)
+        if images and self._image_token is not None:
+            written = shape.rendered if shape is not None and as_expected else given
+            shown = written.count(self._image_token) if self._marks_per_image else images
+            if shown < images * self._marks_per_image:
+                detail = f"the chat template writes {shown} {self._image_token} for {images} images: not all are shown"
+                raise _lost_prompt(detail, origin)
+
+    def _look_for_marks(self, prompt: Sequence[Message]) -> None:
+        """Add a notice if the first user's text begins as the template begins a user's turn: it is templated twice."""
+        if "templated" in self._notices:
+            return
+        text = next((message.text for message in prompt if message.role == "user"), "")
+        text = text.replace(IMAGE_PLACEHOLDER, "").lstrip()
+        mark = next((mark for mark in self._opening_marks if text.startswith(mark)), None)
+        if mark is not None:
+            self._notices["templated"] = (
+                f"a prompt begins with {mark[:_SHOWN]!r}, as the chat template itself begins a user's turn, and gets "
+                "it twice; if the data are templated already, take their turn marks out"
+            )
+
+    def _items(self, text: str) -> Items:
+        """Return a message's texts and images; a string has nothing but empty texts to lose."""
+        if self._as_items:
+            return tuple(item.get("text") for item in content_of(text))
+        parts = [item for part in text.split(IMAGE_PLACEHOLDER) for item in (None, part)]
+        return tuple(item for item in parts[1:] if item != "")
+
+    def _message(self, role: str, items: Items) -> dict[str, Any]:
         """Return a message in the form that the template reads."""
         if self._as_items:
-            return {"role": role, "content": content_of(text)}
+            content = [{"type": "image"} if item is None else {"type": "text", "text": item} for item in items]
+            return {"role": role, "content": content}
         # Around an image in a string the template writes nothing, so the user's white space stays.
-        return {"role": role, "content": text.replace(IMAGE_PLACEHOLDER, self._image_token or IMAGE_PLACEHOLDER)}
+        image = self._image_token or IMAGE_PLACEHOLDER
+        return {"role": role, "content": "".join(image if item is None else item for item in items)}
 
     def _apply(self, messages: list[dict[str, Any]], response: str | None, origin: str) -> str:
         """Return the conversation as text: up to where the model answers, or with ``response`` as its answer."""
@@ -222,13 +356,6 @@ def check_placeholders(prompt: Sequence[Message], placeholder: str, media: Seque
         raise RecordError("placeholder_mismatch", origin, f"{detail}; write one at the place of each")
 
 
-def _any_special_token(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern that matches any special token, the longest first."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    tokens = {*map(str, tokenizer.all_special_tokens), *(token.content for token in added if token.special)}
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
-
-
 def _common_start(one: str, other: str) -> int:
     """Return how many characters two texts have in common at their start."""
     differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
@@ -238,3 +365,13 @@ def _common_start(one: str, other: str) -> int:
 def _lost(what: str, origin: str) -> RecordError:
     remedy = "take it out of the record, or give the processor a chat template that keeps it"
     return RecordError("template_lost_response", origin, f"{what}; {remedy}")
+
+
+def _lost_prompt(what: str, origin: str) -> RecordError:
+    remedy = "give the processor a chat template that keeps it, or move it to where this one does: into the last turn"
+    return RecordError("template_lost_prompt", origin, f"{what}; {remedy}")
+
+
+def _quoted(text: str) -> str:
+    shown = repr(text.strip()[:_QUOTED])
+    return shown if len(shown) <= _QUOTED else f"{shown[: _QUOTED - 4]}...{shown[0]}"

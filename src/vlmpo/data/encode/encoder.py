@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlmpo.data.encode.chat_template import PROBE, ChatTemplate, Rendering, check_placeholders
+from vlmpo.data.encode.continuations import readings
 from vlmpo.data.encode.fast_processor import fast_processor
 from vlmpo.data.encode.images import open_image
 from vlmpo.data.encode.pixels import AS_BYTES, PixelScale, pixel_scale
@@ -49,8 +51,9 @@ class EncodedPair:
         origin: ``file:line`` of the record.
         tiles: pictures the vision tower reads: tiles and thumbnails, or images if the model does not tile.
         image_tokens: image tokens in the prompt.
-        cut: whether a response's end was cut off; its end-of-turn token is then not scored.
+        cut: whether a response's end was cut off, here or before; its end-of-turn token is then not scored.
         token_types: the processor's types of the prompt's tokens, ``[prompt]`` each; a response's tokens are of type 0.
+        notices: what the encoder has noticed since the pair before, by kind, for whoever holds another copy of it.
     """
 
     prompt_ids: Tensor
@@ -63,6 +66,7 @@ class EncodedPair:
     image_tokens: int
     cut: bool
     token_types: dict[str, Tensor] = field(default_factory=dict)
+    notices: dict[str, str] = field(default_factory=dict)
 
     @property
     def _response_lengths(self) -> list[int]:
@@ -95,6 +99,9 @@ class PairEncoder:
     Attributes:
         pixel_scale: turns bytes into the processor's pixels; None unless this encoder makes bytes (``for_loader``).
         media_ids: tokens that stand for an image, video or sound, or frame one; no response may hold them.
+        control_ids: these, and the other tokens that no text may hold: see :mod:`vlmpo.data.encode.control_tokens`.
+        opens_thought: whether the model answers within a thought that the chat template has opened.
+        end_id: token with which the model ends its turn.
 
     Raises:
         ModelError: neither a processor nor a tokenizer, or one without a usable chat template.
@@ -123,18 +130,26 @@ class PairEncoder:
         self._chat = ChatTemplate(processor)
         self.pixel_scale: PixelScale | None = None
         self.media_ids = media_ids(processor)
-        self._media_tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.media_ids))
+        self.control_ids = self._chat.control.ids
+        self.opens_thought = self._chat.opens_thought
+        self.end_id = self._ids(self._chat.end_of_turn)[-1]
+        self._end_token = self._tokenizer.convert_ids_to_tokens(self.end_id)
         self._image_token_id = image_token_id(processor)
-        probe = self._chat.render([Message("user", "?")], [PROBE], origin="")
-        self._tokenize_responses = response_tokenizer(self._tokenizer, probe.prompt)
+        self._probe = self._chat.render([Message("user", "?")], [PROBE], origin="").prompt
+        self._tokenize_responses = response_tokenizer(self._tokenizer, self._probe)
         self._prompt_cache = PromptCache()
         self._end_ids: dict[str, list[int]] = {}
+        self._reported = set(self._chat.notices)  # whoever has a copy of this encoder knows them
 
     @property
     def notices(self) -> list[str]:
         """Return what the user should know about the chat template and the image processor, each remark once."""
         of_tiles = tile_notice(self.processor, self.max_tiles)
-        return [*self._chat.notices, *([of_tiles] if of_tiles else [])]
+        return [*self._chat.notices.values(), *([of_tiles] if of_tiles else [])]
+
+    def add_notices(self, notices: Mapping[str, str]) -> None:
+        """Add the ``notices`` of pairs that a copy of this encoder has encoded in another process."""
+        self._chat.add_notices(notices)
 
     def for_loader(self) -> PairEncoder:
         """Return a faster encoder of the same pairs, for a data loader.
@@ -146,6 +161,7 @@ class PairEncoder:
         encoder.pixel_scale = pixel_scale(self.processor)
         encoder.processor = fast_processor(self.processor)
         encoder._prompt_cache = PromptCache()
+        encoder._reported = set(self._reported)
         return encoder
 
     def encode(self, pair: PreferencePair) -> EncodedPair:
@@ -158,8 +174,10 @@ class PairEncoder:
         if pair.videos:
             pair = with_frames(pair, self.video_frames)
         responses = self._check_texts(pair)
-        rendering = self._chat.render(pair.prompt, responses, pair.origin)
-        response_ids = self._response_ids(rendering, pair.origin)
+        scored = readings(pair, self.opens_thought)[: len(responses)]
+        as_sampled, complete = zip(*scored, strict=True)
+        rendering = self._chat.render(pair.prompt, responses, pair.origin, as_sampled)
+        response_ids = self._response_ids(rendering, complete, pair.origin)
         key = self._prompt_cache.key(rendering.prompt, pair.images, self.tiles_of(pair))
         prompt = self._prompt_cache.find(key)
         if prompt is None:
@@ -182,9 +200,16 @@ class PairEncoder:
             rejected_ids=rejected[0] if rejected else None,
             source=pair.source,
             origin=pair.origin,
-            cut=longest > room,
+            cut=longest > room or not all(complete),
+            notices=self._new_notices(),
             **prompt._asdict(),
         )
+
+    def _new_notices(self) -> dict[str, str]:
+        """Return the remarks on the chat template that no pair has carried yet."""
+        new = {kind: remark for kind, remark in self._chat.notices.items() if kind not in self._reported}
+        self._reported.update(new)
+        return new
 
     def _check_texts(self, pair: PreferencePair) -> list[str]:
         """Return the responses to score, the chosen one first; raise RecordError if the pair's texts are unfit."""
@@ -201,34 +226,58 @@ class PairEncoder:
         check_placeholders(pair.prompt, IMAGE_PLACEHOLDER, pair.images, pair.origin)
         for message in pair.prompt:
             words = message.text.replace(IMAGE_PLACEHOLDER, "\n")  # the model's own image token may be written so too
-            for token in self._media_tokens:
-                if token in words:
-                    detail = f"the prompt's text holds {token}, which to the model is an image or a video; take it out"
-                    raise RecordError("image_token_in_prompt", pair.origin, detail)
+            self._refuse_control("the prompt's text", words, pair.origin)
+        for name, text in responses.items():
+            self._refuse_control(f"`{name}`", text or "", pair.origin)
         return [text for text in responses.values() if text is not None]
 
-    def _response_ids(self, rendering: Rendering, origin: str) -> list[list[int]]:
-        """Return the scored ids of each response; raise RecordError if one cannot be scored."""
+    def _refuse_control(self, where: str, text: str, origin: str) -> None:
+        """Raise RecordError ``control_token_in_text`` if ``text`` holds a control token of the model."""
+        token = self._chat.control.find(text)
+        if token is None:
+            return
+        if token in self._chat.control.media:
+            what = "which to the model is an image or a video, or frames one; take it out"
+        elif token == self._end_token:
+            what = "with which the model ends its turn; it is added here: take it out"
+        else:
+            what = "a control token of the model; give plain texts, the chat template is applied here: take it out"
+        raise RecordError("control_token_in_text", origin, f"{where} holds {token}, {what}")
+
+    def _response_ids(self, rendering: Rendering, complete: Sequence[bool], origin: str) -> list[list[int]]:
+        """Return the scored ids of each response, those that are complete with the end of the turn.
+
+        Raises:
+            RecordError: a response cannot be scored.
+        """
         end = rendering.end_of_turn
         if end not in self._end_ids:
             self._end_ids[end] = self._ids(end)
-        texts = [response + end for response in rendering.responses]
-        continued = self._tokenize_responses(rendering.prompt, texts, self._adds_special_tokens(rendering.prompt))
-        # If a token would span the two, the response is read alone: generation starts from the prompt's own tokens.
-        all_ids = [self._ids(text) if ids is None else ids for ids, text in zip(continued, texts, strict=True)]
-        for ids in all_ids:
-            if ids == self._end_ids[end]:
+        ends = [end if is_complete else "" for is_complete in complete]
+        texts = [response + end for response, end in zip(rendering.responses, ends, strict=True)]
+        all_ids = self._continue(rendering.prompt, texts)
+        for ids, is_complete in zip(all_ids, complete, strict=True):
+            if ids == (self._end_ids[end] if is_complete else []):
                 detail = "a response becomes no token at all: there is nothing to score"
                 raise RecordError("empty_response", origin, detail)
-            if not self.media_ids.isdisjoint(ids):
-                token = next(t for t in self._tokenizer.convert_ids_to_tokens(ids) if t in self._media_tokens)
-                detail = f"a response holds {token}, which to the model is an image or a video; take it out"
-                raise RecordError("image_token_in_response", origin, detail)
-            if ids[-1] in ids[:-1]:
-                token = self._tokenizer.convert_ids_to_tokens(ids[-1])
-                detail = f"a response holds {token}, with which the model ends its turn; it is added here: take it out"
-                raise RecordError("end_of_turn_in_response", origin, detail)
+            # Found in the text as a rule; not if the tokenizer changes the text first, or ends turns with a word.
+            within, ending = ids[:-1] if is_complete else ids, self._end_ids[end][-1]
+            token_id = next((i for i in within if i == ending or i in self.media_ids), None)
+            if token_id is not None:
+                token = self._tokenizer.convert_ids_to_tokens(token_id)
+                detail = f"a response holds {token}, which ends a turn or stands for an image; take it out"
+                raise RecordError("control_token_in_text", origin, detail)
         return all_ids
+
+    def ids_after_prompt(self, text: str) -> list[int]:
+        """Return the ids of ``text`` as the beginning of the model's turn, after a prompt like any other."""
+        return self._continue(self._probe, [text])[0]
+
+    def _continue(self, prompt: str, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text as it continues the rendered ``prompt``."""
+        continued = self._tokenize_responses(prompt, texts, self._adds_special_tokens(prompt))
+        # If a token would span the two, the text is read alone: generation starts from the prompt's own tokens.
+        return [self._ids(text) if ids is None else ids for ids, text in zip(continued, texts, strict=True)]
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
@@ -273,6 +322,9 @@ class PairEncoder:
             vision = self.pixel_scale.pack(vision)
         prompt_ids = encoded["input_ids"][0]
         image_tokens = 0 if self._image_token_id is None else int((prompt_ids == self._image_token_id).sum())
+        if images and image_tokens == 0 and self._image_token_id is not None:
+            detail = "the chat template shows none of its images to the model; give the processor one that does"
+            raise RecordError("template_lost_prompt", pair.origin, detail)
         if image_tokens == 1 and getattr(self.processor, "spatial_merge_size", 1) > 1:
             # transformers 5.23 squeezes the dimension of tokens away in Mistral 3, and then fails.
             detail = "its image is so small that it becomes a single token, which this model cannot read; enlarge it"
