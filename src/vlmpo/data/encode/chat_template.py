@@ -61,6 +61,7 @@ class ChatTemplate:
         control: the model's control tokens, those among them that the template writes.
         opens_thought: whether the model answers within a thought that the template has opened.
         end_of_turn: what ends a response, up to and including the end-of-turn token.
+        probe_prompt: a prompt like any other, as the model reads it.
 
     Raises:
         ModelError: there is no chat template, or none that renders a question and an answer.
@@ -108,7 +109,7 @@ class ChatTemplate:
                 prompt = self._apply(messages, None, "")
                 # The probe's white space is lost if the template trims responses.
                 _, tail = self._render_responses(messages, prompt, [f" {PROBE} "], "")
-                self.end_of_turn = self._end_of_turn(tail)
+                self.end_of_turn, self.probe_prompt = self._end_of_turn(tail), prompt
                 if _QUESTION not in prompt or "'type'" in prompt:  # left out, or the list written as Python writes it
                     raise RecordError("template_refused", "", "it does not write the question")
                 return
@@ -119,16 +120,14 @@ class ChatTemplate:
         raise ModelError(f"the chat template cannot render a question and an answer: {cause}") from first
 
     def _look_at_order(self) -> None:
-        """Count an image's marks, and add a notice if the template moves images before the text."""
-        self._marks_per_image = 0  # not known
-        if self._image_token is None:
+        """Add a notice if the template moves images before the text."""
+        if self._image_token is None or not self._as_items:
             return
         try:
             prompt = self._apply([self._message("user", self._items(f"{_QUESTION}{IMAGE_PLACEHOLDER}"))], None, "")
         except RecordError:  # no text may precede an image: each record with such text is refused
             return
-        self._marks_per_image = prompt.count(self._image_token)
-        if self._as_items and -1 < prompt.find(self._image_token) < prompt.find(_QUESTION):
+        if -1 < prompt.find(self._image_token) < prompt.find(_QUESTION):
             self._notices["order"] = (
                 "the chat template writes a message's images before its text, whatever their places in it"
             )
@@ -138,7 +137,9 @@ class ChatTemplate:
         shapes = [self._shape(turns) for turns in _CONVERSATIONS]
         answered = self._apply([self._message("user", self._items(_QUESTION))], PROBE, "")
         self.control = control_tokens(self._processor, "\n".join([answered, *(s.rendered for s in shapes if s)]))
-        alone, _, after_system = shapes[:3]
+        alone, shown, after_system = shapes[:3]
+        # 0: not known, or not written as the processor names it.
+        self._marks_per_image = shown.rendered.count(self._image_token) if shown and self._image_token else 0
         self.opens_thought = alone is not None and ends_in_thought(alone.literals[-1])
         # What a user's turn begins with, if it is text: control tokens are refused, wherever they stand.
         opening = self.control.pattern.split(alone.literals[0])[-1].strip() if alone else ""
@@ -233,17 +234,16 @@ class ChatTemplate:
             lost = find_lost(given, texts, range(len(texts)))
         else:
             lost = shape.left_out(texts)
-            as_expected = lost is None and shape.fill(texts) == given
+            as_expected = given in (shape.fill(texts), shape.fill([text.strip() for text in texts]))
             if lost is None and not as_expected:  # the template changes a text, or writes by what is in one
-                lost = find_lost(given, texts, [place.text for place in shape.places])
+                lost = find_lost(given, texts, shape.order)
         if lost is not None:
             roles = [role for role, items in turns for item in items if item is not None]
             where = f"the {roles[lost]} turn's {_quoted(texts[lost])}"
             raise _lost_prompt(f"the chat template leaves out or changes {where}", origin)
         images = sum(item is None for _, items in turns for item in items)
-        if images and self._image_token is not None:
-            written = shape.rendered if shape is not None and as_expected else given
-            shown = written.count(self._image_token) if self._marks_per_image else images
+        if images and self._image_token is not None and self._marks_per_image:
+            shown = (shape.rendered if shape is not None and as_expected else given).count(self._image_token)
             if shown < images * self._marks_per_image:
                 detail = f"the chat template writes {shown} {self._image_token} for {images} images: not all are shown"
                 raise _lost_prompt(detail, origin)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmpo.data.encode.chat_template import PROBE, ChatTemplate, Rendering, check_placeholders
+from vlmpo.data.encode.chat_template import ChatTemplate, Rendering, check_placeholders
 from vlmpo.data.encode.continuations import readings
 from vlmpo.data.encode.fast_processor import fast_processor
 from vlmpo.data.encode.images import open_image
@@ -29,7 +29,7 @@ from vlmpo.data.encode.processors import (
 from vlmpo.data.encode.prompt_cache import EncodedPrompt, PromptCache
 from vlmpo.data.encode.response_tokens import response_tokenizer
 from vlmpo.data.encode.videos import DEFAULT_FRAMES, with_frames
-from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
+from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair
 from vlmpo.errors import RecipeError, RecordError
 
 # The processor's tensors for the prompt's text; packed rows have others.
@@ -135,8 +135,7 @@ class PairEncoder:
         self.end_id = self._ids(self._chat.end_of_turn)[-1]
         self._end_token = self._tokenizer.convert_ids_to_tokens(self.end_id)
         self._image_token_id = image_token_id(processor)
-        self._probe = self._chat.render([Message("user", "?")], [PROBE], origin="").prompt
-        self._tokenize_responses = response_tokenizer(self._tokenizer, self._probe)
+        self._tokenize_responses = response_tokenizer(self._tokenizer, self._chat.probe_prompt)
         self._prompt_cache = PromptCache()
         self._end_ids: dict[str, list[int]] = {}
         self._reported = set(self._chat.notices)  # whoever has a copy of this encoder knows them
@@ -176,6 +175,10 @@ class PairEncoder:
         responses = self._check_texts(pair)
         scored = readings(pair, self.opens_thought)[: len(responses)]
         as_sampled, complete = zip(*scored, strict=True)
+        # The half of a character at a cut is decoded as U+FFFD, whose tokens the model did not write.
+        responses = [
+            text if reading.complete else text.rstrip("\ufffd") for text, reading in zip(responses, scored, strict=True)
+        ]
         rendering = self._chat.render(pair.prompt, responses, pair.origin, as_sampled)
         response_ids = self._response_ids(rendering, complete, pair.origin)
         key = self._prompt_cache.key(rendering.prompt, pair.images, self.tiles_of(pair))
@@ -271,7 +274,7 @@ class PairEncoder:
 
     def ids_after_prompt(self, text: str) -> list[int]:
         """Return the ids of ``text`` as the beginning of the model's turn, after a prompt like any other."""
-        return self._continue(self._probe, [text])[0]
+        return self._continue(self._chat.probe_prompt, [text])[0]
 
     def _continue(self, prompt: str, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text as it continues the rendered ``prompt``."""
@@ -323,7 +326,7 @@ class PairEncoder:
         prompt_ids = encoded["input_ids"][0]
         image_tokens = 0 if self._image_token_id is None else int((prompt_ids == self._image_token_id).sum())
         if images and image_tokens == 0 and self._image_token_id is not None:
-            detail = "the chat template shows none of its images to the model; give the processor one that does"
+            detail = "the chat template writes none of its images; give the processor a chat template that keeps them"
             raise RecordError("template_lost_prompt", pair.origin, detail)
         if image_tokens == 1 and getattr(self.processor, "spatial_merge_size", 1) > 1:
             # transformers 5.23 squeezes the dimension of tokens away in Mistral 3, and then fails.

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 # A message's content: its texts, and None for each image.
 Items = tuple[str | None, ...]
 Turn = tuple[str, Items]  # role and content
 
-# White space around a probe shows whether the template trims; it differs at the two ends, as probes may be neighbours.
-_BEFORE, _AFTER = " \n\t", "\t\n "
-_PROBE = re.compile(rf"({_BEFORE})?vlmpo-probe-(\d+)-text({_AFTER})?")
+_PROBE = re.compile(r"vlmpo-probe-(\d+)-text")
 
 
 def with_probes(turns: Sequence[Turn]) -> list[Turn]:
@@ -25,7 +22,7 @@ def with_probes(turns: Sequence[Turn]) -> list[Turn]:
         if item is None:
             return None
         number += 1
-        return f"{_BEFORE}vlmpo-probe-{number}-text{_AFTER}"
+        return f"vlmpo-probe-{number}-text"
 
     return [(role, tuple(map(probe, items))) for role, items in turns]
 
@@ -35,49 +32,38 @@ def texts_of(turns: Sequence[Turn]) -> Iterator[str]:
     return (item for _, items in turns for item in items if item is not None)
 
 
-class Place(NamedTuple):
-    """Says which text of the conversation stands here, and whether with the white space at its start and end."""
-
-    text: int
-    keeps_start: bool
-    keeps_end: bool
-
-
 @dataclass(frozen=True)
 class PromptShape:
     """Holds how a template renders all conversations of the same roles and kinds of content.
 
     Attributes:
         literals: what the template writes: before the first text, between texts, after the last one.
-        places: the texts between them.
+        order: which of the conversation's texts stand between them.
         rendered: the rendering it was read from.
     """
 
     literals: tuple[str, ...]
-    places: tuple[Place, ...]
+    order: tuple[int, ...]
     rendered: str
 
     @classmethod
     def of(cls, rendered: str) -> PromptShape:
         """Read the shape from the rendering of a conversation :func:`with_probes`."""
-        found = list(_PROBE.finditer(rendered))
-        places = tuple(Place(int(probe[2]), probe[1] is not None, probe[3] is not None) for probe in found)
-        ends = [0, *(probe.end() for probe in found)]
-        starts = [*(probe.start() for probe in found), len(rendered)]
-        return cls(tuple(rendered[a:b] for a, b in zip(ends, starts, strict=True)), places, rendered)
+        literals_and_numbers = _PROBE.split(rendered)
+        return cls(tuple(literals_and_numbers[::2]), tuple(map(int, literals_and_numbers[1::2])), rendered)
 
     def fill(self, texts: Sequence[str]) -> str:
-        """Return what a conversation of these texts becomes if the template does nothing else to them than trim."""
-        parts = [self.literals[0]]
-        for place, literal in zip(self.places, self.literals[1:], strict=True):
-            text = texts[place.text] if place.keeps_start else texts[place.text].lstrip()
-            parts += [text if place.keeps_end else text.rstrip(), literal]
-        return "".join(parts)
+        """Return what a conversation of these texts becomes if the template changes none of them."""
+        parts = [
+            part
+            for number, literal in zip(self.order, self.literals, strict=False)
+            for part in (literal, texts[number])
+        ]
+        return "".join([*parts, self.literals[-1]])
 
     def left_out(self, texts: Sequence[str]) -> int | None:
         """Return the first of the texts, blank ones aside, that has no place; None if all have one."""
-        shown = {place.text for place in self.places}
-        return next((n for n, text in enumerate(texts) if n not in shown and text.strip()), None)
+        return next((n for n, text in enumerate(texts) if n not in self.order and text.strip()), None)
 
 
 def find_lost(rendered: str, texts: Sequence[str], order: Sequence[int]) -> int | None:
