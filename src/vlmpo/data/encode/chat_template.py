@@ -234,7 +234,7 @@ class ChatTemplate:
             lost = find_lost(given, texts, range(len(texts)))
         else:
             lost = shape.left_out(texts)
-            as_expected = given in (shape.fill(texts), shape.fill([text.strip() for text in texts]))
+            as_expected = given == shape.fill(texts) or given == shape.fill([text.strip() for text in texts])
             if lost is None and not as_expected:  # the template changes a text, or writes by what is in one
                 lost = find_lost(given, texts, shape.order)
         if lost is not None:

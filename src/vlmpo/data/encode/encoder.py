@@ -265,8 +265,8 @@ class PairEncoder:
                 raise RecordError("empty_response", origin, detail)
             # Found in the text as a rule; not if the tokenizer changes the text first, or ends turns with a word.
             within, ending = ids[:-1] if is_complete else ids, self._end_ids[end][-1]
-            token_id = next((i for i in within if i == ending or i in self.media_ids), None)
-            if token_id is not None:
+            if ending in within or not self.media_ids.isdisjoint(within):
+                token_id = next(i for i in within if i == ending or i in self.media_ids)
                 token = self._tokenizer.convert_ids_to_tokens(token_id)
                 detail = f"a response holds {token}, which ends a turn or stands for an image; take it out"
                 raise RecordError("control_token_in_text", origin, detail)
