@@ -180,6 +180,23 @@ def test_a_bad_record_ends_the_run_when_asked(tmp_path: Path, checkpoint: Path, 
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
+def test_a_prompt_that_looks_templated_is_told_of_once(tmp_path: Path) -> None:
+    """Found in a loader's worker, or where `inspect` encodes the pairs."""
+    from tests.zoo.templates import SIZE, processor
+    from vlmpo.testing.tiny import build_model
+
+    own = processor("vicuna")
+    own.save_pretrained(tmp_path / "model")
+    build_model(own.tokenizer, SIZE).save_pretrained(tmp_path / "model")
+    write_data(tmp_path, [{**record, "question": f"USER: {record['question']}"} for record in records(6)])
+    recipe = write_recipe(tmp_path, tmp_path / "model", training={"dataloader_num_workers": 1})
+    for command in ("inspect", "train"):
+        result = call(command, recipe)
+        assert result.exit_code == 0, result.output
+        assert result.output.count("a prompt begins with 'USER:'") == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
