@@ -84,7 +84,7 @@ def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
     section = recipe.evaluate
     assert section is not None
     questions = _read_questions(section).questions
-    model, processor = trainer.model, trainer.processing_class
+    model, processor = trainer.model, trainer.encoder.processor  # not the one that is saved
 
     def answer() -> dict[str, float]:
         # Every rank has the whole model and answers all questions: there is nothing to gather or to wait for.

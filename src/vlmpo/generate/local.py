@@ -41,7 +41,7 @@ class LocalEngine:
         processor: its processor, or tokenizer.
         sampling: how tokens are drawn.
         batch_size: requests, each with all its samples, that are processed together.
-        max_tiles: tiles that the images of a prompt may take together.
+        max_tiles: tiles that the images of a prompt may take together; None: what the processor allows one image.
         name: the model's name, for the records.
 
     Raises:
@@ -55,7 +55,7 @@ class LocalEngine:
         sampling: Sampling,
         batch_size: int = 8,
         *,
-        max_tiles: int = 12,
+        max_tiles: int | None = None,
         name: str = "local",
     ) -> None:
         self.name = name

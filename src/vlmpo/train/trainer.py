@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat
 from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
+from vlmpo.data.encode.processors import with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError, first_line
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
@@ -162,7 +163,7 @@ class MPOTrainer(Trainer):
             ),
             train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
             eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
-            processing_class=processing_class,
+            processing_class=with_tiles(processing_class, args.max_tiles),  # as it is saved with the model
             callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
             optimizers=optimizers,
         )
@@ -228,6 +229,7 @@ class MPOTrainer(Trainer):
         if self.args.reference_kind != "cache":
             return online(self.args.reference_kind)
         encoder = self.encoder
+        tiles = encoder.tiles_key(getattr(self.train_dataset, "tile_limits", ()))
         reference, self.completeness = open_cached_reference(
             self.args,
             source=self.model if given is None else given,
@@ -236,7 +238,7 @@ class MPOTrainer(Trainer):
             shared=lambda: self.shared,
             accelerator=self.accelerator,
             dataset=self.train_dataset,
-            encoding=[encoder.max_length, encoder.over_long, encoder.max_tiles, encoder.video_frames],
+            encoding=[encoder.max_length, encoder.over_long, tiles, encoder.video_frames],
         )
         self.add_callback(self.completeness)
         return reference
@@ -748,6 +750,7 @@ class MPOTrainer(Trainer):
                 model=self.model,
                 parameter_counts=self.parameter_counts,
                 shared=self.shared,
+                tiles=self.encoder.max_tiles,
             ),
             "log_history": self.state.log_history,
             "final_step": final["step"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from vlmpo.data.encode.processors import (
     Size,
     image_token_id,
     media_ids,
+    own_tiles,
     reads_images,
     tile_notice,
     tile_settings,
@@ -88,11 +90,13 @@ class PairEncoder:
         over_long: ``drop`` refuses a longer pair; ``cut`` cuts the ends of its responses off, never the prompt's.
         max_tiles: tiles the images of a pair may take together, thumbnails not counted; a pair's own ``max_tiles`` may
             lower it. Each image may take its share, at least one. For a model that reads images whole, at their own
-            shape (Qwen-VL), a tile means 448 x 448 pixels. Has no effect on other models: see ``notices``.
+            shape (Qwen-VL), a tile means 448 x 448 pixels. Has no effect on other models: see ``notices``. None: a
+            pair's own ``max_tiles``, or else what the processor allows one image (see :func:`own_tiles`).
         need_rejected: False for supervised fine-tuning: the rejected response is ignored.
         video_frames: most images that a video becomes.
 
     Attributes:
+        max_tiles: the bound in use, of pairs without one of their own.
         pixel_scale: turns bytes into the processor's pixels; None unless this encoder makes bytes (``for_loader``).
         media_ids: tokens that stand for an image, video or sound, or frame one; no response may hold them.
 
@@ -107,7 +111,7 @@ class PairEncoder:
         *,
         max_length: int | None = None,
         over_long: Literal["drop", "cut"] = "drop",
-        max_tiles: int = 12,
+        max_tiles: int | None = None,
         need_rejected: bool = True,
         video_frames: int = DEFAULT_FRAMES,
     ) -> None:
@@ -117,7 +121,8 @@ class PairEncoder:
         self.processor = processor
         self.max_length = max_length
         self.over_long = over_long
-        self.max_tiles = max_tiles
+        self._given_tiles = max_tiles
+        self.max_tiles = own_tiles(processor) if max_tiles is None else max_tiles
         self.need_rejected = need_rejected
         self.video_frames = video_frames
         self._chat = ChatTemplate(processor)
@@ -244,7 +249,14 @@ class PairEncoder:
 
     def tiles_of(self, pair: PreferencePair) -> int:
         """Return the tiles that the images of ``pair`` may take together."""
-        return self.max_tiles if pair.max_tiles is None else min(self.max_tiles, pair.max_tiles)
+        if pair.max_tiles is None:
+            return self.max_tiles
+        return pair.max_tiles if self._given_tiles is None else min(self._given_tiles, pair.max_tiles)
+
+    def tiles_key(self, sets: Iterable[int | None]) -> int | str:
+        """Return what decides :meth:`tiles_of`, for keys of caches, if the pairs' own numbers are among ``sets``."""
+        raised = self._given_tiles is None and any(number is not None and number > self.max_tiles for number in sets)
+        return f"{self.max_tiles}, or a set's own" if raised else self.max_tiles
 
     def _encode_prompt(self, prompt: str, pair: PreferencePair) -> EncodedPrompt:
         """Open the images of ``pair`` and put them and the rendered ``prompt`` through the processor."""
