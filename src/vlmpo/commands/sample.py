@@ -100,7 +100,9 @@ def open_engine(recipe: Recipe) -> Engine:
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         model.to(device)
-    return LocalEngine(model, processor, sampling, build.batch_size, max_tiles=recipe.data.max_tiles, name=path)
+    engine = LocalEngine(model, processor, sampling, build.batch_size, max_tiles=recipe.data.max_tiles, name=path)
+    engine.check_vision()
+    return engine
 
 
 def sampling_settings(recipe: Recipe) -> dict[str, Any]:

@@ -30,7 +30,9 @@ def bare(processor: Any, image: Image.Image) -> dict[str, torch.Tensor]:
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
     text = text.removeprefix(bos) if bos else text  # the tokenizer writes its own
-    return {name: torch.as_tensor(value) for name, value in processor(text=text, images=image, return_tensors="pt").items()}
+    return {
+        name: torch.as_tensor(value) for name, value in processor(text=text, images=image, return_tensors="pt").items()
+    }
 
 
 def encode(encoder: PairEncoder, images: Sequence[Image.Image], max_tiles: int | None = None) -> EncodedPair:

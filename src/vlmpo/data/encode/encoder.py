@@ -94,6 +94,8 @@ class PairEncoder:
             pair's own ``max_tiles``, or else what the processor allows one image (see :func:`own_tiles`).
         need_rejected: False for supervised fine-tuning: the rejected response is ignored.
         video_frames: most images that a video becomes.
+        vocabulary: rows of the model's embedding: a record with a token beyond them is refused. None: not known.
+        takes_images: False for a text-only model whose processor nevertheless reads images.
 
     Attributes:
         max_tiles: the bound in use, of pairs without one of their own.
@@ -114,6 +116,8 @@ class PairEncoder:
         max_tiles: int | None = None,
         need_rejected: bool = True,
         video_frames: int = DEFAULT_FRAMES,
+        vocabulary: int | None = None,
+        takes_images: bool = True,
     ) -> None:
         self._tokenizer = tokenizer_of(processor)
         if over_long not in ("drop", "cut"):
@@ -125,6 +129,8 @@ class PairEncoder:
         self.max_tiles = own_tiles(processor) if max_tiles is None else max_tiles
         self.need_rejected = need_rejected
         self.video_frames = video_frames
+        self.vocabulary = vocabulary
+        self.takes_images = takes_images and reads_images(processor)
         self._chat = ChatTemplate(processor)
         self.pixel_scale: PixelScale | None = None
         self.media_ids = media_ids(processor)
@@ -197,10 +203,11 @@ class PairEncoder:
         for name, text in responses.items():
             if text is None or not text.strip():
                 raise RecordError("empty_response", pair.origin, f"`{name}` is empty: there is nothing to score")
-        if pair.images and not reads_images(self.processor):
+        if pair.images and not self.takes_images:
+            who = "the model" if reads_images(self.processor) else type(self.processor).__name__
             detail = (
-                f"the record has images, and {type(self.processor).__name__} reads none; "
-                "take it out, or train a vision-language model, with its own processor"
+                f"the record has images, and {who} reads none; take it out, "
+                "or train a vision-language model, with its own processor"
             )
             raise RecordError("images_unsupported", pair.origin, detail)
         check_placeholders(pair.prompt, IMAGE_PLACEHOLDER, pair.images, pair.origin)
@@ -233,7 +240,18 @@ class PairEncoder:
                 token = self._tokenizer.convert_ids_to_tokens(ids[-1])
                 detail = f"a response holds {token}, with which the model ends its turn; it is added here: take it out"
                 raise RecordError("end_of_turn_in_response", origin, detail)
+            self._check_vocabulary(max(ids), "a response", origin)
         return all_ids
+
+    def _check_vocabulary(self, largest: int, where: str, origin: str) -> None:
+        """Raise RecordError if the model's embedding has no row for the token ``largest``."""
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            detail = (
+                f"{where} holds {token!r}, token {largest} of the tokenizer, and the model's embedding has only "
+                f"{self.vocabulary} rows; take it out, or use the model's own tokenizer"
+            )
+            raise RecordError("token_beyond_vocabulary", origin, detail)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
@@ -284,7 +302,10 @@ class PairEncoder:
         if self.pixel_scale is not None:
             vision = self.pixel_scale.pack(vision)
         prompt_ids = encoded["input_ids"][0]
-        image_tokens = 0 if self._image_token_id is None else int((prompt_ids == self._image_token_id).sum())
+        in_image = prompt_ids == (-1 if self._image_token_id is None else self._image_token_id)
+        # The image tokens themselves are checked once for all records, with the model (see vlmpo.models.fit).
+        self._check_vocabulary(int(prompt_ids.masked_fill(in_image, 0).max()), "the prompt", pair.origin)
+        image_tokens = int(in_image.sum())
         if image_tokens == 1 and getattr(self.processor, "spatial_merge_size", 1) > 1:
             # transformers 5.23 squeezes the dimension of tokens away in Mistral 3, and then fails.
             detail = "its image is so small that it becomes a single token, which this model cannot read; enlarge it"
