@@ -19,7 +19,7 @@ _CONFIG = "config.json"
 _OF_TOKENIZERS = frozenset({"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"})
 _OF_IMAGE_PROCESSORS = frozenset({"processor_config.json", "preprocessor_config.json"})
 _SHOWN = 5  # files of a folder that a message names
-_INTERNVL = "InternVLChatModel"  # of checkpoints that bring their own code
+INTERNVL_CHAT = "InternVLChatModel"  # the class of checkpoints that bring their own code
 
 
 def why_unloadable(path: str, processor_only: bool = False) -> str | None:
@@ -49,10 +49,10 @@ def why_foreign(config: dict[str, Any]) -> str | None:
         return f"its {_CONFIG} names no model_type, so it is not a model's"
     if kind in CONFIG_MAPPING:
         return None
-    if kind == "internvl_chat" or _INTERNVL in (config.get("architectures") or ()):
+    if kind == "internvl_chat" or INTERNVL_CHAT in (config.get("architectures") or ()):
         return (
-            f"it is an InternVL checkpoint in its original layout ({_INTERNVL}), which needs code that comes with it; "
-            "take the one converted to transformers' layout, whose name ends in -HF (InternVL3-8B-HF)"
+            f"it is an InternVL checkpoint in its original layout ({INTERNVL_CHAT}), which needs code that comes with "
+            "it; take the one converted to transformers' layout, whose name ends in -HF (InternVL3-8B-HF)"
         )
     if config.get("auto_map"):
         return (

@@ -14,9 +14,10 @@ from transformers import TrainingArguments
 
 from vlmpo import compat
 from vlmpo.data.formats import as_pairs
-from vlmpo.errors import RecipeError
+from vlmpo.errors import ModelError, RecipeError
 from vlmpo.models import loading
 from vlmpo.models.adapters import unwrap_peft
+from vlmpo.models.checkpoint_files import INTERNVL_CHAT, why_foreign
 from vlmpo.train.config import MPOConfig
 
 _UNUSED = {
@@ -41,10 +42,12 @@ def check_arguments(args: Any, peft_config: Any) -> None:
             remedy = "MPOConfig(**args)"
         elif type(args) is TrainingArguments:  # to_dict() hides the token
             remedy = "MPOConfig(**{**args.to_dict(), 'hub_token': args.hub_token}) takes over all that is set"
-        raise RecipeError(f"MPOTrainer: args is a {kind}, without the settings of MPO; pass an MPOConfig: {remedy}")
+        raise RecipeError(
+            f"MPOTrainer: args is of type {kind}, without the settings of MPO; pass an MPOConfig: {remedy}"
+        )
     if peft_config is not None and not hasattr(peft_config, "peft_type"):
         raise RecipeError(
-            f"MPOTrainer: peft_config is a {type(peft_config).__name__}; pass a configuration of PEFT, e.g. "
+            f"MPOTrainer: peft_config is of type {type(peft_config).__name__}; pass a configuration of PEFT, e.g. "
             "peft.LoraConfig(r=16)"
         )
 
@@ -98,10 +101,14 @@ def _as_model(given: Any, name: str) -> Any:
     if _is_name(given):
         return loading.load_model(os.fspath(given))
     if not isinstance(given, nn.Module) or getattr(given, "config", None) is None:
-        kind = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        kind = f"the class {given.__name__}" if isinstance(given, type) else f"of type {type(given).__name__}"
+        kind = "missing" if given is None else kind
         raise RecipeError(
             f"MPOTrainer: {name} is {kind}; pass a model of transformers or PEFT, or the name or path of one"
         )
+    architecture = type(unwrap_peft(given)).__name__
+    if architecture == INTERNVL_CHAT and (reason := why_foreign({"model_type": "internvl_chat"})):
+        raise ModelError(f"MPOTrainer: {name} cannot be used: {reason}")
     return given
 
 
