@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tests.commands.test_train import call
 from tests.tiny_models import CORPUS, noise_image, random_pair
 from tests.tiny_models import model as internvl
 from tests.tiny_models import processor as internvl_processor
@@ -300,6 +303,47 @@ def test_all_entrances(tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match="is not the processor of the internvl model"):
             enter()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model beside a processor whose tokenizer has one word more; two pairs, of which one holds it; a question."""
+    root = tmp_path_factory.mktemp("folder")
+    internvl().save_pretrained(root / "model")
+    larger = copy.deepcopy(internvl_processor())
+    larger.tokenizer.add_tokens(["zebra"])
+    larger.save_pretrained(root / "model")
+    lines = [
+        {"question": "what?", "chosen": "a zebra", "rejected": "red"},
+        {"question": "what?", "chosen": "red", "rejected": "blue"},
+    ]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "questions.jsonl").write_text('{"question": "what?", "answer": "red"}\n')
+    (root / "recipe.yaml").write_text(
+        f"model: {{path: {root / 'model'}}}\ndata: {{train: [pairs.jsonl]}}\n"
+        "build: {questions: questions.jsonl, output_dir: out}\nevaluate: {questions: questions.jsonl}\n"
+        f"training: {{output_dir: {root / 'run'}, use_cpu: true}}\n"
+    )
+    return root
+
+
+def test_inspect_counts_a_record_with_a_token_beyond(folder: Path) -> None:
+    result = call("inspect", str(folder / "recipe.yaml"))
+    assert result.exit_code == 0, result.output
+    assert "token_beyond_vocabulary" in result.output
+    assert "pairs.jsonl:1: a response holds 'zebra', token 356" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "sample", "evaluate"])
+def test_a_processor_of_another_model_ends_every_command(folder: Path, tmp_path: Path, command: str) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    FAMILIES["qwen2-vl"].processor().save_pretrained(tmp_path / "model")
+    paths = [f"model.path={tmp_path / 'model'}", f"evaluate.model={tmp_path / 'model'}"]
+    result = call(command, str(folder / "recipe.yaml"), *paths)
+    assert result.exit_code == 2, result.output
+    assert "is not the tokenizer of the internvl model" in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+    assert not (folder / "run").exists()
 
 
 def test_a_reference_with_fewer_rows_bounds_the_records_too(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.tiny_models import processor
 from tests.training import config, flat_weights, pairs, trainer
 from vlmpo import MPOConfig, MPOTrainer
 from vlmpo.errors import ModelError, RecipeError
+from vlmpo.models.loading import load_processor
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"])
 
@@ -95,7 +96,7 @@ def test_equal_weights_are_no_fault(tmp_path: Path) -> None:
 def test_plain_training_arguments(tmp_path: Path) -> None:
     plain = TrainingArguments(output_dir=str(tmp_path), learning_rate=3e-5, use_cpu=True, hub_token="secret")
     said = refused(tmp_path, args=plain)
-    assert "args is of type TrainingArguments, without the settings of MPO; pass an MPOConfig" in said
+    assert "args is of type TrainingArguments, without MPO's own settings; pass an MPOConfig" in said
     assert "MPOConfig(**{**args.to_dict(), 'hub_token': args.hub_token})" in said
     converted = eval(
         "MPOConfig(**{**args.to_dict(), 'hub_token': args.hub_token})", {"MPOConfig": MPOConfig, "args": plain}
@@ -205,8 +206,12 @@ def test_the_processor_that_is_saved(tmp_path: Path) -> None:
     assert (as_it_came.encoder.max_tiles, as_it_came.args.max_tiles) == (2, None)
     bounded = trainer(tmp_path / "five", pairs(2), max_tiles=5)
     bounded.save_model(str(tmp_path / "five" / "final"))
-    from vlmpo.models.loading import load_processor
-
     assert load_processor(str(tmp_path / "five" / "final")).image_processor.max_patches == 5
     assert given.image_processor.max_patches == 2
     assert bounded.encoder.processor is given
+
+
+def test_the_number_in_use_is_on_the_model_card(tmp_path: Path) -> None:
+    rows = dict(trainer(tmp_path / "none", pairs(2)).run_summary().settings)
+    assert rows["tiles"] == "at most 2 a pair, the processor's own bound"
+    assert dict(trainer(tmp_path / "one", pairs(2), max_tiles=1).run_summary().settings)["tiles"] == "at most 1 a pair"

@@ -5,6 +5,7 @@ TRL's DPOTrainer has arguments of the same names; see docs/from_trl.md.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +44,7 @@ def check_arguments(args: Any, peft_config: Any) -> None:
         elif type(args) is TrainingArguments:  # to_dict() hides the token
             remedy = "MPOConfig(**{**args.to_dict(), 'hub_token': args.hub_token}) takes over all that is set"
         raise RecipeError(
-            f"MPOTrainer: args is of type {kind}, without the settings of MPO; pass an MPOConfig: {remedy}"
+            f"MPOTrainer: args is of type {kind}, without MPO's own settings; pass an MPOConfig: {remedy}"
         )
     if peft_config is not None and not hasattr(peft_config, "peft_type"):
         raise RecipeError(
@@ -70,8 +71,10 @@ def refuse_shared_weights(model: Any, ref_model: Any | None) -> None:
 
 
 def _places(parameter: Any) -> tuple[int, ...]:
-    """Return what identifies a parameter and its memory; the latter only if it has any (not on meta, or ZeRO-3)."""
-    memory = parameter.untyped_storage().data_ptr() if parameter.device.type != "meta" else 0
+    """Return what identifies a parameter and its memory; the latter only if it has any of its own here."""
+    memory = 0
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # on meta, or a subclass without storage
+        memory = parameter.untyped_storage().data_ptr()
     return (id(parameter), memory) if memory else (id(parameter),)
 
 
