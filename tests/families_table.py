@@ -34,12 +34,20 @@ Each line is tested as follows, with a tiny model of its own class and its real 
 
 FOOT = """
 `data.max_tiles`: *tiles* if images are cut into them; *pixels* if an image is read whole at its own shape and a tile
-means 448 x 448 of them; *none* if the family's processor leaves no choice, which the run prints. Images and text may be
-interleaved if the model's chat template accepts it; a record that the template refuses is counted as
-`template_refused`. Some templates (LLaVA-1.5, LLaVA-OneVision) write a message's images before its text, which the run
-prints too. A text-only model counts pairs with images as `images_unsupported`.
+means 448 x 448 of them; *none* if the family's processor leaves no choice, which the run prints. Each image takes at
+most its share, `max(1, max_tiles // images)`. By default it is what the processor allows ONE image (for *pixels* 12 at
+most, which the run prints), so that a prompt of one image has exactly the processor's own tensors
+(`tests/data/encode/test_tiles.py`). A data set's own number rules in its place, above it too; if both the recipe and
+the data set give one, the lower rules. Images that are split or read whole are never enlarged by a number. The
+processor saved with the model takes the recipe's number, never a data set's; one that splits by the longer edge takes
+the longest at which a square image keeps within it.
 
-Not covered by these tests: published weights, GPUs, and checkpoints whose code does not ship with transformers.
+Images and text may be interleaved if the model's chat template accepts it; a record that the template refuses is
+counted as `template_refused`. Some templates (LLaVA-1.5, LLaVA-OneVision) write a message's images before its text,
+which the run prints too. A text-only model counts pairs with images as `images_unsupported`.
+
+Not covered by these tests: published weights and GPUs. Checkpoints whose code does not ship with transformers are
+refused.
 """
 
 _TILES = {"grid": "tiles", "split": "tiles", "pixels": "pixels", None: "none"}

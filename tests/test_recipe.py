@@ -36,7 +36,7 @@ def test_defaults_are_the_papers():
     assert recipe.loss.weights == {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0}
     assert (recipe.loss.beta, recipe.loss.reward_shift, recipe.loss.nll_reduction) == (0.1, "previous", "sequence")
     assert (recipe.model.dtype, recipe.model.attention, recipe.reference.kind) == ("float32", "auto", "auto")
-    assert (recipe.data.max_length, recipe.data.max_tiles, recipe.data.hold_out) == (8192, 12, 0.0)
+    assert (recipe.data.max_length, recipe.data.max_tiles, recipe.data.hold_out) == (8192, None, 0.0)
     assert (recipe.data.on_bad_record, recipe.data.over_long) == ("skip", "drop")
     source = recipe.data.train[0]
     assert (source.path, source.image_root, source.repeat, source.max_tiles) == ("pairs.jsonl", None, 1.0, None)

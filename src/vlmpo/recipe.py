@@ -117,7 +117,8 @@ class DataSection(_Section):
         train, eval: data sets to train and to evaluate on.
         hold_out: fraction of the training pairs kept for evaluation; pairs of one image stay together.
         max_length: tokens of prompt + longer response at most; None sets no limit.
-        max_tiles: image tiles of one pair at most.
+        max_tiles: image tiles of one pair at most; None: a data set's own number, or else what the model's processor
+            allows one image.
         video_frames: frames read from one video at most.
         on_bad_record: ``skip`` (and count) or ``fail`` on a record that cannot be used.
         over_long: ``drop`` or ``cut`` pairs above ``max_length``.
@@ -129,7 +130,7 @@ class DataSection(_Section):
     eval: tuple[Source, ...] = Field(default=(), strict=False)
     hold_out: float = Field(default=0.0, ge=0, lt=1)
     max_length: int | None = Field(default=8192, ge=1)
-    max_tiles: int = Field(default=12, ge=1)
+    max_tiles: int | None = Field(default=None, ge=1)
     video_frames: int = Field(default=8, ge=1)
     on_bad_record: settings.OnBadRecord = "skip"
     over_long: settings.OverLong = "drop"

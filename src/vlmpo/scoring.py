@@ -13,12 +13,15 @@ from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.formats import as_pairs
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import support_for
+from vlmpo.models.fit import check_features, check_processor, limits_of
 from vlmpo.train.config import row_tokens
 from vlmpo.tree import forward
 from vlmpo.tree.layout import PackedRow, PromptTree, build_row
 
 
-def response_logps(model: Any, processor: Any, pairs: Any, *, max_tiles: int = 12) -> list[tuple[float, float]]:
+def response_logps(
+    model: Any, processor: Any, pairs: Any, *, max_tiles: int | None = None
+) -> list[tuple[float, float]]:
     """Return the log-probabilities of each pair's chosen and rejected response, in nats, in order of ``pairs``.
 
     Each is the sum over the response's tokens, the end of the turn included, without gradient and without dropout. The
@@ -30,14 +33,15 @@ def response_logps(model: Any, processor: Any, pairs: Any, *, max_tiles: int = 1
         processor: the model's own processor, or its tokenizer if it is text-only.
         pairs: PreferencePairs, or records of any format vlmpo reads: a ``datasets.Dataset``, a list of dicts, anything
             with ``len()`` and items by number.
-        max_tiles: tiles the images of a pair may take together.
+        max_tiles: tiles the images of a pair may take together; None: what the processor allows one image.
 
     Raises:
         DataError: records of no known format, or a streaming data set, which has no length.
         RecordError: a pair that cannot be scored, for example one without a rejected response.
-        ModelError: the processor has no usable chat template.
+        ModelError: the processor has no usable chat template, or is another model's.
     """
-    encoder = PairEncoder(processor, max_tiles=max_tiles)
+    encoder = PairEncoder(processor, max_tiles=max_tiles, **limits_of(model))
+    check_features(model, processor, check_processor(model, encoder))
     base = unwrap_peft(model)
     device = next(model.parameters()).device
     logps: list[float] = []

@@ -110,6 +110,17 @@ def test_every_question_gets_its_samples(tmp_path, checkpoint):
     assert f"cut off at 8 tokens: {reasons.count('length')}" in result.stdout
 
 
+def test_the_number_of_tiles_is_recorded_whoever_set_it(tmp_path, checkpoint):
+    """Without the key it is the processor's own, so that responses sampled with the same number go on."""
+    file = write(tmp_path, checkpoint)
+    assert call(file, "data.max_tiles=null", "build.samples=1").exit_code == 0
+    assert {response.settings["max_tiles"] for response in stored(tmp_path)} == {2}
+    assert "10 were there, 10 written" in call(file, "build.samples=2").stdout
+    refused = call(file, "data.max_tiles=3", "build.samples=3")
+    assert refused.exit_code == 2
+    assert "data.max_tiles" in refused.output
+
+
 def test_the_texts_are_the_engines(tmp_path, checkpoint):
     """The seed reaches the engine, the prompt style the prompt, the records their question."""
     from vlmpo.data.readers.questions import read_questions

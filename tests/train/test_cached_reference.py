@@ -17,6 +17,8 @@ from tests.commands.test_train import call, checkpoint, records, write_data, wri
 from tests.tiny_models import model as tiny_model
 from tests.tiny_models import noise_image
 from tests.training import flat_weights, logged, pairs, relative, trainer
+from vlmpo.data.dataset import open_pairs
+from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.errors import RunError
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import lay_out, response_keys
@@ -139,6 +141,22 @@ def test_an_adapter_switched_off_is_cached_too(tmp_path: Path) -> None:
     assert (runs[2].reference.hits, runs[2].reference.misses) == (16, 0)
     for run in runs[1:]:
         assert relative(flat_weights(run.model), flat_weights(runs[0].model)) < 1e-5
+
+
+def test_the_number_of_tiles_in_use_is_in_the_note(tmp_path: Path) -> None:
+    """Whoever set it; a set's own number that only one of two runs keeps to makes the difference."""
+    write_data(tmp_path, records(3))
+
+    def note(of_set: int | None = None, **settings: Any) -> str:
+        data = open_pairs([SourceSpec(str(tmp_path / "set" / "meta.json"), max_tiles=of_set)])
+        run = cached(tmp_path, data, "run", **settings)
+        return run.completeness._note().name
+
+    own = note()
+    assert note(max_tiles=2) == own
+    assert note(max_tiles=3) != own
+    assert note(of_set=6) != note(of_set=6, max_tiles=2)
+    assert note(of_set=1) == note(of_set=1, max_tiles=2)
 
 
 def recipe(tmp_path: Path, checkpoint: Path, **settings: Any) -> str:  # noqa: F811

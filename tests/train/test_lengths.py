@@ -264,9 +264,9 @@ def test_lengths_of_a_data_set_in_files_are_kept(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(LengthEstimator, "estimate", counted)
 
-    def found(**settings: Any) -> np.ndarray:
+    def found(of_set: int | None = None, **settings: Any) -> np.ndarray:
         estimated.clear()
-        pairs = open_pairs([SourceSpec(str(tmp_path / "set" / "meta.json"))])
+        pairs = open_pairs([SourceSpec(str(tmp_path / "set" / "meta.json"), max_tiles=of_set)])
         return estimate(pairs, PairEncoder(processor(), **settings))
 
     first = found()
@@ -274,7 +274,12 @@ def test_lengths_of_a_data_set_in_files_are_kept(tmp_path: Path, monkeypatch: py
     assert len(set(estimated)) == len(estimated) == 9
     assert np.array_equal(found(), first)
     assert estimated == []
+    assert np.array_equal(found(max_tiles=2), first)  # the processor's own number
+    assert estimated == []
     found(max_tiles=1)
+    assert len(estimated) == 9
+    found(of_set=6, max_tiles=2)  # keeps to two
+    found(of_set=6)
     assert len(estimated) == 9
     for entry in (tmp_path / "cache").glob("sizes-*.arrow"):
         entry.write_bytes(entry.read_bytes()[:-3])

@@ -52,13 +52,13 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     if section.questions is not None:
         question_set = _read_questions(section)
         questions = question_set.questions
-        answers, figures = _ask(recipe, section, model, processor, questions)
+        answers, figures = _ask(recipe, section, model, processor, questions, check=True)
         models = {path: figures}
         replace_json_lines(folder / ANSWERS_FILE, [answer.to_json() for answer in answers])
         results["questions"] = {"dropped": question_set.counts(), "models": models}
         if section.against is not None:
             model, processor = load_model(section.against, recipe.model.dtype), load_processor(section.against)
-            others, models[section.against] = _ask(recipe, section, model, processor, questions)
+            others, models[section.against] = _ask(recipe, section, model, processor, questions, check=True)
             replace_json_lines(folder / f"against_{ANSWERS_FILE}", [answer.to_json() for answer in others])
             results["questions"]["comparison"] = compare(answers, others)
         for figures in models.values():
@@ -84,7 +84,7 @@ def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
     section = recipe.evaluate
     assert section is not None
     questions = _read_questions(section).questions
-    model, processor = trainer.model, trainer.processing_class
+    model, processor = trainer.model, trainer.encoder.processor  # not the one that is saved
 
     def answer() -> dict[str, float]:
         # Every rank has the whole model and answers all questions: there is nothing to gather or to wait for.
@@ -123,11 +123,18 @@ def _read_questions(section: EvaluateSection) -> QuestionSet:
 
 
 def _ask(
-    recipe: Recipe, section: EvaluateSection, model: Any, processor: Any, questions: Sequence[Question]
+    recipe: Recipe,
+    section: EvaluateSection,
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    check: bool = False,
 ) -> tuple[list[Answer], dict[str, float]]:
-    """Return a model's greedy answers to the questions, and their figures."""
+    """Return a model's greedy answers to the questions, and their figures; ``check`` model and processor first."""
     greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=section.max_new_tokens)
     engine = LocalEngine(model, processor, greedy, section.batch_size, max_tiles=recipe.data.max_tiles)
+    if check:
+        engine.check_vision()
     answers, _ = answer_questions(engine, questions, section.prompt, section.verifier)
     tokenizer = tokenizer_of(processor)
     return answers, summarise(answers, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))

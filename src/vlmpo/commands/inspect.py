@@ -22,7 +22,9 @@ from vlmpo.data.encode.processors import image_token_id, tokenizer_of
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.log import Progress, print_line, print_table
 from vlmpo.loss import needs_reference
+from vlmpo.models.adapters import named_base
 from vlmpo.models.families import support_for
+from vlmpo.models.fit import check_config, limits_of_config
 from vlmpo.models.loading import load_processor
 from vlmpo.recipe import Recipe
 from vlmpo.train.config import MPOConfig, row_tokens
@@ -125,7 +127,15 @@ def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int
         RecordError: the first pair that cannot be used, under ``data.on_bad_record: fail``.
     """
     settings = recipe.data.model_dump(include={"max_length", "over_long", "max_tiles", "video_frames"})
-    encoder = PairEncoder(processor, need_rejected=needs_reference(recipe.loss.weights), **settings)
+    config = read_config(recipe)
+    encoder = PairEncoder(
+        processor,
+        need_rejected=needs_reference(recipe.loss.weights),
+        **({} if config is None else limits_of_config(config)),
+        **settings,
+    )
+    if config is not None:
+        check_config(config, encoder)
     indices = range(len(data.train))
     if len(indices) > MAX_ENCODED:
         indices = np.sort(np.random.default_rng(0).choice(len(indices), MAX_ENCODED, replace=False)).tolist()
@@ -224,10 +234,17 @@ def is_shared(recipe: Recipe) -> bool | None:
     """Return whether the responses to a prompt will share a row; None if the model's config cannot be read."""
     if recipe.model.attention == "separate":
         return False
+    config = read_config(recipe)
+    return None if config is None else support_for(config).shared
+
+
+def read_config(recipe: Recipe) -> Any | None:
+    """Return the model's config; None if it cannot be read: a processor alone is enough to inspect the data."""
+    path = recipe.model.path
     try:
-        return support_for(AutoConfig.from_pretrained(recipe.model.path)).shared
+        return AutoConfig.from_pretrained(named_base(path) or path, trust_remote_code=False)
     except (OSError, ValueError):
-        return None  # a processor alone is enough to inspect the data
+        return None
 
 
 def describe_steps(recipe: Recipe, num_train: int, sizes: Sequence[PairSize], shared: bool | None) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vlmpo.data.encode.processors import own_tiles
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason
 from vlmpo.fileio import replace_json
@@ -99,7 +100,9 @@ def open_engine(recipe: Recipe) -> Engine:
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         model.to(device)
-    return LocalEngine(model, processor, sampling, build.batch_size, max_tiles=recipe.data.max_tiles, name=path)
+    engine = LocalEngine(model, processor, sampling, build.batch_size, max_tiles=recipe.data.max_tiles, name=path)
+    engine.check_vision()
+    return engine
 
 
 def sampling_settings(recipe: Recipe) -> dict[str, Any]:
@@ -107,7 +110,10 @@ def sampling_settings(recipe: Recipe) -> dict[str, Any]:
     build = build_section(recipe)
     settings = build.model_dump(include={"prompt", "temperature", "top_p", "max_new_tokens", "seed"})
     if build.engine == "local":
-        settings |= {"max_tiles": recipe.data.max_tiles, "dtype": recipe.model.dtype}
+        tiles = recipe.data.max_tiles
+        # The number, whoever set it: responses sampled before with the same one go on.
+        tiles = own_tiles(load_processor(recipe.model.path)) if tiles is None else tiles
+        settings |= {"max_tiles": tiles, "dtype": recipe.model.dtype}
     return settings
 
 

@@ -172,7 +172,11 @@ def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData, overlaps: dict
         "seed": trainer.args.seed,
         "data_seed": trainer.args.data_seed,
         "world_size": trainer.args.world_size,
-        "model": {"path": recipe.model.path, "shared_rows": trainer.shared},
+        "model": {
+            "path": recipe.model.path,
+            "shared_rows": trainer.shared,
+            "max_tiles": trainer.encoder.max_tiles,
+        },
         "reference_hash": None if trainer.reference is None else trainer.reference.weights_hash(),
         "data": {
             "hashes": {path: _file_hash(path) for path in data.train.paths},

@@ -171,6 +171,11 @@ class PairDataset:
             for file in self._files
         ]
 
+    @property
+    def tile_limits(self) -> list[int | None]:
+        """List each source's own ``max_tiles``, in the order given."""
+        return [file.max_tiles for file in self._files]
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -23,6 +23,7 @@ from vlmpo.errors import RecordError
 from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import family_of
+from vlmpo.models.fit import check_features, check_processor, limits_of
 from vlmpo.tree.forward import accepted
 
 
@@ -43,11 +44,11 @@ class LocalEngine:
         processor: its processor, or tokenizer.
         sampling: how tokens are drawn.
         batch_size: requests, each with all its samples, that are processed together.
-        max_tiles: tiles that the images of a prompt may take together.
+        max_tiles: tiles that the images of a prompt may take together; None: what the processor allows one image.
         name: the model's name, for the records.
 
     Raises:
-        ModelError: there is no usable chat template.
+        ModelError: there is no usable chat template, or the processor is another model's.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class LocalEngine:
         sampling: Sampling,
         batch_size: int = 8,
         *,
-        max_tiles: int = 12,
+        max_tiles: int | None = None,
         name: str = "local",
     ) -> None:
         self.name = name
-        self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False)
+        self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False, **limits_of(model))
+        self._probe = check_processor(model, self._encoder)
         # A LoRA wrapper generates through the model it wraps, whose layers contain the adapter.
         self._model = unwrap_peft(model)
         self._tokenizer = tokenizer_of(processor)
@@ -79,6 +81,10 @@ class LocalEngine:
     def notices(self) -> list[str]:
         """Return remarks on the chat template."""
         return self._encoder.notices
+
+    def check_vision(self) -> None:
+        """Read a probe image: raise ModelError if the processor's are not what the model's vision part reads."""
+        check_features(self._model, self._encoder.processor, self._probe)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Result]:
         """Yield the responses to each request, or its error, in order, a batch at a time."""

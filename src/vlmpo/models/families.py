@@ -23,6 +23,7 @@ class Family:
         image_blocks: image tokens attend to their whole image, in both directions.
         takes_features: reads image features (keyword ``mm_encoder_outputs``) exactly as it reads pixels.
         routed: text tower with a softmax over all experts, then the top k of them.
+        replaces_image_tokens: looks up another embedding for image tokens, which may be beyond its vocabulary.
         batches_images: ``generate`` encodes a prompt's images once for all its samples, and batches prompts with
             different numbers of tiles.
         logits: how the family changes the output of its vocabulary head. The names in configs are no guide:
@@ -37,6 +38,7 @@ class Family:
     image_blocks: bool = False
     takes_features: bool = False
     routed: bool = False
+    replaces_image_tokens: bool = False
     batches_images: bool = False
     logits: Literal["softcap", "divide", "multiply"] | None = None
 
@@ -63,7 +65,7 @@ _ROWS = (
     Family("qwen3_vl_moe_text", causal_text=True, routed=True),
     Family("qwen3_vl_text", causal_text=True),
     # Vision-language models.
-    Family("gemma3", shared=True, takes_features=True, image_blocks=True),
+    Family("gemma3", shared=True, takes_features=True, image_blocks=True, replaces_image_tokens=True),
     Family("idefics3", shared=True, takes_features=True),
     Family("internvl", shared=True, takes_features=True, batches_images=True),
     Family("llava", shared=True, takes_features=True),

@@ -18,7 +18,8 @@ from transformers import (
 
 from vlmpo import compat
 from vlmpo.errors import ModelError, RecipeError, first_line
-from vlmpo.models.adapters import load_adapter, named_base
+from vlmpo.models.adapters import is_adapter, load_adapter, named_base
+from vlmpo.models.checkpoint_files import what_processor_lacks, why_unloadable
 
 
 def load_processor(path: str) -> Any:
@@ -27,14 +28,17 @@ def load_processor(path: str) -> Any:
     An adapter's is the one saved with it, or else its base model's.
 
     Raises:
-        ModelError: it cannot be loaded, or lacks its tokenizer.
+        ModelError: it cannot be loaded, or lacks its tokenizer; or the model beside it can never be loaded.
     """
+    if not is_adapter(path) and (reason := why_unloadable(path, processor_only=True)):
+        raise ModelError(f"model.path: no processor can be loaded from {path}: {reason}")
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)  # None would ask on the terminal
     except (OSError, ValueError, ImportError) as error:
         if base := named_base(path):
             return _base_of_adapter(path, base, load_processor)
-        raise ModelError(f"model.path: no processor can be loaded from {path}: {first_line(error)}") from error
+        reason = what_processor_lacks(path) or first_line(error)
+        raise ModelError(f"model.path: no processor can be loaded from {path}: {reason}") from error
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):  # but a part of one
         raise ModelError(
             f"model.path: {path} has a {type(processor).__name__} but no whole processor; put the model's processor "
@@ -58,11 +62,17 @@ def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | No
         return load_adapter(
             _base_of_adapter(path, base, functools.partial(load_model, dtype=dtype, quantized=quantized)), path
         )
+    if reason := why_unloadable(path):
+        raise ModelError(f"model.path: no model can be loaded from {path}: {reason}")
     try:
-        has_images = compat.is_image_text_config(AutoConfig.from_pretrained(path))
+        has_images = compat.is_image_text_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
         model_class: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
         model, info = model_class.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True, **(quantized or {})
+            path,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            trust_remote_code=False,
+            **(quantized or {}),
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"model.path: no model can be loaded from {path}: {first_line(error)}") from error

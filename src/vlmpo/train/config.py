@@ -51,7 +51,8 @@ class MPOConfig(TrainingArguments):
             all runs.
         max_length: most tokens of a prompt and its longer response together; None: no limit.
         over_long: ``drop`` longer pairs (they are counted), or ``cut`` the ends of their responses.
-        max_tiles: most tiles of all images of a pair together.
+        max_tiles: most tiles of all images of a pair together; None: a data set's own number, or else what the model's
+            processor allows one image.
         video_frames: most frames that are read of a video.
         max_tokens_per_row: most tokens of a row; a micro-batch is read in several rows, each with a backward pass, so
             that a row's length bounds the memory, not the micro-batch's. 0: the device's default, see ROW_TOKENS; None:
@@ -80,7 +81,7 @@ class MPOConfig(TrainingArguments):
     reference_cache_dir: str | None = None
     max_length: int | None = None
     over_long: str = "drop"
-    max_tiles: int = 12
+    max_tiles: int | None = None
     video_frames: int = 8
     max_tokens_per_row: int | None = 0
     group_by_prompt: int = 0
@@ -113,6 +114,9 @@ class MPOConfig(TrainingArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        tiles = self.max_tiles
+        if tiles is not None and (isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1):
+            raise ValueError(f"max_tiles must be a whole number above 0, or None for the model's own, not {tiles!r}")
         if self.group_by_prompt < 0:
             raise ValueError(f"group_by_prompt must be at least 0, not {self.group_by_prompt}")
         if self.dataloader_num_workers < 0:

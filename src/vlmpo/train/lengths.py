@@ -209,7 +209,7 @@ def estimate_lengths(pairs: Any, *, encoder: PairEncoder, patch_pixels: int, acc
         stamp, images = Stamp.of(pairs.paths), getattr(encoder.processor, "image_processor", None)
         settings = [
             *(pairs.fingerprint(), encoder.need_rejected, encoder.max_length, encoder.over_long),
-            *(encoder.max_tiles, encoder.video_frames, *rates, type(encoder.processor).__name__),
+            *(encoder.tiles_key(pairs.tile_limits), encoder.video_frames, *rates, type(encoder.processor).__name__),
             "" if images is None else json.dumps(images.to_dict(), sort_keys=True, default=str),
         ]
     kept = broadcast_object(accelerator, cache.find("sizes", stamp, settings))

@@ -200,7 +200,14 @@ def describe_model(model: Any, processor: Any, reference: Any) -> dict[str, Any]
 
 
 def training_settings(
-    args: Any, *, per_device: int, state: Any, model: Any, parameter_counts: Mapping[str, tuple[int, int]], shared: bool
+    args: Any,
+    *,
+    per_device: int,
+    state: Any,
+    model: Any,
+    parameter_counts: Mapping[str, tuple[int, int]],
+    shared: bool,
+    tiles: int,
 ) -> list[tuple[str, Any]]:
     """Return the rows of the table of settings.
 
@@ -211,6 +218,7 @@ def training_settings(
         model: the policy.
         parameter_counts: numbers of (all, trained) parameters by part.
         shared: whether responses share their prompt.
+        tiles: most tiles of a pair without a bound of its own.
     """
     pairs_per_step = per_device * args.gradient_accumulation_steps * args.world_size
     weights_dtype = next((p.dtype for p in model.parameters() if p.requires_grad), None)
@@ -232,7 +240,7 @@ def training_settings(
         *((f"parameters, {part}", f"{trained:,} trained of {n:,}") for part, (n, trained) in parameter_counts.items()),
         *([] if adapter is None else [("adapter", _describe_adapter(adapter))]),
         ("longest pair", limit),
-        ("tiles", f"at most {args.max_tiles} a pair"),
+        ("tiles", f"at most {tiles} a pair" + (", the processor's own bound" if args.max_tiles is None else "")),
         ("prompt shared between responses", "yes" if shared else "no"),
         ("seed", args.seed),
     ]

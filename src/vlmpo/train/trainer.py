@@ -17,11 +17,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat
 from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
+from vlmpo.data.encode.processors import with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError, first_line
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
+from vlmpo.models.fit import check_features, check_processor, limits_of
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
@@ -37,7 +39,7 @@ from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
-from vlmpo.train.inputs import load_named, pairs_of, refuse_unused
+from vlmpo.train.inputs import check_arguments, load_named, pairs_of, refuse_shared_weights, refuse_unused
 from vlmpo.train.loaders import LoaderFactory
 from vlmpo.train.metrics import StepSums, settle_best_metric, start_loss, window_metrics
 from vlmpo.train.model_card import (
@@ -97,8 +99,8 @@ class MPOTrainer(Trainer):
         card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
 
     Raises:
-        RecipeError: the reference that is asked for contradicts the model.
-        ModelError: the processor has no chat template, or a checkpoint does not fit.
+        RecipeError: the reference that is asked for contradicts the model, or an argument is of the wrong kind.
+        ModelError: the processor has no chat template or is another model's, or a checkpoint does not fit.
         DataError: records of no known format, or a streaming data set, which has no length.
         RecordError: a bad record under ``on_bad_record="fail"``.
         RunError: a checkpoint is incomplete, or was trained against another reference.
@@ -123,7 +125,9 @@ class MPOTrainer(Trainer):
     ) -> None:
         refuse_unused(data_collator=data_collator, compute_metrics=compute_metrics)
         args = args if args is not None else MPOConfig(output_dir="runs/mpo")
+        check_arguments(args, peft_config)
         model, ref_model, processing_class = load_named(model, ref_model, processing_class)
+        refuse_shared_weights(model, ref_model)
         if peft_config is not None:
             set_seed(args.seed)  # an adapter starts from random numbers: the seed's, not whatever came before
             model = put_adapter_on(model, peft_config)
@@ -143,7 +147,11 @@ class MPOTrainer(Trainer):
             max_tiles=args.max_tiles,
             need_rejected=self.with_preferences,
             video_frames=args.video_frames,
+            **limits_of(*(known for known in (model, ref_model) if known is not None)),
         )
+        probe = check_processor(model, self.encoder)
+        if ref_model is not None:
+            check_processor(ref_model, self.encoder)
         self.loader_encoder = self.encoder.for_loader()
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
@@ -162,11 +170,13 @@ class MPOTrainer(Trainer):
             ),
             train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
             eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
-            processing_class=processing_class,
+            processing_class=with_tiles(processing_class, args.max_tiles),  # as it is saved with the model
             callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
             optimizers=optimizers,
         )
         self.pop_callback(PrinterCallback)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they may hold parts of the weights only
+            check_features(self.model, processing_class, probe)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.ranks = RankSync(self.accelerator, self.encoder, self.data_collator)
         every, trained = count_by_part(self.model), count_by_part(self.model, trained_only=True)
@@ -228,6 +238,7 @@ class MPOTrainer(Trainer):
         if self.args.reference_kind != "cache":
             return online(self.args.reference_kind)
         encoder = self.encoder
+        tiles = encoder.tiles_key(getattr(self.train_dataset, "tile_limits", ()))
         reference, self.completeness = open_cached_reference(
             self.args,
             source=self.model if given is None else given,
@@ -236,7 +247,7 @@ class MPOTrainer(Trainer):
             shared=lambda: self.shared,
             accelerator=self.accelerator,
             dataset=self.train_dataset,
-            encoding=[encoder.max_length, encoder.over_long, encoder.max_tiles, encoder.video_frames],
+            encoding=[encoder.max_length, encoder.over_long, tiles, encoder.video_frames],
         )
         self.add_callback(self.completeness)
         return reference
@@ -749,6 +760,7 @@ class MPOTrainer(Trainer):
                 model=self.model,
                 parameter_counts=self.parameter_counts,
                 shared=self.shared,
+                tiles=self.encoder.max_tiles,
             ),
             "log_history": self.state.log_history,
             "final_step": final["step"],

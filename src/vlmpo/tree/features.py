@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmpo import compat
 from vlmpo.log import logger
 from vlmpo.models.families import family_of
+from vlmpo.models.vision import encode_images
 from vlmpo.tree.layout import PackedRow
 
 _PIXELS, _OUTPUTS = "pixel_values", "mm_encoder_outputs"
@@ -93,7 +94,5 @@ def vision_arguments(model: Any, row: PackedRow) -> dict[str, Any]:
 
 
 def _encode(base: Any, vision: dict[str, Tensor]) -> Any:
-    named = inspect.signature(type(base).get_image_features).parameters
-    arguments = {name: tensor for name, tensor in vision.items() if name in named}
-    output = base.get_image_features(**arguments, return_dict=True)
+    output = encode_images(base, vision)
     return type(output)(**{name: value for name, value in output.items() if name in _READ})

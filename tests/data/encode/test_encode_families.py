@@ -148,7 +148,7 @@ COUNTS = {
 @pytest.mark.parametrize("family", SEEING, ids=by_name)
 def test_tiles_and_image_tokens(family: Family) -> None:
     counts = next(found for name, found in COUNTS.items() if family.name.startswith(name))
-    encoder = PairEncoder(family.processor())
+    encoder = PairEncoder(family.processor(), max_tiles=12)
     for images, expected in zip((IMAGES[:1], IMAGES), counts, strict=True):
         encoded = encoder.encode(pair("<image>" * len(images), *images))
         assert (encoded.tiles, encoded.image_tokens) == expected

@@ -67,7 +67,7 @@ def test_pairs_of_one_prompt_decode_its_images_once(tmp_path: Path, opened: list
 
 def test_whatever_changes_the_prompt_encodes_it_again(tmp_path: Path, opened: list[Any]) -> None:
     one, two = files(tmp_path, 2)
-    encoder = PairEncoder(processor())
+    encoder = PairEncoder(processor(), max_tiles=12)
     asked = [pair(one), pair(two), pair(one, question="which?"), pair(one, tiles=1), pair(one, one)]
     encoded = [encoder.encode(each) for each in asked]
     assert opened == [one, two, one, one, one, one]

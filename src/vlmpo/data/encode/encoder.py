@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from vlmpo.data.encode.processors import (
     Size,
     image_token_id,
     media_ids,
+    own_tiles,
     reads_images,
     tile_notice,
     tile_settings,
@@ -92,11 +93,15 @@ class PairEncoder:
         over_long: ``drop`` refuses a longer pair; ``cut`` cuts the ends of its responses off, never the prompt's.
         max_tiles: tiles the images of a pair may take together, thumbnails not counted; a pair's own ``max_tiles`` may
             lower it. Each image may take its share, at least one. For a model that reads images whole, at their own
-            shape (Qwen-VL), a tile means 448 x 448 pixels. Has no effect on other models: see ``notices``.
+            shape (Qwen-VL), a tile means 448 x 448 pixels. Has no effect on other models: see ``notices``. None: a
+            pair's own ``max_tiles``, or else what the processor allows one image (see :func:`own_tiles`).
         need_rejected: False for supervised fine-tuning: the rejected response is ignored.
         video_frames: most images that a video becomes.
+        vocabulary: rows of the model's embedding: a record with a token beyond them is refused. None: not known.
+        takes_images: False for a text-only model whose processor nevertheless reads images.
 
     Attributes:
+        max_tiles: the bound in use, of pairs without one of their own.
         pixel_scale: turns bytes into the processor's pixels; None unless this encoder makes bytes (``for_loader``).
         media_ids: tokens that stand for an image, video or sound, or frame one; no response may hold them.
         control_ids: these, and the other tokens that no text may hold: see :mod:`vlmpo.data.encode.control_tokens`.
@@ -114,9 +119,11 @@ class PairEncoder:
         *,
         max_length: int | None = None,
         over_long: Literal["drop", "cut"] = "drop",
-        max_tiles: int = 12,
+        max_tiles: int | None = None,
         need_rejected: bool = True,
         video_frames: int = DEFAULT_FRAMES,
+        vocabulary: int | None = None,
+        takes_images: bool = True,
     ) -> None:
         self._tokenizer = tokenizer_of(processor)
         if over_long not in ("drop", "cut"):
@@ -124,9 +131,12 @@ class PairEncoder:
         self.processor = processor
         self.max_length = max_length
         self.over_long = over_long
-        self.max_tiles = max_tiles
+        self._given_tiles = max_tiles
+        self.max_tiles = own_tiles(processor) if max_tiles is None else max_tiles
         self.need_rejected = need_rejected
         self.video_frames = video_frames
+        self.vocabulary = vocabulary
+        self.takes_images = takes_images and reads_images(processor)
         self._chat = ChatTemplate(processor)
         self.pixel_scale: PixelScale | None = None
         self.media_ids = media_ids(processor)
@@ -220,10 +230,11 @@ class PairEncoder:
         for name, text in responses.items():
             if text is None or not text.strip():
                 raise RecordError("empty_response", pair.origin, f"`{name}` is empty: there is nothing to score")
-        if pair.images and not reads_images(self.processor):
+        if pair.images and not self.takes_images:
+            who = "the model" if reads_images(self.processor) else type(self.processor).__name__
             detail = (
-                f"the record has images, and {type(self.processor).__name__} reads none; "
-                "take it out, or train a vision-language model, with its own processor"
+                f"the record has images, and {who} reads none; take it out, "
+                "or train a vision-language model, with its own processor"
             )
             raise RecordError("images_unsupported", pair.origin, detail)
         check_placeholders(pair.prompt, IMAGE_PLACEHOLDER, pair.images, pair.origin)
@@ -270,6 +281,7 @@ class PairEncoder:
                 token = self._tokenizer.convert_ids_to_tokens(token_id)
                 detail = f"a response holds {token}, which ends a turn or stands for an image; take it out"
                 raise RecordError("control_token_in_text", origin, detail)
+            self._check_vocabulary(max(ids), "a response", origin)
         return all_ids
 
     def ids_after_prompt(self, text: str) -> list[int]:
@@ -281,6 +293,16 @@ class PairEncoder:
         continued = self._tokenize_responses(prompt, texts, self._adds_special_tokens(prompt))
         # If a token would span the two, the text is read alone: generation starts from the prompt's own tokens.
         return [self._ids(text) if ids is None else ids for ids, text in zip(continued, texts, strict=True)]
+
+    def _check_vocabulary(self, largest: int, where: str, origin: str) -> None:
+        """Raise RecordError if the model's embedding has no row for the token ``largest``."""
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            detail = (
+                f"{where} holds {token!r}, token {largest} of the tokenizer, and the model's embedding has only "
+                f"{self.vocabulary} rows; take it out, or use the model's own tokenizer"
+            )
+            raise RecordError("token_beyond_vocabulary", origin, detail)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
@@ -296,7 +318,14 @@ class PairEncoder:
 
     def tiles_of(self, pair: PreferencePair) -> int:
         """Return the tiles that the images of ``pair`` may take together."""
-        return self.max_tiles if pair.max_tiles is None else min(self.max_tiles, pair.max_tiles)
+        if pair.max_tiles is None:
+            return self.max_tiles
+        return pair.max_tiles if self._given_tiles is None else min(self._given_tiles, pair.max_tiles)
+
+    def tiles_key(self, sets: Iterable[int | None]) -> int | str:
+        """Return what decides :meth:`tiles_of`, for keys of caches, if the pairs' own numbers are among ``sets``."""
+        raised = self._given_tiles is None and any(number is not None and number > self.max_tiles for number in sets)
+        return f"{self.max_tiles}, or a set's own" if raised else self.max_tiles
 
     def _encode_prompt(self, prompt: str, pair: PreferencePair) -> EncodedPrompt:
         """Open the images of ``pair`` and put them and the rendered ``prompt`` through the processor."""
@@ -324,7 +353,10 @@ class PairEncoder:
         if self.pixel_scale is not None:
             vision = self.pixel_scale.pack(vision)
         prompt_ids = encoded["input_ids"][0]
-        image_tokens = 0 if self._image_token_id is None else int((prompt_ids == self._image_token_id).sum())
+        in_image = prompt_ids == (-1 if self._image_token_id is None else self._image_token_id)
+        # The image tokens themselves are checked once for all records, with the model (see vlmpo.models.fit).
+        self._check_vocabulary(int(prompt_ids.masked_fill(in_image, 0).max()), "the prompt", pair.origin)
+        image_tokens = int(in_image.sum())
         if images and image_tokens == 0 and self._image_token_id is not None:
             detail = "the chat template writes none of its images; give the processor a chat template that keeps them"
             raise RecordError("template_lost_prompt", pair.origin, detail)

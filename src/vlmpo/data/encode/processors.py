@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +12,8 @@ from vlmpo.errors import ModelError
 
 # InternVL's tile, of 256 tokens. As many pixels are 256 tokens in those Qwen-VL families whose token is 28 pixels wide.
 TILE_PIXELS = 448 * 448
+# Tiles of a prompt for models that read images whole: their own bound may be 84 tiles, 16,384 tokens an image.
+WHOLE_TILES = 12
 
 
 class Size(NamedTuple):
@@ -119,6 +123,50 @@ def tile_kind(processor: Any) -> Literal["grid", "split", "pixels"] | None:
     return None
 
 
+def own_tiles(processor: Any) -> int:
+    """Return the tiles that a prompt's images may take together if nobody sets a bound.
+
+    They are those that the processor allows ONE image, so that a prompt of one image is read as the processor alone
+    reads it. Models that read images whole take WHOLE_TILES at most. So do models whose processor leaves no choice: the
+    number then means nothing.
+    """
+    kind = tile_kind(processor)
+    if kind is None:
+        return WHOLE_TILES
+    images = processor.image_processor
+    if kind == "grid":
+        return max(1, int(images.max_patches))
+    if kind == "split":
+        return math.ceil(images.size["longest_edge"] / images.max_image_size["longest_edge"]) ** 2
+    return min(WHOLE_TILES, math.ceil(images.size["longest_edge"] / TILE_PIXELS))
+
+
+def with_tiles(processor: Any, tiles: int | None) -> Any:
+    """Return ``processor`` with ``tiles`` as its own bound of an image, for others to use; itself if nothing changes.
+
+    A bound only lowers the size of images that are split, or read whole. One that is split may be wide or high: its
+    longer edge is set so that a square one, which takes most tiles, keeps within ``tiles``.
+    """
+    kind = tile_kind(processor)
+    if tiles is None or kind is None:
+        return processor
+    images = processor.image_processor
+    if kind == "grid":
+        changes: dict[str, Any] = {"max_patches": tiles, "min_patches": min(getattr(images, "min_patches", 1), tiles)}
+        unchanged = tiles == images.max_patches
+    else:
+        longest = math.isqrt(tiles) * images.max_image_size["longest_edge"] if kind == "split" else tiles * TILE_PIXELS
+        changes = {"size": _bounded(images.size, longest)}
+        unchanged = longest >= images.size["longest_edge"]
+    if unchanged:
+        return processor
+    changed = copy.copy(processor)
+    changed.image_processor = copy.copy(images)
+    for name, value in changes.items():
+        setattr(changed.image_processor, name, value)
+    return changed
+
+
 def tile_settings(processor: Any, tiles: int, sizes: Sequence[Size]) -> dict[str, Any]:
     """Return the image processor's settings under which each image may take its share of ``tiles``, at least one.
 
@@ -129,11 +177,12 @@ def tile_settings(processor: Any, tiles: int, sizes: Sequence[Size]) -> dict[str
     share = max(1, tiles // len(sizes))
     kind, size = tile_kind(processor), processor.image_processor.size
     if kind == "grid":
-        return {"max_patches": share}
+        fewest = getattr(processor.image_processor, "min_patches", 1)
+        return {"max_patches": share} | ({"min_patches": share} if share < fewest else {})
     if kind == "split":
         return _split_settings(processor.image_processor, share, sizes)
     if kind == "pixels" and share * TILE_PIXELS < size["longest_edge"]:
-        return {"size": {"shortest_edge": size["shortest_edge"], "longest_edge": share * TILE_PIXELS}}
+        return {"size": _bounded(size, share * TILE_PIXELS)}
     return {}
 
 
@@ -167,6 +216,12 @@ def tile_notice(processor: Any, tiles: int) -> str | None:
         f"this model reads images whole: max_tiles {tiles} bounds a prompt's images to {tiles} x 448 x 448 = {bound} "
         f"pixels, where {name} alone would take {default} each"
     )
+
+
+def _bounded(size: Any, longest: int) -> dict[str, int]:
+    """Return an image processor's ``size`` with another longest edge, or most pixels, and a shortest to match."""
+    shortest = size.get("shortest_edge")
+    return {"longest_edge": longest} | ({} if shortest is None else {"shortest_edge": min(shortest, longest)})
 
 
 def _split_settings(image_processor: Any, share: int, sizes: Sequence[Size]) -> dict[str, Any]:
