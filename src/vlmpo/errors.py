@@ -6,6 +6,7 @@ prints it without a traceback and exits with 2.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 
@@ -58,9 +59,41 @@ class RunError(VlmpoError, RuntimeError):
     """A run folder or checkpoint cannot be used: nothing to resume from, a different reference model."""
 
 
+def shorten(value: object, limit: int = 80) -> str:
+    """Return a value as a message shows it: printable, on one line, its middle left out above ``limit`` characters."""
+    text = str(value)
+    if len(text) > limit:
+        head = (limit - 3) // 2
+        text = f"{text[:head]}...{text[head + 3 - limit :]}"
+    # Half a surrogate pair, which JSON and paths may hold, cannot be printed.
+    return text.replace("\n", " ").encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shorten_path(path: str) -> str:
+    """Return a path as a message shows it: the folder that exists whole, what is below it as :func:`shorten` does."""
+    if len(path) <= 80:
+        return shorten(path)
+    folder, rest = os.path.split(path)
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        if not name:
+            return shorten(path)
+        rest = os.path.join(name, rest)
+    return os.path.join(folder, shorten(rest))
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def first_records(errors: Iterable[RecordError], count: int = 3) -> str:
+    """Return a line for each of the first ``count`` errors of different records, and the first of any other reason."""
+    shown: dict[str, str] = {}  # message: reason
+    for error in errors:
+        if len(shown) < count or error.reason not in shown.values():
+            shown[str(error)] = error.reason
+    return "".join(f"\n  {message}" for message in shown)
 
 
 def examples_by_reason(errors: Iterable[RecordError], count: int = 3) -> dict[str, list[str]]:

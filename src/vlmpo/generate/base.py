@@ -21,6 +21,7 @@ class GenerationRequest:
         seed: from 0. Response ``i`` depends on it and on ``i``, not on the other requests.
         prefix: beginning of the model's turn, which the model continues; the texts returned do not contain it.
         origin: ``file:line`` of the question, for messages.
+        videos: a path or encoded bytes for each ``<video>``; read as frames.
     """
 
     messages: tuple[Message, ...]
@@ -29,6 +30,7 @@ class GenerationRequest:
     seed: int
     prefix: str = ""
     origin: str = ""
+    videos: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from vlmpo.data.encode.chat_template import PROBE
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import reads_images, tokenizer_of
+from vlmpo.data.encode.videos import DEFAULT_FRAMES
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
@@ -42,6 +43,7 @@ class LocalEngine:
         sampling: how tokens are drawn.
         batch_size: requests, each with all its samples, that are processed together.
         max_tiles: tiles that the images of a prompt may take together.
+        video_frames: most images that a video becomes.
         name: the model's name, for the records.
 
     Raises:
@@ -56,10 +58,13 @@ class LocalEngine:
         batch_size: int = 8,
         *,
         max_tiles: int = 12,
+        video_frames: int = DEFAULT_FRAMES,
         name: str = "local",
     ) -> None:
         self.name = name
-        self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False)
+        self._encoder = PairEncoder(
+            processor, max_tiles=max_tiles, need_rejected=False, video_frames=video_frames
+        )
         # A LoRA wrapper generates through the model it wraps, whose layers contain the adapter.
         self._model = unwrap_peft(model)
         self._tokenizer = tokenizer_of(processor)
@@ -85,7 +90,14 @@ class LocalEngine:
         groups: dict[int, dict[int, EncodedPair]] = {}  # by number of samples: generate() takes one number for all
         for position, request in enumerate(requests):
             # Encode the prompt as a pair's prompt is; the one response is there for the token that ends a turn.
-            pair = PreferencePair(request.messages, request.images, chosen=PROBE, rejected=None, origin=request.origin)
+            pair = PreferencePair(
+                prompt=request.messages,
+                images=request.images,
+                chosen=PROBE,
+                rejected=None,
+                origin=request.origin,
+                videos=request.videos,
+            )
             try:
                 groups.setdefault(request.n, {})[position] = self._encoder.encode(pair)
             except RecordError as error:
