@@ -48,7 +48,7 @@ class RecordError(VlmpoError, ValueError):
 
     def __str__(self) -> str:
         where = f"{self.origin}: " if self.origin else ""
-        return f"{where}{self.detail} [{self.reason}]"
+        return printable(f"{where}{self.detail} [{self.reason}]")
 
 
 class ModelError(VlmpoError, ValueError):
@@ -60,19 +60,23 @@ class RunError(VlmpoError, RuntimeError):
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """Return a value as a message shows it: printable, on one line, its middle left out above ``limit`` characters."""
+    """Return a value as a message shows it: on one line, its middle left out above ``limit`` characters."""
     text = str(value)
     if len(text) > limit:
         head = (limit - 3) // 2
         text = f"{text[:head]}...{text[head + 3 - limit :]}"
-    # Half a surrogate pair, which JSON and paths may hold, cannot be printed.
-    return text.replace("\n", " ").encode("utf-8", "backslashreplace").decode("utf-8")
+    return text.replace("\n", " ")
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with half surrogate pairs, which JSON and paths may hold, as escapes: they cannot be printed."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def shorten_path(path: str) -> str:
     """Return a path as a message shows it: the folder that exists whole, what is below it as :func:`shorten` does."""
     if len(path) <= 80:
-        return shorten(path)
+        return path
     folder, rest = os.path.split(path)
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
@@ -88,12 +92,12 @@ def first_line(error: BaseException) -> str:
 
 
 def first_records(errors: Iterable[RecordError], count: int = 3) -> str:
-    """Return a line for each of the first ``count`` errors of different records, and the first of any other reason."""
+    """Join the messages of the first ``count`` errors, and of the first under each other reason, a line each."""
     shown: dict[str, str] = {}  # message: reason
     for error in errors:
         if len(shown) < count or error.reason not in shown.values():
             shown[str(error)] = error.reason
-    return "".join(f"\n  {message}" for message in shown)
+    return "\n  ".join(shown)
 
 
 def examples_by_reason(errors: Iterable[RecordError], count: int = 3) -> dict[str, list[str]]:

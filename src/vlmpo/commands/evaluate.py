@@ -11,7 +11,7 @@ from vlmpo.commands.run_data import open_eval, open_run_data, overlaps_with_trai
 from vlmpo.data.encode.processors import tokenizer_of
 from vlmpo.data.readers.questions import QuestionSet, read_questions
 from vlmpo.data.records import Question
-from vlmpo.errors import DataError, RecipeError, first_records, shorten
+from vlmpo.errors import DataError, RecipeError, first_records
 from vlmpo.evaluate import FIGURES, Answer, answer_questions, compare, short_name, summarise
 from vlmpo.fileio import replace_json, replace_json_lines
 from vlmpo.generate.base import Sampling
@@ -121,12 +121,13 @@ def _read_questions(section: EvaluateSection) -> QuestionSet:
         logger.info(f"note: {count} evaluation questions dropped as {reason}")
     first = first_records(question_set.dropped)
     if not question_set.questions:
-        raise DataError(f"{section.questions}: of {len(question_set.dropped)} questions none can be asked:{first}")
+        raise DataError(
+            f"{section.questions}: of {len(question_set.dropped)} questions none can be asked; the first: {first}"
+        )
     if first:
-        logger.info(f"note: the first questions dropped:{first}")
+        logger.info(f"note: the first questions dropped: {first}")
     if question_set.unread:
-        unread = ", ".join(f"{shorten(key)} ({count})" for key, count in question_set.unread.most_common())
-        logger.info(f"note: keys of the questions that are not read nor shown to the model: {unread}")
+        logger.info(f"note: {question_set.unread_notice()}")
     return question_set
 
 

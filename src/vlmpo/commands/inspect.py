@@ -19,7 +19,7 @@ from vlmpo.commands.config import check_training_keys
 from vlmpo.commands.run_data import RunData, open_run_data, show_examples, show_pair_counts
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import image_token_id, tokenizer_of
-from vlmpo.errors import RecipeError, RecordError, shorten
+from vlmpo.errors import RecipeError, RecordError, printable, shorten
 from vlmpo.log import Progress, print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.models.families import support_for
@@ -161,7 +161,8 @@ def show_unread_keys(data: RunData) -> None:
                 listed = ", ".join(
                     f"{shorten(key)} (in {'all' if count == total else count})" for key, count in counts.most_common()
                 )
-                print_line(f"  data.{name}, {scanned.name}: keys not read nor shown to the model: {listed}")
+                line = f"  data.{name}, {scanned.name}: keys not read nor shown to the model: {listed}"
+                print_line(printable(line))
 
 
 # ---- one pair ----

@@ -96,7 +96,7 @@ def open_eval(recipe: Recipe) -> tuple[PairDataset, PairCounts]:
 def _none_left(key: str, total: int, purpose: str, counts: PairCounts, errors: Sequence[RecordError]) -> DataError:
     """Return the error for data of which nothing can be used; it names the first records and the cause of each."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
-    first = f"; the first:{first_records(errors)}" if errors else ""
+    first = f"; the first: {first_records(errors)}" if errors else ""
     return DataError(f"{key}: of {total} pairs none is left to {purpose} on ({reasons or 'all held out'}){first}")
 
 
@@ -139,7 +139,9 @@ def overlaps_with_training(data: RunData, questions: Sequence[Question] = ()) ->
     """
     evaluations: dict[str, PairDataset | Sequence[Item]] = dict(data.evaluation)
     if questions:
-        evaluations["questions"] = [Item(question.question, (*question.images, *question.videos), question.origin) for question in questions]
+        evaluations["questions"] = [
+            Item(question.question, (*question.images, *question.videos), question.origin) for question in questions
+        ]
     overlaps = find_overlaps(data.train, evaluations) if evaluations else {}
     for message in filter(None, (overlap.message(name) for name, overlap in overlaps.items())):
         logger.info(f"note: {message}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlmpo.data.readers.questions import read_questions
-from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason, first_records, shorten
+from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason, first_records
 from vlmpo.fileio import replace_json
 from vlmpo.generate.base import Engine, Sampling
 from vlmpo.generate.local import LocalEngine
@@ -40,8 +40,7 @@ def sample(recipe: Recipe) -> SampleReport:
     build = build_section(recipe)
     questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
     if questions.unread:
-        unread = ", ".join(f"{shorten(key)} ({count})" for key, count in questions.unread.most_common())
-        print_line(f"note: keys of the questions that are not read nor shown to the model: {unread}")
+        print_line(f"note: {questions.unread_notice()}")
     report = SampleReport(read=len(questions.questions) + len(questions.dropped), dropped=list(questions.dropped))
     folder = Path(str(build.output_dir))
     engine = None if build.engine == "local" else open_engine(recipe)
@@ -69,7 +68,7 @@ def sample(recipe: Recipe) -> SampleReport:
     replace_json(folder / MANIFEST_FILE, {**manifest, "status": "finished", **report.to_json()})
     _show(report, build, file.path)
     if not file.done:
-        first = f"; the first:{first_records(report.dropped)}" if report.dropped else ""
+        first = f"; the first: {first_records(report.dropped)}" if report.dropped else ""
         raise DataError(f"{build.questions}: of {report.read} questions none could be asked{first}")
     return report
 

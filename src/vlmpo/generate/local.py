@@ -62,9 +62,7 @@ class LocalEngine:
         name: str = "local",
     ) -> None:
         self.name = name
-        self._encoder = PairEncoder(
-            processor, max_tiles=max_tiles, need_rejected=False, video_frames=video_frames
-        )
+        self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False, video_frames=video_frames)
         # A LoRA wrapper generates through the model it wraps, whose layers contain the adapter.
         self._model = unwrap_peft(model)
         self._tokenizer = tokenizer_of(processor)

@@ -61,7 +61,9 @@ def array_images(value: Any, key: str, context: RecordContext) -> list[Image.Ima
     if array.ndim == 3:
         first, last = array.shape[0] in _CHANNELS, array.shape[-1] in _CHANNELS
         if not first and not last:
-            detail = f"`{key}` is an array of shape {array.shape}, without a dimension of 1, 3 or 4 colours; {_ACCEPTED}"
+            detail = (
+                f"`{key}` is an array of shape {array.shape}, without a dimension of 1, 3 or 4 colours; {_ACCEPTED}"
+            )
             raise context.error("array_image", detail)
         if first and (_is_tensor(value) or not last):  # torch puts the colours first, NumPy last
             array = array.transpose(1, 2, 0)

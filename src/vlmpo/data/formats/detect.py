@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlmpo.data.formats.base import Format
 from vlmpo.data.formats.llamafactory import parse_alpaca, parse_sharegpt
-from vlmpo.data.formats.media import MEDIA_KEYS, is_null
+from vlmpo.data.formats.media import MEDIA_KEYS, is_empty, is_null
 from vlmpo.data.formats.question import parse_question, parse_question_in_text
 from vlmpo.data.formats.swift import parse_swift
 from vlmpo.data.formats.trl import parse_explicit, parse_implicit
@@ -70,7 +70,7 @@ def recognise(records: Sequence[Mapping[str, Any]], name: str, where: str) -> Re
     sample: dict[str, Any] = {}  # for each key its first value, empty ones only if no record has another
     for record in records:
         for key, value in record.items():
-            if not is_null(value) and (key not in sample or sample[key] in ("", [])):
+            if not is_null(value) and (key not in sample or is_empty(sample[key])):
                 sample[key] = value
     match = _match(sample)
     if match is None:

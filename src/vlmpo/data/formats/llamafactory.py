@@ -23,9 +23,9 @@ def parse_sharegpt(record: Mapping[str, Any], context: RecordContext) -> Prefere
     refuse_unsupported(record, context)
     key = key_or(record, "conversations", "messages")
     turns = read_turns(record, key, context)
-    if key == "conversations" and not is_empty(record.get("messages")):
-        if read_turns(record, "messages", context) != turns:
-            raise context.error("ambiguous_field", "holds `conversations` and `messages`, which differ: leave one")
+    has_both = key == "conversations" and not is_empty(record.get("messages"))
+    if has_both and read_turns(record, "messages", context) != turns:
+        raise context.error("ambiguous_field", "holds `conversations` and `messages`, which differ: leave one")
     if record.get("chosen") is None and not context.need_rejected:
         turns, chosen = split_response(turns, key, context)
     else:

@@ -40,7 +40,9 @@ def _rejected(record: Mapping[str, Any], prompt: list[Turn], context: RecordCont
             raise context.error("prompts_differ", f"`rejected_{kind}s` are not `{kind}s`; only the response may differ")
     if is_empty(record.get("rejected_messages")):
         if record.get("rejected_response") is None and not is_empty(record.get("rejected")):
-            raise context.error("missing_field", "`rejected_response` is missing; rename `rejected`, or name the format")
+            raise context.error(
+                "missing_field", "`rejected_response` is missing; rename `rejected`, or name the format"
+            )
         return response_of(record, "rejected_response", context)
     turns = with_system(read_turns(record, "rejected_messages", context), record, context)
     other_prompt, rejected = split_response(turns, "rejected_messages", context)

@@ -17,7 +17,7 @@ from vlmpo.data.formats.unread import refuse_unread_media
 from vlmpo.data.readers.choices import CHOICE_KEYS, answer_in_letters, read_choices, with_choices
 from vlmpo.data.readers.json import JsonRecords, WrittenNumber
 from vlmpo.data.records import Question, json_kind, text_field
-from vlmpo.errors import DataError, RecordError, shorten
+from vlmpo.errors import DataError, RecordError, printable, shorten
 from vlmpo.hashing import content_hash
 
 _KEYS = frozenset({"id", "question", "answer", "verifier", "split", *CHOICE_KEYS})
@@ -40,6 +40,11 @@ class QuestionSet:
     def counts(self) -> dict[str, int]:
         """Count the dropped records by reason, the most frequent first."""
         return dict(Counter(error.reason for error in self.dropped).most_common())
+
+    def unread_notice(self) -> str:
+        """Return one line for the user on ``unread``."""
+        listed = ", ".join(f"{shorten(key)} ({count})" for key, count in self.unread.most_common())
+        return printable(f"keys of the questions that are not read nor shown to the model: {listed}")
 
 
 def read_questions(
@@ -87,9 +92,8 @@ def read_questions(
             question, unread = _question(record, RecordContext(origin, image_root=root), need_answer)
             if question.id in first_seen:
                 first = first_seen[question.id]
-                detail = (
-                    f"id {shorten(repr(question.id))} was given at {first} already; give every question an id of its own, or none"
-                )
+                remedy = "give every question an id of its own, or none"
+                detail = f"id {shorten(repr(question.id))} was given at {first} already; {remedy}"
                 raise RecordError("duplicate_id", origin, detail)
             first_seen[question.id] = origin
             result.questions.append(question)
