@@ -158,8 +158,9 @@ def show_unread_keys(data: RunData) -> None:
         for scanned in () if pairs is None else pairs.scan():
             counts, total = scanned.index.unread_keys(), len(scanned.index)
             if counts:
+                by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
                 listed = ", ".join(
-                    f"{shorten(key)} (in {'all' if count == total else count})" for key, count in counts.most_common()
+                    f"{shorten(key)} (in {'all' if count == total else count})" for key, count in by_count
                 )
                 line = f"  data.{name}, {scanned.name}: keys not read nor shown to the model: {listed}"
                 print_line(printable(line))

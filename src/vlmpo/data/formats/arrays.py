@@ -1,9 +1,9 @@
-"""Turn what NumPy, torch and pandas hand over into plain records: arrays into lists or images, missing values to None."""
+"""Turn what NumPy, torch and pandas hand over into plain records: lists and images for arrays, None for NaN."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def array_images(value: Any, key: str, context: RecordContext) -> list[Image.Ima
     return [Image.fromarray(np.ascontiguousarray(array))]
 
 
-def refuse_numbers(items: list[Any], key: str, context: RecordContext) -> None:
+def refuse_numbers(items: Sequence[Any], key: str, context: RecordContext) -> None:
     """Raise RecordError ``array_image`` if a list of images is an image written as nested lists of numbers."""
     inner = items[0]
     depth = 0

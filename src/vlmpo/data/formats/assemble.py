@@ -114,6 +114,8 @@ def _said_complete(record: Mapping[str, Any], key: str, context: RecordContext) 
 def _refuse_two_responses(record: Mapping[str, Any], context: RecordContext) -> None:
     """Raise RecordError ``ambiguous_field`` if the record has two different texts for one response."""
     for names in (_CHOSEN, _REJECTED) if context.need_rejected else (_CHOSEN,):
+        if sum(name in record for name in names) < 2:
+            continue
         said = {name: text for name in names if (text := _last_text(record.get(name))) is not None}
         first, *others = said or [""]
         for other in others:

@@ -22,7 +22,7 @@ MAX_ENCODED_BYTES = 64 << 20  # of an image or video written as base64
 
 _FORMS = "a path, encoded bytes, {bytes, path}, base64, or a list of these"
 # Other names of the same thing, written in any case and with any separators: image_path, imageUrl, IMG_FILES.
-_OTHER_NAMES = re.compile(r"(image|img|picture|photo|video)s?(?:path|url|uri|file|filename|bytes|base64|b64)?s?")
+_OTHER_NAMES = re.compile(r"(image|img|picture|photo|video)s?(?:(?:path|url|uri|file|filename|base64|b64)s?|bytes)?")
 _NO_WORD = re.compile(r"[\W_]+")
 # How files of images and videos begin, in base64: PNG, JPEG, GIF, RIFF (WebP, AVI), TIFF, BMP, Matroska, MP4.
 _BASE64_START = re.compile(r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|GkXfo|AAAA.GZ0eX")
@@ -78,21 +78,22 @@ def media_of(record: Mapping[str, Any], kind: str, context: RecordContext) -> tu
             ``undecodable_image`` or ``undecodable_video`` for bad base64, ``array_image`` for numbers that are no 8-bit
             image, ``ambiguous_field`` if both keys hold something.
     """
-    given = {key: media for key in (kind, f"{kind}s") if (media := _items(record.get(key), kind, key, context))}
-    if len(given) > 1:
+    one, several = (_items(record.get(key), kind, key, context) for key in (kind, f"{kind}s"))
+    if one and several:
         raise context.error("ambiguous_field", f"holds `{kind}` and `{kind}s`: leave one of them")
-    return next(iter(given.values()), ())
+    return one or several
 
 
 def _items(value: Any, kind: str, key: str, context: RecordContext) -> tuple[Any, ...]:
     """Return one or several images or videos; none if ``value`` is empty, or a list of nothing but empty values."""
-    if is_array(value) and kind == "image":
-        return tuple(array_images(value, key, context))
-    items = value if isinstance(value, list | tuple) else [value]
-    if is_empty(items):
+    if is_empty(value):
         return ()
-    refuse_numbers(list(items), key, context)
-    return tuple(medium(item, kind, key, context) for item in items)
+    if isinstance(value, list | tuple):
+        refuse_numbers(value, key, context)
+        return tuple(medium(item, kind, key, context) for item in value)
+    if kind == "image" and is_array(value):
+        return tuple(array_images(value, key, context))
+    return (medium(value, kind, key, context),)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -109,15 +110,17 @@ def is_null(value: Any) -> bool:
 
 def is_empty(value: Any) -> bool:
     """Return whether ``value`` is null, or a text, bytes, list or mapping that holds nothing or only such values."""
-    if isinstance(value, Mapping):
-        return all(is_empty(item) for item in value.values())
+    if value is None or isinstance(value, str | bytes):  # the usual ones first: this is asked of every value
+        return not value
     if isinstance(value, list | tuple):
         return all(is_empty(item) for item in value)
-    return value is None or (isinstance(value, str | bytes) and not value)
+    return isinstance(value, Mapping) and all(is_empty(item) for item in value.values())
 
 
 def medium(value: Any, kind: str, key: str, context: RecordContext) -> Any:
     """Return one image or video as :func:`media_of` does; messages call it ``key``."""
+    if isinstance(value, str):
+        return _of_text(value, kind, key, context)
     if isinstance(value, Mapping):
         encoded = next((value[name] for name in ("bytes", "base64", "data") if not is_empty(value.get(name))), None)
         if isinstance(encoded, str):
@@ -133,8 +136,15 @@ def medium(value: Any, kind: str, key: str, context: RecordContext) -> Any:
             return images[0]
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         raise context.error("missing_field", f"`{key}` must be {_FORMS}, not {value!r:.80}")
+    return _of_text(value, kind, key, context)
+
+
+def _of_text(value: str, kind: str, key: str, context: RecordContext) -> Any:
+    """Return the bytes of a data URL or of base64, else the path."""
+    if not value:
+        raise context.error("missing_field", f"`{key}` must be {_FORMS}, not an empty text")
     if value.startswith("data:"):
         head, _, payload = value.partition(",")
         return _decoded(payload, kind, key, context, in_base64=head.endswith(";base64"))

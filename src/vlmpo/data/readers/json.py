@@ -140,12 +140,13 @@ class JsonRecords:
             raise RecordError("ambiguous_field", self.origin(index), str(error)) from error
         except (ValueError, RecursionError) as error:
             if not self._is_array and _is_part_of_an_object(content, error):
-                remedy = f"an object written over several lines? {remedy}, or an array in a file named .json"
+                remedy = _SEVERAL_LINES
             detail = f"the {unit} is not valid JSON in UTF-8 ({shorten(error)}); {remedy}"
             raise RecordError("bad_json", self.origin(index), detail) from error
         if not isinstance(record, dict):
-            if isinstance(record, list) and not self._is_array:
-                remedy = f"{remedy}, or name a file that holds one array .json"
+            if not self._is_array:
+                is_list = isinstance(record, list)
+                remedy = f"{remedy}, or name a file that holds one array .json" if is_list else _SEVERAL_LINES
             raise RecordError("bad_json", self.origin(index), f"the {unit} holds {json_kind(record)}; {remedy}")
         return record
 
@@ -162,6 +163,9 @@ class JsonRecords:
 
 
 _PART_OF_AN_OBJECT = re.compile(rb'\s*(?:[\]}]+,?\s*$|"(?:[^"\\]|\\.)*"\s*(?::|,?\s*$))')
+
+
+_SEVERAL_LINES = "an object written over several lines? write one JSON object a line, or an array in a file named .json"
 
 
 def _is_part_of_an_object(line: bytes, error: Exception) -> bool:
