@@ -114,6 +114,15 @@ def test_data_frames():
     assert image.size == (7, 5)
 
 
+def test_arrays_under_keys_that_nobody_reads():
+    for value in (PIXELS, PIXELS[..., 0], torch.rand(3, 5, 7), [PIXELS]):
+        with pytest.raises(RecordError) as caught:
+            as_pairs([{**PAIR, "media": value}])[0]
+        assert caught.value.reason == "unread_media"
+    boxes = np.zeros((2, 4))
+    assert as_pairs([{**PAIR, "boxes": boxes, "ids": np.arange(3)}])[0].metadata["boxes"] is boxes
+
+
 @pytest.mark.parametrize(
     ("data", "kind"),
     [(np.zeros((3, 4)), "ndarray"), (torch.zeros(3, 4), "Tensor"), (["a", "b"], "str"), ([[PAIR]], "list")],

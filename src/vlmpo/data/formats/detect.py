@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlmpo.data.formats.base import Format
 from vlmpo.data.formats.llamafactory import parse_alpaca, parse_sharegpt
-from vlmpo.data.formats.media import MEDIA_KEYS, is_empty, is_null
+from vlmpo.data.formats.media import MEDIA_KEYS, is_empty, is_null, kind_of_key
 from vlmpo.data.formats.question import parse_question, parse_question_in_text
 from vlmpo.data.formats.swift import parse_swift
 from vlmpo.data.formats.trl import parse_explicit, parse_implicit
@@ -81,7 +81,8 @@ def recognise(records: Sequence[Mapping[str, Any]], name: str, where: str) -> Re
             "name the format under `format`"
         )
     detected, keys, remark = match
-    shown = [f"`{key}` ({_kind(sample[key])})" for key in (*keys, *MEDIA_KEYS) if key in sample]
+    media = [key for key in MEDIA_KEYS if key in sample] or [key for key in sample if kind_of_key(key)]
+    shown = [f"`{key}` ({_kind(sample[key])})" for key in (*keys, *media) if key in sample]
     return Recognised(FORMATS[detected], f"has {', '.join(shown)}{f'; {remark}' if remark else ''}")
 
 

@@ -54,7 +54,9 @@ def looks_like_media(value: Any) -> bool:
         return any(looks_like_media(item) for item in value.values())
     if isinstance(value, list | tuple):
         return any(looks_like_media(item) for item in value)
-    return (isinstance(value, bytes) and bool(value)) or isinstance(value, Image.Image) or is_array(value)
+    if is_array(value):
+        return value.ndim > 2 or "uint8" in str(value.dtype)
+    return isinstance(value, Image.Image) or (isinstance(value, bytes) and bool(value))
 
 
 def _in_messages(key: str, value: Any) -> Iterator[str]:
