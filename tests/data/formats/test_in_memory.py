@@ -130,3 +130,8 @@ def test_arrays_under_keys_that_nobody_reads():
 def test_what_holds_no_records_is_told_what_to_pass(data, kind):
     with pytest.raises(DataError, match=rf"train_dataset: its first items are of type {kind}; pass a datasets.Dataset"):
         as_pairs(data)
+
+
+def test_what_has_no_items_by_number_is_told_what_to_pass():
+    with pytest.raises(DataError, match="train_dataset: Series has no items by number; pass a datasets.Dataset"):
+        as_pairs(pd.Series([PAIR], index=["x"]))

@@ -14,6 +14,8 @@ from vlmpo.data.readers.arrow import raw_rows
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import DataError, RecordError
 
+_REMEDY = "pass a datasets.Dataset, a DataFrame, or a list of dicts or of PreferencePairs"
+
 
 @dataclass(frozen=True)
 class RecordPairs:
@@ -92,6 +94,8 @@ def as_pairs(
             item = rows[index]
         except RecordError:
             return dataset  # it reports its own bad records
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{name}: {type(dataset).__name__} has no items by number; {_REMEDY}") from error
         if isinstance(item, PreferencePair):
             if not head:
                 return dataset
@@ -101,8 +105,7 @@ def as_pairs(
     if not len(rows):
         return dataset
     if not head:
-        remedy = "pass a datasets.Dataset, a DataFrame, or a list of dicts or of PreferencePairs"
-        raise DataError(f"{name}: its first items are of type {type(rows[0]).__name__}; {remedy}")
+        raise DataError(f"{name}: its first items are of type {type(rows[0]).__name__}; {_REMEDY}")
     pairs = RecordPairs(rows, recognise(head, format, name).format, need_rejected, name, source)
     for index, item in enumerate(head):
         try:
