@@ -6,6 +6,7 @@ prints it without a traceback and exits with 2.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 
@@ -47,7 +48,7 @@ class RecordError(VlmpoError, ValueError):
 
     def __str__(self) -> str:
         where = f"{self.origin}: " if self.origin else ""
-        return f"{where}{self.detail} [{self.reason}]"
+        return printable(f"{where}{self.detail} [{self.reason}]")
 
 
 class ModelError(VlmpoError, ValueError):
@@ -58,9 +59,45 @@ class RunError(VlmpoError, RuntimeError):
     """A run folder or checkpoint cannot be used: nothing to resume from, a different reference model."""
 
 
+def shorten(value: object, limit: int = 80) -> str:
+    """Return a value as a message shows it: on one line, its middle left out above ``limit`` characters."""
+    text = str(value)
+    if len(text) > limit:
+        head = (limit - 3) // 2
+        text = f"{text[:head]}...{text[head + 3 - limit :]}"
+    return text.replace("\n", " ")
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with half surrogate pairs, which JSON and paths may hold, as escapes: they cannot be printed."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shorten_path(path: str) -> str:
+    """Return a path as a message shows it: the folder that exists whole, what is below it as :func:`shorten` does."""
+    if len(path) <= 80:
+        return path
+    folder, rest = os.path.split(path)
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        if not name:
+            return shorten(path)
+        rest = os.path.join(name, rest)
+    return os.path.join(folder, shorten(rest))
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def first_records(errors: Iterable[RecordError], count: int = 3) -> str:
+    """Join the messages of the first ``count`` errors, and of the first under each other reason, a line each."""
+    shown: dict[str, str] = {}  # message: reason
+    for error in errors:
+        if len(shown) < count or error.reason not in shown.values():
+            shown[str(error)] = error.reason
+    return "\n  ".join(shown)
 
 
 def examples_by_reason(errors: Iterable[RecordError], count: int = 3) -> dict[str, list[str]]:

@@ -171,6 +171,31 @@ def test_when_nothing_can_be_asked(tmp_path, checkpoint):
     assert "20 requests failed and none succeeded; the last: " in result.output
 
 
+def test_unusable_questions_are_named_and_unread_keys_too(tmp_path, checkpoint):
+    recipe = write(tmp_path, checkpoint, count=2)
+    faults = [
+        {"question": "Which?", "choices": [1, 2], "answer": 1},
+        {"question": "Which?", "choices": ["a", "b"], "answer": "c"},
+        {"question": "Which?", "imgae": "1.png", "answer": "c"},
+        {"question": "Which?", "image": "none.png", "answer": "c"},
+    ]
+    good = {"question": "Which?", "images": ["1.png"], "choices": ["a", "b"], "answer": 1, "hint": "c"}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*faults, good]))
+    result = call(recipe)
+    assert result.exit_code == 0, result.output
+    assert "note: keys of the questions that are not read nor shown to the model: hint (1)" in result.output
+    for number, reason in enumerate(
+        ("ambiguous_answer", "answer_not_a_choice", "unread_media", "missing_image"), start=1
+    ):
+        assert f"dropped as {reason}: 1" in result.output
+        assert f"q.jsonl:{number}: " in result.output
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(record) + "\n" for record in faults))
+    result = call(recipe, f"build.output_dir={tmp_path / 'other'}")
+    assert result.exit_code == 2, result.output
+    message = result.output.split("of 4 questions none could be asked; the first: ")[1]
+    assert [line.split(": ")[0].rpartition(":")[2] for line in message.splitlines()[:4]] == ["1", "2", "3", "4"]
+
+
 def test_answers_are_not_needed(tmp_path, checkpoint):
     recipe = write(tmp_path, checkpoint)
     (tmp_path / "q.jsonl").write_text(json.dumps({"image": "1.png", "question": "Describe it."}))

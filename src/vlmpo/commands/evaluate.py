@@ -11,7 +11,7 @@ from vlmpo.commands.run_data import open_eval, open_run_data, overlaps_with_trai
 from vlmpo.data.encode.processors import tokenizer_of
 from vlmpo.data.readers.questions import QuestionSet, read_questions
 from vlmpo.data.records import Question
-from vlmpo.errors import RecipeError
+from vlmpo.errors import DataError, RecipeError, first_records
 from vlmpo.evaluate import FIGURES, Answer, answer_questions, compare, short_name, summarise
 from vlmpo.fileio import replace_json, replace_json_lines
 from vlmpo.generate.base import Sampling
@@ -119,6 +119,15 @@ def _read_questions(section: EvaluateSection) -> QuestionSet:
     question_set = read_questions(section.questions, section.image_root, split=section.split)
     for reason, count in question_set.counts().items():
         logger.info(f"note: {count} evaluation questions dropped as {reason}")
+    first = first_records(question_set.dropped)
+    if not question_set.questions:
+        raise DataError(
+            f"{section.questions}: of {len(question_set.dropped)} questions none can be asked; the first: {first}"
+        )
+    if first:
+        logger.info(f"note: the first questions dropped: {first}")
+    if question_set.unread:
+        logger.info(f"note: {question_set.unread_notice()}")
     return question_set
 
 
@@ -132,7 +141,8 @@ def _ask(
 ) -> tuple[list[Answer], dict[str, float]]:
     """Return a model's greedy answers to the questions, and their figures; ``check`` model and processor first."""
     greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=section.max_new_tokens)
-    engine = LocalEngine(model, processor, greedy, section.batch_size, max_tiles=recipe.data.max_tiles)
+    settings = recipe.data.model_dump(include={"max_tiles", "video_frames"})
+    engine = LocalEngine(model, processor, greedy, section.batch_size, **settings)
     if check:
         engine.check_vision()
     answers, _ = answer_questions(engine, questions, section.prompt, section.verifier)

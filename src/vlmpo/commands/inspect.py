@@ -16,10 +16,10 @@ from rich.text import Text
 from transformers import AutoConfig
 
 from vlmpo.commands.config import check_training_keys
-from vlmpo.commands.run_data import RunData, open_run_data, show_pair_counts
+from vlmpo.commands.run_data import RunData, open_run_data, show_examples, show_pair_counts
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import image_token_id, tokenizer_of
-from vlmpo.errors import RecipeError, RecordError
+from vlmpo.errors import RecipeError, RecordError, printable, shorten
 from vlmpo.log import Progress, print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.models.adapters import named_base
@@ -99,6 +99,7 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
         print_line(f"data.{name}", style="bold")
         for info in infos:
             print_line(f"  {info.name}: {info.records} records, {info.container}, {info.title}: {info.why}")
+    show_unread_keys(data)
     for notice in [*data.notices, *encoded.notices]:
         print_line(f"note: {notice}", style="yellow")
     for number, pair in enumerate(encoded.samples, start=1):
@@ -112,6 +113,9 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
         print_line(f"Encoded: {sample}; over-long pairs and broken images were looked for only there.")
     for name, evaluation in data.evaluation.items():
         print_line(f"{name}: {len(evaluation)} pairs")
+    if data.eval_screened.num_dropped:
+        print_line(f"eval: {data.eval_screened.num_dropped} pairs dropped")
+        show_examples(data.eval_screened)
 
     show_sizes(encoded.sizes)
     for line in describe_steps(recipe, len(data.train), encoded.sizes, is_shared(recipe)):
@@ -155,6 +159,21 @@ def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int
                 encoded.samples.append(pair)
     encoded.notices = encoder.notices
     return encoded
+
+
+def show_unread_keys(data: RunData) -> None:
+    """Print for each data set the keys of its usable records of which nothing is read, and in how many they are."""
+    datasets = {"train": data.train, "eval": data.evaluation.get("eval")}
+    for name, pairs in datasets.items():
+        for scanned in () if pairs is None else pairs.scan():
+            counts, total = scanned.index.unread_keys(), len(scanned.index)
+            if counts:
+                by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+                listed = ", ".join(
+                    f"{shorten(key)} (in {'all' if count == total else count})" for key, count in by_count
+                )
+                line = f"  data.{name}, {scanned.name}: keys not read nor shown to the model: {listed}"
+                print_line(printable(line))
 
 
 # ---- one pair ----

@@ -14,7 +14,7 @@ from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, find_overlaps
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Question
-from vlmpo.errors import DataError, RecipeError, RecordError
+from vlmpo.errors import DataError, RecipeError, RecordError, first_records
 from vlmpo.log import Progress, logger, print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.recipe import Recipe, Source
@@ -61,7 +61,7 @@ def open_run_data(recipe: Recipe) -> RunData:
         raise RecipeError("data.train: names no data set to train on; give at least one")
     seed = _seed(recipe)
     pairs = _open(recipe, recipe.data.train, seed)
-    kept, screened, read = _screen(recipe, pairs)
+    kept, screened, read, errors = _screen(recipe, pairs)
     notices = list(pairs.notices)
     evaluation: dict[str, PairDataset] = {}
     eval_screened = PairCounts()
@@ -74,17 +74,30 @@ def open_run_data(recipe: Recipe) -> RunData:
         evaluation["held_out"] = pairs.select(split_off)
         held_out.update(pairs.source(int(index)) for index in split_off)
     if len(kept) == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in screened.reasons().items())
-        raise DataError(f"data.train: of {len(pairs)} pairs none is left to train on ({reasons or 'all held out'})")
+        raise _none_left("data.train", len(pairs), "train", screened, errors)
     notices = list(dict.fromkeys(notices))  # all data sets repeat the one of the cache
     return RunData(pairs.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
 
 
 def open_eval(recipe: Recipe) -> tuple[PairDataset, PairCounts]:
-    """Return the usable pairs of ``data.eval`` and the counts of those that were dropped."""
+    """Return the usable pairs of ``data.eval`` and the counts of those that were dropped.
+
+    Raises:
+        DataError: a data set cannot be opened, or no pair is left.
+        RecordError: the first bad record, under ``data.on_bad_record: fail``.
+    """
     data = _open(recipe, recipe.data.eval, _seed(recipe))
-    kept, screened, _ = _screen(recipe, data)
+    kept, screened, _, errors = _screen(recipe, data)
+    if len(kept) == 0:
+        raise _none_left("data.eval", len(data), "evaluate", screened, errors)
     return data.select(kept), screened
+
+
+def _none_left(key: str, total: int, purpose: str, counts: PairCounts, errors: Sequence[RecordError]) -> DataError:
+    """Return the error for data of which nothing can be used; it names the first records and the cause of each."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
+    first = f"; the first: {first_records(errors)}" if errors else ""
+    return DataError(f"{key}: of {total} pairs none is left to {purpose} on ({reasons or 'all held out'}){first}")
 
 
 def _seed(recipe: Recipe) -> int:
@@ -98,19 +111,21 @@ def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:
     return open_pairs(specs, seed=seed, need_rejected=needs_reference(recipe.loss.weights))
 
 
-def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, Counter[str]]:
-    """Return the indices of the usable pairs, counts of the dropped ones, and pairs read by data set."""
+def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, Counter[str], list[RecordError]]:
+    """Return the indices of the usable pairs, counts of the dropped ones, pairs read by data set, and why each fell."""
     with Progress("reading records", 0, "records", transient=True) as progress:
         screening = screen(data, progress=progress.update, waiting=_report_waiting)
     pair_counts = PairCounts()
+    errors = []
     for drop in screening.dropped:
         error = RecordError(drop.reason, drop.origin, drop.detail)
         if recipe.data.on_bad_record == "fail":
             error.met_by = "node"  # every rank reads the same files
             raise error
         pair_counts.drop(data.source(drop.index), error)
+        errors.append(error)
     read = Counter({name: count for name, count in screening.read.items() if count})
-    return screening.kept, pair_counts, read
+    return screening.kept, pair_counts, read, errors
 
 
 def _report_waiting(path: str) -> None:
@@ -124,7 +139,9 @@ def overlaps_with_training(data: RunData, questions: Sequence[Question] = ()) ->
     """
     evaluations: dict[str, PairDataset | Sequence[Item]] = dict(data.evaluation)
     if questions:
-        evaluations["questions"] = [Item(question.question, question.images, question.origin) for question in questions]
+        evaluations["questions"] = [
+            Item(question.question, (*question.images, *question.videos), question.origin) for question in questions
+        ]
     overlaps = find_overlaps(data.train, evaluations) if evaluations else {}
     for message in filter(None, (overlap.message(name) for name, overlap in overlaps.items())):
         logger.info(f"note: {message}")
@@ -147,6 +164,11 @@ def show_pair_counts(data: RunData, counts: PairCounts, *, trained: bool = True)
         kept, used = read - sum(removed), counts.used[source]
         rows.append([source, read, used, *removed, kept - used] if trained else [source, read, kept, *removed])
     print_table("training pairs", rows)
-    for reason, messages in dropped.examples.items():
+    show_examples(dropped)
+
+
+def show_examples(counts: PairCounts) -> None:
+    """Print the first records dropped for each reason."""
+    for reason, messages in counts.examples.items():
         for message in messages:
             print_line(f"  {reason}: {message}")

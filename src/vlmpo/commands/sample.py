@@ -12,7 +12,7 @@ import torch
 
 from vlmpo.data.encode.processors import own_tiles
 from vlmpo.data.readers.questions import read_questions
-from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason
+from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason, first_records
 from vlmpo.fileio import replace_json
 from vlmpo.generate.base import Engine, Sampling
 from vlmpo.generate.local import LocalEngine
@@ -40,6 +40,8 @@ def sample(recipe: Recipe) -> SampleReport:
     """
     build = build_section(recipe)
     questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
+    if questions.unread:
+        print_line(f"note: {questions.unread_notice()}")
     report = SampleReport(read=len(questions.questions) + len(questions.dropped), dropped=list(questions.dropped))
     folder = Path(str(build.output_dir))
     engine = None if build.engine == "local" else open_engine(recipe)
@@ -67,7 +69,7 @@ def sample(recipe: Recipe) -> SampleReport:
     replace_json(folder / MANIFEST_FILE, {**manifest, "status": "finished", **report.to_json()})
     _show(report, build, file.path)
     if not file.done:
-        first = f"; the first: {report.dropped[0]}" if report.dropped else ""
+        first = f"; the first: {first_records(report.dropped)}" if report.dropped else ""
         raise DataError(f"{build.questions}: of {report.read} questions none could be asked{first}")
     return report
 
@@ -93,14 +95,23 @@ def open_engine(recipe: Recipe) -> Engine:
     build = build_section(recipe)
     sampling = Sampling(build.temperature, build.top_p, build.max_new_tokens)
     if build.engine != "local":
-        return ServerEngine(build.engine, build.model, sampling, build.concurrency, build.timeout, build.retries)
+        return ServerEngine(
+            build.engine,
+            build.model,
+            sampling,
+            build.concurrency,
+            build.timeout,
+            build.retries,
+            video_frames=recipe.data.video_frames,
+        )
     path = recipe.model.path
     processor = load_processor(path)
     model = load_model(path, recipe.model.dtype)
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         model.to(device)
-    engine = LocalEngine(model, processor, sampling, build.batch_size, max_tiles=recipe.data.max_tiles, name=path)
+    settings = recipe.data.model_dump(include={"max_tiles", "video_frames"})
+    engine = LocalEngine(model, processor, sampling, build.batch_size, name=path, **settings)
     engine.check_vision()
     return engine
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def open_records(spec: FileSpec, cache: Cache) -> Records:
     if spec.kind == "saved":
         return open_saved(spec.path, spec.split)
     if spec.kind in ("folder", "hub"):
-        return load_named(spec.path, spec.subset, spec.split, is_folder=spec.kind == "folder")
+        return load_named(spec.path, spec.subset, spec.split, is_folder=spec.kind == "folder", files_in=spec.folder)
     return JsonRecords(spec.path, is_array=spec.kind == "array", cache=cache)
 
 
@@ -85,14 +85,17 @@ class _Source:
         self.path = spec.path
         self.image_root = spec.image_root
         self.max_tiles = spec.max_tiles
+        self.columns = spec.columns
         self._cache = cache
         self._index: RecordIndex | None = None  # the last one made
         self.records = open_records(spec, cache)
         # The copy opens the file for itself, so that a change of the file before the first real read is noticed.
         self.recognised = recognise(_head(copy.copy(self.records)), spec.format, spec.path)
+        if self.columns is not None:
+            self.recognised = replace(self.recognised, why="as dataset_info.json says")
         self.stamp = self.records.stamp
         self.can_fork = isinstance(self.records, JsonRecords)  # Arrow has threads of its own, which no fork survives
-        read_as = (spec.kind, spec.path, spec.split, spec.subset, spec.image_root)
+        read_as = (spec.kind, spec.path, spec.split, spec.subset, spec.image_root, spec.folder, repr(spec.columns))
         self.settings = (*read_as, self.recognised.format.name, need_rejected)
 
     def __len__(self) -> int:
@@ -105,6 +108,8 @@ class _Source:
         """Read pair ``index``. Raises RecordError."""
         record, origin = self.records.record(index), self.records.origin(index)
         context = RecordContext(origin, self.name, self.image_root, self.max_tiles, self.need_rejected)
+        if self.columns is not None:
+            record = self.columns.renamed(record, context)
         return self.recognised.format.parse(record, context)
 
     def index(self, records: Indices, progress: Progress, waiting: Callable[[], None]) -> RecordIndex:
@@ -210,6 +215,7 @@ class PairDataset:
         parts: list[str | bytes] = [self._rows.tobytes()]
         for file in self._files:
             parts.append(f"{file.name} {file.image_root} {file.max_tiles} {file.recognised.format.name}")
+            parts.append("" if file.columns is None else repr(file.columns))
             for path in file.records.paths:
                 state = os.stat(path) if os.path.exists(path) else None
                 parts.append(f"{path} {state and (state.st_size, state.st_mtime_ns)} {file.need_rejected}")
@@ -263,13 +269,16 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
     files: list[_Source] = []
     rows: list[Indices] = [np.empty(0, np.int64)]
     records_before = 0
-    for spec in itertools.chain.from_iterable(file_specs(source, notices) for source in specs):
+    for spec in itertools.chain.from_iterable(file_specs(source, notices, need_rejected) for source in specs):
         file = _Source(spec, _free_name(spec.name, {file.name for file in files}), need_rejected, cache)
         if spec.declared_length is not None and spec.declared_length != len(file):
             notices.append(f"{file.name}: meta.json says length {spec.declared_length}, {file.path} has {len(file)}")
-        drawn = _repeated(len(file), spec.repeat, f"{seed}:{file.name}")
+        repeat = spec.repeat
+        if spec.num_samples is not None and len(file):
+            repeat *= spec.num_samples / len(file)
+        drawn = _repeated(len(file), repeat, f"{seed}:{file.name}")
         if not len(drawn):
-            notices.append(f"{file.name}: adds no pair ({len(file)} records in {file.path}, repeat {spec.repeat:g})")
+            notices.append(f"{file.name}: adds no pair ({len(file)} records in {file.path}, repeat {repeat:g})")
         files.append(file)
         rows.append(drawn + records_before)
         records_before += len(file)

@@ -80,11 +80,12 @@ class Question:
     Attributes:
         id: unique in its file; by default a hash of the content.
         images: a path, encoded bytes or a PIL image for each.
-        question: text with an ``<image>`` for each image.
+        question: text with an ``<image>`` for each image, and a ``<video>`` for each video.
         answer: the true answer.
         verifier: name of the verifier that compares responses with it; None leaves it to the recipe.
         split: e.g. ``train`` or ``test``; None if the data have no splits.
         origin: ``file:line`` it was read from, for messages.
+        videos: a path or encoded bytes for each; read as frames.
     """
 
     id: str
@@ -94,6 +95,7 @@ class Question:
     verifier: str | None = None
     split: str | None = None
     origin: str = ""
+    videos: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

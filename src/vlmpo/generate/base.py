@@ -23,6 +23,7 @@ class GenerationRequest:
         prefix: beginning of the model's turn, which the model continues; the texts returned do not contain it.
         origin: ``file:line`` of the question, for messages.
         in_thinking: whether ``prefix`` is the beginning of a turn with a thought, open or closed.
+        videos: a path or encoded bytes for each ``<video>``; read as frames.
     """
 
     messages: tuple[Message, ...]
@@ -32,6 +33,7 @@ class GenerationRequest:
     prefix: str = ""
     origin: str = ""
     in_thinking: bool = False
+    videos: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

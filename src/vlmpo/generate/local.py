@@ -18,6 +18,7 @@ from vlmpo.data.encode.chat_template import PROBE
 from vlmpo.data.encode.continuations import THOUGHT_CLOSE
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import reads_images, tokenizer_of
+from vlmpo.data.encode.videos import DEFAULT_FRAMES
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
@@ -45,6 +46,7 @@ class LocalEngine:
         sampling: how tokens are drawn.
         batch_size: requests, each with all its samples, that are processed together.
         max_tiles: tiles that the images of a prompt may take together; None: what the processor allows one image.
+        video_frames: most images that a video becomes.
         name: the model's name, for the records.
 
     Raises:
@@ -59,10 +61,13 @@ class LocalEngine:
         batch_size: int = 8,
         *,
         max_tiles: int | None = None,
+        video_frames: int = DEFAULT_FRAMES,
         name: str = "local",
     ) -> None:
         self.name = name
-        self._encoder = PairEncoder(processor, max_tiles=max_tiles, need_rejected=False, **limits_of(model))
+        self._encoder = PairEncoder(
+            processor, max_tiles=max_tiles, need_rejected=False, video_frames=video_frames, **limits_of(model)
+        )
         self._probe = check_processor(model, self._encoder)
         # A LoRA wrapper generates through the model it wraps, whose layers contain the adapter.
         self._model = unwrap_peft(model)
@@ -103,6 +108,7 @@ class LocalEngine:
                 origin=request.origin,
                 chosen_complete=False,
                 as_sampled=True,
+                videos=request.videos,
             )
             try:
                 groups.setdefault(request.n, {})[position] = self._encoder.encode(pair)

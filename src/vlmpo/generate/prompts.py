@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question
+from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Message, Question
 from vlmpo.errors import RecipeError
 from vlmpo.generate.base import GenerationRequest
 from vlmpo.hashing import content_hash, stable_hash
@@ -21,7 +21,7 @@ _TEMPLATES = {
         r"Then end with the answer alone, in the form \boxed{...}."
     ),
 }
-_LEADING_IMAGES = re.compile(rf"(?:{IMAGE_PLACEHOLDER}\s*)+")
+_LEADING_IMAGES = re.compile(rf"(?:(?:{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})\s*)+")
 
 
 def prompt_text(question: Question, style: str) -> str:
@@ -62,4 +62,5 @@ def request_for(question: Question, style: str, *, n: int = 1, seed: int = 0) ->
         n=n,
         seed=seed,
         origin=question.origin,
+        videos=question.videos,
     )

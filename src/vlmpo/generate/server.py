@@ -18,7 +18,8 @@ from typing import Any
 
 from vlmpo.data.encode.chat_template import check_placeholders, content_of
 from vlmpo.data.encode.images import open_image
-from vlmpo.data.records import IMAGE_PLACEHOLDER
+from vlmpo.data.encode.videos import DEFAULT_FRAMES, with_frames
+from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair
 from vlmpo.errors import RecordError, RunError
 from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
 from vlmpo.hashing import content_hash
@@ -63,6 +64,7 @@ class ServerEngine:
         timeout: seconds without a byte after which a try has failed.
         retries: further tries after a connection error, a time-out, status 408, 409, 425, 429 or 5xx, with delays of
             about 1, 2, 4, ... seconds, at most 60, or of about the server's Retry-After.
+        video_frames: most images that a video becomes.
 
     Raises:
         RunError: ``model`` is None, and the server cannot be reached or does not have exactly one.
@@ -76,12 +78,15 @@ class ServerEngine:
         concurrency: int = 8,
         timeout: float = 120.0,
         retries: int = 5,
+        *,
+        video_frames: int = DEFAULT_FRAMES,
     ) -> None:
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._sampling = sampling
         self._concurrency = concurrency
         self._timeout = timeout
         self._retries = retries
+        self._video_frames = video_frames
         self.batch_size = 1
         self.notices: list[str] = []
         self._extra: dict[str, Any] = {"skip_special_tokens": False}
@@ -114,7 +119,7 @@ class ServerEngine:
         self, pool: ThreadPoolExecutor, request: GenerationRequest, stop: threading.Event
     ) -> list[Future[Generated]] | RecordError:
         try:
-            messages = _messages(request)
+            messages = _messages(request, self._video_frames)
         except RecordError as error:
             return error
         if request.prefix and request.in_thinking:
@@ -222,12 +227,17 @@ def _collect(samples: list[Future[Generated]] | RecordError) -> Result:
         return error
 
 
-def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
-    """Return the turns in the server's form, each image at the place of its placeholder."""
+def _messages(request: GenerationRequest, video_frames: int) -> list[dict[str, Any]]:
+    """Return the turns in the server's form, each image and frame at the place of its placeholder."""
     check_placeholders(request.messages, IMAGE_PLACEHOLDER, request.images, request.origin)
-    images = iter(request.images)
+    prompt, shown = request.messages, request.images
+    if request.videos:
+        pair = PreferencePair(prompt, shown, "", None, origin=request.origin, videos=request.videos)
+        pair = with_frames(pair, video_frames)
+        prompt, shown = pair.prompt, pair.images
+    images = iter(shown)
     turns: list[dict[str, Any]] = []
-    for message in request.messages:
+    for message in prompt:
         content: Any = message.text
         if IMAGE_PLACEHOLDER in message.text:
             content = [

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlmpo.data.encode.continuations import THOUGHT_CLOSE, THOUGHT_OPEN
-from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, Question, Response
+from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Message, Question, Response
 from vlmpo.errors import RecordError
 from vlmpo.generate.base import Engine, Generated, GenerationRequest, incomplete_batches
 from vlmpo.generate.prompts import prompt_hash, seed_for
@@ -21,7 +21,7 @@ from vlmpo.pairs.report import PairingReport
 
 # A word with the white space before it; in scripts written without spaces, a character.
 _WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
-_PLACEHOLDER = re.compile(rf"{IMAGE_PLACEHOLDER}\n?")
+_PLACEHOLDER = re.compile(rf"(?:{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})\n?")
 
 Save = Callable[[str, Generated], object]  # takes the key of a continuation, and the continuation
 
@@ -149,7 +149,7 @@ def _cuts(
     cuts: list[_Cut] = []
     for response in responses:
         kept = cut_words(response.text, keep)
-        if not question.images:
+        if not question.images and not question.videos:
             report.dropped["text_only"] += 1
         elif not _without_images(prompt_of(question, response)):
             report.dropped["empty_prompt"] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,14 +78,14 @@ def pair_record(question: Question, response: Response, rejected: str, **details
     """Return the record of a pair file in which ``response`` is chosen; ``details`` are written after the pair.
 
     Raises:
-        RecordError: an image is not a path.
+        RecordError: an image is neither a path nor encoded bytes.
     """
-    for image in question.images:
-        if not isinstance(image, str):
+    for image in (*question.images, *question.videos):
+        if not isinstance(image, str | bytes):
             detail = f"the images of pairs must be paths, this one is a {type(image).__name__}; save it to a file first"
             raise RecordError("image_not_a_path", question.origin, detail)
     return {
-        **({"image": _image_field(question)} if question.images else {}),
+        **_media_fields(question),
         "question": prompt_of(question, response),
         "chosen": response.text,
         "rejected": rejected,
@@ -97,7 +98,7 @@ def question_record(question: Question) -> Record:
     """Return the question as a record of a file of questions, with absolute image paths."""
     record = {
         "id": question.id,
-        "image": _image_field(question),
+        **_media_fields(question),
         "question": question.question,
         "answer": question.answer,
         "verifier": question.verifier,
@@ -106,6 +107,17 @@ def question_record(question: Question) -> Record:
     return {key: value for key, value in record.items() if value is not None}
 
 
-def _image_field(question: Question) -> str | list[str] | None:
-    paths = [str(Path(image).absolute()) for image in question.images]
-    return paths[0] if len(paths) == 1 else paths or None
+def _media_fields(question: Question) -> Record:
+    """Return the images and videos as a record holds them: absolute paths, and embedded ones in base64."""
+    fields = {}
+    for name, media in (("image", question.images), ("video", question.videos)):
+        written = [
+            str(Path(medium).absolute()) if isinstance(medium, str) else _data_url(medium, name) for medium in media
+        ]
+        if written:
+            fields[name] = written[0] if len(written) == 1 else written
+    return fields
+
+
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:{kind}/*;base64,{base64.b64encode(content).decode()}"

@@ -478,7 +478,7 @@ def trl_record(**changes: Any) -> dict[str, Any]:
         ({"rejected": None}, "missing_field", "`rejected` is missing"),
         ({"rejected": "Yes."}, "identical", "are the same"),
         ({"images": [3]}, "missing_field", "`images` must be a path, encoded bytes"),
-        ({"images": ["data:image/png;base64,AAAA"]}, "missing_image", "`images` is a data URL"),
+        ({"images": ["data:image/png;base64,AA*A"]}, "undecodable_image", "`images` is not valid base64"),
         ({"tools": "[{}]"}, "unsupported_field", "`tools` is not supported"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "unsupported_field", "`chat_template_kwargs`"),
     ],

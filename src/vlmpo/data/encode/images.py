@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
-from vlmpo.errors import RecordError
+from vlmpo.errors import RecordError, shorten_path
 
 # VLMs read a few megapixels of an image at most. Up to this many pixels, every conversion below was measured to take
 # less than 1 GB; Pillow's own limit is 2.7 times as high.
@@ -48,7 +48,7 @@ def open_image(source: str | os.PathLike[str] | bytes | Image.Image, origin: str
     else:
         name = os.fspath(source)
         if not os.path.isfile(name):
-            raise missing_image(name, origin)
+            raise missing_file(name, origin)
     try:
         if isinstance(source, Image.Image):
             image, orientation = _decode(source)
@@ -59,8 +59,8 @@ def open_image(source: str | os.PathLike[str] | bytes | Image.Image, origin: str
     except MemoryError:
         raise  # out of memory is not the record's fault
     except Exception as error:  # on damaged files Pillow's plugins raise errors of all kinds
-        cause = f"{type(error).__name__}: {error}"
-        detail = f"image {name} cannot be used ({cause}); replace the file or take the record out"
+        cause = f"{type(error).__name__}: {error}".replace(repr(name), "it")
+        detail = f"image {shorten_path(name)} cannot be used ({cause}); replace the file or take the record out"
         raise RecordError("undecodable_image", origin, detail) from error
 
 
@@ -82,10 +82,11 @@ def size_in_header(source: str | os.PathLike[str] | bytes | Image.Image) -> tupl
     return (size[1], size[0]) if size[0] * size[1] <= MAX_PIXELS else None
 
 
-def missing_image(path: str, origin: str) -> RecordError:
-    """Return the error for an image path that is no file."""
-    kind = "is not a file" if os.path.exists(path) else "does not exist"
-    return RecordError("missing_image", origin, f"image {path} {kind}; check the image root and the record's `image`")
+def missing_file(path: str, origin: str, kind: str = "image") -> RecordError:
+    """Return the error for the path of an image or video that is no file."""
+    what = "is not a file" if os.path.exists(path) else "does not exist"
+    detail = f"{kind} {shorten_path(path)} {what}; check the image root and the record's `{kind}`"
+    return RecordError(f"missing_{kind}", origin, detail)
 
 
 def _decode_file(file: str | BinaryIO) -> tuple[Image.Image, int]:

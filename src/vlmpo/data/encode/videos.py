@@ -14,8 +14,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from vlmpo.data.encode.chat_template import check_placeholders
+from vlmpo.data.encode.images import missing_file
 from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, PreferencePair
-from vlmpo.errors import DataError, RecordError
+from vlmpo.errors import DataError, RecordError, shorten_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,8 +68,7 @@ def read_frames(source: str | os.PathLike[str] | bytes, max_frames: int, origin:
         raise DataError("videos need PyAV: pip install 'vlmpo[video]' (or take records with `video` out)") from error
     name = f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
     if not isinstance(source, bytes) and not os.path.isfile(name):
-        kind = "is not a file" if os.path.exists(name) else "does not exist"
-        raise RecordError("missing_video", origin, f"video {name} {kind}; check the root and the record's `video`")
+        raise missing_file(name, origin, "video")
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else name) as container:
             times = sorted(packet.pts for packet in container.demux(video=0) if packet.pts is not None)
@@ -78,8 +78,8 @@ def read_frames(source: str | os.PathLike[str] | bytes, max_frames: int, origin:
     except MemoryError:
         raise  # out of memory is not the record's fault
     except Exception as error:  # FFmpeg's errors are of many kinds
-        cause = f"{type(error).__name__}: {error}"
-        detail = f"video {name} cannot be used ({cause}); replace the file or take the record out"
+        cause = f"{type(error).__name__}: {error}".replace(repr(name), "it")
+        detail = f"video {shorten_path(name)} cannot be used ({cause}); replace the file or take the record out"
         raise RecordError("undecodable_video", origin, detail) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,16 @@ from PIL import Image
 
 from vlmpo.data.formats.base import Format
 from vlmpo.data.formats.llamafactory import parse_alpaca, parse_sharegpt
-from vlmpo.data.formats.media import MEDIA_KEYS, is_null
+from vlmpo.data.formats.media import MEDIA_KEYS, is_empty, is_null, kind_of_key
 from vlmpo.data.formats.question import parse_question, parse_question_in_text
 from vlmpo.data.formats.swift import parse_swift
 from vlmpo.data.formats.trl import parse_explicit, parse_implicit
 from vlmpo.data.formats.turns import is_conversation, is_message, message_list
-from vlmpo.errors import DataError
+from vlmpo.errors import DataError, shorten
 
 HEAD = 8  # records looked at
 AUTO = "auto"
+_SHOWN_KEYS = 20
 
 
 FORMATS: dict[str, Format] = {
@@ -68,18 +70,19 @@ def recognise(records: Sequence[Mapping[str, Any]], name: str, where: str) -> Re
     sample: dict[str, Any] = {}  # for each key its first value, empty ones only if no record has another
     for record in records:
         for key, value in record.items():
-            if not is_null(value) and (key not in sample or sample[key] in ("", [])):
+            if not is_null(value) and (key not in sample or is_empty(sample[key])):
                 sample[key] = value
     match = _match(sample)
     if match is None:
         known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS.values())
-        held = ", ".join(f"`{key}`" for key in sample) or "nothing"
+        held = ", ".join(f"`{shorten(key)}`" for key in itertools.islice(sample, _SHOWN_KEYS)) or "nothing"
         raise DataError(
             f"{where}: its first records hold {held}, which fits no format; known are: {known}. Rename the keys, or "
             "name the format under `format`"
         )
     detected, keys, remark = match
-    shown = [f"`{key}` ({_kind(sample[key])})" for key in (*keys, *MEDIA_KEYS) if key in sample]
+    media = [key for key in MEDIA_KEYS if key in sample] or [key for key in sample if kind_of_key(key)]
+    shown = [f"`{key}` ({_kind(sample[key])})" for key in (*keys, *media) if key in sample]
     return Recognised(FORMATS[detected], f"has {', '.join(shown)}{f'; {remark}' if remark else ''}")
 
 
@@ -92,7 +95,7 @@ def _match(sample: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str] | None
     if "conversations" in sample:
         remark = "" if chosen is not None else _LAST_TURN
         return "sharegpt", ("conversations", "system", "chosen", "rejected"), remark
-    if is_conversation(chosen) and not is_conversation(sample.get("prompt")) and _holds_prompt(chosen):
+    if is_conversation(chosen) and _holds_prompt(chosen):
         return "trl_implicit", ("system", "chosen", "rejected"), ""
     if "prompt" in sample and ("completion" in sample or chosen is not None):
         remark = "the prompt is put as the user's turn" if isinstance(sample["prompt"], str) else ""
@@ -117,9 +120,9 @@ def _match(sample: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str] | None
 
 
 def _holds_prompt(conversation: Any) -> bool:
-    """Return whether a user speaks in it: it is then more than the assistant's answer."""
-    messages = message_list(conversation) or []
-    return any((message.get("role") or message.get("from")) in ("user", "human") for message in messages)
+    """Return whether a user speaks in it, and no assistant first: it is then more than the assistant's answer."""
+    speakers = [message.get("role") or message.get("from") for message in message_list(conversation) or []]
+    return speakers[0] not in ("assistant", "gpt") and any(speaker in ("user", "human") for speaker in speakers)
 
 
 def _kind(value: Any) -> str:

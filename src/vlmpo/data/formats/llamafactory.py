@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported
+from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, require_agreeing_prompt
 from vlmpo.data.formats.base import RecordContext
+from vlmpo.data.formats.media import is_empty
 from vlmpo.data.formats.turns import Turn, key_or, read_turns, rejected_of, response_of, split_response, text_turn
-from vlmpo.data.records import PreferencePair, text_field
+from vlmpo.data.records import PreferencePair, json_kind, text_field
 
-_CONVERSATION_KEYS = frozenset({"conversations", "messages", "chosen", "rejected", "system"})
+_CONVERSATION_KEYS = frozenset({"conversations", "messages", "chosen", "rejected", "system", "prompt"})
 _ALPACA_KEYS = frozenset({"instruction", "input", "output", "chosen", "rejected", "history", "system"})
 
 
@@ -22,10 +23,14 @@ def parse_sharegpt(record: Mapping[str, Any], context: RecordContext) -> Prefere
     refuse_unsupported(record, context)
     key = key_or(record, "conversations", "messages")
     turns = read_turns(record, key, context)
+    has_both = key == "conversations" and not is_empty(record.get("messages"))
+    if has_both and read_turns(record, "messages", context) != turns:
+        raise context.error("ambiguous_field", "holds `conversations` and `messages`, which differ: leave one")
     if record.get("chosen") is None and not context.need_rejected:
         turns, chosen = split_response(turns, key, context)
     else:
         chosen = response_of(record, "chosen", context)
+    require_agreeing_prompt(record, turns, context)
     return preference_pair(record, turns, chosen, rejected_of(record, context), _CONVERSATION_KEYS, context)
 
 
@@ -44,8 +49,14 @@ def parse_alpaca(record: Mapping[str, Any], context: RecordContext) -> Preferenc
 
 
 def _history(record: Mapping[str, Any], context: RecordContext) -> list[Turn]:
-    turns = []
-    for at, exchange in enumerate(record.get("history") or ()):
+    turns: list[Turn] = []
+    history = record.get("history")
+    if is_empty(history):
+        return turns
+    if not isinstance(history, list | tuple):
+        detail = f"`history` must be a list of instructions and their responses, not {json_kind(history)}"
+        raise context.error("bad_conversation", detail)
+    for at, exchange in enumerate(history):
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
             raise context.error("bad_conversation", f"`history[{at}]` must be an instruction and its response")
         for role, text in zip(("user", "assistant"), exchange, strict=True):

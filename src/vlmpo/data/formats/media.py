@@ -1,40 +1,106 @@
-"""Read images and videos of a record in all the forms of data sets: paths, bytes, ``{bytes, path}``, PIL images."""
+"""Read images and videos of a record in all the forms of data sets: paths, bytes, ``{bytes, path}``, base64, PIL."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import functools
 import os
+import re
 from collections.abc import Mapping
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from PIL import Image
 
+from vlmpo.data.formats.arrays import array_images, is_array, refuse_numbers
 from vlmpo.data.formats.base import RecordContext
+from vlmpo.errors import shorten
 
 MEDIA_KEYS = ("image", "images", "video", "videos")
-_FORMS = "a path, encoded bytes, {bytes, path}, or a list of these"
+MAX_ENCODED_BYTES = 64 << 20  # of an image or video written as base64
+
+_FORMS = "a path, encoded bytes, {bytes, path}, base64, or a list of these"
+# Other names of the same thing, written in any case and with any separators: image_path, imageUrl, IMG_FILES.
+_OTHER_NAMES = re.compile(r"(image|img|picture|photo|video)s?(?:(?:path|url|uri|file|filename|base64|b64)s?|bytes)?")
+_NO_WORD = re.compile(r"[\W_]+")
+# How files of images and videos begin, in base64: PNG, JPEG, GIF, RIFF (WebP, AVI), TIFF, BMP, Matroska, MP4.
+_BASE64_START = re.compile(r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|GkXfo|AAAA.GZ0eX")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
+_MIN_BASE64 = 48
+_STANDARD = str.maketrans("-_", "+/")  # from the alphabet of web addresses
+
+
+class Media(NamedTuple):
+    """Holds the images and videos of a record, and the keys that they were read from or would have been."""
+
+    images: tuple[Any, ...]
+    videos: tuple[Any, ...]
+    keys: frozenset[str]
+
+
+def read_media(record: Mapping[str, Any], context: RecordContext, *, by_other_names: bool = True) -> Media:
+    """Return the images and videos of a record, in order, as absolute paths, bytes or PIL images. Opens none.
+
+    They are under ``image`` or ``images``, ``video`` or ``videos``. If these hold nothing they are looked for under
+    other names, such as ``image_path``, which beside an image that was read are metadata.
+
+    Args:
+        record: its images and videos are one or a list; null, "" and lists of these are none.
+        context: where the record comes from.
+        by_other_names: False if the record's messages hold images or videos themselves.
+
+    Raises:
+        RecordError: see :func:`media_of`; ``ambiguous_field`` if two keys hold different images or videos.
+    """
+    images, videos = media_of(record, "image", context), media_of(record, "video", context)
+    if images or videos or not by_other_names:
+        return Media(images, videos, frozenset(MEDIA_KEYS))
+    found: dict[str, dict[str, tuple[Any, ...]]] = {"image": {}, "video": {}}
+    for key, value in record.items():
+        kind = kind_of_key(key)
+        if kind is not None and key not in MEDIA_KEYS and (media := _items(value, kind, key, context)):
+            found[kind][key] = media
+    for named in found.values():
+        first, *others = named or [""]
+        for other in others:
+            if named[other] != named[first]:
+                raise context.error("ambiguous_field", f"holds `{first}` and `{other}`: leave one of them")
+    images, videos = (next(iter(named.values()), ()) for named in found.values())
+    return Media(images, videos, frozenset((*MEDIA_KEYS, *found["image"], *found["video"])))
 
 
 def media_of(record: Mapping[str, Any], kind: str, context: RecordContext) -> tuple[Any, ...]:
-    """Return the record's images or videos, in order, as absolute paths, bytes or PIL images. Opens none.
-
-    Args:
-        record: holds them under ``kind`` or its plural, one or a list; null, "" and [] are none.
-        kind: ``image`` or ``video``.
-        context: where the record comes from.
+    """Return the record's images or videos under ``kind`` (``image`` or ``video``) or its plural.
 
     Raises:
         RecordError: ``missing_field`` for an unknown form, ``missing_image`` or ``missing_video`` for a web address,
-            ``ambiguous_field`` if both keys hold something.
+            ``undecodable_image`` or ``undecodable_video`` for bad base64, ``array_image`` for numbers that are no 8-bit
+            image, ``ambiguous_field`` if both keys hold something.
     """
-    given = [key for key in (kind, f"{kind}s") if not is_null(record.get(key)) and record[key] not in ("", [], ())]
-    if len(given) > 1:
+    one, several = (_items(record.get(key), kind, key, context) for key in (kind, f"{kind}s"))
+    if one and several:
         raise context.error("ambiguous_field", f"holds `{kind}` and `{kind}s`: leave one of them")
-    if not given:
+    return one or several
+
+
+def _items(value: Any, kind: str, key: str, context: RecordContext) -> tuple[Any, ...]:
+    """Return one or several images or videos; none if ``value`` is empty, or a list of nothing but empty values."""
+    if is_empty(value):
         return ()
-    value = record[given[0]]
-    items = value if isinstance(value, list | tuple) else [value]
-    return tuple(medium(item, kind, given[0], context) for item in items)
+    if isinstance(value, list | tuple):
+        refuse_numbers(value, key, context)
+        return tuple(medium(item, kind, key, context) for item in value)
+    if kind == "image" and is_array(value):
+        return tuple(array_images(value, key, context))
+    return (medium(value, kind, key, context),)
+
+
+@functools.lru_cache(maxsize=4096)
+def kind_of_key(key: str) -> str | None:
+    """Return ``image`` or ``video`` if a key names such a thing in any of the ways people write it, else None."""
+    match = _OTHER_NAMES.fullmatch(_NO_WORD.sub("", str(key).lower()))
+    return None if match is None else "video" if match.group(1) == "video" else "image"
 
 
 def is_null(value: Any) -> bool:
@@ -42,26 +108,84 @@ def is_null(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and bool(value) and all(v is None for v in value.values()))
 
 
+def is_empty(value: Any) -> bool:
+    """Return whether ``value`` is null, or a text, bytes, list or mapping that holds nothing or only such values."""
+    if value is None or isinstance(value, str | bytes):  # the usual ones first: this is asked of every value
+        return not value
+    if isinstance(value, list | tuple):
+        return all(is_empty(item) for item in value)
+    return isinstance(value, Mapping) and all(is_empty(item) for item in value.values())
+
+
 def medium(value: Any, kind: str, key: str, context: RecordContext) -> Any:
     """Return one image or video as :func:`media_of` does; messages call it ``key``."""
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
-        return value["bytes"]
-    if isinstance(value, Mapping) and value.get("path"):
-        value = value["path"]
+    if isinstance(value, str):
+        return _of_text(value, kind, key, context)
+    if isinstance(value, Mapping):
+        encoded = next((value[name] for name in ("bytes", "base64", "data") if not is_empty(value.get(name))), None)
+        if isinstance(encoded, str):
+            return _decoded(encoded.rpartition(",")[2], kind, key, context)
+        if isinstance(encoded, bytes):
+            return encoded
+        value = value.get("path") or value.get("url") or value
     if isinstance(value, bytes) or (kind == "image" and isinstance(value, Image.Image)):
         return value
+    if kind == "image" and is_array(value):
+        images = array_images(value, key, context)
+        if len(images) == 1:
+            return images[0]
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         raise context.error("missing_field", f"`{key}` must be {_FORMS}, not {value!r:.80}")
+    return _of_text(value, kind, key, context)
+
+
+def _of_text(value: str, kind: str, key: str, context: RecordContext) -> Any:
+    """Return the bytes of a data URL or of base64, else the path."""
+    if not value:
+        raise context.error("missing_field", f"`{key}` must be {_FORMS}, not an empty text")
+    if value.startswith("data:"):
+        head, _, payload = value.partition(",")
+        return _decoded(payload, kind, key, context, in_base64=head.endswith(";base64"))
+    if is_base64(value):
+        return _decoded(value, kind, key, context)
     return os.path.join(context.image_root, _local(value, kind, key, context))
+
+
+def is_base64(text: str) -> bool:
+    """Return whether ``text`` is an image or video file in base64, by how it begins."""
+    return len(text) >= _MIN_BASE64 and bool(_BASE64_START.match(text)) and bool(_BASE64.fullmatch(text))
+
+
+def _decoded(text: str, kind: str, key: str, context: RecordContext, in_base64: bool = True) -> bytes:
+    """Return the bytes that base64 (either alphabet, line breaks and padding as they are) or %-escapes stand for."""
+    size = len(text) * 3 // 4 if in_base64 else len(text)
+    if size > MAX_ENCODED_BYTES:
+        what = f"about {size / 1e6:.0f} MB, at most {MAX_ENCODED_BYTES >> 20} MiB are decoded"
+        raise context.error(f"undecodable_{kind}", f"`{key}` embeds {what}; save it as a file and name that")
+    if not in_base64:
+        return unquote_to_bytes(text)
+    compact = "".join(text.split()).translate(_STANDARD).rstrip("=")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        detail = f"`{key}` is not valid base64 ({error}): {shorten(text)}; write it again, or name a file"
+        raise context.error(f"undecodable_{kind}", detail) from error
 
 
 def _local(path: str, kind: str, key: str, context: RecordContext) -> str:
     if path.startswith("file://"):
-        return unquote(urlsplit(path).path)
-    if path.startswith(("http://", "https://", "data:")):
-        what = "a web address" if path.startswith("http") else "a data URL"
-        detail = f"`{key}` is {what} ({path[:60]}); save it as a file and name that, or embed its bytes"
+        try:
+            address = urlsplit(path)
+        except ValueError as error:
+            detail = f"`{key}` is not a file address ({error}): {shorten(path)}; write the path"
+            raise context.error(f"missing_{kind}", detail) from error
+        if address.netloc not in ("", "localhost"):
+            detail = f"`{key}` names the host {shorten(address.netloc)}: {shorten(path)}; write the path"
+            raise context.error(f"missing_{kind}", detail)
+        return unquote(address.path)
+    if path.startswith(("http://", "https://")):
+        detail = f"`{key}` is a web address ({shorten(path)}); save it as a file and name that, or embed its bytes"
         raise context.error(f"missing_{kind}", detail)
     return path

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, with_system
+from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, require_agreeing_prompt, with_system
 from vlmpo.data.formats.base import RecordContext
-from vlmpo.data.formats.media import media_of
+from vlmpo.data.formats.media import is_empty, media_of
 from vlmpo.data.formats.trl import require_same_prompt
-from vlmpo.data.formats.turns import Turn, read_turns, response_of, split_response
+from vlmpo.data.formats.turns import Turn, message_list, read_turns, response_of, split_response
 from vlmpo.data.records import PreferencePair
 
 _REJECTED = ("rejected_response", "rejected_messages", "rejected_images", "rejected_videos")
-_KEYS = frozenset({"messages", "system", *_REJECTED})
+_KEYS = frozenset({"messages", "system", "prompt", *_REJECTED})
 
 
 def parse_swift(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
@@ -23,12 +23,12 @@ def parse_swift(record: Mapping[str, Any], context: RecordContext) -> Preference
     """
     refuse_unsupported(record, context)
     turns = with_system(read_turns(record, "messages", context), record, context)
-    last = record["messages"][-1] if isinstance(record["messages"], list | tuple) else {}
-    if last.get("loss") is False:
+    if (message_list(record["messages"]) or [{}])[-1].get("loss") is False:
         raise context.error(
             "unsupported_field", "the last message has `loss` false, and it alone is scored; take it out"
         )
     prompt, chosen = split_response(turns, "messages", context)
+    require_agreeing_prompt(record, prompt, context)
     rejected = _rejected(record, prompt, context) if context.need_rejected else None
     return preference_pair(record, prompt, chosen, rejected, _KEYS, context, lead="all")
 
@@ -38,7 +38,11 @@ def _rejected(record: Mapping[str, Any], prompt: list[Turn], context: RecordCont
         other = media_of({kind: record.get(f"rejected_{kind}s")}, kind, context)
         if other and other != media_of(record, kind, context):
             raise context.error("prompts_differ", f"`rejected_{kind}s` are not `{kind}s`; only the response may differ")
-    if record.get("rejected_messages") is None:
+    if is_empty(record.get("rejected_messages")):
+        if record.get("rejected_response") is None and not is_empty(record.get("rejected")):
+            raise context.error(
+                "missing_field", "`rejected_response` is missing; rename `rejected`, or name the format"
+            )
         return response_of(record, "rejected_response", context)
     turns = with_system(read_turns(record, "rejected_messages", context), record, context)
     other_prompt, rejected = split_response(turns, "rejected_messages", context)

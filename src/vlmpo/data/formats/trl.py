@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported
+from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, require_agreeing_prompt
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.turns import Turn, key_or, read_turns, rejected_of, response_of, split_response, text_turn
 from vlmpo.data.records import PreferencePair, text_field
@@ -33,13 +33,16 @@ def parse_explicit(record: Mapping[str, Any], context: RecordContext) -> Prefere
 def parse_implicit(record: Mapping[str, Any], context: RecordContext) -> PreferencePair:
     """Parse ``{chosen, rejected}``, each a whole conversation: the same prompt and then, as last turn, the response.
 
-    Raises RecordError ``prompts_differ`` if the prompts are not the same, or as other formats do.
+    A ``prompt`` beside them is not needed. Raises RecordError ``prompts_differ`` if it is another one, or the prompts
+    are not the same; or as other formats do.
     """
     refuse_unsupported(record, context)
     if isinstance(record.get("chosen"), str):
         turns, chosen, rejected = _split_texts(record, context)
+        require_agreeing_prompt(record, turns, context)
     else:
         turns, chosen = split_response(read_turns(record, "chosen", context), "chosen", context)
+        require_agreeing_prompt(record, turns, context)
         rejected = _rejected(record, turns, context) if context.need_rejected else None
     return preference_pair(record, turns, chosen, rejected, _KEYS, context, lead="all")
 

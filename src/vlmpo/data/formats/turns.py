@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vlmpo.data.formats.base import RecordContext
-from vlmpo.data.formats.media import is_null, medium
+from vlmpo.data.formats.media import is_empty, medium
 from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, checked_text, json_kind
+from vlmpo.errors import shorten
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # Parts of a message that change what a model reads or writes, and that a plain turn has no place for.
 _UNSUPPORTED = ("tool_calls", "tool_call_id", "reasoning_content", "thinking")
+
+
+# OpenAI's names of items of a message's content.
+_KINDS = {"image_url": "image", "video_url": "video"}
 
 
 class Turn(NamedTuple):
@@ -38,9 +43,11 @@ def text_turn(role: str, text: str) -> Turn:
 def message_list(value: Any) -> list[Any] | None:
     """Return ``value`` as a list of messages; None if it is not one.
 
-    Older ``datasets`` hold a list of messages as one mapping of lists.
+    Older ``datasets`` hold a list of messages as one mapping of lists, all of one length.
     """
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+        if len({len(column) for column in value.values()}) > 1:
+            return None
         return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
     return list(value) if isinstance(value, list | tuple) else None
 
@@ -79,7 +86,12 @@ def read_turn(message: Any, key: str, context: RecordContext) -> Turn:
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         remedy = "take the record out, or write what matters of it into the user's turn"
-        raise context.error("bad_conversation", f"`{key}` is a turn of {name!r}, which is not supported; {remedy}")
+        known = f"known roles are {', '.join(_ROLES)}; {remedy}"
+        if name is None:
+            held = shorten(", ".join(f"`{part}`" for part in message))
+            raise context.error("bad_conversation", f"`{key}` names no `role` or `from`, it holds {held}; {known}")
+        detail = f"`{key}` is a turn of {shorten(repr(name))}, which is not supported; {known}"
+        raise context.error("bad_conversation", detail)
     for part in _UNSUPPORTED:
         if message.get(part):
             remedy = "take the record out, or write it into the message's text"
@@ -98,22 +110,24 @@ def _of_items(role: str, items: Sequence[Any], key: str, context: RecordContext)
     media: dict[str, list[Any]] = {"image": [], "video": []}
     for at, item in enumerate(items):
         kind = item.get("type") if isinstance(item, Mapping) else None
+        kind = _KINDS.get(kind, kind) if isinstance(kind, str) else kind
         where = f"{key}.content[{at}]"
         if kind == "text" and isinstance(item.get("text"), str):
             text.append(checked_text(item["text"], where, context.origin))
             plain = text_turn(role, item["text"])
             media["image"] += plain.images
             media["video"] += plain.videos
-        elif kind in media and role == "assistant":
+        elif isinstance(kind, str) and kind in media and role == "assistant":
             detail = f"`{where}` is of type {kind!r} in an assistant's turn, which must be text"
             raise context.error("bad_conversation", detail)
-        elif kind in media:
+        elif isinstance(kind, str) and kind in media:
             # The encoder removes one newline after a placeholder, so the next item's own text stays as it is.
             text.append(f"<{kind}>\n")
-            value = next((item[name] for name in (kind, "path", "url") if not is_null(item.get(name))), None)
+            names = (kind, f"{kind}_url", "path", "url", "base64", "source")
+            value = next((item[name] for name in names if not is_empty(item.get(name))), None)
             media[kind].append(None if value is None else medium(value, kind, where, context))
         else:
-            what = f"is of type {kind!r}" if kind != "text" else "has no text"
+            what = f"is of type {shorten(repr(kind))}" if kind != "text" else "has no text"
             raise context.error("bad_conversation", f"`{where}` {what}; known are text, image and video")
     return Turn(role, "".join(text), tuple(media["image"]), tuple(media["video"]))
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmpo.data.dataset import PairDataset
+from vlmpo.data.encode.images import missing_file
 from vlmpo.data.index.record_index import Hashes, Indices, RecordIndex
 from vlmpo.data.index.scan import Progress
 from vlmpo.data.index.store import ignore
@@ -105,9 +106,8 @@ def find_missing(index: RecordIndex) -> dict[int, tuple[str, str]]:
         for number, (kind, _, path) in index.describe(media):
             # The others are looked up: names that differ in case or form from the listed ones may exist.
             if path.rpartition(os.sep)[2] not in listed and not os.path.isfile(path):
-                what = "is not a file" if os.path.exists(path) else "does not exist"
-                detail = f"{kind} {path} {what}; check the image root and the record's `{kind}`"
-                missing[number] = f"missing_{kind}", detail
+                error = missing_file(path, "", kind)
+                missing[number] = error.reason, error.detail
     return missing
 
 

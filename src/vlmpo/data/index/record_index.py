@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
         ("words", pa.uint64()),  # words_hash of the prompt; 0 if the record is bad
         ("prompt", pa.uint64()),  # hash of the prompt as it is; 0 if the record is bad
         ("media", pa.list_(pa.large_binary())),  # encoded media: its images and then its videos, in order
+        ("unread", pa.large_binary()),  # keys of which nothing was read, sorted, a zero byte between them
         ("fault", pa.large_binary()),  # reason and detail of the RecordError that reading it raised; null if it is good
     ]
 )
@@ -78,6 +80,11 @@ def words_hash(text: str) -> int:
     return stable_hash(" ".join(text.replace(IMAGE_PLACEHOLDER, " ").lower().split()))
 
 
+def encode_keys(keys: Iterable[str]) -> bytes:
+    """Return keys of a record, in any order, as bytes."""
+    return "\0".join(sorted(map(str, keys))).encode("utf-8", "surrogatepass")
+
+
 def encode_fault(error: RecordError) -> bytes:
     """Return the fault of a record that cannot be used."""
     return f"{error.reason} {error.detail}".encode("utf-8", "surrogatepass")
@@ -90,6 +97,7 @@ class Row(NamedTuple):
     words: int
     prompt: int
     media: Sequence[Medium] = ()
+    unread: bytes = b""
     fault: bytes | None = None
 
 
@@ -102,19 +110,21 @@ def index_batch(rows: Sequence[Row]) -> pa.RecordBatch:
         to_arrow(np.array([row.words for row in rows], np.uint64)),
         to_arrow(np.array([row.prompt for row in rows], np.uint64)),
         pa.ListArray.from_arrays(to_arrow(bounds), media),
+        binary_to_arrow([row.unread for row in rows]),
         binary_to_arrow([row.fault for row in rows]),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 
 
 def index_table(batches: Sequence[pa.RecordBatch]) -> pa.Table:
-    """Join batches of SCHEMA into a table that holds each medium and fault once, in Arrow's dictionaries."""
+    """Join batches of SCHEMA into a table that holds each medium, fault and set of keys once, in dictionaries."""
     table = pa.Table.from_batches(batches, SCHEMA)
     counts = [np.diff(to_numpy(chunk.offsets)) for chunk in table["media"].chunks]
     bounds = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int32)
     names = pc.list_flatten(table["media"]).dictionary_encode().combine_chunks()
     columns = {name: table[name] for name in ("record", "words", "prompt")}
-    columns |= {"media": pa.ListArray.from_arrays(to_arrow(bounds), names), "fault": table["fault"].dictionary_encode()}
+    columns["media"] = pa.ListArray.from_arrays(to_arrow(bounds), names)
+    columns |= {name: table[name].dictionary_encode() for name in ("unread", "fault")}
     return pa.table(columns).combine_chunks()
 
 
@@ -162,6 +172,16 @@ class RecordIndex:
         """Return reason and detail of the RecordError of a bad row."""
         reason, detail = self._faults[row].as_py().decode("utf-8", "surrogatepass").split(" ", 1)
         return reason, detail
+
+    def unread_keys(self) -> Counter[str]:
+        """Count the rows by each key of which nothing was read. Rows that are bad have none."""
+        unread = one_chunk(self.table["unread"])
+        rows = np.bincount(to_numpy(unread.indices), minlength=len(unread.dictionary)).tolist()
+        counts: Counter[str] = Counter()
+        for keys, number in zip(unread.dictionary.to_pylist(), rows, strict=True):
+            if keys and number:
+                counts.update(dict.fromkeys(keys.decode("utf-8", "surrogatepass").split("\0"), number))
+        return counts
 
     def shown(self, row: int) -> NDArray[np.int32]:
         """Return the numbers of the images and videos that ``row`` shows, in order."""

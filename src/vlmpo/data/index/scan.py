@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from vlmpo.data.formats.assemble import unread_keys
 from vlmpo.data.index.record_index import (
     Indices,
     Medium,
     RecordIndex,
     Row,
     encode_fault,
+    encode_keys,
     index_batch,
     index_table,
     words_hash,
@@ -145,5 +147,6 @@ def _read_records(source: Readable, records: Indices) -> pa.RecordBatch:
             media = [Medium.of(image) for image in pair.images]
             media += [Medium.of(video, "video") for video in pair.videos]
             prompt = stable_hash("text:" + "\n".join(texts))
-            rows.append(Row(record, words_hash(" ".join(texts)), prompt, media))
+            unread = encode_keys(unread_keys(pair))
+            rows.append(Row(record, words_hash(" ".join(texts)), prompt, media, unread))
     return index_batch(rows)

@@ -57,9 +57,10 @@ class RawRows:
     """Reads rows of a ``datasets.Dataset`` as plain values; images, videos and sounds as ``{bytes, path}``."""
 
     def __init__(self, dataset: Any) -> None:
-        self._table = dataset.with_format("arrow")
+        columns = dataset.format["columns"]
+        self._table = dataset.with_format("arrow", columns=columns)
         features = copy.copy(dataset.features)
-        self._features = type(features)({name: undecoded(feature) for name, feature in features.items()})
+        self._features = type(features)({name: undecoded(features[name]) for name in columns})
 
     def __len__(self) -> int:
         return len(self._table)
@@ -70,9 +71,12 @@ class RawRows:
 
 
 def raw_rows(dataset: Any) -> Any:
-    """Return the rows as they are stored, if ``dataset`` is a ``datasets.Dataset`` without a format of its own."""
+    """Return the rows as they are stored, if ``dataset`` is a ``datasets.Dataset`` without a transform of its own.
+
+    Its format (``torch``, ``numpy``, ...) would only hold the same values in other types.
+    """
     library = sys.modules.get("datasets")  # who holds one has imported it
-    if library is None or not isinstance(dataset, library.Dataset) or dataset.format["type"] is not None:
+    if library is None or not isinstance(dataset, library.Dataset) or dataset.format["type"] == "custom":
         return dataset
     return RawRows(dataset)
 
@@ -120,17 +124,23 @@ def open_saved(folder: str, split: str | None) -> TableRecords:
     return TableRecords(saved, kind, [(label, len(saved))], [file["filename"] for file in saved.cache_files])
 
 
-def load_named(name: str, subset: str | None, split: str | None, is_folder: bool) -> TableRecords:
-    """Load a Hub name, or a folder laid out as a data set of the Hub, by ``datasets.load_dataset``."""
+def load_named(
+    name: str, subset: str | None, split: str | None, is_folder: bool, files_in: str | None = None
+) -> TableRecords:
+    """Load a Hub name, or a folder laid out as a data set of the Hub, by ``datasets.load_dataset``.
+
+    Of a Hub name, ``files_in`` names the folder of its files.
+    """
     import datasets
 
     where = name
     if not is_folder:
         where = f"{name}: neither a file nor a folder here ({os.path.abspath(name)}), and as a data set of the Hub"
+    more = {} if files_in is None else {"data_dir": files_in}
     if split is None:
-        splits = _or_data_error(where, lambda: datasets.get_dataset_split_names(name, subset))
+        splits = _or_data_error(where, lambda: datasets.get_dataset_split_names(name, subset, **more))
         split = _choose_split(None, splits, name)
-    rows = _or_data_error(where, lambda: datasets.load_dataset(name, subset, split=split))
+    rows = _or_data_error(where, lambda: datasets.load_dataset(name, subset, split=split, **more))
     label = f"{name}{f'/{subset}' if subset and not is_folder else ''}[{split}]"
     container = "folder" if is_folder else "Hub data set"
     kind = f"{container}{'' if subset is None else f', subset {subset}'}, split {split}"

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from vlmpo.data.encode.images import missing_image
-from vlmpo.data.readers.json import JsonRecords
-from vlmpo.data.records import IMAGE_PLACEHOLDER, Question, json_kind, text_field
-from vlmpo.errors import DataError, RecordError
+from vlmpo.data.encode.images import missing_file
+from vlmpo.data.formats.assemble import place
+from vlmpo.data.formats.base import RecordContext
+from vlmpo.data.formats.media import is_empty, read_media
+from vlmpo.data.formats.turns import text_turn
+from vlmpo.data.formats.unread import refuse_unread_media
+from vlmpo.data.readers.choices import CHOICE_KEYS, answer_in_letters, read_choices, with_choices
+from vlmpo.data.readers.json import JsonRecords, WrittenNumber
+from vlmpo.data.records import Question, json_kind, text_field
+from vlmpo.errors import DataError, RecordError, printable, shorten
 from vlmpo.hashing import content_hash
+
+_KEYS = frozenset({"id", "question", "answer", "verifier", "split", *CHOICE_KEYS})
 
 
 @dataclass(frozen=True)
@@ -22,14 +30,21 @@ class QuestionSet:
     Attributes:
         questions: questions, all with different ids.
         dropped: one error for each record that cannot be used.
+        unread: in how many of the questions' records each key holds something that is not read, nor shown to a model.
     """
 
     questions: list[Question]
     dropped: list[RecordError]
+    unread: Counter[str] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, int]:
         """Count the dropped records by reason, the most frequent first."""
         return dict(Counter(error.reason for error in self.dropped).most_common())
+
+    def unread_notice(self) -> str:
+        """Return one line for the user on ``unread``."""
+        listed = ", ".join(f"{shorten(key)} ({count})" for key, count in self.unread.most_common())
+        return printable(f"keys of the questions that are not read nor shown to the model: {listed}")
 
 
 def read_questions(
@@ -39,11 +54,14 @@ def read_questions(
     split: str | None = None,
     need_answer: bool = True,
 ) -> QuestionSet:
-    """Read a JSON Lines file of ``{id?, image (path, list or absent), question, answer, verifier?, split?}``.
+    """Read a JSON Lines file of ``{id?, image?, question, choices?, answer, verifier?, split?}``.
 
-    An id is a string or a whole number; by default it is a hash of question, answer and image names. Image files must
-    exist; they are not opened. Records are dropped as ``bad_json``, ``missing_field``, ``placeholder_mismatch``,
-    ``missing_image`` or ``duplicate_id`` (the second and later records of an id).
+    Images and videos are read as those of pairs; their files must exist and are not opened. ``choices`` (or
+    ``options``) are put after the question as lettered lines, and the answer becomes a letter: see
+    :mod:`vlmpo.data.readers.choices`. Any other answer that is a number keeps its written form. An id is a string or a
+    whole number; by default it is a hash of question, answer and image names. Records are dropped under the reasons of
+    pairs, or as ``ambiguous_answer``, ``answer_not_a_choice`` or ``duplicate_id`` (the second and later records of an
+    id).
 
     Args:
         path: the file.
@@ -63,7 +81,7 @@ def read_questions(
     result = QuestionSet([], [])
     first_seen: dict[str, str] = {}
     splits: Counter[str] = Counter()
-    lines = JsonRecords(path)
+    lines = JsonRecords(path, numbers_as_written=True)
     for number in range(len(lines)):
         origin = lines.origin(number)
         try:
@@ -71,15 +89,15 @@ def read_questions(
             splits[str(record.get("split"))] += 1
             if split is not None and record.get("split") != split:
                 continue
-            question = _question(record, root, origin, need_answer)
+            question, unread = _question(record, RecordContext(origin, image_root=root), need_answer)
             if question.id in first_seen:
                 first = first_seen[question.id]
-                detail = (
-                    f"id {question.id!r} was given at {first} already; give every question an id of its own, or none"
-                )
+                remedy = "give every question an id of its own, or none"
+                detail = f"id {shorten(repr(question.id))} was given at {first} already; {remedy}"
                 raise RecordError("duplicate_id", origin, detail)
             first_seen[question.id] = origin
             result.questions.append(question)
+            result.unread.update(unread)
         except RecordError as error:
             result.dropped.append(error)
     if split is not None and split not in splits:
@@ -90,52 +108,52 @@ def read_questions(
     return result
 
 
-def _question(record: dict[str, Any], root: str, origin: str, need_answer: bool) -> Question:
-    names = _image_names(record, origin)
+def _question(record: dict[str, Any], context: RecordContext, need_answer: bool) -> tuple[Question, list[str]]:
+    """Return the question of a record, and the keys of which nothing was read."""
+    origin = context.origin
+    images, videos, media_keys = read_media(record, context)
+    if not images and not videos:
+        refuse_unread_media(record, _KEYS | media_keys, context)
     text = text_field(record, "question", origin)
     if not text.strip():
         raise RecordError("missing_field", origin, "`question` is empty: nothing to answer")
-    placeholders = text.count(IMAGE_PLACEHOLDER)
-    if len(names) == 1 and placeholders == 0:
-        text = f"{IMAGE_PLACEHOLDER}\n{text}"
-    elif placeholders != len(names):
-        detail = (
-            f"`question` has {placeholders} {IMAGE_PLACEHOLDER} for {len(names)} images; write one at the place of each"
-        )
-        raise RecordError("placeholder_mismatch", origin, detail)
+    choices = read_choices(record, origin)
+    turn = text_turn("user", with_choices(text, choices, origin))
+    texts = [turn.text]
+    videos = place(texts, [turn.videos], videos, "video", "one", 0, context)
+    images = place(texts, [turn.images], images, "image", "one", 0, context)
     answer = _answer(record, origin, need_answer)
-    images = tuple(os.path.join(root, name) for name in names)
-    for image in images:
-        if not os.path.isfile(image):
-            raise missing_image(image, origin)
-    return Question(
-        # Without an id: a hash of the record's own text alone, whatever the place of the data.
-        id=_id(record, origin) or content_hash(json.dumps([text, answer, names], ensure_ascii=True), size=8),
+    if answer:
+        answer = answer_in_letters(answer, not isinstance(record["answer"], str), choices, origin)
+    for kind, media in (("image", images), ("video", videos)):
+        for medium in media:
+            if isinstance(medium, str) and not os.path.isfile(medium):
+                raise missing_file(medium, origin, kind)
+    # Without an id: a hash of the record's own text alone, whatever the place of the data.
+    names = [_name(medium, context.image_root) for medium in (*images, *videos)]
+    question = Question(
+        id=_id(record, origin) or content_hash(json.dumps([texts[0], answer, names], ensure_ascii=True), size=8),
         images=images,
-        question=text,
+        question=texts[0],
         answer=answer,
         verifier=_optional_text(record, "verifier", origin),
         split=_optional_text(record, "split", origin),
         origin=origin,
+        videos=videos,
     )
+    read = _KEYS | media_keys
+    return question, [key for key, value in record.items() if key not in read and not is_empty(value)]
 
 
-def _image_names(record: dict[str, Any], origin: str) -> list[str]:
-    """Return the paths under ``image``, as written; none if it is absent."""
-    value = record.get("image")
-    if value is None or value == "":
-        return []
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        detail = f"`image` must be a path, a list of paths or null, not {json.dumps(value)[:80]}"
-        raise RecordError("missing_field", origin, detail)
-    return names
+def _name(medium: str | bytes, root: str) -> str:
+    """Return the path of an image or video as it is written, or a hash of an embedded one."""
+    return medium.removeprefix(os.path.join(root, "")) if isinstance(medium, str) else content_hash(medium)
 
 
 def _answer(record: dict[str, Any], origin: str, needed: bool) -> str:
     value = record.get("answer")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return json.dumps(value)  # 3 and 2.50 are what people write; 2.5 is what JSON makes of the latter
+    if isinstance(value, WrittenNumber):
+        return value.text  # 2.50 and 1e3 are what people write; 2.5 and 1000.0 is what Python makes of them
     if value is None and not needed:
         return ""
     answer = text_field(record, "answer", origin)
@@ -152,8 +170,8 @@ def _id(record: dict[str, Any], origin: str) -> str | None:
     value = record.get("id")
     if value is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, WrittenNumber) and value.text.removeprefix("-").isdecimal():
+        return value.text
     if not isinstance(value, str) or not value:
         detail = f"`id` must be a string that is not empty or a whole number, not {json_kind(value)}"
         raise RecordError("missing_field", origin, detail)

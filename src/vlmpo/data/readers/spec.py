@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import json
 import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from vlmpo.data.formats.columns import ColumnMap
+from vlmpo.data.readers.dataset_info import is_dataset_info, read_entry, unknown_keys
+from vlmpo.data.readers.json import refuse_other_encodings
 from vlmpo.data.records import BOM, json_kind
 from vlmpo.errors import DataError
 
@@ -20,6 +22,7 @@ from vlmpo.errors import DataError
 Kind = Literal["lines", "array", "meta", "parquet", "saved", "folder", "hub"]
 
 _EXTENSIONS = (".jsonl", ".json", ".parquet")
+_PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 _META_SHAPE = 'must be one JSON object, {"name": {"root": "...", "annotation": "....jsonl", "repeat_time": 1}, ...}'
@@ -30,8 +33,9 @@ class SourceSpec:
     """One entry of a recipe's ``data.train`` or ``data.eval``.
 
     Attributes:
-        path: a ``.jsonl`` file, a ``.json`` file (an array of records, or an MMPR ``meta.json``), a ``.parquet`` file
-            or a glob of them, a folder (saved by ``datasets``, or laid out as on the Hub), or a Hub name ``org/name``.
+        path: a ``.jsonl`` file, a ``.json`` file (an array of records, an MMPR ``meta.json`` or LLaMA-Factory's
+            ``dataset_info.json``), a ``.parquet`` file or a glob of them, a folder (saved by ``datasets``, laid out as
+            on the Hub, or with a ``dataset_info.json``), or a Hub name ``org/name``.
         image_root: folder that image names are relative to; default: the file's own. Not for a ``meta.json``.
         repeat: how often its pairs are seen; below 1 a seeded subset. Multiplies a meta.json's ``repeat_time``.
         max_tiles: tiles per pair, in place of a meta.json's ``max_dynamic_patch``. None leaves it to that, or to the
@@ -39,7 +43,7 @@ class SourceSpec:
         name: what metrics call it; default: the file's stem. For a meta.json: put before the name of each set in it.
         format: the format of its records; ``auto`` detects it from the first few.
         split: part of a folder's or Hub data set; may be left out if there is only one.
-        subset: configuration of a Hub data set, or of a folder laid out as one.
+        subset: configuration of a Hub data set, or of a folder laid out as one; one entry of a ``dataset_info.json``.
     """
 
     path: str
@@ -61,6 +65,9 @@ class FileSpec(SourceSpec):
         kind: what the path is.
         files: the Parquet files, which may be several.
         declared_length: number of records a meta.json says there are.
+        columns: what a dataset_info.json says of the keys of the records.
+        num_samples: how many records it says are used, before ``repeat``; None for all.
+        folder: folder of a Hub data set's files.
     """
 
     image_root: str = ""
@@ -68,10 +75,15 @@ class FileSpec(SourceSpec):
     kind: Kind = "lines"
     files: tuple[str, ...] = ()
     declared_length: Any = None
+    columns: ColumnMap | None = None
+    num_samples: int | None = None
+    folder: str | None = None
 
 
-def file_specs(spec: SourceSpec, notices: list[str]) -> list[FileSpec]:
+def file_specs(spec: SourceSpec, notices: list[str], need_rejected: bool = True) -> list[FileSpec]:
     """Resolve a SourceSpec into containers of records; remarks on them are added to ``notices``.
+
+    Of a ``dataset_info.json``, entries that are not for ranking are left out if ``need_rejected``.
 
     Raises:
         DataError: a file or folder that does not exist (every path tried is named), a malformed meta.json, a bad
@@ -80,22 +92,26 @@ def file_specs(spec: SourceSpec, notices: list[str]) -> list[FileSpec]:
     path = os.path.abspath(os.path.expanduser(spec.path))
     repeat = _checked_repeat(spec.repeat, f"{spec.path}: repeat")
     max_tiles = _checked_tiles(spec.max_tiles, f"{spec.path}: max_tiles")
+    path = _info_in_folder(path) or path
     kind, files = _find_kind(spec.path, path)
-    if kind == "meta" and spec.image_root is not None:
+    entries = _read_meta(path) if kind == "meta" else {}
+    is_info = is_dataset_info(entries)
+    if kind == "meta" and not is_info and spec.image_root is not None:
         raise DataError(f"{spec.path}: a meta.json names each set's `root` itself; image_root is for other sources")
     if kind not in ("saved", "folder", "hub") and spec.split is not None:
         raise DataError(f"{spec.path}: split: has no effect on a file; it is for datasets folders and Hub names")
-    if kind not in ("folder", "hub") and spec.subset is not None:
+    if kind not in ("folder", "hub") and not is_info and spec.subset is not None:
         raise DataError(f"{spec.path}: subset: has no effect here; it is for Hub names and folders laid out as there")
+    if is_info:
+        settings = replace(spec, repeat=repeat, max_tiles=max_tiles)
+        return _info_specs(settings, path, entries, notices, need_rejected)
     if kind == "meta":
-        return _meta_specs(spec, path, repeat, max_tiles, notices)
+        return _meta_specs(spec, path, entries, repeat, max_tiles, notices)
     if kind == "hub":
         path, beside = spec.path, os.getcwd()
     else:
         beside = path if kind in ("saved", "folder") else os.path.dirname(files[0] if files else path)
-    root = os.path.abspath(os.path.expanduser(spec.image_root or beside))
-    if not os.path.isdir(root):
-        raise DataError(f"{spec.path}: image_root {root} is not a folder")
+    root = _image_root(spec, beside)
     return [
         FileSpec(
             name=spec.name or _default_name(path, kind, spec.split),
@@ -110,6 +126,13 @@ def file_specs(spec: SourceSpec, notices: list[str]) -> list[FileSpec]:
             files=files,
         )
     ]
+
+
+def _image_root(spec: SourceSpec, default: str) -> str:
+    root = os.path.abspath(os.path.expanduser(spec.image_root or default))
+    if not os.path.isdir(root):
+        raise DataError(f"{spec.path}: image_root {root} is not a folder")
+    return root
 
 
 def _find_kind(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
@@ -129,8 +152,10 @@ def _find_kind(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
     if not os.path.exists(path) and _HUB_NAME.fullmatch(written) and extension not in _EXTENSIONS:
         return "hub", ()
     if extension not in _EXTENSIONS:
+        packed = "it is packed: unpack it; " if extension in _PACKED and os.path.isfile(path) else ""
         raise DataError(
-            f"{written}: no {', '.join(_EXTENSIONS)} file and no folder; name one of these, or a Hub data set org/name"
+            f"{written}: no {', '.join(_EXTENSIONS)} file and no folder; {packed}name one of these, or a Hub data set "
+            "org/name"
         )
     if not os.path.isfile(path):
         raise DataError(f"{written}: no such file; looked for {path}")
@@ -139,7 +164,9 @@ def _find_kind(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
     if extension == ".jsonl":
         return "lines", ()
     with open(path, "rb") as content:
-        start = content.read(1 << 16).removeprefix(BOM).lstrip()
+        start = content.read(1 << 16)
+    refuse_other_encodings(path, start)
+    start = start.removeprefix(BOM).lstrip()
     return ("array" if start.startswith(b"[") else "meta"), ()
 
 
@@ -154,23 +181,27 @@ def _default_name(path: str, kind: Kind, split: str | None) -> str:
 
 
 def _meta_specs(
-    spec: SourceSpec, path: str, repeat: float, max_tiles: int | None, notices: list[str]
+    spec: SourceSpec,
+    path: str,
+    entries: dict[str, Any],
+    repeat: float,
+    max_tiles: int | None,
+    notices: list[str],
 ) -> list[FileSpec]:
     specs = []
-    for name, entry in _read_meta(path).items():
+    for name, entry in entries.items():
         where = f"{path}: set {name!r}"
         if not isinstance(entry, dict):
-            raise DataError(f"{where}: must be an object with `root` and `annotation`, not {json_kind(entry)}")
+            remedy = "records belong in an array, or one a line in a file named .jsonl"
+            raise DataError(
+                f"{where}: must be an object with `root` and `annotation`, not {json_kind(entry)}; {remedy}"
+            )
         if entry.get("data_augment"):
             notices.append(
                 f"{where}: data_augment is set, but images are read as they are "
                 "(InternVL's trainer would degrade them by JPEG compression)"
             )
-        for key in entry:
-            if key not in _META_KEYS:
-                near = difflib.get_close_matches(key, _META_KEYS, n=1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                notices.append(f"{where}: key {key!r} is not known and has no effect{meant}")
+        notices += unknown_keys(entry, _META_KEYS, where)
         annotation = _resolve(path, entry.get("annotation"), f"{where}: annotation", "file")
         if not annotation.lower().endswith(".jsonl"):
             raise DataError(f"{where}: annotation {annotation} is not a .jsonl file, one JSON object a line")
@@ -188,6 +219,73 @@ def _meta_specs(
                 format=spec.format,
                 declared_length=entry.get("length"),
             )
+        )
+    return specs
+
+
+def _info_in_folder(path: str) -> str | None:
+    """Return the ``dataset_info.json`` of LLaMA-Factory in a folder; None if it has none, or that of ``datasets``."""
+    info = os.path.join(path, "dataset_info.json")
+    if not os.path.isfile(info) or os.path.isfile(os.path.join(path, "state.json")):
+        return None
+    try:
+        with open(info, encoding="utf-8-sig") as file:
+            entries = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return info if isinstance(entries, dict) and is_dataset_info(entries) else None
+
+
+def _info_specs(
+    spec: SourceSpec, path: str, entries: dict[str, Any], notices: list[str], need_rejected: bool
+) -> list[FileSpec]:
+    """Return the data sets of a ``dataset_info.json``, or the one that ``subset`` names."""
+    if spec.format != "auto":
+        raise DataError(f"{path}: format: dataset_info.json says it of each entry; leave out {spec.format!r}")
+    if spec.subset is not None:
+        if spec.subset not in entries:
+            raise DataError(f"{path}: subset: there is no entry {spec.subset!r}; its entries are {', '.join(entries)}")
+        entries = {spec.subset: entries[spec.subset]}
+    specs = []
+    for name, value in entries.items():
+        where = f"{path}: entry {name!r}"
+        entry = read_entry(value, where, notices)
+        if need_rejected and not entry.is_ranking:
+            notices.append(f"{where}: has no `ranking`, so no rejected responses, and is left out")
+            continue
+        place = entry.place
+        kind: Kind = "hub"
+        files: tuple[str, ...] = ()
+        if not entry.is_hub:
+            place = os.path.join(os.path.dirname(path), entry.place)
+            try:
+                kind, files = _find_kind(place, place)
+            except DataError as error:
+                raise DataError(f"{where}: {error}; to read other entries, name each under `subset`") from error
+            if kind == "meta":
+                raise DataError(
+                    f"{where}: {place} is no array of records; one object a line is JSON Lines: name it .jsonl"
+                )
+        specs.append(
+            FileSpec(
+                name=f"{spec.name}/{name}" if spec.name else name,
+                path=place,
+                image_root=_image_root(spec, os.path.dirname(path)),
+                repeat=spec.repeat,
+                max_tiles=spec.max_tiles,
+                format=entry.format,
+                split=entry.split or ("train" if entry.is_hub else None),
+                subset=entry.subset,
+                kind=kind,
+                files=files,
+                columns=entry.columns,
+                num_samples=entry.num_samples,
+                folder=entry.folder,
+            )
+        )
+    if not specs:
+        raise DataError(
+            f"{path}: no entry has `ranking`: true; only fine-tuning (loss.weights: {{nll: 1}}) needs no pairs"
         )
     return specs
 
