@@ -1,65 +1,114 @@
-r"""Reads the final answer of a response, as text, without guessing.
+r"""Finds the final answer of a response, without guessing.
 
 In this order:
 
 1. The last of these marks: a "Final answer: ..." line (also "the final answer is ..."), ``\boxed{...}``,
    ``<answer>...</answer>``. If the last one is cut off, empty or denied, there is no final answer: an earlier mark is
    not used instead.
-2. Without such a mark, the last plain statement of an answer: "Answer: B", "the answer is 3", "option C is correct".
+2. Without such a mark, the last plain statement of an answer: "Answer: B", "答案是3", "option C is correct". One that
+   only speaks about the answer ("the answer is clear from the chart") is passed over.
 3. Without that either, a response that is nothing but an answer: one short line, no sentence.
+
+An answer that the rest of the response takes back, or leaves open, is none.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-
-def word_set(text: str) -> frozenset[str]:
-    """Return the set of the words of ``text``."""
-    return frozenset(text.split())
-
+from vlmpo.verifiers.characters import braced, same_length
+from vlmpo.verifiers.doubt import is_remark, is_taken_back
+from vlmpo.verifiers.units import UNITS
+from vlmpo.verifiers.languages import LANGUAGES, LETTERS, UNSPACED, words
 
 _EMPHASIS = "*_`#"
-# `is` but not `isn't`; a colon of any script; or a heading, with the answer on the next line.
-_STRONG = re.compile(
-    r"(?P<final>final[ \t]+answer[*_`\"' \t]*(?:(?:is|are|was)\b[ \t]*[:：]?|[:：=]|(?=\n))[*_` \t]*\n*)"
-    r"|(?P<boxed>\\(?:boxed|fbox)\s*\{)"
-    r"|(?P<tag><answer>)",
-    re.IGNORECASE,
-)
-_STATED = re.compile(
-    r"\b(?:answer|(?:correct|right|best)\s+(?:option|choice))\b[*_`]*"
-    r"(?:\s+(?:is|would\s+be|should\s+be|must\s+be)\b[ \t]*[:：]?|[ \t]*[:：=])[*_` \t]*\n*(?=(?P<rest>[^\n]*))",
-    re.IGNORECASE,
-)
-_LABEL = r"(?:(?i:option|choice|answer)\s+\(?(?P<{0}1>[A-Za-z])\)?|\((?P<{0}2>[A-Za-z])\))"
+_SPACE = r"[*_`\"' \t]*"
+
+
+def _announcement(code: str) -> str:
+    """Return the pattern of "the answer is" in a language: with a verb, with a colon, or alone on its line."""
+    language = LANGUAGES[code]
+    answer, verb = (part.replace(" ", r"[ \t]+") for part in (language.answer, language.verb))
+    heading = rf"(?m:^)[#*_ \t]*(?:{answer}){_SPACE}(?=\n)"
+    if code in UNSPACED:
+        return rf"{heading}|(?:{answer}){_SPACE}(?:(?:{verb})[、:]?|[:=])"
+    is_verb = rf"[ \t]+(?:{verb})(?![{LETTERS}'])[ \t]*:?"
+    return rf"{heading}|(?<![{LETTERS}])(?:{answer}){_SPACE}(?:{is_verb}|[ \t]*[:=]|[ \t]+[—–][ \t])"
+
+
+_STATED = re.compile("|".join(f"(?P<{code}>{_announcement(code)})" for code in LANGUAGES), re.IGNORECASE)
+_TO_ANSWER = re.compile(r"[*_`\"' \t]*\n*[*_` \t]*")
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_TAG = re.compile(r"<answer>", re.IGNORECASE)
+_FINAL = re.compile(words("final"), re.IGNORECASE)
+_LABEL = r"(?:(?i:(?:" + words("option") + r"))\s*\(?(?P<{0}1>[A-Za-z])\)?|\((?P<{0}2>[A-Za-z])\)|(?<![\w'])(?P<{0}3>[A-J]))"
 _OPTION_IS = re.compile(
     _LABEL.format("a") + r"[*_`]*\s+(?:is|seems|appears)\s+(?:to\s+be\s+)?(?:the\s+)?(?:most\s+\w+\s+)?"
     r"(?:correct|right|best|answer)\b"
 )
-_OPTION_TAKEN = re.compile(r"\b(?i:choose|chose|select|pick|go\s+with)\s+(?:the\s+)?" + _LABEL.format("b") + r"(?!\w)")
-_NEGATED = re.compile(r"\s*(?:\w+ly\s+)?(?:not\b|never\b|neither\b|nor\b|no\s+longer\b)", re.IGNORECASE)
+_OPTION_TAKEN = re.compile(
+    r"(?:\b(?i:choose|chose|select|pick|go\s+with)\s+(?:the\s+)?|(?:应该|应|應|故|因此|所以|我)(?:选择|选|選擇|選))"
+    + _LABEL.format("b") + r"(?!\w)"
+)
+_NEGATED = re.compile(rf"\s*(?:{words('denial')})", re.IGNORECASE)
+_NEGATED_END = re.compile(r"(?:ではありません|ではない|じゃない|でない|ではなく|じゃありません)")
 # Words that, before a statement, make it none.
 _SUPPOSED = re.compile(
-    r"(?:\b(?:if|whether|unless|suppose|supposing|assume|assuming|not|never|cannot|than)|n't)"
-    r"(?:\s+(?:that|the|my|an?|say|to|correct|right|best))*\s*$",
+    rf"(?:{words('supposed')}|n't)(?:\s+(?:that|the|my|an?|say|to|correct|right|best|la|le|el|die|der|a|o|正确|正しい))*\s*$",
     re.IGNORECASE,
 )
+_ADVERB = re.compile(rf"\s*(?:{words('adverb')})[\s,]+", re.IGNORECASE)
+_ENDING = re.compile(rf"(?<=\S)(?:{words('ending')})(?:[。.!!]?\s*)$")
 # A full stop after these does not end a sentence, nor one after a single letter ("C. The red one", "John F. K.").
-_TITLES = frozenset({"dr", "mr", "mrs", "ms", "st", "prof", "no", "vs", "jr", "sr", "approx", "ca", "fig", "inc", "co"})
-
-_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{")
-
+_TITLES = frozenset(
+    "dr mr mrs ms st prof no vs jr sr approx ca fig inc co nr z.b d.h bzw sra mme mlle ул г см".split()
+)
+_STOP = re.compile(r"[.!?](?=\s+[\"'(¿¡]*[A-ZÀ-ÖØ-ÞА-ЯЁ\u3040-\u30ff\u4e00-\u9fff])|[。!?](?=\S)(?<=[。!?])")
 _BARE_LABEL = re.compile(
-    r"(?:(?:option|choice)\s+\(?[A-Za-z]\)?[.:]?$|\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:](?:\s|$))", re.IGNORECASE
+    rf"(?:(?:{words('option')})\s*\(?[A-Za-z]\)?[.:]?$|\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:](?:\s|$))", re.IGNORECASE
 )
-_SENTENCE_WORDS = word_set(
-    "i i'm it's there's is isn't are aren't was wasn't were weren't has have had shows show appears appear "
-    "seems seem think believe would could should can can't cannot do don't does doesn't because since so "
-    "therefore thus sorry unable unsure maybe perhaps either or"
-)
-_BARE_WORDS, _BARE_CHARACTERS = 12, 120
+_SENTENCE = re.compile(words("sentence"), re.IGNORECASE)
+_BARE_WORDS, _BARE_CHARACTERS, _BARE_SIGNS = 12, 120, 12
 _LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to parse
+_MOST_MARKS = 20  # that are looked at, from the end
+_UNIT_AFTER = re.compile(
+    rf"\$?(?:\\\))?\s?((?:\\%|%|°[CF]?|{'|'.join(sorted(filter(str.isalpha, UNITS), key=len, reverse=True))})[²³]?)(?![{LETTERS}^])"
+)
+# What makes a box a part of a larger formula, before it and after it. `- \\boxed{3}` on a line of its own is a list.
+_LEADS_IN = re.compile(
+    r"(?:(?<![A-Za-z])[A-Za-z]|[\d)}\]])$|[\w)}] ?[+\-−/^±×] ?\$?$|[\w)}] \* $|(?:^|[=$(:\s])[-−+±√]\$?$|\\[a-z]+\s?$"
+)
+_LEADS_ON = re.compile(
+    r"[A-Za-z0-9(^!/+²³_{−-]|\*\s?\d|\\(?![)\]%,;]|text|quad|\n)|\s?\$?\s?(?:[+/×^−]|-\s?\d)"
+    rf"|[\s$]*(?:{words('both')})\s*[\\\d$A-J]"
+)
+_BETWEEN_BOXES = re.compile(rf"[\s$,;.&*]*(?:{words('alternative')}|{words('both')})?[\s$,;.&*]*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class FinalAnswer:
+    """Holds an answer as the response gives it.
+
+    Attributes:
+        text: without emphasis and a surrounding ``$``.
+        language: of the words that announce it; "" if none do.
+    """
+
+    text: str
+    language: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Holds where an answer is announced: its text (None: cut off or denied), and where that begins and ends."""
+
+    text: str | None
+    start: int
+    end: int
+    is_strong: bool
+    language: str = ""
 
 
 def parse_final_answer(text: str) -> str | None:
@@ -74,24 +123,31 @@ def parse_final_answer(text: str) -> str | None:
     Returns:
         The answer's text, on one line unless boxed; None if no final answer can be read.
     """
+    found = find_final_answer(text)
+    return None if found is None else found.text
+
+
+def find_final_answer(text: str) -> FinalAnswer | None:
+    """Return the final answer as :func:`parse_final_answer` reads it, with the language that announces it."""
     text = text.replace("\r\n", "\n")
     _, closed, after = text.rpartition("</think>")
     text = after if closed else text.partition("<think>")[0]
-    answer: str | None
-    if marks := list(_STRONG.finditer(text)):
-        answer = _marked(text, marks[-1])
-    elif (answer := _last_statement(text)) is None:
-        answer = _bare(text)
-    if answer is None or not answer.strip() or len(answer) > _LONGEST:
+    shape = same_length(text)
+    marks = sorted(_matches(shape), key=lambda mark: mark.start())[-_MOST_MARKS:]
+    if not marks:
+        return _bare(text)
+    chosen = _decisive(shape, [mark for mark in (_read_mark(text, shape, match) for match in marks) if mark])
+    if chosen is None or chosen.text is None or is_taken_back(text[chosen.end :], chosen.text):
         return None
-    return tidy(answer) or None
+    answer = tidy(chosen.text)
+    return FinalAnswer(answer, chosen.language) if answer and len(chosen.text) <= _LONGEST else None
 
 
 def tidy(text: str) -> str:
     """Strip white space, emphasis, ``$...$`` and a full stop around ``text``, unless nothing else is left."""
     whole = text.strip()
     text = whole.strip(_EMPHASIS + " \t")
-    text = re.sub(r"(?<!\.)\.$", "", text).rstrip(_EMPHASIS + " \t")
+    text = re.sub(r"(?<![.。])[.。．]$", "", text).rstrip(_EMPHASIS + " \t")
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text[len(opening) : len(text) - len(closing)]
         if text.startswith(opening) and text.endswith(closing) and inner.strip() and opening not in inner:
@@ -99,81 +155,124 @@ def tidy(text: str) -> str:
     return text or whole
 
 
-def braced(text: str, start: int) -> str | None:
-    r"""Return what is between the brace opened just before ``start`` and the one that closes it; None if none does.
-
-    ``\{`` and ``\}`` are characters, not braces.
-    """
-    depth = 1
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return text[start : brace.start()]
-    return None
-
-
-def unwrap_latex(text: str) -> str:
-    r"""Replace ``\text{cm}``, ``\textbf{(b)}`` and the like by a space and their content."""
-    while opened := _TEXT_COMMAND.search(text):
-        inner = braced(text, opened.end())
-        if inner is None:
-            return text
-        text = f"{text[: opened.start()]} {inner}{text[opened.end() + len(inner) + 1 :]}"
-    return text
-
-
 def first_sentence(text: str) -> str:
-    """Return ``text`` up to the first full stop, ``!`` or ``?`` that is followed by a capital letter."""
-    for stop in re.finditer(r"[.!?](?=\s+[A-Z])", text):
-        before = re.search(r"(\w+)\W*$", text[: stop.start()])
-        word = before.group(1).lower() if before else ""
+    """Return ``text`` up to the first end of a sentence: ``。``, or a full stop, ``!`` or ``?`` before a capital."""
+    for stop in _STOP.finditer(text):
+        before = re.search(r"([\w.]+)\W*$", text[max(0, stop.start() - 40) : stop.start()])
+        word = before.group(1).lower() if before and stop.group() in "." else ""
         if not (word in _TITLES or (len(word) == 1 and word.isalpha())):
             return text[: stop.start()]
     return text
 
 
-def _marked(text: str, mark: re.Match[str]) -> str | None:
-    if mark["boxed"]:
-        content = braced(text, mark.end())
-    elif mark["tag"]:
-        content, closed, _ = text[mark.end() :].partition("</answer>")
-        content = content if closed else None
+def is_sentence(text: str) -> bool:
+    """Return whether ``text`` has words of a sentence, or more of them than a short answer."""
+    shape = same_length(text).replace("’", "'")
+    spaced = len(shape.split()) > _BARE_WORDS
+    return spaced or len(re.findall("[\u3040-\u30ff\u4e00-\u9fff]", shape)) > _BARE_SIGNS or bool(_SENTENCE.search(shape))
+
+
+def _matches(shape: str) -> Iterator[re.Match[str]]:
+    for pattern in (_STATED, _BOXED, _TAG, _OPTION_IS, _OPTION_TAKEN):
+        yield from pattern.finditer(shape)
+
+
+def _read_mark(text: str, shape: str, match: re.Match[str]) -> _Mark | None:
+    """Return the answer that a mark announces; None if what follows it only speaks about the answer."""
+    if match.re is _BOXED:
+        return _boxed(text, match)
+    if match.re is _TAG:
+        content, closed, _ = text[match.end() :].partition("</answer>")
+        return _Mark(content if closed else None, match.start(), match.end() + len(content) + 9, is_strong=True)
+    if match.re is not _STATED:
+        letter = next(group for group in match.groups() if group)
+        supposed = _is_supposed(shape, match.start())
+        return _Mark(None if supposed else letter, match.start(), match.end(), is_strong=False, language="en")
+    return _stated(text, shape, match)
+
+
+def _stated(text: str, shape: str, match: re.Match[str]) -> _Mark | None:
+    language = match.lastgroup or ""
+    is_strong = _FINAL.search(match.group()) is not None
+    spacing = _TO_ANSWER.match(shape, match.end())
+    start = spacing.end() if spacing else match.end()
+    line_end = shape.find("\n", start)
+    line = text[start : line_end if line_end >= 0 else len(text)]
+    adverb = _ADVERB.match(same_length(line))
+    if adverb and not is_remark(line):
+        start, line = start + adverb.end(), line[adverb.end() :]
+    has_verb = not match.group().rstrip("*_`\"' \t").endswith((":", "="))
+    if _is_supposed(shape, match.start()) or _is_denied(line, has_verb=has_verb):
+        return _Mark(None, match.start(), start, is_strong, language)
+    sentence = first_sentence(line)
+    if is_remark(sentence) and (" " in sentence.strip() or not sentence.isascii()):
+        return None
+    if language in UNSPACED:
+        content = _ENDING.sub("", sentence.strip())
     else:
-        content = text[mark.end() :].partition("\n")[0]
-        if not mark["final"].rstrip().endswith((":", "：", "=")) and _NEGATED.match(content):
-            return None  # "the final answer is not 3" states none
-        if _is_supposed(text, mark.start()):
-            return None
-    return content
+        content = line if is_strong else sentence
+    return _Mark(content, match.start(), start + len(line if content is line else sentence), is_strong, language)
 
 
-def _last_statement(text: str) -> str | None:
-    """Return the last "the answer is ..." or "option C is correct", as written; "" if it is denied or supposed."""
-    statements: list[tuple[int, str]] = []
-    for statement in _STATED.finditer(text):
-        rest = statement["rest"]
-        denied = _NEGATED.match(rest) or _is_supposed(text, statement.start())
-        statements.append((statement.start(), "" if denied else first_sentence(rest)))
-    for pattern, key in ((_OPTION_IS, "a"), (_OPTION_TAKEN, "b")):
-        for statement in pattern.finditer(text):
-            letter = statement[f"{key}1"] or statement[f"{key}2"]
-            statements.append((statement.start(), "" if _is_supposed(text, statement.start()) else letter))
-    return max(statements)[1] if statements else None
+def _is_denied(line: str, *, has_verb: bool) -> bool:
+    """Return whether a verb is followed by a denial: "is not 3"; "Answer: not 3" is an answer, if a poor one."""
+    shape = same_length(line)
+    return (has_verb and _NEGATED.match(shape) is not None) or _NEGATED_END.search(first_sentence(shape)) is not None
+
+
+def _boxed(text: str, match: re.Match[str]) -> _Mark:
+    """Read a box, together with the boxes just before it: ``\\boxed{A}, \\boxed{C}``."""
+    content = braced(text, match.end())
+    end = match.end() + len(content or "") + 1
+    if content is None or _is_part(text, match.start(), end):
+        return _Mark(None, match.start(), end, is_strong=True)
+    start, parts = match.start(), content
+    for earlier in reversed(list(_BOXED.finditer(text, max(0, start - 200), start))):
+        inner = braced(text, earlier.end())
+        if inner is None:
+            break
+        between = text[earlier.end() + len(inner) + 1 : start]
+        if not _BETWEEN_BOXES.fullmatch(same_length(between)) or (inner == parts and not between.strip(" \n$,;.&*")):
+            break
+        start, parts = earlier.start(), f"{inner}{between.replace('$', '') or ' '}{parts}"
+    unit = _UNIT_AFTER.match(text, end)
+    if unit and parts == content:
+        parts, end = f"{parts} {unit[1]}", unit.end()
+    return _Mark(parts, start, end, is_strong=True)
+
+
+def _is_part(text: str, start: int, end: int) -> bool:
+    """Return whether a box is part of a larger formula: ``-\\boxed{3}``, ``\\boxed{3}^2``, ``\\boxed{3} and 4``."""
+    before, after = text[max(0, start - 10) : start], text[end : end + 30]
+    return _LEADS_IN.search(before) is not None or _LEADS_ON.match(same_length(after)) is not None
+
+
+def _decisive(shape: str, marks: list[_Mark]) -> _Mark | None:
+    """Return the last strong mark, or the last one if there is none; None if a later statement contradicts it."""
+    strong = next((mark for mark in reversed(marks) if mark.is_strong), None)
+    if strong is None:
+        return marks[-1] if marks else None
+    later = [mark for mark in marks if mark.start >= strong.end]
+    if strong.text is None or not later:
+        return strong
+    if any(mark.text is None for mark in later):
+        return None
+    if all(tidy(mark.text or "").lower() == tidy(strong.text).lower() for mark in later):
+        return strong
+    return later[-1] if is_taken_back(shape[strong.end : later[-1].start], strong.text) else None
 
 
 def _is_supposed(text: str, start: int) -> bool:
     """Return whether the words before ``start`` make what follows no statement: "if the answer is 3"."""
-    return _SUPPOSED.search(text[:start][-60:]) is not None
+    return _SUPPOSED.search(text[max(0, start - 60) : start]) is not None
 
 
-def _bare(text: str) -> str | None:
+def _bare(text: str) -> FinalAnswer | None:
     line = text.strip()
     if not line or "\n" in line or len(line) > _BARE_CHARACTERS:
         return None
-    if _BARE_LABEL.match(line.strip(_EMPHASIS)):
-        return line
-    words = line.lower().replace("’", "'").split()
-    is_sentence = any(word.strip(".,;:!?") in _SENTENCE_WORDS for word in words)
-    if is_sentence or len(words) > _BARE_WORDS or first_sentence(line) != line:
+    shape = same_length(line)
+    is_label = _BARE_LABEL.match(shape.strip(_EMPHASIS)) is not None
+    if not is_label and (is_sentence(line) or first_sentence(line) != line):
         return None
-    return line
+    return FinalAnswer(tidy(line))

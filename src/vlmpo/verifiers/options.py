@@ -1,0 +1,134 @@
+"""Reads option letters, with the option's text or in lists, and compares them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from vlmpo.verifiers.answer import tidy
+from vlmpo.verifiers.characters import plain, unwrap_latex
+from vlmpo.verifiers.languages import words
+from vlmpo.verifiers.texts import same_words
+from vlmpo.verifiers.numbers import read_quantity
+from vlmpo.verifiers.values import same_quantity
+
+_PREFIX = rf"(?:(?:{words('option')})\s*:?\s*|#\s*)?"
+_SUFFIX = r"(?:\s*(?:选项|選項|项|項|番|です|だ)(?=$|[.。,:]))?"
+_OPTION = re.compile(
+    _PREFIX + r"(?:[(\[{]\s*(?P<bracketed>[A-Za-z])\s*[)\]}]|(?P<open>[A-Za-z])" + _SUFFIX
+    + r"(?P<mark>\)|(?=[.:,;、。]|\s+[-–—]\s|$)))" + _SUFFIX + r"\s*[.:,;、。–—-]*\s*(?P<text>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_TEXT_FIRST = re.compile(r"(?P<text>[^()]+?)\s*[(\[](?:(?:option|choice|answer)\s+)?(?P<letter>[A-J])[)\]]", re.IGNORECASE)
+# A second label: "(a) and (b)", "b) or c)", "c, not b". Single capitals in an option's text, "(a) point B", are none.
+_OTHER_LABEL = re.compile(
+    r"(?<!\w)[(\[][a-z][)\]](?!\w)|(?<![\w(\[])[a-z]\)(?!\w)|(?:\b(?:and|or|not|no|y|o|et|ou|und|oder|e|и|или)\s+|[/&]\s*|[和或与、]\s*)"
+    r"[(\[]?[A-Za-z][)\]]?(?![\w'])|^[(\[]?[A-J][)\]]?(?:[.:,;!]|$)"
+)
+_LETTER = r"[(\[]?(?:(?i:option|choice) )?[A-Za-z][)\]]?"
+_BOTH = words("both")
+_LIST = re.compile(rf"(?:(?i:options?|choices?|both|answers?|选项|選項)\s*)?{_LETTER}(?:(?: ?[,;&、/] ?(?:and )?| ?{_BOTH} ?){_LETTER})+\.?")
+# Latin names of species end so, or are these.
+_SPECIES = re.compile(
+    r"(?:coli|elegans|aureus|sapiens|melanogaster|rex|pombe|catus|lupus|rerio|mays|canis|difficile|[a-z]+(?:ensis|oides|icus|iae|aceae|inus|anus|atus|"
+    r"icum|atum|iana|ilis|alis|ata|ica|osa|osus|ans|ii|ae|is|us|um))(?: [a-z]+)?"
+)
+_SURNAME = re.compile(
+    r"(?:Mc|Mac|O')[A-Z]\w+|[A-Z][a-z]+(?:son|sson|stein|berg|man|mann|ski|sky|ov|ova|ev|eva|ez|feld|ford|worth|wood|field|shaw|well|ells|bert|ing(?<=King))"
+)
+_SURNAMES = frozenset(
+    "Smith Jones Williams Brown Davis Miller Moore Taylor Thomas White Harris Martin Garcia Clark Lewis Lee Walker Hall Allen Young King Wright Scott "
+    "Green Baker Adams Nelson Hill Campbell Mitchell Roberts Carter Phillips Evans Turner Parker Collins Edwards Stewart Morris Murphy Cook Rogers Reed "
+    "Bailey Bell Cooper Cox Ward Brooks Kelly Price Ross Hughes Lincoln Einstein Newton Darwin Curie Tesla Obama Trump Biden Bush Clinton Kennedy Reagan "
+    "Nixon Roosevelt Jefferson Churchill Shakespeare Dickens Austen Tolstoy Wells Doyle Christie Orwell Hemingway Twain Poe Doe Nguyen Kim Park Chen Wang Li Zhang "
+    "Liu Singh Patel Khan Kumar Turing Gauss Euler Bohr Planck Fermi Hawking Galilei Mozart Bach Beethoven Chopin Picasso Monet Dali Freud Marx Hitler "
+    "Merkel Putin Lenin Stalin Gandhi Mandela Musk Gates Jobs Bezos Zuckerberg Franklin Hamilton Grant Lovelace Hopper Dumas Hugo Verne Camus Kafka Mann Schmidt "
+    "Müller Schneider Fischer Weber Meyer Wagner Becker Hoffmann Dupont Bernard Dubois Silva Santos Souza Costa Lopez Perez Cruz Flores Diaz Hernandez".split()
+)
+_INITIALS = re.compile(r"[A-Z]\.(?:\s|$)|[A-Z]\. ?[A-Z]")
+
+
+def read_option(text: str) -> tuple[str, str] | None:
+    """Return the letter, in lower case, and the option's text ("" if there is none); None if no or two letters."""
+    text = " ".join(re.sub(r"[*_`$]", "", unwrap_latex(plain(tidy(text)))).split())
+    text = tidy(text)
+    if is_name(text):
+        return None
+    if first := _TEXT_FIRST.fullmatch(text):
+        return first["letter"].lower(), first["text"].strip(" .")
+    option = _OPTION.fullmatch(text)
+    if not option or _OTHER_LABEL.search(option["text"]) or _LIST.fullmatch(text):
+        return None
+    return (option["bracketed"] or option["open"]).lower(), option["text"].strip(" .。")
+
+
+def read_letters(text: str, *, allow_single: bool = False) -> frozenset[str] | None:
+    """Return the options of a list such as "b, c" or "(b) and (c)"; None if ``text`` is no such list."""
+    text = tidy(" ".join(re.sub(r"[*_`$]", "", unwrap_latex(plain(tidy(text)))).split()))
+    if not (_LIST.fullmatch(text) or (allow_single and re.fullmatch(_PREFIX + _LETTER, text, re.IGNORECASE))):
+        return None
+    return frozenset(re.findall(r"(?<![A-Za-z])[a-z](?![A-Za-z])", text.lower()))
+
+
+def is_option(truth: str) -> bool:
+    """Return whether a truth is an option, A to J: a letter, alone or with a text; not a name such as "E. coli"."""
+    text = " ".join(plain(tidy(truth)).split())
+    if is_name(text):
+        return False
+    letter = r"\([A-Ja-j]\)|\[[A-Ja-j]\]|[A-Ja-j]\)"
+    labelled = rf"(?:{words('option')})\s*:?\s*(?:{letter}|[A-J])(?:[.:)]?$|[.:)]\s*\S.*|\s+[-–—]\s+\S.*)"
+    if re.fullmatch(rf"\(?[A-Ja-j]\)?\.?|(?:{letter})(?:\s*\S.*)?", text) or re.fullmatch(labelled, text, re.IGNORECASE):
+        return True
+    return re.fullmatch(r"[A-J](?:[:、]\s*|\.\s+|\.(?=[^\W\d_a-z.])(?![A-Z]\b)|\s+[-–—]\s+)\S.*", text) is not None and len(text) > 2
+
+
+def is_name(text: str) -> bool:
+    """Return whether ``text`` is a name with initials: "E. coli", "J. Smith", "H. G. Wells"."""
+    initial = re.fullmatch(r"[A-Z]\. ?(?P<rest>[^\W\d_].*)", text)
+    if not initial:
+        return False
+    rest = initial["rest"].strip(" .")
+    if len(rest) == 1 or _INITIALS.match(initial["rest"]) or _SPECIES.fullmatch(rest):
+        return True
+    capitals = rest.split()
+    if len(capitals) > 3 or not all(word[:1].isupper() or word in ("van", "von", "de", "der", "da") for word in capitals):
+        return False
+    return any(word in _SURNAMES or _SURNAME.fullmatch(word) for word in capitals)
+
+
+def judge_option(readings: Sequence[str], truth: str) -> bool | None:
+    """Return whether an answer names the right option; None if it names none, several, or one with another's text."""
+    right_letters = read_letters(truth)
+    if right_letters:
+        return _judge_letters(readings, right_letters)
+    right = read_option(truth)
+    assert right is not None  # choose_verifier checked it
+    options = [option for reading in readings if (option := read_option(reading))]
+    if not options:
+        return True if right[1] and any(_same_option_text(reading, right) for reading in readings) else None
+    letters = {option[0] for option in options}
+    if len(letters) > 1:
+        return None
+    same_letter = letters == {right[0]}
+    texts = [option[1] for option in options]
+    if not right[1] or "" in texts:
+        return same_letter
+    # One option's letter with another's text: which of the two was meant?
+    return same_letter if same_letter == any(_same_option_text(text, right) for text in texts) else None
+
+
+def _judge_letters(readings: Sequence[str], right: frozenset[str]) -> bool | None:
+    for reading in readings:
+        letters = read_letters(reading, allow_single=True)
+        if letters is None and re.fullmatch("[A-J]{2,}", reading.strip()) and list(reading) == sorted(set(reading)):
+            letters = frozenset(reading.strip().lower())
+        if letters is not None:
+            return letters == right
+    return None
+
+
+def _same_option_text(answer: str, right: tuple[str, str]) -> bool:
+    read, quantity = read_quantity(answer), read_quantity(right[1])
+    if read and quantity:
+        return same_quantity(read, quantity) is True
+    return same_words(answer, right[1]) or same_words(answer, f"{right[0]} {right[1]}")
