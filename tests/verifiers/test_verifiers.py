@@ -111,7 +111,7 @@ CASES = [
     ("exact", "red", F + "red, not blue", "c"),
     ("exact", "red", F + "not red", "w"),
     ("exact", "red", F + "red. I hope this helps!", "c"),
-    ("exact", "red", F + "red. No, wait: blue.", "w"),
+    ("exact", "red", F + "red. No, wait: blue.", "u"),
     ("exact", "a cat", F + "cat", "w"),
     ("exact", "red", "", "u"),
     ("exact", "red", "The picture has shapes. One of them is red.", "u"),

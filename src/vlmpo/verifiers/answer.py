@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlmpo.verifiers.characters import braced, same_length
-from vlmpo.verifiers.doubt import is_remark, is_taken_back
+from vlmpo.verifiers.doubt import is_alternative, is_hedged, is_remark, is_taken_back
 from vlmpo.verifiers.units import UNITS
 from vlmpo.verifiers.languages import LANGUAGES, LETTERS, UNSPACED, words
 
@@ -33,7 +33,7 @@ def _announcement(code: str) -> str:
     answer, verb = (part.replace(" ", r"[ \t]+") for part in (language.answer, language.verb))
     heading = rf"(?m:^)[#*_ \t]*(?:{answer}){_SPACE}(?=\n)"
     if code in UNSPACED:
-        return rf"{heading}|(?:{answer}){_SPACE}(?:(?:{verb})[、:]?|[:=])"
+        return rf"{heading}|(?:{answer}){_SPACE}(?:(?:{verb})[、:]?|[:=】]|\]:?)"
     is_verb = rf"[ \t]+(?:{verb})(?![{LETTERS}'])[ \t]*:?"
     return rf"{heading}|(?<![{LETTERS}])(?:{answer}){_SPACE}(?:{is_verb}|[ \t]*[:=]|[ \t]+[—–][ \t])"
 
@@ -43,14 +43,14 @@ _TO_ANSWER = re.compile(r"[*_`\"' \t]*\n*[*_` \t]*")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _TAG = re.compile(r"<answer>", re.IGNORECASE)
 _FINAL = re.compile(words("final"), re.IGNORECASE)
-_LABEL = r"(?:(?i:(?:" + words("option") + r"))\s*\(?(?P<{0}1>[A-Za-z])\)?|\((?P<{0}2>[A-Za-z])\)|(?<![\w'])(?P<{0}3>[A-J]))"
+_LABEL = r"(?:(?i:(?:" + words("option") + r"))\s*\(?(?P<{0}1>[A-Za-z])\)?|\((?P<{0}2>[A-Za-z])\)|(?<![" + LETTERS + r"'])(?P<{0}3>[A-J]))"
 _OPTION_IS = re.compile(
-    _LABEL.format("a") + r"[*_`]*\s+(?:is|seems|appears)\s+(?:to\s+be\s+)?(?:the\s+)?(?:most\s+\w+\s+)?"
-    r"(?:correct|right|best|answer)\b"
+    _LABEL.format("a") + rf"[*_`]*(?:(?:项|选项)?是|[はが]|\s+(?:is|seems|appears|es|est|ist|é|—|–|это)(?![{LETTERS}]))\s*(?:to\s+be\s+)?(?:the\s+)?(?:most\s+\w+\s+)?"
+    + f"(?i:{words('correct')})"
 )
 _OPTION_TAKEN = re.compile(
-    r"(?:\b(?i:choose|chose|select|pick|go\s+with)\s+(?:the\s+)?|(?:应该|应|應|故|因此|所以|我)(?:选择|选|選擇|選))"
-    + _LABEL.format("b") + r"(?!\w)"
+    r"(?:\b(?i:choose|chose|select|pick|go\s+with)\s+(?:the\s+)?|(?<![不没別别可])(?:选择|选|選擇|選)(?![项項])\s*:?\s*)"
+    + _LABEL.format("b") + rf"(?![{LETTERS}'])"
 )
 _NEGATED = re.compile(rf"\s*(?:{words('denial')})", re.IGNORECASE)
 _NEGATED_END = re.compile(r"(?:ではありません|ではない|じゃない|でない|ではなく|じゃありません)")
@@ -69,6 +69,14 @@ _STOP = re.compile(r"[.!?](?=\s+[\"'(¿¡]*[A-ZÀ-ÖØ-ÞА-ЯЁ\u3040-\u30ff\u4
 _BARE_LABEL = re.compile(
     rf"(?:(?:{words('option')})\s*\(?[A-Za-z]\)?[.:]?$|\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:](?:\s|$))", re.IGNORECASE
 )
+_EAST_ASIAN = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
+_COPULA = re.compile(rf"{words('copula')}\s*:?\s*(?P<rest>.+)", re.IGNORECASE)
+_VERB = re.compile(rf"(?<![{LETTERS}])(?:is|are|was|were|es|son|está|están|est|sont|ist|sind|é|são|estão|это|has|have)(?![{LETTERS}])|c'est|[是为為は]|[—–]|\s-\s", re.IGNORECASE)
+_DENIED_SUBJECT = re.compile(
+    rf"(?<![{LETTERS}])(?:not|no|none|never|neither|nor|if|whether|não|nunca|ne|n'|nicht|keine?r?|nie|не|ни|si|se|wenn|если|que|that|which|who)(?![{LETTERS}])"
+    "|n't|n'|[不没非如若]|ない|でも", re.IGNORECASE
+)
+_YES_OR_NO = re.compile(f"(?:{words('yes')}|{words('no')})[.。!]?", re.IGNORECASE)
 _SENTENCE = re.compile(words("sentence"), re.IGNORECASE)
 _BARE_WORDS, _BARE_CHARACTERS, _BARE_SIGNS = 12, 120, 12
 _LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to parse
@@ -94,10 +102,13 @@ class FinalAnswer:
     Attributes:
         text: without emphasis and a surrounding ``$``.
         language: of the words that announce it; "" if none do.
+        is_sentence: whether it is taken from a sentence that nothing announces, "The car is red.": if it is the truth
+            the sentence says so, but if not, the question may have been another one.
     """
 
     text: str
     language: str = ""
+    is_sentence: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +150,8 @@ def find_final_answer(text: str) -> FinalAnswer | None:
     chosen = _decisive(shape, [mark for mark in (_read_mark(text, shape, match) for match in marks) if mark])
     if chosen is None or chosen.text is None or is_taken_back(text[chosen.end :], chosen.text):
         return None
+    if is_hedged(text[max(0, chosen.start - 200) : chosen.start]):
+        return None
     answer = tidy(chosen.text)
     return FinalAnswer(answer, chosen.language) if answer and len(chosen.text) <= _LONGEST else None
 
@@ -169,7 +182,7 @@ def is_sentence(text: str) -> bool:
     """Return whether ``text`` has words of a sentence, or more of them than a short answer."""
     shape = same_length(text).replace("’", "'")
     spaced = len(shape.split()) > _BARE_WORDS
-    return spaced or len(re.findall("[\u3040-\u30ff\u4e00-\u9fff]", shape)) > _BARE_SIGNS or bool(_SENTENCE.search(shape))
+    return spaced or len(_EAST_ASIAN.findall(shape)) > _BARE_SIGNS or bool(_SENTENCE.search(shape))
 
 
 def _matches(shape: str) -> Iterator[re.Match[str]]:
@@ -205,7 +218,7 @@ def _stated(text: str, shape: str, match: re.Match[str]) -> _Mark | None:
     if _is_supposed(shape, match.start()) or _is_denied(line, has_verb=has_verb):
         return _Mark(None, match.start(), start, is_strong, language)
     sentence = first_sentence(line)
-    if is_remark(sentence) and (" " in sentence.strip() or not sentence.isascii()):
+    if is_remark(sentence) and (" " in sentence.strip() or _EAST_ASIAN.search(sentence)):
         return None
     if language in UNSPACED:
         content = _ENDING.sub("", sentence.strip())
@@ -259,7 +272,7 @@ def _decisive(shape: str, marks: list[_Mark]) -> _Mark | None:
         return None
     if all(tidy(mark.text or "").lower() == tidy(strong.text).lower() for mark in later):
         return strong
-    return later[-1] if is_taken_back(shape[strong.end : later[-1].start], strong.text) else None
+    return later[-1] if is_taken_back(shape[strong.end : later[-1].start + 12], strong.text) else None
 
 
 def _is_supposed(text: str, start: int) -> bool:
@@ -273,6 +286,26 @@ def _bare(text: str) -> FinalAnswer | None:
         return None
     shape = same_length(line)
     is_label = _BARE_LABEL.match(shape.strip(_EMPHASIS)) is not None
-    if not is_label and (is_sentence(line) or first_sentence(line) != line):
+    if is_label or _YES_OR_NO.fullmatch(shape) or not (is_sentence(line) or first_sentence(line) != line):
+        return FinalAnswer(tidy(line))
+    return _statement(line)
+
+
+def said_of_subject(text: str) -> str | None:
+    """Return ``red`` of "The car is red.": what a plain sentence says of its subject; None if it is no such sentence."""
+    shape = same_length(text)
+    copula = _COPULA.fullmatch(shape)
+    if copula is None:
         return None
-    return FinalAnswer(tidy(line))
+    start = copula.start("rest")
+    subject, rest = shape[:start], _ENDING.sub("", shape[start:])
+    is_plain = len(_VERB.findall(subject)) == 1 and not _DENIED_SUBJECT.search(subject) and not _NEGATED_END.search(rest)
+    return text[start : start + len(rest)] if is_plain else None
+
+
+def _statement(line: str) -> FinalAnswer | None:
+    """Return what a bare sentence such as "The car is red." says of its subject, if that is short and plain."""
+    rest = said_of_subject(tidy(line))
+    if not rest or is_sentence(rest) or is_remark(rest) or is_alternative(f"x {rest}") or _NEGATED.match(rest):
+        return None
+    return FinalAnswer(tidy(rest), is_sentence=True) if len(rest.split()) <= 4 else None

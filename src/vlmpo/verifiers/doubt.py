@@ -9,9 +9,12 @@ from vlmpo.verifiers.languages import LETTERS, words
 
 _CERTAIN = re.compile(
     r"\b(?:without|no|beyond|sin|sem|sans aucun|sans l'ombre d'un|ohne|без)\s+(?:any\s+|a\s+|all\s+|ninguna\s+|jeden\s+)?"
-    r"(?:reasonable\s+)?(?:doubts?|dudas?|dúvidas?|doute|zweifel|сомнени\w+|question)\b|\bnot\s+only\b|\bmaybe\s+not\s+needed\b"
+    r"(?:reasonable\s+)?(?:doubts?|dudas?|dúvidas?|doute|zweifel|сомнени\w+|question)\b|\bnot\s+only\b|毫无疑问|毫無疑問|间違いなく|間違いな[くい]"
 )
-_DOUBT = re.compile(words("doubt"))
+_RETRACTION = re.compile(words("retraction"))
+_HEDGE = re.compile(words("hedge"))
+_DOUBT = re.compile(f"{_RETRACTION.pattern}|{_HEDGE.pattern}|{words('opinion')}")
+_YES_OR_NO = re.compile(f"\\W*(?:{words('yes')}|{words('no')})")
 # "No," or "No -" takes back what stands before it; "no other bars" does not.
 _NO = re.compile(
     rf"(?<![{LETTERS}])(?:no|non|não|нет|nope|nein)\s*(?:[,.!;:…—–]|-\s|\.\.\.|(?<=[.!?,;]\s\w\w)$|\s(?:wait|sorry|it's|it is|that's|espera|perdón|digo|"
@@ -37,9 +40,15 @@ _LONGEST_AFTER = 4  # words of a later sentence that states another answer; long
 def is_doubtful(text: str) -> bool:
     """Return whether ``text``, an answer with what stands beside it, takes it back or leaves it open."""
     lower = _lower(text)
-    head = re.match(r"\W*\w+", lower)
+    yes_or_no = _YES_OR_NO.match(lower)
+    head = yes_or_no or re.match(r"\W*\w+", lower)
     after = lower[head.end() :] if head else lower
-    return bool(_DOUBT.search(lower) or _NO.search(after) or _OTHERWISE.search(after) or "?" in after)
+    return bool(_DOUBT.search(after if yes_or_no else lower) or _NO.search(after) or _OTHERWISE.search(after) or "?" in after)
+
+
+def is_hedged(before: str) -> bool:
+    """Return whether the sentence that leads up to an answer leaves it open: "It could be \\boxed{3}"."""
+    return _HEDGE.search(_lower(re.split(r"[.!?;]\s|[\n。!?]", same_length(before))[-1])) is not None
 
 
 def is_alternative(text: str) -> bool:
@@ -69,7 +78,7 @@ def is_remark(text: str) -> bool:
 def _states_another(sentence: str, known: set[str]) -> bool:
     """Return whether a short later sentence, such as "It is 4" or "Blue", says something else than the answer."""
     said = re.sub(r"\\[A-Za-z]+|</?\w+>|[^\w\s'.,]", " ", sentence).strip(" .,")
-    parts = re.findall(r"\w+(?:'\w+)?", said.lower())
+    parts = re.findall(rf"[{LETTERS}]+(?:'\w+)?|\w", said.lower())
     if not parts or set(parts) <= known or _CLOSING.fullmatch(said.lower()):
         return False
     if len(parts) > _LONGEST_AFTER:

@@ -87,7 +87,7 @@ _EAST_ASIAN_MAGNITUDE = re.compile(rf"\s*({'|'.join(sorted(filter(_EAST_ASIAN.ma
 _RAISED_UNIT = re.compile(
     r"(?:(?P<square>square |sq\.? |平方|кв\. ?)|(?P<cube>cubic |立方|куб\. ?))?(?P<name>[^\s^\d]+)(?:\^?(?P<digit>\{?[23]\}?)|(?: squared)|)"
 )
-_CURRENCY = r"(?:US\$|USD|EUR|GBP|INR|JPY|[$€£¥₹])"
+_CURRENCY = r"(?:R\$|US\$|USD|EUR|GBP|INR|JPY|[$€£¥₹])"
 _PLAIN = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _GROUPED = r"\d[\d.,' ]*\d(?!\d)|\.?\d+\.?"
 _SIGNED = re.compile(
@@ -248,7 +248,7 @@ def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -
     percent = bool(names) and names[0].lower() in PERCENT
     if percent:
         names = names[2:] if names[1:2] == ["of"] else names[1:]
-    known = _known_unit(" ".join(names))
+    known = known_unit(" ".join(names))
     if known and kind and known[0] != kind:  # $3 cm
         return None
     if known:
@@ -271,7 +271,7 @@ def _is_apart(rest: str) -> bool:
             and not re.match(r"\s+[^\W\d_]{1,2}(?![\w/^])", rest))
 
 
-def _known_unit(name: str) -> tuple[str, Fraction] | None:
+def known_unit(name: str) -> tuple[str, Fraction] | None:
     """Look a unit up, also its square or cube; a short one must have the right case: ``m`` is a metre, ``M`` is not."""
     if found := _plain_unit(name):
         return found

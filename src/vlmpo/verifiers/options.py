@@ -12,7 +12,7 @@ from vlmpo.verifiers.texts import same_words
 from vlmpo.verifiers.numbers import read_quantity
 from vlmpo.verifiers.values import same_quantity
 
-_PREFIX = rf"(?:(?:{words('option')})\s*:?\s*|#\s*)?"
+_PREFIX = rf"(?:(?:the|la|el|le|die|der|a|o|l')\s+)?(?:(?:{words('option')})\s*:?\s*|#\s*)?"
 _SUFFIX = r"(?:\s*(?:选项|選項|项|項|番|です|だ)(?=$|[.。,:]))?"
 _OPTION = re.compile(
     _PREFIX + r"(?:[(\[{]\s*(?P<bracketed>[A-Za-z])\s*[)\]}]|(?P<open>[A-Za-z])" + _SUFFIX
@@ -20,6 +20,7 @@ _OPTION = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _TEXT_FIRST = re.compile(r"(?P<text>[^()]+?)\s*[(\[](?:(?:option|choice|answer)\s+)?(?P<letter>[A-J])[)\]]", re.IGNORECASE)
+_DENIED = re.compile(f"{words('denial')}|{words('condition')}|either|all|any", re.IGNORECASE)
 # A second label: "(a) and (b)", "b) or c)", "c, not b". Single capitals in an option's text, "(a) point B", are none.
 _OTHER_LABEL = re.compile(
     r"(?<!\w)[(\[][a-z][)\]](?!\w)|(?<![\w(\[])[a-z]\)(?!\w)|(?:\b(?:and|or|not|no|y|o|et|ou|und|oder|e|и|или)\s+|[/&]\s*|[和或与、]\s*)"
@@ -31,7 +32,7 @@ _LIST = re.compile(rf"(?:(?i:options?|choices?|both|answers?|选项|選項)\s*)?
 # Latin names of species end so, or are these.
 _SPECIES = re.compile(
     r"(?:coli|elegans|aureus|sapiens|melanogaster|rex|pombe|catus|lupus|rerio|mays|canis|difficile|[a-z]+(?:ensis|oides|icus|iae|aceae|inus|anus|atus|"
-    r"icum|atum|iana|ilis|alis|ata|ica|osa|osus|ans|ii|ae|is|us|um))(?: [a-z]+)?"
+    r"icum|atum|iana|ilis|alis|ata|ica|osa|osus|ans|i|ae|is|us|um))(?: [a-z]+)?"
 )
 _SURNAME = re.compile(
     r"(?:Mc|Mac|O')[A-Z]\w+|[A-Z][a-z]+(?:son|sson|stein|berg|man|mann|ski|sky|ov|ova|ev|eva|ez|feld|ford|worth|wood|field|shaw|well|ells|bert|ing(?<=King))"
@@ -54,7 +55,8 @@ def read_option(text: str) -> tuple[str, str] | None:
     text = tidy(text)
     if is_name(text):
         return None
-    if first := _TEXT_FIRST.fullmatch(text):
+    first = _TEXT_FIRST.fullmatch(text)
+    if first and not _DENIED.match(first["text"]):
         return first["letter"].lower(), first["text"].strip(" .")
     option = _OPTION.fullmatch(text)
     if not option or _OTHER_LABEL.search(option["text"]) or _LIST.fullmatch(text):
@@ -88,7 +90,7 @@ def is_name(text: str) -> bool:
     if not initial:
         return False
     rest = initial["rest"].strip(" .")
-    if len(rest) == 1 or _INITIALS.match(initial["rest"]) or _SPECIES.fullmatch(rest):
+    if re.fullmatch("[A-Za-z]", rest) or _INITIALS.match(initial["rest"]) or _SPECIES.fullmatch(rest):
         return True
     capitals = rest.split()
     if len(capitals) > 3 or not all(word[:1].isupper() or word in ("van", "von", "de", "der", "da") for word in capitals):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from vlmpo.verifiers.answer import is_sentence, tidy
+from vlmpo.verifiers.answer import is_sentence, said_of_subject, tidy
 from vlmpo.verifiers.characters import plain, unwrap_latex
 from vlmpo.verifiers.doubt import is_remark
 from vlmpo.verifiers.languages import COLOURS, NUMBERS, OTHER_LANGUAGES, words
@@ -20,7 +20,6 @@ _TOKEN = re.compile(
 # Only before a word, and `a` not before a single letter: "vitamin A" and "a, b" contain no article.
 _ARTICLE = re.compile(r"\b(?:(?:an|the)\s+(?=\w)|a\s+(?=\w\w|\d))")
 _OTHER_ARTICLE = re.compile(rf"(?:{words('article')}\s+|[ld]['’])(?=\w)", re.IGNORECASE)
-_COPULA = re.compile(rf"{words('copula')}\s*:?\s*(?P<rest>.+)", re.IGNORECASE)
 _DENIAL = re.compile(rf"\b(?:not|no|never|none|without|cannot)\b|n't|{words('denial')}")
 _YES, _NO = (re.compile(words(field)) for field in ("yes", "no"))
 _HEAD = re.compile(rf"(?P<head>{words('yes')}|{words('no')})\s*[,;.:!、。—–-]\s*(?P<rest>.*)", re.DOTALL)
@@ -42,6 +41,10 @@ _UNLIKE = [
     )
 ]  # fmt: skip
 _OPPOSITE = ("un", "in", "im", "il", "ir", "dis", "non", "non-", "a", "fe", "anti", "de", "mis", "sub", "super", "re")
+_ORDINALS = dict(
+    zip("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(),
+        "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split(), strict=True)
+)  # fmt: skip
 _EXTRA = 1  # words beside those of the truth that make an answer more than the truth
 
 
@@ -69,7 +72,7 @@ def words_of(text: str) -> list[str]:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub("[−–—]", "-", text))
     text = _ARTICLE.sub("", text)
     found = _TOKEN.findall(re.sub(r"(?<=[^\W\d])\.(?=[^\W\d]|\s|$)", "", text))  # U.S.A.
-    return [str(NUMBER_WORDS.get(word, word)) for word in found]
+    return [_ORDINALS.get(word, str(NUMBER_WORDS.get(word, word))) for word in found]
 
 
 def same_words(answer: str, truth: str) -> bool:
@@ -80,10 +83,12 @@ def same_words(answer: str, truth: str) -> bool:
     if not right:
         return False
     text = plain_text(answer)
-    statement = _COPULA.fullmatch(text)
-    forms = [text, *([statement["rest"]] if statement else [])]
+    forms = [form for form in (text, said_of_subject(text)) if form]
     forms += [_OTHER_ARTICLE.sub("", form, count=1) for form in forms if _OTHER_ARTICLE.match(form)]
     if any(words_of(form) == right for form in forms):
+        return True
+    joined = "".join(right)
+    if not re.search(r"\d", joined) and "".join(words_of(text)) == joined:  # D. H. and D.H.
         return True
     head = _HEAD.fullmatch(text)
     return head is not None and plain_text(truth) == head["head"] and not _contradicts(head["head"], head["rest"])
@@ -105,6 +110,8 @@ def judge_vqa(readings: Sequence[str], truth: str) -> bool | None:
         return _first_verdict(readings, truth)
     if meant is not None:
         return meant
+    if any(_is_other_form(reading, truth) for reading in readings):
+        return None
     return None if _is_no_answer(readings, truth) or _holds_truth(readings[-1], truth) else False
 
 
@@ -165,8 +172,8 @@ def _meanings(yes: object, no: object, number: int | None, colour: int | None) -
 def _is_no_answer(readings: Sequence[str], truth: str) -> bool:
     """Return whether an answer that differs from the truth is no answer: a remark, a sentence, a language not read."""
     core, whole = readings[0], readings[-1]
-    if _COPULA.fullmatch(plain_text(core)) and not is_remark(plain_text(core)):
-        core = _COPULA.fullmatch(plain_text(core))["rest"]  # type: ignore[index]
+    if not is_remark(core):
+        core = said_of_subject(core) or core
     if is_remark(core) or is_remark(whole):
         return True
     if is_sentence(core) and not (is_sentence(truth) and len(truth.split()) > 3):
@@ -177,6 +184,29 @@ def _is_no_answer(readings: Sequence[str], truth: str) -> bool:
     if scripts[0] and scripts[1] and not scripts[0] & scripts[1]:
         return True
     return len(core.split()) > 1 and bool(OTHER_LANGUAGES & set(plain_text(core).split()))
+
+
+def _is_other_form(answer: str, truth: str) -> bool:
+    """Return whether two texts may be one thing: words in another order, an abbreviation, a date written otherwise."""
+    ones, others = words_of(answer), words_of(truth)
+    if len(ones) > 1 and sorted(ones) == sorted(others):
+        return True
+    if set(re.findall(r"\b\d{4}\b", answer)) & set(re.findall(r"\b\d{4}\b", truth)):
+        return True
+    if "." not in answer + truth and not (answer.isupper() or truth.isupper()):
+        return False
+    for short, long in ((answer, truth), (truth, answer)):
+        initials = "".join(word[0] for word in re.findall(r"\w+", long) if word[0].isupper())
+        if len(initials) > 1 and re.sub(r"[\W_]", "", short).upper() == initials:
+            return True
+    parts = [re.findall(r"\w+", text.lower()) for text in (answer, truth)]
+    return len(parts[0]) == len(parts[1]) > 1 and all(map(_may_abbreviate, *parts))
+
+
+def _may_abbreviate(one: str, other: str) -> bool:
+    short, long = sorted((one, other), key=len)
+    letters = iter(long)
+    return one == other or (short[0] == long[0] and len(short) <= 4 and all(letter in letters for letter in short))
 
 
 def _holds_truth(answer: str, truth: str) -> bool:

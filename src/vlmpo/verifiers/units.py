@@ -82,6 +82,7 @@ UNITS: dict[str, tuple[str, Fraction]] = {
         ("CNY", "1", "cny rmb yuan 元 人民币"),
         ("yen or yuan", "1", "¥"),
         ("INR", "1", "₹ inr rupee rupees"),
+        ("BRL", "1", "r$ brl reais"),
         ("RUB", "1", "₽ rub рублей рубля руб"),
     ]
     for name in names.split()

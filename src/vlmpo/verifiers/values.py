@@ -11,7 +11,7 @@ from vlmpo.verifiers.answer import tidy
 from vlmpo.verifiers.characters import plain_math
 from vlmpo.verifiers.formula import UnreadableFormula, read_formula, same_formula
 from vlmpo.verifiers.languages import words
-from vlmpo.verifiers.numbers import Quantity, read_quantity
+from vlmpo.verifiers.numbers import Quantity, known_unit, read_quantity
 from vlmpo.verifiers.units import UNLIKE
 
 _OPEN, _CLOSE = "([{", ")]}"
@@ -65,7 +65,10 @@ def same_structure(answer: Structure, truth: Structure) -> bool | None:
         if answer.note != truth.note or len(answer.parts) != len(truth.parts):
             return False
         return _all(map(same_value, answer.parts, truth.parts))
-    is_other_form = "list" in (answer.kind, truth.kind) and "relation" not in (answer.kind, truth.kind)
+    if "relation" in (answer.kind, truth.kind):
+        ranges = [_range(structure) if structure.kind == "relation" else structure for structure in (answer, truth)]
+        return same_structure(ranges[0], ranges[1]) if ranges[0] and ranges[1] else None
+    is_other_form = "list" in (answer.kind, truth.kind)
     return None if is_other_form and _same_members(answer.parts, truth.parts) is not False else False
 
 
@@ -144,7 +147,9 @@ def _across(text: str, structure: Structure | None) -> bool | None:
         return _same_members(squeezed(text).split(","), structure.parts)  # 3,5 may be a list
     if structure.kind == "set" and len(structure.parts) == 1:
         return None
-    return False if read_quantity(text) or _expression(text) else None
+    if structure.kind == "colon" and len(structure.parts) == 2 and same_value(text, "/".join(structure.parts)):
+        return None
+    return False if read_quantity(text) or is_expression(text) else None
 
 
 def _same_side(text: str, relation: Structure | None) -> bool | None:
@@ -155,8 +160,11 @@ def _same_side(text: str, relation: Structure | None) -> bool | None:
 
 
 def _same_expression(answer: str, truth: str) -> bool | None:
+    (answer, unit), (truth, other) = _without_unit(answer), _without_unit(truth)
+    if unit and other and unit != other:
+        return None
     for text in (answer, truth):
-        if read_quantity(text) is None and _expression(text) is None:
+        if read_quantity(text) is None and not is_expression(text):
             return None
     letters = _letters(truth)
     try:
@@ -186,11 +194,19 @@ def _is_rounded(decimal: str, exact: str) -> bool:
         return bool(abs(value.value({}) - mpmath.mpf(squeezed(decimal))) <= mpmath.mpf(10) ** -len(digits[1]))
 
 
-def _expression(text: str) -> object | None:
+def is_expression(text: str) -> bool:
+    """Return whether ``text`` is a formula, to its last character."""
     try:
-        return read_formula(_bare(text), letters=_letters(text))
+        read_formula(_bare(text), letters=_letters(text))
     except UnreadableFormula:
-        return None
+        return False
+    return True
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    """Split ``25\\pi cm^2`` into the formula and its unit ("" if there is none)."""
+    unit = re.fullmatch(r"(.*[\d)}\s][\d)}]?|\S*\\\w+) +([^\W\d_]{1,14}(?:\^[23])?)", plain_math(_bare(text)))
+    return (unit[1], unit[2]) if unit and known_unit(unit[2]) else (text, "")
 
 
 def _bare(text: str) -> str:
@@ -288,7 +304,7 @@ def _listed(shape: str) -> Structure | None:
 def _is_part(text: str) -> bool:
     if read_quantity(text):
         return True
-    return _bracketed(text) is not None or (_expression(text) is not None and not re.fullmatch(r"[A-Za-z]+", text))
+    return _bracketed(text) is not None or (is_expression(text) and not re.fullmatch(r"[A-Za-z]+", text))
 
 
 def _relation(shape: str) -> Structure | None:
@@ -348,6 +364,21 @@ def _same_colon(answer: Structure, truth: Structure) -> bool | None:
         return None if longer[: len(shorter)] == shorter and not any(longer[len(shorter) :]) else False
     is_multiple = all(a * other[0] == b * one[0] for a, b in zip(one, other, strict=True))
     return None if is_multiple else False
+
+
+def _range(relation: Structure) -> Structure | None:
+    """Return the interval that ``0 <= x < 5`` or ``x > 3`` is; None if it is none."""
+    signs, sides = relation.note.split(), list(relation.parts)
+    if all(sign in ("<", "<=", ">", ">=") for sign in signs) and len(signs) <= 2:
+        if signs[0][0] == ">":
+            sides, signs = sides[::-1], [_FLIPPED[sign] for sign in reversed(signs)]
+        if len(sides) == 2:
+            is_upper = re.fullmatch("[A-Za-z]", sides[0]) is not None
+            sides, signs = ([r"-\infty", *sides], ["<", *signs]) if is_upper else ([*sides, r"\infty"], [*signs, "<"])
+        if re.fullmatch("[A-Za-z]", sides[1]) and all(sign[0] == "<" for sign in signs):
+            kind = ("[" if signs[0] == "<=" else "(") + ("]" if signs[1] == "<=" else ")")
+            return Structure(kind, (sides[0], sides[2]))
+    return None
 
 
 def _same_relation(answer: Structure, truth: Structure) -> bool | None:

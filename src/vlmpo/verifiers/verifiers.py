@@ -20,7 +20,7 @@ from vlmpo.verifiers.languages import words
 from vlmpo.verifiers.numbers import read_quantity
 from vlmpo.verifiers.options import is_name, is_option, judge_option, read_letters, read_option
 from vlmpo.verifiers.texts import judge_anls, judge_exact, judge_vqa, same_text, same_words, words_of
-from vlmpo.verifiers.values import read_structure, same_quantity, same_value, squeezed
+from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value, squeezed
 
 __all__ = ["VERIFIERS", "choose_verifier", "verify", "words_of"]
 
@@ -58,7 +58,7 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
     name = choose_verifier(truth, verifier)
     found = find_final_answer(response)
     agrees = None if found is None else _agrees(found, truth, _VERIFIERS[name])
-    if found is None or agrees is None:
+    if found is None or agrees is None or (found.is_sentence and not agrees):
         return Verdict("unparsed", None, name)
     return Verdict("correct" if agrees else "wrong", found.text, name)
 
@@ -90,6 +90,8 @@ def _by_form(truth: str) -> str:
     quantity = read_quantity(text)
     if quantity is None or re.search(r"[A-Za-z]{3,}\s+[A-Za-z]{3,}|^[A-Za-z]", text):
         structure = read_structure(text)
+        if quantity is None and re.search(r"[A-Za-z*+^]", text) and re.search(r"[\d+*/]", text) and is_expression(text):
+            return "math"
         return "vqa" if quantity or structure is None or structure.kind in ("colon", "by") else "math"
     is_exact = quantity.is_whole and not quantity.percent and not re.search(r"\.\d", text)
     return "math" if is_exact else "number"
@@ -100,7 +102,10 @@ def _by_form(truth: str) -> str:
 # Decide whether one of the readings of a final answer, shortest first, agrees with the truth; None: it cannot be read.
 Judge = Callable[[Sequence[str], str], bool | None]
 
-_CONTRAST = re.compile(rf"\s*[,;(]?\s*(?:(?:and|but) )?{words('contrast')}.*", re.IGNORECASE | re.DOTALL)
+_CONTRAST = re.compile(
+    rf"(?:\s*[,;(，（]\s*(?:(?:and|but|pero|mas|mais|aber|но|但) )?{words('contrast')}|\s+(?:and not|but not|rather than|instead of|und nicht)\b).*",
+    re.IGNORECASE | re.DOTALL,
+)
 _CLAUSE = r"which|where|so|it|they|there|he|she|we|i\.e\.|namely|meaning|making|ce qui|lo que|o que|was|что"
 _REASON = re.compile(
     rf"\s*[,;:—–-]?\s*{words('reason')}.*|\s*[,;—–]\s+(?:{_CLAUSE})\b.*|\s+[—–-]\s+(?:the|a|an|it|this|that|{_CLAUSE})\b.*",
@@ -120,6 +125,8 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     readings = _readings(text)
     if is_alternative(readings[0]) or is_alternative(truth):
         return same_value(text, truth) if is_alternative(truth) or _is_set(truth) else None
+    if is_name(truth) and any(re.fullmatch(r"\W*[A-Za-z]\W*", reading) for reading in readings):
+        return None  # a letter is not the whole name, and no other one
     return verifier.judge(readings, truth)
 
 
