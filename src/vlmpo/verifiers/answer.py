@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlmpo.verifiers.characters import braced, same_length
-from vlmpo.verifiers.doubt import is_alternative, is_hedged, is_remark, is_taken_back
+from vlmpo.verifiers.doubt import is_alternative, is_doubtful, is_hedged, is_remark, is_taken_back
 from vlmpo.verifiers.units import UNITS
 from vlmpo.verifiers.languages import LANGUAGES, LETTERS, UNSPACED, words
 
@@ -305,7 +305,7 @@ def said_of_subject(text: str) -> str | None:
 
 def _statement(line: str) -> FinalAnswer | None:
     """Return what a bare sentence such as "The car is red." says of its subject, if that is short and plain."""
-    rest = said_of_subject(tidy(line))
+    rest = None if is_doubtful(line) else said_of_subject(tidy(line))
     if not rest or is_sentence(rest) or is_remark(rest) or is_alternative(f"x {rest}") or _NEGATED.match(rest):
         return None
     return FinalAnswer(tidy(rest), is_sentence=True) if len(rest.split()) <= 4 else None

@@ -53,6 +53,7 @@ def plain_math(text: str) -> str:
     r"""Write a formula in one LaTeX: ``√5`` and ``3\cdot x`` as ``\sqrt 5`` and ``3*x``; units lose their ``\text``."""
     if re.search(f"[{_RAISED}]√", text):
         return text  # 2³√5: a power or an index? With its sign left in, nobody reads it
+    text = re.sub(f"[{_LOWERED}]+", lambda run: "_" + _in_braces(unicodedata.normalize("NFKC", run.group())), text)
     text = unwrap_latex(plain(text).replace("—", "-"))
     text = re.sub("|".join(map(re.escape, _SIGNS)), lambda sign: _SIGNS[sign.group()], text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)", "°", text)
@@ -93,7 +94,7 @@ def _plain_character(run: str) -> str:
     if run[0] in _RAISED:
         return "^" + _in_braces(unicodedata.normalize("NFKC", run).replace("−", "-"))
     if run[0] in _LOWERED:
-        return "_" + _in_braces(unicodedata.normalize("NFKC", run))
+        return unicodedata.normalize("NFKC", run)
     if run.isdecimal():
         return str(unicodedata.decimal(run))
     kind = unicodedata.decomposition(run).partition(" ")[0]

@@ -81,9 +81,9 @@ ENGLISH = Language(
     r"|apolog\w+|i(?: was|'m| am) (?:wrong|mistaken|not)|(?:made|make) an? (?:\w+ )?(?:mistake|error)|mistaken(?:ly)?"
     r"|let(?: me|'s| us) (?:re\w*|double|check|correct|verify|think|count|look|see|try|change|fix)|recount\w*|recheck\w*"
     r"|reconsider\w*|reconsidering|recalculat\w*|rethink\w*|re-\w+|change my|i (?:change|changed|meant|mean|take)"
-    r"|mean to say|hm+|nope|disregard|ignore (?:that|this|the|my)|make that|not quite|not right|not correct|miscount\w*"
-    r"|misread|typo|revis\w+|corrected|correcting|correction|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect"
-    r"|not)|actually|or rather|well,? (?:no|maybe)|no wait|no sorry|cancel that|never\s?mind|edit:|update:"
+    r"|mean to say|hm+|nope|disregard|ignore (?:that|this|the|my)|make that|not quite|(?:this|that|it|which)(?:'s| is| was)(?: \w+)? not (?:right|correct)|miscount\w*"
+    r"|misread|typo|revis\w+|corrected|correcting|correction|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect)"
+    r"|actually|or rather|well,? (?:no|maybe)|no wait|no sorry|cancel that|never\s?mind|edit:|update:"
     r"|should (?:be|have been|say|read)|must (?:be|have been)|upon (?:closer|further|re)\w*|on (?:closer|reflection)"
     r"|looking (?:again|closer|more)|to be corrected",
     hedge=r"maybe|perhaps|possibly|probably|presumably|likely|(?:not|n't) (?:\w+ )?(?:sure|certain|confident|positive|clear)"

@@ -15,7 +15,7 @@ from vlmpo.verifiers.values import read_structure, same_quantity, same_value
 ANLS_THRESHOLD = 0.5
 # Numbers with their sign, points and slashes; words; and every sign that is no punctuation: "5 %", "A-", "3√2".
 _TOKEN = re.compile(
-    r"(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|(?<=\w)-(?!\w)|[^\w\s.,;:!?'\"()\[\]{}…–—/\\、。，·-]"
+    r"(?<=[\d)])!|(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|(?<=\w)-(?!\w)|[^\w\s.,;:!?'\"()\[\]{}…–—/\\、。，·-]"
 )
 # Only before a word, and `a` not before a single letter: "vitamin A" and "a, b" contain no article.
 _ARTICLE = re.compile(r"\b(?:(?:an|the)\s+(?=\w)|a\s+(?=\w\w|\d))")
@@ -45,7 +45,8 @@ _ORDINALS = dict(
     zip("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(),
         "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split(), strict=True)
 )  # fmt: skip
-_EXTRA = 1  # words beside those of the truth that make an answer more than the truth
+_EXTRA = 2  # words beside those of the truth that make an answer a sentence around it; "dark red" is another colour
+_GENERIC = frozenset("color colour colored coloured number shape word value category type one in of is".split())
 
 
 def plain_text(text: str) -> str:
@@ -87,6 +88,8 @@ def same_words(answer: str, truth: str) -> bool:
     forms += [_OTHER_ARTICLE.sub("", form, count=1) for form in forms if _OTHER_ARTICLE.match(form)]
     if any(words_of(form) == right for form in forms):
         return True
+    if _GENERIC & set(words_of(text)) and [word for word in words_of(text) if word not in _GENERIC] == right:
+        return True  # the color blue
     joined = "".join(right)
     if not re.search(r"\d", joined) and "".join(words_of(text)) == joined:  # D. H. and D.H.
         return True
@@ -103,11 +106,11 @@ def judge_exact(readings: Sequence[str], truth: str) -> bool | None:
 
 def judge_vqa(readings: Sequence[str], truth: str) -> bool | None:
     """Return whether an answer has the same words, or means the same yes, number or colour in another language."""
+    if read_quantity(truth) is None and read_structure(truth):
+        return _first_verdict(readings, truth)
     if any(same_words(reading, truth) for reading in readings):
         return True
     meant = _same_meaning(readings[0], truth)
-    if meant is None and read_quantity(truth) is None and read_structure(truth):
-        return _first_verdict(readings, truth)
     if meant is not None:
         return meant
     if any(_is_other_form(reading, truth) for reading in readings):
@@ -117,13 +120,13 @@ def judge_vqa(readings: Sequence[str], truth: str) -> bool | None:
 
 def judge_anls(readings: Sequence[str], truth: str) -> bool | None:
     """Apply ANLS at its threshold: a misread letter is forgiven; other digits, or a denial on one side, are not."""
-    if any(same_words(reading, truth) for reading in readings):
-        return True
     read, right = read_quantity(readings[0]), read_quantity(truth)
-    if read and right and re.search(r"\d", truth):
-        return same_quantity(read, right)
     if right is None and read_structure(truth):
         return _first_verdict(readings, truth)
+    if any(same_words(reading, truth) for reading in readings):
+        return True
+    if read and right and re.search(r"\d", truth):
+        return same_quantity(read, right)
     if _is_no_answer(readings, truth):
         return None
     if any(_is_similar(reading, truth) for reading in readings):
@@ -223,7 +226,7 @@ def _holds_truth(answer: str, truth: str) -> bool:
 
 def _is_similar(answer: str, truth: str) -> bool:
     one, other = plain_text(answer), plain_text(truth)
-    if re.sub(r"\D", "", one) != re.sub(r"\D", "", other) or bool(_DENIAL.search(one)) != bool(_DENIAL.search(other)):
+    if re.findall(r"\d+|[\^√/*=<>±!+]", one) != re.findall(r"\d+|[\^√/*=<>±!+]", other) or bool(_DENIAL.search(one)) != bool(_DENIAL.search(other)):
         return False
     if _are_unlike(one, other):
         return False

@@ -44,7 +44,7 @@ class Structure:
 
 def read_structure(text: str) -> Structure | None:
     """Return the parts of a value that is more than one number or expression; None if it is not."""
-    shape = plain_math(re.sub(r"(?<!\\)\$", "", tidy(text))).strip()
+    shape = plain_math(re.sub(r"(?<=\d)\s*×\s*(?=\d)", " x ", re.sub(r"(?<!\\)\$", "", tidy(text)))).strip()
     if len(shape) > 200:
         return None
     return _time_or_ratio(shape) or _solutions(shape) or _union(shape) or _bracketed(shape) or _listed(shape) or _relation(shape)
@@ -145,7 +145,7 @@ def _across(text: str, structure: Structure | None) -> bool | None:
         return _same_side(text, structure)
     if structure.kind in ("set", "list") and len(structure.parts) > 1 and re.fullmatch(r"-?\d+(,-?\d+)+", squeezed(text)):
         return _same_members(squeezed(text).split(","), structure.parts)  # 3,5 may be a list
-    if structure.kind == "set" and len(structure.parts) == 1:
+    if structure.kind == "by" or (structure.kind == "set" and len(structure.parts) == 1):
         return None
     if structure.kind == "colon" and len(structure.parts) == 2 and same_value(text, "/".join(structure.parts)):
         return None
@@ -214,10 +214,11 @@ def _bare(text: str) -> str:
 
 
 def _letters(text: str) -> frozenset[str]:
-    """Return the letters of a formula that may stand side by side; a word of four or more is no product."""
+    """Return the letters of a formula that may stand side by side; words are no products."""
     bare = re.sub(r"\\[A-Za-z]+", " ", plain_math(text))
     runs = re.findall(r"[A-Za-z]+", bare)
-    return frozenset("".join(runs)) if all(len(run) <= 3 for run in runs) else frozenset()
+    is_formula = re.search(r"[\d\\+*/^=<>|]", plain_math(text)) is not None
+    return frozenset("".join(runs)) if is_formula and all(len(run) <= 3 for run in runs) else frozenset()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
