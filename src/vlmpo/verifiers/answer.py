@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlmpo.verifiers.characters import braced, same_length
-from vlmpo.verifiers.doubt import is_alternative, is_doubtful, is_hedged, is_remark, is_taken_back
+from vlmpo.verifiers.doubt import is_alternative, is_doubtful, is_filler, is_hedged, is_remark, is_taken_back
 from vlmpo.verifiers.units import UNITS
 from vlmpo.verifiers.languages import LANGUAGES, LETTERS, UNSPACED, words
 
@@ -71,7 +71,7 @@ _BARE_LABEL = re.compile(
 )
 _EAST_ASIAN = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
 _COPULA = re.compile(rf"{words('copula')}\s*:?\s*(?P<rest>.+)", re.IGNORECASE)
-_VERB = re.compile(rf"(?<![{LETTERS}])(?:is|are|was|were|es|son|está|están|est|sont|ist|sind|é|são|estão|это|has|have)(?![{LETTERS}])|c'est|[是为為は]|[—–]|\s-\s", re.IGNORECASE)
+_VERB = re.compile(rf"(?<![{LETTERS}])(?:is|are|was|were|it's|that's|he's|she's|es|son|está|están|est|sont|ist|sind|é|são|estão|это|has|have)(?![{LETTERS}])|c'est|[是为為は]|[—–]|\s-\s", re.IGNORECASE)
 _DENIED_SUBJECT = re.compile(
     rf"(?<![{LETTERS}])(?:not|no|none|never|neither|nor|if|whether|não|nunca|ne|n'|nicht|keine?r?|nie|не|ни|si|se|wenn|если|que|that|which|who)(?![{LETTERS}])"
     "|n't|n'|[不没非如若]|ない|でも", re.IGNORECASE
@@ -104,11 +104,13 @@ class FinalAnswer:
         language: of the words that announce it; "" if none do.
         is_sentence: whether it is taken from a sentence that nothing announces, "The car is red.": if it is the truth
             the sentence says so, but if not, the question may have been another one.
+        is_remark: whether it speaks about the answer, "clear from the chart"; then it is none, unless it is the truth.
     """
 
     text: str
     language: str = ""
     is_sentence: bool = False
+    is_remark: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class _Mark:
     end: int
     is_strong: bool
     language: str = ""
+    is_remark: bool = False
 
 
 def parse_final_answer(text: str) -> str | None:
@@ -135,7 +138,7 @@ def parse_final_answer(text: str) -> str | None:
         The answer's text, on one line unless boxed; None if no final answer can be read.
     """
     found = find_final_answer(text)
-    return None if found is None else found.text
+    return None if found is None or found.is_remark else found.text
 
 
 def find_final_answer(text: str) -> FinalAnswer | None:
@@ -147,13 +150,15 @@ def find_final_answer(text: str) -> FinalAnswer | None:
     marks = sorted(_matches(shape), key=lambda mark: mark.start())[-_MOST_MARKS:]
     if not marks:
         return _bare(text)
-    chosen = _decisive(shape, [mark for mark in (_read_mark(text, shape, match) for match in marks) if mark])
+    chosen = _decisive(shape, [_read_mark(text, shape, match) for match in marks])
     if chosen is None or chosen.text is None or is_taken_back(text[chosen.end :], chosen.text):
         return None
     if is_hedged(text[max(0, chosen.start - 200) : chosen.start]):
         return None
     answer = tidy(chosen.text)
-    return FinalAnswer(answer, chosen.language) if answer and len(chosen.text) <= _LONGEST else None
+    if not answer or len(chosen.text) > _LONGEST:
+        return None
+    return FinalAnswer(answer, chosen.language, is_remark=chosen.is_remark)
 
 
 def tidy(text: str) -> str:
@@ -190,8 +195,8 @@ def _matches(shape: str) -> Iterator[re.Match[str]]:
         yield from pattern.finditer(shape)
 
 
-def _read_mark(text: str, shape: str, match: re.Match[str]) -> _Mark | None:
-    """Return the answer that a mark announces; None if what follows it only speaks about the answer."""
+def _read_mark(text: str, shape: str, match: re.Match[str]) -> _Mark:
+    """Return the answer that a mark announces."""
     if match.re is _BOXED:
         return _boxed(text, match)
     if match.re is _TAG:
@@ -204,7 +209,7 @@ def _read_mark(text: str, shape: str, match: re.Match[str]) -> _Mark | None:
     return _stated(text, shape, match)
 
 
-def _stated(text: str, shape: str, match: re.Match[str]) -> _Mark | None:
+def _stated(text: str, shape: str, match: re.Match[str]) -> _Mark:
     language = match.lastgroup or ""
     is_strong = _FINAL.search(match.group()) is not None
     spacing = _TO_ANSWER.match(shape, match.end())
@@ -218,13 +223,13 @@ def _stated(text: str, shape: str, match: re.Match[str]) -> _Mark | None:
     if _is_supposed(shape, match.start()) or _is_denied(line, has_verb=has_verb):
         return _Mark(None, match.start(), start, is_strong, language)
     sentence = first_sentence(line)
-    if is_remark(sentence) and (" " in sentence.strip() or _EAST_ASIAN.search(sentence)):
-        return None
+    remark = is_remark(sentence) and (" " in sentence.strip() or _EAST_ASIAN.search(sentence) is not None)
     if language in UNSPACED:
         content = _ENDING.sub("", sentence.strip())
     else:
         content = line if is_strong else sentence
-    return _Mark(content, match.start(), start + len(line if content is line else sentence), is_strong, language)
+    end = start + len(line if content is line else sentence)
+    return _Mark(content, match.start(), end, is_strong, language, remark)
 
 
 def _is_denied(line: str, *, has_verb: bool) -> bool:
@@ -261,10 +266,14 @@ def _is_part(text: str, start: int, end: int) -> bool:
 
 
 def _decisive(shape: str, marks: list[_Mark]) -> _Mark | None:
-    """Return the last strong mark, or the last one if there is none; None if a later statement contradicts it."""
+    """Return the last strong mark, or the last one if there is none; None if a later statement contradicts it.
+
+    Remarks are passed over, unless there is nothing else.
+    """
+    marks = [mark for mark in marks if not mark.is_remark] or marks
     strong = next((mark for mark in reversed(marks) if mark.is_strong), None)
     if strong is None:
-        return marks[-1] if marks else None
+        return marks[-1]
     later = [mark for mark in marks if mark.start >= strong.end]
     if strong.text is None or not later:
         return strong
@@ -287,7 +296,9 @@ def _bare(text: str) -> FinalAnswer | None:
     shape = same_length(line)
     is_label = _BARE_LABEL.match(shape.strip(_EMPHASIS)) is not None
     if is_label or _YES_OR_NO.fullmatch(shape) or not (is_sentence(line) or first_sentence(line) != line):
-        return FinalAnswer(tidy(line))
+        # Russian sentences need no verb: "Машина красная."
+        sentence = re.fullmatch(r"[А-ЯЁ].*\s.*[.]", line) is not None
+        return FinalAnswer(tidy(line), is_sentence=sentence, is_remark=is_filler(line))
     return _statement(line)
 
 

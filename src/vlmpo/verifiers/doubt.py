@@ -28,7 +28,7 @@ _REMARK = re.compile(rf"(?:{words('remark')})", re.DOTALL)
 _QUESTION = re.compile(r"\?\s*(?:$|\n|[^\s?])|^\W{0,2}\?")
 # Sentences of a word or two that close a response.
 _CLOSING = re.compile(
-    r"thank\w*|thank you|thanks .*|done|q\.?e\.?d|end|cheers|good luck|hope (?:this|that|it) helps|i hope .*|\W*|ok|okay|great|enjoy|gracias|merci"
+    r"thank\w*|thank you|thanks .*|done|q\.?e\.?d|end|cheers|good luck|hope (?:this|that|it) helps|i hope .*|\W*|ok|okay|great|sure|alright|well|enjoy|gracias|merci"
     r"|danke|obrigad[oa]|спасибо|谢谢|ありがとう.*|以上.*|完毕|fin|fim|ende|конец|step \d+.*|figure \d+.*|see .*|source.*|explanation|reasoning|reason|note"
     r"|解释|解析|理由|説明|explicación|explication|erklärung|begründung|explicação|объяснение|пояснение"
 )
@@ -73,6 +73,11 @@ def is_remark(text: str) -> bool:
     lower = _lower(text).strip(" *_`.!\"'")
     remark = _REMARK.match(lower)
     return remark is not None and len(lower) > 0
+
+
+def is_filler(text: str) -> bool:
+    """Return whether ``text`` is a word said beside an answer, not one: "Okay.", "Thanks!"."""
+    return re.search(r"\w", text) is not None and _CLOSING.fullmatch(_lower(text).strip(" .!")) is not None
 
 
 def _states_another(sentence: str, known: set[str]) -> bool:

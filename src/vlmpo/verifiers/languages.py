@@ -127,7 +127,7 @@ ENGLISH = Language(
     sentence="i|i'm|it's|there's|is|isn't|are|aren't|was|wasn't|were|weren't|has|have|had|shows?|appears?|seems?|think"
     "|believe|would|could|should|can|can't|cannot|do|don't|does|doesn't|because|since|so|therefore|thus|sorry|unable"
     "|unsure|maybe|perhaps|either|or|need|needs|let's|let|will|must|may|might|depends|based",
-    copula=r"(?:it|this|that|they|the(?: [\w-]+){1,6}) (?:is|are|was|were)",
+    copula=r"(?:it|this|that|they|the(?: [\w-]+){1,6}) (?:is|are|was|were)|(?:it|that|he|she)'s",
     article="an|the|a",
     yes="yes|yeah|yep|true",
     no="no|nope|false",

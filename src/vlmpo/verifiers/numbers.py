@@ -67,7 +67,7 @@ _NO_UNIT = frozenset(
 _OTHERWISE = frozenset("or not maybe possibly perhaps if with without including excluding actually".split())
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
 _WORD = re.compile(
-    rf"[{LETTERS}\u3040-\u30ff\u4e00-\u9fff][{LETTERS}\u3040-\u30ff\u4e00-\u9fff'.-]*(?:[/^]\w[\w^-]*)*|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+"
+    rf"(?![\d_])[{LETTERS}\u3040-\u30ff\u4e00-\u9fff][{LETTERS}\u3040-\u30ff\u4e00-\u9fff'.-]*(?:[/^]\w[\w^-]*)*|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+"
 )
 _EAST_ASIAN = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
 _LIMITS = re.compile(

@@ -46,7 +46,7 @@ _ORDINALS = dict(
         "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split(), strict=True)
 )  # fmt: skip
 _EXTRA = 2  # words beside those of the truth that make an answer a sentence around it; "dark red" is another colour
-_GENERIC = frozenset("color colour colored coloured number shape word value category type one in of is".split())
+_GENERIC = frozenset("color colour colored coloured number shape word value category type side in of is".split())
 
 
 def plain_text(text: str) -> str:
@@ -55,8 +55,9 @@ def plain_text(text: str) -> str:
     An exclamation mark goes after words only: ``5!`` is no 5. A question mark stays.
     """
     whole = plain(tidy(text)).casefold().replace("ё", "е")
-    text = re.sub(r"(?<=[^\W\d_][^\W\d_])\s*!+$", "", whole.rstrip(".,;:。、 ")).rstrip(".,;:。、 ").strip("\"'“”‘’「」『』 ")
-    return text or whole
+    text = re.sub(r"(?<=[^\W\d_][^\W\d_])\s*!+$", "", whole.rstrip(".,;:。、 ")).rstrip(".,;:。、 ")
+    quoted = re.fullmatch(r"[\"'「『]+\s*(.+?)[\s.,。、]*[\"'」』]+", text) or re.fullmatch(r"(.*[^\W\d])[\"'」』]+|[\"'「『]+(.*)", text)
+    return next((part for part in quoted.groups() if part), text) if quoted else text or whole
 
 
 def same_text(answer: str, truth: str) -> bool:
@@ -85,6 +86,7 @@ def same_words(answer: str, truth: str) -> bool:
         return False
     text = plain_text(answer)
     forms = [form for form in (text, said_of_subject(text)) if form]
+    forms += [re.sub(r"(?<!\bno)\s+ones?$", "", form) for form in forms]
     forms += [_OTHER_ARTICLE.sub("", form, count=1) for form in forms if _OTHER_ARTICLE.match(form)]
     if any(words_of(form) == right for form in forms):
         return True

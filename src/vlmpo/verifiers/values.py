@@ -143,8 +143,11 @@ def _across(text: str, structure: Structure | None) -> bool | None:
     """Compare a structure with a value that has no parts: not equal, if that can be read."""
     if structure is None or structure.kind == "relation":
         return _same_side(text, structure)
-    if structure.kind in ("set", "list") and len(structure.parts) > 1 and re.fullmatch(r"-?\d+(,-?\d+)+", squeezed(text)):
-        return _same_members(squeezed(text).split(","), structure.parts)  # 3,5 may be a list
+    if len(structure.parts) > 1 and re.fullmatch(r"-?\d+(,-?\d+)+", squeezed(text)):  # 3,5 may be a list
+        same = _same_members(squeezed(text).split(","), structure.parts)
+        return same if structure.kind in ("set", "list") or not same else None
+    if structure.note == "or" and any(same_value(text, part) for part in structure.parts):
+        return None  # one of the two may be all that is asked for
     if structure.kind == "by" or (structure.kind == "set" and len(structure.parts) == 1):
         return None
     if structure.kind == "colon" and len(structure.parts) == 2 and same_value(text, "/".join(structure.parts)):
@@ -216,9 +219,9 @@ def _bare(text: str) -> str:
 def _letters(text: str) -> frozenset[str]:
     """Return the letters of a formula that may stand side by side; words are no products."""
     bare = re.sub(r"\\[A-Za-z]+", " ", plain_math(text))
-    runs = re.findall(r"[A-Za-z]+", bare)
+    runs = re.findall(r"[A-Za-z]+", re.sub(r"\b(?:or|and|to|of|in|is|at|by)\b", "word", bare))
     is_formula = re.search(r"[\d\\+*/^=<>|]", plain_math(text)) is not None
-    return frozenset("".join(runs)) if is_formula and all(len(run) <= 3 for run in runs) else frozenset()
+    return frozenset("".join(runs)) if is_formula and all(len(run) <= 2 for run in runs) else frozenset()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -292,14 +295,15 @@ def _bracketed(shape: str) -> Structure | None:
 
 
 def _listed(shape: str) -> Structure | None:
-    """Read a list of numbers or formulas: ``1, 2 and 3``. ``3,5`` is a number, ``2 or 3`` leaves the answer open."""
+    """Read a list of numbers or formulas: ``1, 2 and 3``; of ``2 or 3`` the order is open. ``3,5`` is a number."""
     is_list = re.fullmatch(r"-?\d+(?:\.\d+)?(?:,-?\d+(?:\.\d+)?){2,}", shape) and not _GROUPED_NUMBER.fullmatch(shape)
-    if not is_list and not re.search(rf", |;|\S\s*{words('both')}\s*\S", shape):
+    if not is_list and not re.search(rf", |;|\S\s*(?:{words('both')}|{words('alternative')})\s*\S", shape):
         return None
     parts = shape.split(",") if is_list else _split(shape)
-    if len(parts) < 2 or not all(_is_part(part) for part in parts) or re.search(words("alternative"), shape):
+    if len(parts) < 2 or not all(_is_part(part) for part in parts):
         return None
-    return Structure("list", tuple(parts))
+    is_open = re.search(words("alternative"), shape) is not None
+    return Structure("set", tuple(parts), "or") if is_open else Structure("list", tuple(parts))
 
 
 def _is_part(text: str) -> bool:

@@ -117,14 +117,18 @@ _ASIDE = re.compile(r"\s*\(([^()]*[^\W\d_]{3,}[^()]*|[^()]*[\u3040-\u30ff\u4e00-
 def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     """Return the verdict on an answer; what takes it back or leaves it open is asked first, for every verifier."""
     text = found.text
-    if same_text(text, truth):
+    right = read_option(truth) if verifier.judge is judge_option else None
+    if same_text(text, truth) or (right and right[1] and same_words(text, right[1])):
         return True
+    if found.is_remark:
+        return None
     shape = same_length(text)
-    if is_doubtful(_without_or(shape) if is_alternative(truth) or _is_set(truth) else shape):
+    is_open = right is None and (is_alternative(truth) or _is_set(truth))  # "x = 2 or x = 3" is what was asked for
+    if is_doubtful(_without_or(shape) if is_open else shape):
         return None
     readings = _readings(text)
-    if is_alternative(readings[0]) or is_alternative(truth):
-        return same_value(text, truth) if is_alternative(truth) or _is_set(truth) else None
+    if is_alternative(readings[0]) or (is_open and is_alternative(truth)):
+        return same_value(text, truth) if is_open else None
     if is_name(truth) and any(re.fullmatch(r"\W*[A-Za-z]\W*", reading) for reading in readings):
         return None  # a letter is not the whole name, and no other one
     return verifier.judge(readings, truth)
