@@ -31,9 +31,16 @@ def test_the_table_covers_every_kind_and_language() -> None:
     assert {line["language"] for line in LINES} == LANGUAGES
     kinds = count(LINES)
     assert min(counted["lines"] for counted in kinds.values()) >= 10
-    assert {"formula_part", "structure", "retraction", "hedge", "letter_with_text", "names", "remark", "full_width"} <= (
-        kinds.keys()
-    )
+    assert {
+        "formula_part",
+        "structure",
+        "retraction",
+        "hedge",
+        "letter_with_text",
+        "names",
+        "remark",
+        "full_width",
+    } <= (kinds.keys())
     assert all(set(line["may_be"]) <= {"correct", "wrong", "unparsed"} and line["may_be"] for line in LINES)
 
 
@@ -83,7 +90,10 @@ def test_no_pair_has_a_wrong_response_chosen() -> None:
     for i, ((truth, verifier), lines) in enumerate(by_question.items()):
         questions.append(Question(f"q{i}", ("/images/a.png",), f"<image>\nquestion {i}?", truth, verifier=verifier))
         texts = {line["response"]: line["may_be"] for line in lines}
-        texts |= {f"I look.\nFinal answer: {truth}": ["correct"], "I look.\nFinal answer: 987654": ["wrong", "unparsed"]}
+        texts |= {
+            f"I look.\nFinal answer: {truth}": ["correct"],
+            "I look.\nFinal answer: 987654": ["wrong", "unparsed"],
+        }
         may_be[f"q{i}"] = texts
         responses += [Response(f"q{i}", j, text, "stop", "m", {"prompt": "cot"}) for j, text in enumerate(texts)]
     records, report = pair_correctness(questions, responses, max_pairs=50)
@@ -134,7 +144,15 @@ def test_an_ordinary_verdict_takes_about_a_millisecond() -> None:
 
 
 # What takes an answer back, or leaves it open, does so whatever the verifier.
-ANSWERS = {"exact": "blue", "vqa": "blue", "anls": "blue", "option": "B", "number": "3.5", "math": "3√2", "auto": "(2, 3)"}
+ANSWERS = {
+    "exact": "blue",
+    "vqa": "blue",
+    "anls": "blue",
+    "option": "B",
+    "number": "3.5",
+    "math": "3√2",
+    "auto": "(2, 3)",
+}
 DOUBTS = [
     "{}. No, wait, 7.", "{}. Actually, it's 7.", "{}, or maybe 7", "{}. Correction: 7 or 8", "{}? Not sure.",
     "{}. Scratch that.", "{}. On second thought, 7.", "{}, but it could be 7", "either {} or 7", "{}\nNo, it is 7.",

@@ -20,71 +20,69 @@ from dataclasses import dataclass
 
 from vlmpo.verifiers.characters import braced, same_length
 from vlmpo.verifiers.doubt import is_alternative, is_doubtful, is_filler, is_hedged, is_remark, is_taken_back
+from vlmpo.verifiers.languages import EAST_ASIAN, LANGUAGES, LETTERS, UNSPACED, words
+from vlmpo.verifiers.sentences import (
+    EMPHASIS,
+    first_sentence,
+    is_denied_after,
+    is_sentence,
+    said_of_subject,
+    tidy,
+    without_ending,
+)
 from vlmpo.verifiers.units import UNITS
-from vlmpo.verifiers.languages import LANGUAGES, LETTERS, UNSPACED, words
 
-_EMPHASIS = "*_`#"
 _SPACE = r"[*_`\"' \t]*"
 
 
-def _announcement(code: str) -> str:
+def _announcement(code: str) -> re.Pattern[str]:
     """Return the pattern of "the answer is" in a language: with a verb, with a colon, or alone on its line."""
     language = LANGUAGES[code]
     answer, verb = (part.replace(" ", r"[ \t]+") for part in (language.answer, language.verb))
     heading = rf"(?m:^)[#*_ \t]*(?:{answer}){_SPACE}(?=\n)"
     if code in UNSPACED:
-        return rf"{heading}|(?:{answer}){_SPACE}(?:(?:{verb})[、:]?|[:=】]|\]:?)"
+        return re.compile(rf"{heading}|(?:{answer}){_SPACE}(?:(?:{verb})[、:]?|[:=】]|\]:?)")
     is_verb = rf"[ \t]+(?:{verb})(?![{LETTERS}'])[ \t]*:?"
-    return rf"{heading}|(?<![{LETTERS}])(?:{answer}){_SPACE}(?:{is_verb}|[ \t]*[:=]|[ \t]+[—–][ \t])"
+    stated = rf"(?<![{LETTERS}])(?:{answer}){_SPACE}(?:{is_verb}|[ \t]*[:=]|[ \t]+[—–][ \t])"
+    return re.compile(f"{heading}|{stated}", re.IGNORECASE)
 
 
-_STATED = re.compile("|".join(f"(?P<{code}>{_announcement(code)})" for code in LANGUAGES), re.IGNORECASE)
-_TO_ANSWER = re.compile(r"[*_`\"' \t]*\n*[*_` \t]*")
+_STATED = {code: _announcement(code) for code in LANGUAGES}
+_NOUNS = {code: language.noun.split("|") for code, language in LANGUAGES.items()}
+_TO_ANSWER = re.compile(r"[*_` \t]*\n*[*_` \t]*")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _TAG = re.compile(r"<answer>", re.IGNORECASE)
 _FINAL = re.compile(words("final"), re.IGNORECASE)
-_LABEL = r"(?:(?i:(?:" + words("option") + r"))\s*\(?(?P<{0}1>[A-Za-z])\)?|\((?P<{0}2>[A-Za-z])\)|(?<![" + LETTERS + r"'])(?P<{0}3>[A-J]))"
+_LABEL = (
+    rf"(?:(?i:{words('option')})\s*\(?(?P<worded>[A-Za-z])\)?|\((?P<bracketed>[A-Za-z])\)"
+    rf"|(?<![{LETTERS}'])(?P<plain>[A-J]))"
+)
 _OPTION_IS = re.compile(
-    _LABEL.format("a") + rf"[*_`]*(?:(?:项|选项)?是|[はが]|\s+(?:is|seems|appears|es|est|ist|é|—|–|это)(?![{LETTERS}]))\s*(?:to\s+be\s+)?(?:the\s+)?(?:most\s+\w+\s+)?"
-    + f"(?i:{words('correct')})"
+    rf"{_LABEL}[*_`]*(?:(?:项|选项)?是|[はが]|\s+(?:seems|appears|{words('be')}))\s*"
+    rf"(?:to\s+be\s+)?(?:the\s+)?(?:most\s+\w+\s+)?(?i:{words('correct')})"
 )
 _OPTION_TAKEN = re.compile(
     r"(?:\b(?i:choose|chose|select|pick|go\s+with)\s+(?:the\s+)?|(?<![不没別别可])(?:选择|选|選擇|選)(?![项項])\s*:?\s*)"
-    + _LABEL.format("b") + rf"(?![{LETTERS}'])"
+    rf"{_LABEL}(?![{LETTERS}'])"
 )
-_NEGATED = re.compile(rf"\s*(?:{words('denial')})", re.IGNORECASE)
-_NEGATED_END = re.compile(r"(?:ではありません|ではない|じゃない|でない|ではなく|じゃありません)")
-# Words that, before a statement, make it none.
+_DENIED = re.compile(rf"\s*(?:{words('denial')})", re.IGNORECASE)
+# Words that, before a statement, make it none: "if the answer is 3".
 _SUPPOSED = re.compile(
-    rf"(?:{words('supposed')}|n't)(?:\s+(?:that|the|my|an?|say|to|correct|right|best|la|le|el|die|der|a|o|正确|正しい))*\s*$",
+    rf"(?:{words('supposed')}|n't)(?:\s+(?:that|the|my|an?|say|to|correct|right|best|la|le|el|die|der|a|o))*\s*$",
     re.IGNORECASE,
 )
 _ADVERB = re.compile(rf"\s*(?:{words('adverb')})[\s,]+", re.IGNORECASE)
-_ENDING = re.compile(rf"(?<=\S)(?:{words('ending')})(?:[。.!!]?\s*)$")
-# A full stop after these does not end a sentence, nor one after a single letter ("C. The red one", "John F. K.").
-_TITLES = frozenset(
-    "dr mr mrs ms st prof no vs jr sr approx ca fig inc co nr z.b d.h bzw sra mme mlle ул г см".split()
-)
-_STOP = re.compile(r"[.!?](?=\s+[\"'(¿¡]*[A-ZÀ-ÖØ-ÞА-ЯЁ\u3040-\u30ff\u4e00-\u9fff])|[。!?](?=\S)(?<=[。!?])")
 _BARE_LABEL = re.compile(
-    rf"(?:(?:{words('option')})\s*\(?[A-Za-z]\)?[.:]?$|\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:](?:\s|$))", re.IGNORECASE
+    rf"(?:{words('option')}\s*\(?[A-Za-z]\)?[.:]?$|\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:](?:\s|$))", re.IGNORECASE
 )
-_EAST_ASIAN = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
-_COPULA = re.compile(rf"{words('copula')}\s*:?\s*(?P<rest>.+)", re.IGNORECASE)
-_VERB = re.compile(rf"(?<![{LETTERS}])(?:is|are|was|were|it's|that's|he's|she's|es|son|está|están|est|sont|ist|sind|é|são|estão|это|has|have)(?![{LETTERS}])|c'est|[是为為は]|[—–]|\s-\s", re.IGNORECASE)
-_DENIED_SUBJECT = re.compile(
-    rf"(?<![{LETTERS}])(?:not|no|none|never|neither|nor|if|whether|não|nunca|ne|n'|nicht|keine?r?|nie|не|ни|si|se|wenn|если|que|that|which|who)(?![{LETTERS}])"
-    "|n't|n'|[不没非如若]|ない|でも", re.IGNORECASE
-)
-_YES_OR_NO = re.compile(f"(?:{words('yes')}|{words('no')})[.。!]?", re.IGNORECASE)
-_SENTENCE = re.compile(words("sentence"), re.IGNORECASE)
-_BARE_WORDS, _BARE_CHARACTERS, _BARE_SIGNS = 12, 120, 12
+_YES_OR_NO = re.compile(f"{words('yes', 'no')}[.。!]?", re.IGNORECASE)
+_NO_VERB = re.compile(r"[А-ЯЁ].*\s.*\.")  # Russian sentences need none: "Машина красная."
+_MOST_BARE, _MOST_SAID = 120, 4  # characters of a bare answer; words that a bare sentence says of its subject
 _LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to parse
 _MOST_MARKS = 20  # that are looked at, from the end
-_UNIT_AFTER = re.compile(
-    rf"\$?(?:\\\))?\s?((?:\\%|%|°[CF]?|{'|'.join(sorted(filter(str.isalpha, UNITS), key=len, reverse=True))})[²³]?)(?![{LETTERS}^])"
-)
-# What makes a box a part of a larger formula, before it and after it. `- \\boxed{3}` on a line of its own is a list.
+_UNIT_NAMES = "|".join(sorted(filter(str.isalpha, UNITS), key=len, reverse=True))
+_UNIT_AFTER = re.compile(rf"\$?(?:\\\))?\s?((?:\\%|%|°[CF]?|{_UNIT_NAMES})[²³]?)(?![{LETTERS}^])")
+# What makes a box a part of a larger formula, before it and after it. `- \boxed{3}` on a line of its own is a list.
 _LEADS_IN = re.compile(
     r"(?:(?<![A-Za-z])[A-Za-z]|[\d)}\]])$|[\w)}] ?[+\-−/^±×] ?\$?$|[\w)}] \* $|(?:^|[=$(:\s])[-−+±√]\$?$|\\[a-z]+\s?$"
 )
@@ -92,7 +90,7 @@ _LEADS_ON = re.compile(
     r"[A-Za-z0-9(^!/+²³_{−-]|\*\s?\d|\\(?![)\]%,;]|text|quad|\n)|\s?\$?\s?(?:[+/×^−]|-\s?\d)"
     rf"|[\s$]*(?:{words('both')})\s*[\\\d$A-J]"
 )
-_BETWEEN_BOXES = re.compile(rf"[\s$,;.&*]*(?:{words('alternative')}|{words('both')})?[\s$,;.&*]*", re.IGNORECASE)
+_BETWEEN_BOXES = re.compile(rf"[\s$,;.&*]*(?:{words('alternative', 'both')})?[\s$,;.&*]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +99,12 @@ class FinalAnswer:
 
     Attributes:
         text: without emphasis and a surrounding ``$``.
-        language: of the words that announce it; "" if none do.
         is_sentence: whether it is taken from a sentence that nothing announces, "The car is red.": if it is the truth
             the sentence says so, but if not, the question may have been another one.
         is_remark: whether it speaks about the answer, "clear from the chart"; then it is none, unless it is the truth.
     """
 
     text: str
-    language: str = ""
     is_sentence: bool = False
     is_remark: bool = False
 
@@ -121,7 +117,6 @@ class _Mark:
     start: int
     end: int
     is_strong: bool
-    language: str = ""
     is_remark: bool = False
 
 
@@ -142,104 +137,80 @@ def parse_final_answer(text: str) -> str | None:
 
 
 def find_final_answer(text: str) -> FinalAnswer | None:
-    """Return the final answer as :func:`parse_final_answer` reads it, with the language that announces it."""
-    text = text.replace("\r\n", "\n")
-    _, closed, after = text.rpartition("</think>")
-    text = after if closed else text.partition("<think>")[0]
+    """Return the final answer as :func:`parse_final_answer` reads it, with what the verifiers must know of it."""
+    _, closed, after = text.replace("\r\n", "\n").rpartition("</think>")
+    text = (after if closed else after.partition("<think>")[0]).strip()
     shape = same_length(text)
-    marks = sorted(_matches(shape), key=lambda mark: mark.start())[-_MOST_MARKS:]
+    marks = sorted(_matches(shape), key=lambda found: found[1].start())[-_MOST_MARKS:]
     if not marks:
         return _bare(text)
-    chosen = _decisive(shape, [_read_mark(text, shape, match) for match in marks])
-    if chosen is None or chosen.text is None or is_taken_back(text[chosen.end :], chosen.text):
+    chosen = _decisive(shape, [_read_mark(text, shape, kind, match) for kind, match in marks])
+    if chosen is None or chosen.text is None or len(chosen.text) > _LONGEST:
         return None
-    if is_hedged(text[max(0, chosen.start - 200) : chosen.start]):
+    if is_taken_back(text[chosen.end :], chosen.text) or is_hedged(text[max(0, chosen.start - 200) : chosen.start]):
         return None
     answer = tidy(chosen.text)
-    if not answer or len(chosen.text) > _LONGEST:
-        return None
-    return FinalAnswer(answer, chosen.language, is_remark=chosen.is_remark)
+    return FinalAnswer(answer, is_remark=chosen.is_remark) if answer else None
 
 
-def tidy(text: str) -> str:
-    """Strip white space, emphasis, ``$...$`` and a full stop around ``text``, unless nothing else is left."""
-    whole = text.strip()
-    text = whole.strip(_EMPHASIS + " \t")
-    text = re.sub(r"(?<![.。])[.。．]$", "", text).rstrip(_EMPHASIS + " \t")
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        inner = text[len(opening) : len(text) - len(closing)]
-        if text.startswith(opening) and text.endswith(closing) and inner.strip() and opening not in inner:
-            text = inner.strip()
-    return text or whole
+def _matches(shape: str) -> Iterator[tuple[str, re.Match[str]]]:
+    """Yield every mark with its kind: a language's code, ``box``, ``tag`` or ``option``."""
+    lower = shape.lower()
+    for code, pattern in _STATED.items():
+        if any(noun in lower for noun in _NOUNS[code]):
+            yield from ((code, match) for match in pattern.finditer(shape))
+    for kind, pattern in (("box", _BOXED), ("tag", _TAG), ("option", _OPTION_IS), ("option", _OPTION_TAKEN)):
+        yield from ((kind, match) for match in pattern.finditer(shape))
 
 
-def first_sentence(text: str) -> str:
-    """Return ``text`` up to the first end of a sentence: ``。``, or a full stop, ``!`` or ``?`` before a capital."""
-    for stop in _STOP.finditer(text):
-        before = re.search(r"([\w.]+)\W*$", text[max(0, stop.start() - 40) : stop.start()])
-        word = before.group(1).lower() if before and stop.group() in "." else ""
-        if not (word in _TITLES or (len(word) == 1 and word.isalpha())):
-            return text[: stop.start()]
-    return text
-
-
-def is_sentence(text: str) -> bool:
-    """Return whether ``text`` has words of a sentence, or more of them than a short answer."""
-    shape = same_length(text).replace("’", "'")
-    spaced = len(shape.split()) > _BARE_WORDS
-    return spaced or len(_EAST_ASIAN.findall(shape)) > _BARE_SIGNS or bool(_SENTENCE.search(shape))
-
-
-def _matches(shape: str) -> Iterator[re.Match[str]]:
-    for pattern in (_STATED, _BOXED, _TAG, _OPTION_IS, _OPTION_TAKEN):
-        yield from pattern.finditer(shape)
-
-
-def _read_mark(text: str, shape: str, match: re.Match[str]) -> _Mark:
+def _read_mark(text: str, shape: str, kind: str, match: re.Match[str]) -> _Mark:
     """Return the answer that a mark announces."""
-    if match.re is _BOXED:
+    if kind == "box":
         return _boxed(text, match)
-    if match.re is _TAG:
+    if kind == "tag":
         content, closed, _ = text[match.end() :].partition("</answer>")
         return _Mark(content if closed else None, match.start(), match.end() + len(content) + 9, is_strong=True)
-    if match.re is not _STATED:
-        letter = next(group for group in match.groups() if group)
+    if kind == "option":
+        letter = match["worded"] or match["bracketed"] or match["plain"]
         supposed = _is_supposed(shape, match.start())
-        return _Mark(None if supposed else letter, match.start(), match.end(), is_strong=False, language="en")
-    return _stated(text, shape, match)
+        return _Mark(None if supposed else letter, match.start(), match.end(), is_strong=False)
+    return _stated(text, shape, kind, match)
 
 
-def _stated(text: str, shape: str, match: re.Match[str]) -> _Mark:
-    language = match.lastgroup or ""
+def _stated(text: str, shape: str, code: str, match: re.Match[str]) -> _Mark:
+    """Read "the answer is ..." to the end of its sentence, or of its line if it is a final one."""
     is_strong = _FINAL.search(match.group()) is not None
     spacing = _TO_ANSWER.match(shape, match.end())
     start = spacing.end() if spacing else match.end()
-    line_end = shape.find("\n", start)
-    line = text[start : line_end if line_end >= 0 else len(text)]
+    line = text[start:].partition("\n")[0]
     adverb = _ADVERB.match(same_length(line))
     if adverb and not is_remark(line):
         start, line = start + adverb.end(), line[adverb.end() :]
     has_verb = not match.group().rstrip("*_`\"' \t").endswith((":", "="))
     if _is_supposed(shape, match.start()) or _is_denied(line, has_verb=has_verb):
-        return _Mark(None, match.start(), start, is_strong, language)
+        return _Mark(None, match.start(), start, is_strong)
     sentence = first_sentence(line)
-    remark = is_remark(sentence) and (" " in sentence.strip() or _EAST_ASIAN.search(sentence) is not None)
-    if language in UNSPACED:
-        content = _ENDING.sub("", sentence.strip())
-    else:
-        content = line if is_strong else sentence
-    end = start + len(line if content is line else sentence)
-    return _Mark(content, match.start(), end, is_strong, language, remark)
+    is_long = " " in sentence.strip() or re.search(f"[{EAST_ASIAN}]", sentence) is not None
+    content = line if is_strong and code not in UNSPACED else sentence
+    end = start + len(content)
+    if code in UNSPACED:
+        content = without_ending(content)
+    return _Mark(content, match.start(), end, is_strong, is_remark=is_long and is_remark(sentence))
 
 
 def _is_denied(line: str, *, has_verb: bool) -> bool:
     """Return whether a verb is followed by a denial: "is not 3"; "Answer: not 3" is an answer, if a poor one."""
     shape = same_length(line)
-    return (has_verb and _NEGATED.match(shape) is not None) or _NEGATED_END.search(first_sentence(shape)) is not None
+    return (has_verb and _DENIED.match(shape) is not None) or is_denied_after(first_sentence(shape))
+
+
+def _is_supposed(text: str, start: int) -> bool:
+    """Return whether the words before ``start`` make what follows no statement: "if the answer is 3"."""
+    return _SUPPOSED.search(text[max(0, start - 60) : start]) is not None
 
 
 def _boxed(text: str, match: re.Match[str]) -> _Mark:
-    """Read a box, together with the boxes just before it: ``\\boxed{A}, \\boxed{C}``."""
+    r"""Read a box, together with the boxes just before it: ``\boxed{A}, \boxed{C}``."""
     content = braced(text, match.end())
     end = match.end() + len(content or "") + 1
     if content is None or _is_part(text, match.start(), end):
@@ -250,7 +221,8 @@ def _boxed(text: str, match: re.Match[str]) -> _Mark:
         if inner is None:
             break
         between = text[earlier.end() + len(inner) + 1 : start]
-        if not _BETWEEN_BOXES.fullmatch(same_length(between)) or (inner == parts and not between.strip(" \n$,;.&*")):
+        is_repeated = inner == parts and not between.strip(" \n$,;.&*")
+        if is_repeated or not _BETWEEN_BOXES.fullmatch(same_length(between)):
             break
         start, parts = earlier.start(), f"{inner}{between.replace('$', '') or ' '}{parts}"
     unit = _UNIT_AFTER.match(text, end)
@@ -260,7 +232,7 @@ def _boxed(text: str, match: re.Match[str]) -> _Mark:
 
 
 def _is_part(text: str, start: int, end: int) -> bool:
-    """Return whether a box is part of a larger formula: ``-\\boxed{3}``, ``\\boxed{3}^2``, ``\\boxed{3} and 4``."""
+    r"""Return whether a box is part of a larger formula: ``-\boxed{3}``, ``\boxed{3}^2``, ``\boxed{3} and 4``."""
     before, after = text[max(0, start - 10) : start], text[end : end + 30]
     return _LEADS_IN.search(before) is not None or _LEADS_ON.match(same_length(after)) is not None
 
@@ -284,39 +256,19 @@ def _decisive(shape: str, marks: list[_Mark]) -> _Mark | None:
     return later[-1] if is_taken_back(shape[strong.end : later[-1].start + 12], strong.text) else None
 
 
-def _is_supposed(text: str, start: int) -> bool:
-    """Return whether the words before ``start`` make what follows no statement: "if the answer is 3"."""
-    return _SUPPOSED.search(text[max(0, start - 60) : start]) is not None
-
-
 def _bare(text: str) -> FinalAnswer | None:
-    line = text.strip()
-    if not line or "\n" in line or len(line) > _BARE_CHARACTERS:
+    if not text or "\n" in text or len(text) > _MOST_BARE:
         return None
-    shape = same_length(line)
-    is_label = _BARE_LABEL.match(shape.strip(_EMPHASIS)) is not None
-    if is_label or _YES_OR_NO.fullmatch(shape) or not (is_sentence(line) or first_sentence(line) != line):
-        # Russian sentences need no verb: "Машина красная."
-        sentence = re.fullmatch(r"[А-ЯЁ].*\s.*[.]", line) is not None
-        return FinalAnswer(tidy(line), is_sentence=sentence, is_remark=is_filler(line))
-    return _statement(line)
-
-
-def said_of_subject(text: str) -> str | None:
-    """Return ``red`` of "The car is red.": what a plain sentence says of its subject; None if it is no such sentence."""
     shape = same_length(text)
-    copula = _COPULA.fullmatch(shape)
-    if copula is None:
-        return None
-    start = copula.start("rest")
-    subject, rest = shape[:start], _ENDING.sub("", shape[start:])
-    is_plain = len(_VERB.findall(subject)) == 1 and not _DENIED_SUBJECT.search(subject) and not _NEGATED_END.search(rest)
-    return text[start : start + len(rest)] if is_plain else None
+    is_short = _BARE_LABEL.match(shape.strip(EMPHASIS)) is not None or _YES_OR_NO.fullmatch(shape) is not None
+    if is_short or (not is_sentence(text) and first_sentence(text) == text):
+        return FinalAnswer(tidy(text), is_sentence=bool(_NO_VERB.fullmatch(text)), is_remark=is_filler(text))
+    return None if is_doubtful(text) else _statement(tidy(text))
 
 
-def _statement(line: str) -> FinalAnswer | None:
+def _statement(sentence: str) -> FinalAnswer | None:
     """Return what a bare sentence such as "The car is red." says of its subject, if that is short and plain."""
-    rest = None if is_doubtful(line) else said_of_subject(tidy(line))
-    if not rest or is_sentence(rest) or is_remark(rest) or is_alternative(f"x {rest}") or _NEGATED.match(rest):
+    said = said_of_subject(sentence)
+    if not said or len(said.split()) > _MOST_SAID or is_sentence(said) or is_remark(said):
         return None
-    return FinalAnswer(tidy(rest), is_sentence=True) if len(rest.split()) <= 4 else None
+    return None if is_alternative(f"x {said}") or _DENIED.match(said) else FinalAnswer(tidy(said), is_sentence=True)

@@ -7,34 +7,33 @@ import re
 from vlmpo.verifiers.characters import same_length
 from vlmpo.verifiers.languages import LETTERS, words
 
+# "Without doubt" is none.
 _CERTAIN = re.compile(
-    r"\b(?:without|no|beyond|sin|sem|sans aucun|sans l'ombre d'un|ohne|без)\s+(?:any\s+|a\s+|all\s+|ninguna\s+|jeden\s+)?"
-    r"(?:reasonable\s+)?(?:doubts?|dudas?|dúvidas?|doute|zweifel|сомнени\w+|question)\b|\bnot\s+only\b|毫无疑问|毫無疑問|间違いなく|間違いな[くい]"
+    r"\b(?:without|no|beyond|sin|sem|sans aucun|ohne|без)\s+(?:any\s+|a\s+|all\s+|ninguna\s+|jeden\s+)?"
+    r"(?:reasonable\s+)?(?:doubts?|dudas?|dúvidas?|doute|zweifel|сомнени\w+|question)\b|\bnot\s+only\b|毫无疑问|毫無疑問|間違いな[くい]"
 )
-_RETRACTION = re.compile(words("retraction"))
 _HEDGE = re.compile(words("hedge"))
-_DOUBT = re.compile(f"{_RETRACTION.pattern}|{_HEDGE.pattern}|{words('opinion')}")
-_YES_OR_NO = re.compile(f"\\W*(?:{words('yes')}|{words('no')})")
+_DOUBT = re.compile(words("retraction", "hedge", "opinion"))
+_YES_OR_NO = re.compile(rf"\W*{words('yes', 'no')}")
 # "No," or "No -" takes back what stands before it; "no other bars" does not.
 _NO = re.compile(
-    rf"(?<![{LETTERS}])(?:no|non|não|нет|nope|nein)\s*(?:[,.!;:…—–]|-\s|\.\.\.|(?<=[.!?,;]\s\w\w)$|\s(?:wait|sorry|it's|it is|that's|espera|perdón|digo|"
-    r"actually|make|sino|é|es|это|подожди)\b)"
+    rf"(?<![{LETTERS}])(?:no|non|não|нет|nope|nein)\s*(?:[,.!;:…—–]|-\s|(?<=[.!?,;]\s\w\w)$"
+    r"|\s(?:wait|sorry|it's|it is|that's|espera|perdón|digo|actually|make|sino|é|es|это|подожди)\b)"
 )
-_OTHERWISE = re.compile(rf"(?:^|[.!?;,(\n…—–])\s*(?:{words('alternative')}|but|however|pero|mas|porém|mais|aber|но|однако|但|不过|しかし|でも)(?![{LETTERS}])")
+_OTHERWISE = re.compile(rf"(?:^|[.!?;,(\n…—–])\s*{words('alternative', 'but')}")
 _ALTERNATIVE = re.compile(rf"(?<=[^\s,(])[\s,(]*{words('alternative')}")
-_CONDITION = re.compile(words("condition"))
-_NEGATED_CONDITION = re.compile(r"(?:but|pero|mas|mais|aber|но|但)\s+(?:not|no|não|pas|nicht|не|不是)|rather\s+than|instead\s+of|yet\s+to|even\s+(?:if|though)")
-_REMARK = re.compile(rf"(?:{words('remark')})", re.DOTALL)
-_QUESTION = re.compile(r"\?\s*(?:$|\n|[^\s?])|^\W{0,2}\?")
-# Sentences of a word or two that close a response.
-_CLOSING = re.compile(
-    r"thank\w*|thank you|thanks .*|done|q\.?e\.?d|end|cheers|good luck|hope (?:this|that|it) helps|i hope .*|\W*|ok|okay|great|sure|alright|well|enjoy|gracias|merci"
-    r"|danke|obrigad[oa]|спасибо|谢谢|ありがとう.*|以上.*|完毕|fin|fim|ende|конец|step \d+.*|figure \d+.*|see .*|source.*|explanation|reasoning|reason|note"
-    r"|解释|解析|理由|説明|explicación|explication|erklärung|begründung|explicação|объяснение|пояснение"
+_CONDITION = re.compile(words("condition", "but"))
+_NEGATED_CONDITION = re.compile(
+    rf"{words('but')}\s*(?:not|no|não|pas|nicht|не|不是)|rather\s+than|instead\s+of|yet\s+to|even\s+(?:if|though)"
 )
-_VALUE = re.compile(rf"(?<![{LETTERS}.])(?:[A-J]|\d[\d.,]*)(?![{LETTERS}])|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b")
+_REMARK = re.compile(words("remark"))
+_QUESTION = re.compile(r"\?\s*(?:$|\n|[^\s?])")
+_CLOSING = re.compile(words("closing"))
+_VALUE = re.compile(
+    rf"(?<![{LETTERS}.])(?:[A-J]|\d[\d.,]*)(?![{LETTERS}])|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b"
+)
 _IT_IS = re.compile(r"(?:it(?:'s| is)|this is|that is|that's|es|c'est|es ist|das ist|это|é|是|应为)\s")
-_LONGEST_AFTER = 4  # words of a later sentence that states another answer; longer ones explain
+_MOST_WORDS = 4  # of a later sentence that states another answer; longer ones explain
 
 
 def is_doubtful(text: str) -> bool:
@@ -43,11 +42,13 @@ def is_doubtful(text: str) -> bool:
     yes_or_no = _YES_OR_NO.match(lower)
     head = yes_or_no or re.match(r"\W*\w+", lower)
     after = lower[head.end() :] if head else lower
-    return bool(_DOUBT.search(after if yes_or_no else lower) or _NO.search(after) or _OTHERWISE.search(after) or "?" in after)
+    if _DOUBT.search(after if yes_or_no else lower):
+        return True
+    return bool(_NO.search(after) or _OTHERWISE.search(after) or "?" in after)
 
 
 def is_hedged(before: str) -> bool:
-    """Return whether the sentence that leads up to an answer leaves it open: "It could be \\boxed{3}"."""
+    r"""Return whether the sentence that leads up to an answer leaves it open: "It could be \boxed{3}"."""
     return _HEDGE.search(_lower(re.split(r"[.!?;]\s|[\n。!?]", same_length(before))[-1])) is not None
 
 
@@ -60,9 +61,7 @@ def is_alternative(text: str) -> bool:
 def is_taken_back(after: str, answer: str) -> bool:
     """Return whether the rest of a response, ``after`` its answer, takes the answer back or states another one."""
     lower = _lower(after)
-    if not lower.strip():
-        return False
-    if _DOUBT.search(lower) or _NO.search(lower) or _OTHERWISE.search(lower) or _QUESTION.search(lower):
+    if any(pattern.search(lower) for pattern in (_DOUBT, _NO, _OTHERWISE, _QUESTION)):
         return True
     known = set(re.findall(r"\w+", _lower(answer)))
     return any(_states_another(sentence, known) for sentence in re.split(r"[.!?]\s+|[\n。!?]", same_length(after))[1:])
@@ -70,23 +69,19 @@ def is_taken_back(after: str, answer: str) -> bool:
 
 def is_remark(text: str) -> bool:
     """Return whether ``text`` speaks about the answer instead of giving it: "clear from the chart", "I need to ..."."""
-    lower = _lower(text).strip(" *_`.!\"'")
-    remark = _REMARK.match(lower)
-    return remark is not None and len(lower) > 0
+    return _REMARK.match(_lower(text).strip(" *_`.!\"'")) is not None
 
 
 def is_filler(text: str) -> bool:
     """Return whether ``text`` is a word said beside an answer, not one: "Okay.", "Thanks!"."""
-    return re.search(r"\w", text) is not None and _CLOSING.fullmatch(_lower(text).strip(" .!")) is not None
+    return _CLOSING.fullmatch(_lower(text).strip(" .!")) is not None
 
 
 def _states_another(sentence: str, known: set[str]) -> bool:
     """Return whether a short later sentence, such as "It is 4" or "Blue", says something else than the answer."""
     said = re.sub(r"\\[A-Za-z]+|</?\w+>|[^\w\s'.,]", " ", sentence).strip(" .,")
     parts = re.findall(rf"[{LETTERS}]+(?:'\w+)?|\w", said.lower())
-    if not parts or set(parts) <= known or _CLOSING.fullmatch(said.lower()):
-        return False
-    if len(parts) > _LONGEST_AFTER:
+    if not parts or len(parts) > _MOST_WORDS or set(parts) <= known or is_filler(said):
         return False
     if len(parts) == 1 and (len(parts[0]) > 15 or parts[0] in ("a", "i")):
         return False

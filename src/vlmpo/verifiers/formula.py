@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmpo.verifiers.characters import plain_math
+from vlmpo.verifiers.languages import word_set
 
 _LONGEST = 300
 _MOST_EXPONENT, _MOST_FACTORIAL, _MOST_NESTING = 10_000, 1000, 60
@@ -26,14 +27,17 @@ _TOKEN = re.compile(
     r"|(?P<sign>\*\*|[-+*/^!(){}\[\]|,°%]))"
 )
 _CONSTANTS = {r"\pi": "pi", "pi": "pi", "e": "e", r"\infty": "inf", r"\inf": "inf"}
-_GREEK = {rf"\{name}" for name in "alpha beta gamma delta theta lambda mu phi varphi omega rho sigma tau".split()}
-_FUNCTIONS = {
-    name: name
-    for name in "sin cos tan cot sec csc sinh cosh tanh exp sqrt abs".split()
-} | {"ln": "log", "log": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}  # fmt: skip
+_GREEK = {rf"\{name}" for name in word_set("alpha beta gamma delta theta lambda mu phi varphi omega rho sigma tau")}
+_FUNCTIONS = {name: name for name in word_set("sin cos tan cot sec csc sinh cosh tanh exp sqrt abs")} | {
+    "ln": "log",
+    "log": "log10",
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+}
 
 
-class UnreadableFormula(Exception):
+class FormulaError(Exception):
     """Says that a text is no formula, or one of which only a part can be read."""
 
 
@@ -53,22 +57,22 @@ def read_formula(text: str, *, letters: frozenset[str] = frozenset()) -> Formula
         letters: names of variables that may be written side by side, ``ab``, as a product.
 
     Raises:
-        UnreadableFormula: if a character is left over or unknown.
+        FormulaError: if a character is left over or unknown.
     """
     shape = plain_math(text)
     if len(shape) > _LONGEST:
-        raise UnreadableFormula(text)
+        raise FormulaError(text)
     tokens, end = [], 0
     while end < len(shape.rstrip()):
         token = _TOKEN.match(shape, end)
         if token is None:
-            raise UnreadableFormula(text)
+            raise FormulaError(text)
         tokens += _tokens_of(token, letters)
         end = token.end()
     reader = _Reader(tokens)
     value = reader.sum_of_terms()
     if reader.token:
-        raise UnreadableFormula(text)
+        raise FormulaError(text)
     return Formula(value, frozenset(reader.variables))
 
 
@@ -83,7 +87,7 @@ def same_formula(one: Formula, other: Formula) -> bool | None:
             at = {name: mpmath.mpf(first) + mpmath.mpf(step) * (i + 1) / 7 for i, name in enumerate(names)}
             try:
                 found.append(_same_value(one.value(at), other.value(at)))
-            except (ArithmeticError, ValueError, TypeError, mpmath.libmp.NoConvergence, UnreadableFormula):
+            except (ArithmeticError, ValueError, TypeError, mpmath.libmp.NoConvergence, FormulaError):
                 return None
     return found[0] if len(set(found)) == 1 else None
 
@@ -105,7 +109,7 @@ def _tokens_of(token: re.Match[str], letters: frozenset[str]) -> list[str]:
         return [text]
     if set(text) <= letters:
         return list(text)
-    raise UnreadableFormula(text)
+    raise FormulaError(text)
 
 
 class _Reader:
@@ -124,14 +128,14 @@ class _Reader:
     def take(self, *expected: str) -> str:
         token = self.token
         if not token or (expected and token not in expected):
-            raise UnreadableFormula(token)
+            raise FormulaError(token)
         self.at += 1
         return token
 
     def sum_of_terms(self) -> Value:
         self.depth += 1
         if self.depth > _MOST_NESTING:
-            raise UnreadableFormula("nested too deeply")
+            raise FormulaError("nested too deeply")
         value = self.term()
         while self.token in ("+", "-"):
             sign, left, right = self.take(), value, self.term()
@@ -149,7 +153,7 @@ class _Reader:
             elif self._begins_factor():
                 # 1/2x is (1/2)x to some and 1/(2x) to others; 3 4 and 2\frac12 are no products.
                 if divided or (before[-1].isdigit() and (self.token[0].isdigit() or self.token == r"\frac")):
-                    raise UnreadableFormula(self.token)
+                    raise FormulaError(self.token)
                 value = _multiplied(value, self.power())
             else:
                 return value
@@ -165,13 +169,13 @@ class _Reader:
         if self.token not in ("^", "**"):
             return base
         self.take()
-        if self.token == "-":
-            exponent = self.factor()
-        else:
-            exponent = self.group() if self.token == "{" else self.postfix()
+        exponent = self.factor() if self.token == "-" else self.argument_of_power()
         if self.token in ("^", "**"):
-            raise UnreadableFormula("a tower of powers")
+            raise FormulaError("a tower of powers")
         return _raised(base, exponent)
+
+    def argument_of_power(self) -> Value:
+        return self.group() if self.token == "{" else self.postfix()
 
     def postfix(self) -> Value:
         value = self.atom()
@@ -202,7 +206,7 @@ class _Reader:
         if token in _GREEK or re.fullmatch(r"[A-Za-z](?:_(?:\w|\{\w+\}))?", token):
             self.variables.add(token)
             return lambda at: at[token]
-        raise UnreadableFormula(token)
+        raise FormulaError(token)
 
     def group(self) -> Value:
         self.take("{")
@@ -235,7 +239,7 @@ class _Reader:
             self.take()
             exponent = self.group() if self.token == "{" else self.atom()
             if self.tokens[self.at - 1] in ("}", "1"):  # sin^{-1} may be an inverse
-                raise UnreadableFormula(name)
+                raise FormulaError(name)
         value = _applied(_FUNCTIONS[name], self.function_argument())
         return value if exponent is None else _raised(value, exponent)
 
@@ -273,7 +277,7 @@ def _raised(base: Value, exponent: Value) -> Value:
     def value(at: Variables) -> Any:
         power = exponent(at)
         if abs(power) > _MOST_EXPONENT:
-            raise UnreadableFormula("an endless power")
+            raise FormulaError("an endless power")
         return base(at) ** power
 
     return value
@@ -313,7 +317,7 @@ def _factorial(value: Value) -> Value:
     def factorial(at: Variables) -> Any:
         number = value(at)
         if abs(number) > _MOST_FACTORIAL:
-            raise UnreadableFormula("an endless factorial")
+            raise FormulaError("an endless factorial")
         return mpmath.factorial(number)
 
     return factorial

@@ -6,9 +6,18 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from vlmpo.verifiers.answer import tidy
 from vlmpo.verifiers.characters import plain_math
-from vlmpo.verifiers.languages import COUNTERS, LETTERS, MAGNITUDES, NUMBERS, OTHER_LANGUAGES, words
+from vlmpo.verifiers.languages import (
+    COUNTERS,
+    EAST_ASIAN,
+    LETTERS,
+    MAGNITUDES,
+    NUMBERS,
+    OTHER_LANGUAGES,
+    word_set,
+    words,
+)
+from vlmpo.verifiers.sentences import tidy
 from vlmpo.verifiers.units import PERCENT, UNITS
 
 _MOST_CHARACTERS, _MOST_DIGITS, _MOST_EXPONENT = 200, 60, 300
@@ -58,34 +67,39 @@ _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 _THOUSANDS = ("thousand", "million", "billion")
 NUMBER_WORDS = {"none": 0} | {w: i for i, w in enumerate(_ONES)} | {w: 20 + 10 * i for i, w in enumerate(_TENS)}
 # Words that turn the number before them into another number or none.
-_NO_UNIT = frozenset(
+_NO_UNIT = word_set(
     "or and not no nor but than to of less more fewer over under minus plus times squared cubed half halves "
     "third thirds quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths "
-    "either neither maybe possibly perhaps if unless except point negative positive up down sqrt pi factorial".split()
+    "either neither maybe possibly perhaps if unless except point negative positive up down sqrt pi factorial"
 )
 # Words that, in a parenthesis after a number, take it back: "3 (or 4)". Others explain: "3 (two red, one blue)".
-_OTHERWISE = frozenset("or not maybe possibly perhaps if with without including excluding actually".split())
+_OTHERWISE = word_set("or not maybe possibly perhaps if with without including excluding actually")
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
 _WORD = re.compile(
-    rf"(?![\d_])[{LETTERS}\u3040-\u30ff\u4e00-\u9fff][{LETTERS}\u3040-\u30ff\u4e00-\u9fff'.-]*(?:[/^]\w[\w^-]*)*|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+"
+    rf"(?![\d_])[{LETTERS}{EAST_ASIAN}][{LETTERS}{EAST_ASIAN}'.-]*(?:[/^]\w[\w^-]*)*"
+    r"|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+"
 )
-_EAST_ASIAN = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
+_EAST_ASIAN = re.compile(f"[{EAST_ASIAN}]")
 _LIMITS = re.compile(
-    f"{words('alternative')}|{words('both')}|{words('condition')}|{words('contrast')}|(?<![{LETTERS}])(?:menos|más|mais|mehr"
-    f"|weniger|als|plus|moins|больше|меньше|более|менее|medi[oa]|demie?|halb\\w*|fois|mal|veces|vezes|раза?|倍)(?![{LETTERS}])|以上|以下|倍|半|分之"
+    rf"{words('alternative', 'both', 'condition', 'but', 'contrast')}|(?<![{LETTERS}])(?:menos|más|mais|mehr|weniger"
+    r"|als|plus|moins|больше|меньше|более|менее|medi[oa]|demie?|halb\w*|fois|mal|veces|vezes|раза?)"
+    rf"(?![{LETTERS}])|以上|以下|倍|半|分之"
 )
 # Parts of words for thousands and millions in languages that are not read.
 _OTHER_MAGNITUDE = re.compile("mil[ijlay]|tys|tis[ií]|tus|duiz|bin$|ribu|juta|cent[oi]|hund|nghìn|triệu")
 _INLINE = re.compile(r"(?<!\\)\$((?=\S)[^$]*[^$\s])\$(?!\d)")
-_NO_LEAD = frozenset("not no never neither nor if unless than least most between cannot can't isn't aren't or")
+_NO_LEAD = word_set("not no never neither nor if unless than least most between cannot can't isn't aren't or")
 # Left out at the beginning: how close is close enough is the verifier's matter.
 _APPROXIMATE = re.compile(rf"(?:(?:{words('about')}|≈|~|=)\s*)+", re.IGNORECASE)
 _LEAD = re.compile(
     r"(?P<lead>(?:[A-Za-z][A-Za-z'’-]*\s+){1,12}?)(?:is|are|was|were|has|have|shows|contains):?\s+(?=\S)"
 )
-_EAST_ASIAN_MAGNITUDE = re.compile(rf"\s*({'|'.join(sorted(filter(_EAST_ASIAN.match, MAGNITUDES), key=len, reverse=True))})")
+_EAST_ASIAN_MAGNITUDE = re.compile(
+    rf"\s*({'|'.join(sorted(filter(_EAST_ASIAN.match, MAGNITUDES), key=len, reverse=True))})"
+)
 _RAISED_UNIT = re.compile(
-    r"(?:(?P<square>square |sq\.? |平方|кв\. ?)|(?P<cube>cubic |立方|куб\. ?))?(?P<name>[^\s^\d]+)(?:\^?(?P<digit>\{?[23]\}?)|(?: squared)|)"
+    r"(?:(?P<square>square |sq\.? |平方|кв\. ?)|(?P<cube>cubic |立方|куб\. ?))?"
+    r"(?P<name>[^\s^\d]+)(?:\^?(?P<digit>\{?[23]\}?)|(?: squared)|)"
 )
 _CURRENCY = r"(?:R\$|US\$|USD|EUR|GBP|INR|JPY|[$€£¥₹])"
 _PLAIN = r"(?:\d+(?:\.\d*)?|\.\d+)"
@@ -152,7 +166,11 @@ def _equation(text: str) -> tuple[str, str] | None:
     if not equation or not equation[1].strip():
         return "", text
     left = equation[1].strip()
-    if left[-1] in "<>!~" or re.search(r"[,;]\s|\b(?:and|or|not|if)\b|[≠≤≥<>]|\\in\b", left) or _LIMITS.search(left.lower()):
+    if (
+        left[-1] in "<>!~"
+        or re.search(r"[,;]\s|\b(?:and|or|not|if)\b|[≠≤≥<>]|\\in\b", left)
+        or _LIMITS.search(left.lower())
+    ):
         return None
     return (left if re.fullmatch(r"[A-Za-z]", left) else ""), equation[2].strip()
 
@@ -267,8 +285,9 @@ def _is_apart(rest: str) -> bool:
     """Return whether the words after a number are no suffix of it, as in 21st, 3x, 3ème and 3割."""
     if counter := re.match(rf"\s*(?:{COUNTERS})", rest):
         return all(_EAST_ASIAN.match(sign) or sign in "の的 " for sign in rest[counter.end() :])
-    return not rest.strip() or (rest[0] in " °/" and not _EAST_ASIAN.match(rest.strip())
-            and not re.match(r"\s+[^\W\d_]{1,2}(?![\w/^])", rest))
+    return not rest.strip() or (
+        rest[0] in " °/" and not _EAST_ASIAN.match(rest.strip()) and not re.match(r"\s+[^\W\d_]{1,2}(?![\w/^])", rest)
+    )
 
 
 def known_unit(name: str) -> tuple[str, Fraction] | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from vlmpo.verifiers.answer import is_sentence, said_of_subject, tidy
 from vlmpo.verifiers.characters import plain, unwrap_latex
 from vlmpo.verifiers.doubt import is_remark
-from vlmpo.verifiers.languages import COLOURS, NUMBERS, OTHER_LANGUAGES, words
+from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, NUMBERS, OTHER_LANGUAGES, word_set, words
 from vlmpo.verifiers.numbers import NUMBER_WORDS, read_quantity
+from vlmpo.verifiers.sentences import is_sentence, said_of_subject, tidy
 from vlmpo.verifiers.values import read_structure, same_quantity, same_value
 
 ANLS_THRESHOLD = 0.5
@@ -23,30 +23,31 @@ _OTHER_ARTICLE = re.compile(rf"(?:{words('article')}\s+|[ld]['’])(?=\w)", re.I
 _DENIAL = re.compile(rf"\b(?:not|no|never|none|without|cannot)\b|n't|{words('denial')}")
 _YES, _NO = (re.compile(words(field)) for field in ("yes", "no"))
 _HEAD = re.compile(rf"(?P<head>{words('yes')}|{words('no')})\s*[,;.:!、。—–-]\s*(?P<rest>.*)", re.DOTALL)
-_SCRIPTS = [re.compile(f"[{signs}]") for signs in ("A-Za-zÀ-ÖØ-öø-ɏ", "Ѐ-ӿ", "\u3040-\u30ff\u4e00-\u9fff々")]
-_UNKNOWN_SCRIPT = re.compile("(?![Ѐ-ӿ\u3040-\u30ff\u4e00-\u9fff々ー\u0300-\u036fµμΩθαβπ])[\u0370-\U0001f000]")
+_SCRIPTS = [re.compile(f"[{signs}]") for signs in ("A-Za-zÀ-ÖØ-öø-ɏ", "Ѐ-ӿ", f"{EAST_ASIAN}々")]
+_UNKNOWN_SCRIPT = re.compile(f"(?![Ѐ-ӿ{EAST_ASIAN}々ー\u0300-\u036fµμΩθαβπ])[\u0370-\U0001f000]")
 # Words so alike that one is taken for a misreading of the other, and so unlike in what they say.
 _UNLIKE = [
-    frozenset(group.split())
+    word_set(group)
     for group in (
         "january february march april may june july august september october november december",
         "monday tuesday wednesday thursday friday saturday sunday",
         "north south east west northeast northwest southeast southwest northern southern eastern western",
-        "left right", "top bottom", "true false", "yes no", "male female", "man woman", "men women", "increase decrease",
-        "increasing decreasing increases decreases increased decreased", "more less", "up down", "first last", "before after",
-        "above below", "higher lower", "highest lowest", "maximum minimum", "max min", "open closed", "inside outside",
-        "import export imports exports", "internal external", "hot cold", "buy sell", "front back", "he she", "son daughter",
-        "black blue brown", "red green grey gray", "cat car bat hat rat", "dog fog", "horse house mouse", "boat goat coat",
-        "king ring", "one two three four five six seven eight nine ten eleven twelve", "cosine sine", "accept except",
+        "increase decrease increases decreases increased decreased increasing decreasing",
+        "one two three four five six seven eight nine ten eleven twelve",
+        *("left right", "top bottom", "true false", "yes no", "male female", "man woman", "men women", "more less"),
+        *("up down", "first last", "before after", "above below", "higher lower", "highest lowest", "maximum minimum"),
+        *("max min", "open closed", "inside outside", "import export imports exports", "internal external", "hot cold"),
+        *("buy sell", "front back", "he she", "black blue brown", "red green grey gray", "cat car bat hat rat"),
+        *("horse house mouse", "boat goat coat", "king ring", "cosine sine", "accept except", "odd even", "dog fog"),
     )
-]  # fmt: skip
+]
 _OPPOSITE = ("un", "in", "im", "il", "ir", "dis", "non", "non-", "a", "fe", "anti", "de", "mis", "sub", "super", "re")
-_ORDINALS = dict(
-    zip("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(),
-        "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split(), strict=True)
-)  # fmt: skip
+_ORDINALS = {
+    "first": "1st", "second": "2nd", "third": "3rd", "fourth": "4th", "fifth": "5th", "sixth": "6th", "seventh": "7th",
+    "eighth": "8th", "ninth": "9th", "tenth": "10th", "eleventh": "11th", "twelfth": "12th",
+}  # fmt: skip
 _EXTRA = 2  # words beside those of the truth that make an answer a sentence around it; "dark red" is another colour
-_GENERIC = frozenset("color colour colored coloured number shape word value category type side in of is".split())
+_GENERIC = word_set("color colour colored coloured number shape word value category type side in of is")
 
 
 def plain_text(text: str) -> str:
@@ -56,7 +57,9 @@ def plain_text(text: str) -> str:
     """
     whole = plain(tidy(text)).casefold().replace("ё", "е")
     text = re.sub(r"(?<=[^\W\d_][^\W\d_])\s*!+$", "", whole.rstrip(".,;:。、 ")).rstrip(".,;:。、 ")
-    quoted = re.fullmatch(r"[\"'「『]+\s*(.+?)[\s.,。、]*[\"'」』]+", text) or re.fullmatch(r"(.*[^\W\d])[\"'」』]+|[\"'「『]+(.*)", text)
+    quoted = re.fullmatch(r"[\"'「『]+\s*(.+?)[\s.,。、]*[\"'」』]+", text) or re.fullmatch(
+        r"(.*[^\W\d])[\"'」』]+|[\"'「『]+(.*)", text
+    )
     return next((part for part in quoted.groups() if part), text) if quoted else text or whole
 
 
@@ -156,7 +159,9 @@ def _same_meaning(answer: str, truth: str) -> bool | None:
     meanings = []
     for text in (one, other):
         yes, no = _YES.fullmatch(text), _NO.fullmatch(text)
-        number = NUMBERS.get(text, NUMBER_WORDS.get(text, int(text) if text.isascii() and text.isdigit() and len(text) < 5 else None))
+        number = NUMBERS.get(
+            text, NUMBER_WORDS.get(text, int(text) if text.isascii() and text.isdigit() and len(text) < 5 else None)
+        )
         colour = COLOURS.get(re.sub("的$", "", text))
         meanings.append(_meanings(yes, no, number, colour))
     if not meanings[0] or not meanings[1]:
@@ -217,18 +222,28 @@ def _may_abbreviate(one: str, other: str) -> bool:
 def _holds_truth(answer: str, truth: str) -> bool:
     """Return whether an answer says more than the truth, "the colour blue", without denying or listing it."""
     said, right = plain_text(answer), words_of(truth)
-    if not right or _DENIAL.search(said) or re.search(rf"{words('both')}|,", said) or _same_meaning(truth, truth) and len(right) == 1 and (_YES.fullmatch(right[0]) or _NO.fullmatch(right[0])):
+    if (
+        not right
+        or _DENIAL.search(said)
+        or re.search(rf"{words('both')}|,", said)
+        or (_same_meaning(truth, truth) and len(right) == 1 and (_YES.fullmatch(right[0]) or _NO.fullmatch(right[0])))
+    ):
         return False
     if _SCRIPTS[2].search(said):
         plain_truth = plain_text(truth)
         return plain_truth in said or said in plain_truth
     found = words_of(answer)
-    return any(found[i : i + len(right)] == right for i in range(len(found) - len(right) + 1)) and len(found) >= len(right) + _EXTRA
+    return (
+        any(found[i : i + len(right)] == right for i in range(len(found) - len(right) + 1))
+        and len(found) >= len(right) + _EXTRA
+    )
 
 
 def _is_similar(answer: str, truth: str) -> bool:
     one, other = plain_text(answer), plain_text(truth)
-    if re.findall(r"\d+|[\^√/*=<>±!+]", one) != re.findall(r"\d+|[\^√/*=<>±!+]", other) or bool(_DENIAL.search(one)) != bool(_DENIAL.search(other)):
+    if re.findall(r"\d+|[\^√/*=<>±!+]", one) != re.findall(r"\d+|[\^√/*=<>±!+]", other) or bool(
+        _DENIAL.search(one)
+    ) != bool(_DENIAL.search(other)):
         return False
     if _are_unlike(one, other):
         return False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from vlmpo.verifiers.languages import word_set
+
 # Name to kind and size in the kind's base unit.
 UNITS: dict[str, tuple[str, Fraction]] = {
     name: (kind, Fraction(scale))
@@ -88,5 +90,11 @@ UNITS: dict[str, tuple[str, Fraction]] = {
     for name in names.split()
 }  # fmt: skip
 # Kinds of which one cannot be told from the other by their numbers.
-UNLIKE = [{"celsius", "fahrenheit", "kelvin", "angle"}, {"angle", "radian"}, {"time", "month", "year"}, {"JPY", "CNY", "yen or yuan"}, {"calories", "energy"}]
-PERCENT = frozenset("% percent pct percentage prozent процент процента процентов パーセント pourcent".split())
+UNLIKE = [
+    {"celsius", "fahrenheit", "kelvin", "angle"},
+    {"angle", "radian"},
+    {"time", "month", "year"},
+    {"JPY", "CNY", "yen or yuan"},
+    {"calories", "energy"},
+]
+PERCENT = word_set("% percent pct percentage prozent процент процента процентов パーセント pourcent")

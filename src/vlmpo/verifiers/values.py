@@ -1,4 +1,4 @@
-"""Compares values part by part: points, intervals, sets, lists, ratios, times of day, solutions, quantities, formulas."""
+"""Compares values part by part: points, intervals, sets, lists, ratios, times of day, quantities, formulas."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from vlmpo.verifiers.answer import tidy
 from vlmpo.verifiers.characters import plain_math
-from vlmpo.verifiers.formula import UnreadableFormula, read_formula, same_formula
+from vlmpo.verifiers.formula import FormulaError, read_formula, same_formula
 from vlmpo.verifiers.languages import words
 from vlmpo.verifiers.numbers import Quantity, known_unit, read_quantity
+from vlmpo.verifiers.sentences import tidy
 from vlmpo.verifiers.units import UNLIKE
 
 _OPEN, _CLOSE = "([{", ")]}"
@@ -47,7 +47,14 @@ def read_structure(text: str) -> Structure | None:
     shape = plain_math(re.sub(r"(?<=\d)\s*×\s*(?=\d)", " x ", re.sub(r"(?<!\\)\$", "", tidy(text)))).strip()
     if len(shape) > 200:
         return None
-    return _time_or_ratio(shape) or _solutions(shape) or _union(shape) or _bracketed(shape) or _listed(shape) or _relation(shape)
+    return (
+        _time_or_ratio(shape)
+        or _solutions(shape)
+        or _union(shape)
+        or _bracketed(shape)
+        or _listed(shape)
+        or _relation(shape)
+    )
 
 
 def same_structure(answer: Structure, truth: Structure) -> bool | None:
@@ -157,27 +164,25 @@ def _across(text: str, structure: Structure | None) -> bool | None:
 
 def _same_side(text: str, relation: Structure | None) -> bool | None:
     """Compare ``2x + 1`` with ``y = 2x + 1``."""
-    if relation is None or relation.note != "=" or not re.fullmatch(r"[A-Za-z](?:\([a-z]\))?", relation.parts[0].strip()):
+    if (
+        relation is None
+        or relation.note != "="
+        or not re.fullmatch(r"[A-Za-z](?:\([a-z]\))?", relation.parts[0].strip())
+    ):
         return None
     return _same_expression(text, relation.parts[1])
 
 
 def _same_expression(answer: str, truth: str) -> bool | None:
-    (answer, unit), (truth, other) = _without_unit(answer), _without_unit(truth)
-    if unit and other and unit != other:
+    (one, unit), (other, right_unit) = _without_unit(answer), _without_unit(truth)
+    if unit and right_unit and unit != right_unit:
         return None
-    for text in (answer, truth):
-        if read_quantity(text) is None and not is_expression(text):
-            return None
-    letters = _letters(truth)
+    letters = _letters(other)
     try:
-        one, other = read_formula(_bare(answer), letters=letters), read_formula(_bare(truth), letters=letters)
-    except UnreadableFormula:
+        same = same_formula(read_formula(_bare(one), letters=letters), read_formula(_bare(other), letters=letters))
+    except FormulaError:
         return None
-    same = same_formula(one, other)
-    if same is False and (_is_rounded(answer, truth) or _is_rounded(truth, answer)):
-        return True
-    return same
+    return same or _is_rounded(one, other) or _is_rounded(other, one) or same
 
 
 def _is_rounded(decimal: str, exact: str) -> bool:
@@ -189,19 +194,19 @@ def _is_rounded(decimal: str, exact: str) -> bool:
         return False
     with mpmath.workdps(50):
         try:
-            value = read_formula(_bare(exact))
-        except UnreadableFormula:
+            formula = read_formula(_bare(exact))
+        except FormulaError:
             return False
-        if value.variables:
+        if formula.variables:
             return False
-        return bool(abs(value.value({}) - mpmath.mpf(squeezed(decimal))) <= mpmath.mpf(10) ** -len(digits[1]))
+        return bool(abs(formula.value({}) - mpmath.mpf(squeezed(decimal))) <= mpmath.mpf(10) ** -len(digits[1]))
 
 
 def is_expression(text: str) -> bool:
     """Return whether ``text`` is a formula, to its last character."""
     try:
         read_formula(_bare(text), letters=_letters(text))
-    except UnreadableFormula:
+    except FormulaError:
         return False
     return True
 
@@ -326,8 +331,17 @@ def _split(text: str, *, words_too: bool = True) -> list[str]:
     position = 0
     while position < len(text):
         joint = separators.match(text, position) if depth == 0 and position else None
-        if joint and joint.group() and not (words_too and joint.group() == "," and text[joint.end() : joint.end() + 1].isdigit()
-                                            and text[joint.start() - 1].isdigit() and "=" not in text):
+        if (
+            joint
+            and joint.group()
+            and not (
+                words_too
+                and joint.group() == ","
+                and text[joint.end() : joint.end() + 1].isdigit()
+                and text[joint.start() - 1].isdigit()
+                and "=" not in text
+            )
+        ):
             parts.append(text[start : joint.start()])
             start = position = joint.end()
             continue

@@ -1,7 +1,8 @@
 """Decides whether the final answer of a response is the true one.
 
 The verdict is ``unparsed``, neither right nor wrong, if no final answer of the verifier's kind can be read: none is
-stated, a sentence is given instead of a letter, or two numbers instead of one. Nothing is guessed.
+stated, it is taken back or left open, a sentence is given instead of a letter, or two numbers instead of one. Nothing
+is guessed.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from fractions import Fraction
 
 from vlmpo.data.records import Verdict
 from vlmpo.errors import RecipeError, RecordError
-from vlmpo.verifiers.answer import FinalAnswer, find_final_answer, first_sentence, tidy
+from vlmpo.verifiers.answer import FinalAnswer, find_final_answer
 from vlmpo.verifiers.characters import same_length
-from vlmpo.verifiers.doubt import is_alternative, is_doubtful, is_remark, is_taken_back
-from vlmpo.verifiers.languages import words
+from vlmpo.verifiers.doubt import is_alternative, is_doubtful
+from vlmpo.verifiers.names import is_name
 from vlmpo.verifiers.numbers import read_quantity
-from vlmpo.verifiers.options import is_name, is_option, judge_option, read_letters, read_option
+from vlmpo.verifiers.options import is_option, judge_option, read_letters, read_option
+from vlmpo.verifiers.readings import readings_of
+from vlmpo.verifiers.sentences import tidy
 from vlmpo.verifiers.texts import judge_anls, judge_exact, judge_vqa, same_text, same_words, words_of
 from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value, squeezed
 
@@ -40,12 +43,14 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
             ``number``: within 5 % of the truth, as charts are read; exactly, if the truth is 0 or a year, that is plain
             digits from 1800 to 2100.
             ``anls``: normalised Levenshtein similarity, ``1 - distance / longer length``, at least 0.5; digits and
-            denials must agree.
-            ``vqa``: the same words apart from articles, punctuation and case; number words are digits.
-            ``math``: mathematically equal; numbers exactly, formulas to 50 digits, points, intervals,
-                sets and lists part by part.
-            ``auto``: by the form of the truth: ``option`` for a letter, ``math`` for whole numbers, fractions and
-            LaTeX, ``number`` for decimals and percentages, otherwise ``vqa``.
+            denials must agree; opposites and others of one kind (``June``, ``July``) do not.
+            ``vqa``: the same words apart from articles, punctuation and case; number words are digits; the same yes,
+            no, number or colour in another language.
+            ``math``: mathematically equal: numbers exactly, formulas to 35 digits; points, intervals, sets and lists
+            part by part.
+            ``auto``: by the form of the truth: ``option`` for a letter from A to J, alone or with a text; ``math`` for
+            whole numbers, fractions, formulas, points, intervals, sets and lists; ``number`` for decimals and
+            percentages; otherwise ``vqa``.
 
     Returns:
         The verdict: ``status`` is ``correct``, ``wrong`` or ``unparsed``; ``parsed`` the final answer as read, None if
@@ -97,21 +102,8 @@ def _by_form(truth: str) -> str:
     return "math" if is_exact else "number"
 
 
-# --- readings ---------------------------------------------------------------------------------------------------------
-
 # Decide whether one of the readings of a final answer, shortest first, agrees with the truth; None: it cannot be read.
 Judge = Callable[[Sequence[str], str], bool | None]
-
-_CONTRAST = re.compile(
-    rf"(?:\s*[,;(，（]\s*(?:(?:and|but|pero|mas|mais|aber|но|但) )?{words('contrast')}|\s+(?:and not|but not|rather than|instead of|und nicht)\b).*",
-    re.IGNORECASE | re.DOTALL,
-)
-_CLAUSE = r"which|where|so|it|they|there|he|she|we|i\.e\.|namely|meaning|making|ce qui|lo que|o que|was|что"
-_REASON = re.compile(
-    rf"\s*[,;:—–-]?\s*{words('reason')}.*|\s*[,;—–]\s+(?:{_CLAUSE})\b.*|\s+[—–-]\s+(?:the|a|an|it|this|that|{_CLAUSE})\b.*",
-    re.IGNORECASE | re.DOTALL,
-)
-_ASIDE = re.compile(r"\s*\(([^()]*[^\W\d_]{3,}[^()]*|[^()]*[\u3040-\u30ff\u4e00-\u9fff]{2,}[^()]*)\)[.。]?$")
 
 
 def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
@@ -126,7 +118,7 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     is_open = right is None and (is_alternative(truth) or _is_set(truth))  # "x = 2 or x = 3" is what was asked for
     if is_doubtful(_without_or(shape) if is_open else shape):
         return None
-    readings = _readings(text)
+    readings = readings_of(text)
     if is_alternative(readings[0]) or (is_open and is_alternative(truth)):
         return same_value(text, truth) if is_open else None
     if is_name(truth) and any(re.fullmatch(r"\W*[A-Za-z]\W*", reading) for reading in readings):
@@ -141,39 +133,6 @@ def _without_or(text: str) -> str:
 def _is_set(truth: str) -> bool:
     structure = read_structure(truth)
     return structure is not None and structure.kind in ("set", "union")
-
-
-def _readings(text: str) -> list[str]:
-    """Return the answer without what only explains it, or says what it is not; then ever more of it."""
-    readings = [text]
-    for shorten in (_first_of_line, _without_contrast, _without_reason, _without_aside):
-        shorter = shorten(readings[0]).strip()
-        if shorter and shorter != readings[0]:
-            readings.insert(0, tidy(shorter))
-    return readings
-
-
-def _first_of_line(text: str) -> str:
-    first = first_sentence(text)
-    return first if first == text or not is_taken_back(text[len(first) :], first) else text
-
-
-def _without_contrast(text: str) -> str:
-    contrast = _CONTRAST.search(same_length(text))
-    return text[: contrast.start()] if contrast and contrast.start() else text
-
-
-def _without_reason(text: str) -> str:
-    reason = _REASON.search(same_length(text))
-    return text[: reason.start()] if reason and reason.start() else text
-
-
-def _without_aside(text: str) -> str:
-    aside = _ASIDE.search(same_length(text))
-    if not aside or is_alternative(f"x {aside[1]}") or len(aside[1].split()) < 2 and aside[1].isascii():
-        return text
-    numbers = set(re.findall(r"\d+", aside[1]))
-    return text if len(numbers) == 1 and not numbers & set(re.findall(r"\d+", text[: aside.start()])) else text[: aside.start()]
 
 
 # --- number and math --------------------------------------------------------------------------------------------------
