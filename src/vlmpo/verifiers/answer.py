@@ -90,7 +90,7 @@ _LEADS_ON = re.compile(
     r"[A-Za-z0-9(^!/+²³_{−-]|\*\s?\d|\\(?![)\]%,;]|text|quad|\n)|\s?\$?\s?(?:[+/×^−]|-\s?\d)"
     rf"|[\s$]*(?:{words('both')})\s*[\\\d$A-J]"
 )
-_BETWEEN_BOXES = re.compile(rf"[\s$,;.&*]*(?:{words('alternative', 'both')})?[\s$,;.&*]*", re.IGNORECASE)
+_BETWEEN_BOXES = re.compile(rf"[\s$,;.&*(]*(?:{words('alternative', 'both')})?[\s$,;.&*]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,10 @@ def _read_mark(text: str, shape: str, kind: str, match: re.Match[str]) -> _Mark:
         return _boxed(text, match)
     if kind == "tag":
         content, closed, _ = text[match.end() :].partition("</answer>")
-        return _Mark(content if closed else None, match.start(), match.end() + len(content) + 9, is_strong=True)
+        end = match.end() + len(content) + len("</answer>")
+        return _Mark(
+            content if closed else None, match.start(), end, is_strong=True, is_remark=_is_long_remark(content)
+        )
     if kind == "option":
         letter = match["worded"] or match["bracketed"] or match["plain"]
         supposed = _is_supposed(shape, match.start())
@@ -190,12 +193,17 @@ def _stated(text: str, shape: str, code: str, match: re.Match[str]) -> _Mark:
     if _is_supposed(shape, match.start()) or _is_denied(line, has_verb=has_verb):
         return _Mark(None, match.start(), start, is_strong)
     sentence = first_sentence(line)
-    is_long = " " in sentence.strip() or re.search(f"[{EAST_ASIAN}]", sentence) is not None
     content = line if is_strong and code not in UNSPACED else sentence
     end = start + len(content)
     if code in UNSPACED:
         content = without_ending(content)
-    return _Mark(content, match.start(), end, is_strong, is_remark=is_long and is_remark(sentence))
+    return _Mark(content, match.start(), end, is_strong, is_remark=_is_long_remark(sentence))
+
+
+def _is_long_remark(text: str) -> bool:
+    """Return whether a text of several words is a remark: "clear" alone may be an answer."""
+    text = text.strip()
+    return (" " in text or re.search(f"[{EAST_ASIAN}]", text) is not None) and is_remark(text)
 
 
 def _is_denied(line: str, *, has_verb: bool) -> bool:
@@ -228,7 +236,7 @@ def _boxed(text: str, match: re.Match[str]) -> _Mark:
     unit = _UNIT_AFTER.match(text, end)
     if unit and parts == content:
         parts, end = f"{parts} {unit[1]}", unit.end()
-    return _Mark(parts, start, end, is_strong=True)
+    return _Mark(parts, start, end, is_strong=True, is_remark=_is_long_remark(parts))
 
 
 def _is_part(text: str, start: int, end: int) -> bool:
@@ -262,7 +270,9 @@ def _bare(text: str) -> FinalAnswer | None:
     shape = same_length(text)
     is_short = _BARE_LABEL.match(shape.strip(EMPHASIS)) is not None or _YES_OR_NO.fullmatch(shape) is not None
     if is_short or (not is_sentence(text) and first_sentence(text) == text):
-        return FinalAnswer(tidy(text), is_sentence=bool(_NO_VERB.fullmatch(text)), is_remark=is_filler(text))
+        return FinalAnswer(
+            tidy(text), is_sentence=bool(_NO_VERB.fullmatch(text)), is_remark=is_filler(text) or _is_long_remark(text)
+        )
     return None if is_doubtful(text) else _statement(tidy(text))
 
 

@@ -173,8 +173,8 @@ CHINESE = Language(
     both="和|与|與|及|以及",
     but="但|但是|不过|不過|然而|可是",
     condition="如果|假如|除非|除了",
-    remark="很?(?:明显|明顯|清楚|清晰|显然|顯然)|非常(?:明显|清楚)|显而易见|顯而易見|一目了然|可以|如下|在|从|從"
-    "|由|根据|根據|见|見|需要|让我|讓我|我|正确的|正確的|错误的|未知|不明|无法|無法|取决|图中|圖中|首先|显示|看",
+    remark="很?(?:明显|明顯|清楚|清晰|显然|顯然)|非常(?:明显|清楚)|显而易见|顯而易見|一目了然|可以|如下|在(?:图|圖|表|文)|(?:从|從|由)(?:图|圖|表|上|下|文|数据)"
+    "|根据|根據|见|見|需要|让我|讓我|我|正确的|正確的|错误的|未知|不明|无法|無法|取决|图中|圖中|首先|显示|看",
     reason="毫无疑问|因为|因為|由于|由於|根据|根據|如图|如圖|理由|原因|从图|从圖|见图|所以",
     contrast="而不是|而非|不是",
     sentence="是|有|在|个|可以|因为|因為|显示|顯示|我|为|為|了|答案|看|能|会|會|需要|很|比|都",
@@ -207,7 +207,7 @@ JAPANESE = Language(
     both="と|および|及び",
     but="しかし|でも|だが|ですが|けれど|けど|ただし",
     condition="もし|ただ|除",
-    remark="明らか|明白|はっきり|図|グラフ|以下|次の|わか|分か|見れば|見て|読み取|画像|表|凡例|簡単|上記|下記|不明"
+    remark="明らか|明白|はっきり|(?:図|グラフ|画像|表|凡例)(?:から|より|に|を|で|の)|以下|次の|わか|分か|見れば|見て|読み取|簡単|上記|下記|不明"
     "|まず|私|明確",
     reason="なぜなら|理由",
     contrast="であって|ではなく",
@@ -290,7 +290,7 @@ FRENCH = Language(
     remark="(?:très |assez |bien )?(?:claire?|évidente?|visible|simple|facile|difficile|inconnue?|indiquée?"
     "|donnée?|montrée?|affichée?)|peut|se (?:trouve|voit|lit|déduit)|dépend|(?:dans|sur|selon|par|d'après) (?:le "
     "|la |les |l')(?:graphique|figure|image|légende|tableau|diagramme)|dans|la suivante|il faut|je|j'ai|nous"
-    "|voyons|regardons|comptons|commençons|d'abord|impossible|on|ce que|celle|suivante|pas",
+    "|voyons|regardons|comptons|commençons|d'abord|impossible|ce que|celle|suivante|pas",
     reason=r"sans aucun doute|bien sûr|car|parce qu['e]\s?|puisque?|étant donné|en raison|comme (?:le|la|on|l'"
     "|indiqué|montré|illustré|il|vu)|selon|d'après|c'est-à-dire|vu que|puisqu'",
     contrast=r"pas (?=\S)|et non|et pas|non (?=\S)|plutôt que|au lieu de",

@@ -25,7 +25,7 @@ _SURNAMES = word_set(
     "Dali Freud Marx Merkel Gandhi Mandela Musk Gates Jobs Bezos Zuckerberg "
     "Franklin Hamilton Grant Lovelace Hopper Dumas Hugo Verne Camus Kafka Mann Schmidt Müller Schneider "
     "Fischer Weber Meyer Wagner Becker Hoffmann Dupont Bernard Dubois Silva Santos Souza Costa Lopez Perez "
-    "Cruz Flores Diaz Hernandez"
+    "Cruz Flores Diaz Hernandez Washington Edison Faraday Maxwell Pasteur Mendel Watson Crick Descartes Kepler"
 )
 _INITIALS = re.compile(r"[A-Z]\.(?:\s|$)|[A-Z]\. ?[A-Z]")
 

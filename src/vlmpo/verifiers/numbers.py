@@ -258,7 +258,7 @@ def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -
     while magnitude := _EAST_ASIAN_MAGNITUDE.match(rest):
         value, rest = value * MAGNITUDES[magnitude[1]], rest[magnitude.end() :]
     rest = re.sub(r"^\s*%", " % ", re.sub(r"^\s*(?:per cent|por ciento|por cento|pour cent)\b", " percent", rest))
-    if rest.lstrip().startswith(".."):  # 0.333...
+    if rest.lstrip().startswith("..") or (rest == "s" and value % 10 == 0 and value >= 1000):  # 0.333..., the 1990s
         return None
     names = rest.strip().rstrip(".,;。").split()
     while names and names[0].lower() in _MAGNITUDES:

@@ -48,10 +48,9 @@ def read_option(text: str) -> tuple[str, str] | None:
     text = tidy(text)
     if is_name(text):
         return None
-    first = _TEXT_FIRST.fullmatch(text)
-    if first and not _DENIED.match(first["text"]):
+    first, option = _TEXT_FIRST.fullmatch(text), _OPTION.fullmatch(text)
+    if first and not option and not _DENIED.match(first["text"]):
         return first["letter"].lower(), first["text"].strip(" .")
-    option = _OPTION.fullmatch(text)
     if not option or _OTHER_LABEL.search(option["text"]) or _LIST.fullmatch(text):
         return None
     return (option["bracketed"] or option["open"]).lower(), option["text"].strip(" .。")

@@ -10,7 +10,7 @@ from vlmpo.verifiers.languages import EAST_ASIAN, LETTERS, word_set, words
 EMPHASIS = "*_`#"
 # A full stop after these does not end a sentence, nor one after a single letter ("C. The red one", "John F. K.").
 _TITLES = word_set("dr mr mrs ms st prof no vs jr sr approx ca fig inc co nr z.b d.h bzw sra mme ул г см")
-_STOP = re.compile(rf"[.!?](?=\s+[\"'(¿¡]*[A-ZÀ-ÖØ-ÞА-ЯЁ{EAST_ASIAN}])|[。!?](?=\S)(?<=[。!?])")
+_STOP = re.compile(rf"[.!?](?=\s+[\"'(¿¡]*[A-ZÀ-ÖØ-ÞА-ЯЁ{EAST_ASIAN}])|[。！？](?=\S)")
 _SENTENCE = re.compile(words("sentence"), re.IGNORECASE)
 _MOST_WORDS, _MOST_SIGNS = 12, 12  # of what is no sentence; signs are Chinese and Japanese
 _COPULA = re.compile(rf"{words('copula')}\s*:?\s*(?P<rest>.+)", re.IGNORECASE)
@@ -20,7 +20,7 @@ _NOT_PLAIN = re.compile(
     "|[不没非如若]|ない|でも",
     re.IGNORECASE,
 )
-_ENDING = re.compile(rf"(?<=\S)(?:{words('ending')})(?:[。.!]?\s*)$")
+_ENDING = re.compile(rf"(?<=\S)\s*(?:{words('ending')})(?:[。.!]?\s*)$")
 _DENIED_END = re.compile("(?:では|じゃ|で)(?:ありません|ない|なく)")
 
 
@@ -40,7 +40,7 @@ def first_sentence(text: str) -> str:
     """Return ``text`` up to the first end of a sentence: ``。``, or a full stop, ``!`` or ``?`` before a capital."""
     for stop in _STOP.finditer(text):
         before = re.search(r"([\w.]+)\W*$", text[max(0, stop.start() - 40) : stop.start()])
-        word = before.group(1).lower() if before and stop.group() in "." else ""
+        word = before.group(1).lower() if before and stop.group() == "." else ""
         if not (word in _TITLES or (len(word) == 1 and word.isalpha())):
             return text[: stop.start()]
     return text

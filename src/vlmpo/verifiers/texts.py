@@ -91,7 +91,8 @@ def same_words(answer: str, truth: str) -> bool:
     forms = [form for form in (text, said_of_subject(text)) if form]
     forms += [re.sub(r"(?<!\bno)\s+ones?$", "", form) for form in forms]
     forms += [_OTHER_ARTICLE.sub("", form, count=1) for form in forms if _OTHER_ARTICLE.match(form)]
-    if any(words_of(form) == right for form in forms):
+    rights = [right, words_of(_OTHER_ARTICLE.sub("", plain_text(truth), count=1))]
+    if any(words_of(form) in rights for form in forms):
         return True
     if _GENERIC & set(words_of(text)) and [word for word in words_of(text) if word not in _GENERIC] == right:
         return True  # the color blue
