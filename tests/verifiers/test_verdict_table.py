@@ -190,3 +190,17 @@ def test_a_remark_is_no_answer_to_any_verifier(verifier: str) -> None:
                 assert verify(remark, truth, verifier).status == "unparsed", (remark, truth)
             except RecordError:
                 break  # no truth of this verifier's kind
+
+
+@pytest.mark.parametrize("verifier", ["exact", "vqa", "anls", "math"])
+def test_no_verifier_calls_a_line_right_that_is_not(verifier: str) -> None:
+    """Whatever verifier a question names: only `number` has a tolerance by which other values are right."""
+    found = []
+    for line in LINES:
+        try:
+            verdict = verify(line["response"], line["truth"], verifier)
+        except RecordError:
+            continue  # no truth of this verifier's kind
+        if verdict.status == "correct" and "correct" not in line["may_be"]:
+            found.append(line)
+    assert found == []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textrm|textit|mathrm|mathbf|mathit|textbf|mbox|operatorname)\s*\{")
 # One character for one: positions in the text stay as they are.
@@ -49,6 +50,7 @@ def plain(text: str) -> str:
     return " ".join("".join(map(_plain_character, _runs(text))).split())
 
 
+@lru_cache(maxsize=1024)
 def plain_math(text: str) -> str:
     r"""Write a formula in one LaTeX: ``√5`` and ``3\cdot x`` as ``\sqrt 5`` and ``3*x``; units lose their ``\text``."""
     if re.search(f"[{_RAISED}]√", text):

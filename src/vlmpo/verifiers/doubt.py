@@ -42,7 +42,8 @@ def is_doubtful(text: str) -> bool:
     yes_or_no = _YES_OR_NO.match(lower)
     head = yes_or_no or re.match(r"\W*\w+", lower)
     after = lower[head.end() :] if head else lower
-    if _DOUBT.search(after if yes_or_no else lower):
+    start = yes_or_no.end() if yes_or_no else 0  # a "nein" that is the answer takes nothing back
+    if any(doubt.end() > start for doubt in _DOUBT.finditer(lower)):
         return True
     return bool(_NO.search(after) or _OTHERWISE.search(after) or "?" in after)
 

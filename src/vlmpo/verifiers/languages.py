@@ -95,7 +95,7 @@ ENGLISH = Language(
     r"|or rather|well,? (?:no|maybe)|no wait|no sorry|cancel that|never\s?mind|edit:|update:|should (?:be|have been"
     r"|say|read)|must (?:be|have been)|upon (?:closer|further|re)\w*|on (?:closer|reflection)|looking (?:again"
     "|closer|more)|to be corrected",
-    hedge=r"maybe|perhaps|possibly|probably|presumably|likely|(?:not|n't) (?:\w+ )?(?:sure|certain|confident"
+    hedge=r"no idea|maybe|perhaps|possibly|probably|presumably|likely|(?:not|n't) (?:\w+ )?(?:sure|certain|confident"
     r"|positive|clear)|(?:can't|cannot|can not|couldn't|could not|don't|do not) (?:\w+ )?(?:tell|say|be sure"
     r"|be certain|know|determine|rule out|exclude|see (?:clearly|well))|(?:isn't|aren't|wasn't) (?:\w+ )?(?:sure"
     r"|certain|clear|right|correct)|unsure|uncertain\w*|unclear|unknown|guess(?:ing)?|(?:could|might"
@@ -234,7 +234,7 @@ SPANISH = Language(
     r"|rectific\w+|digo|quise decir|quiero decir|más bien|pensándolo (?:bien|mejor)|mirando (?:de nuevo|mejor|bien)"
     "|(?:un|mi|hay) error|fe de erratas|revisando|recontando|déjame|debería ser|debe ser|ahora que|bueno no"
     "|contando de nuevo|ups",
-    hedge=r"quizás?|tal vez|a lo mejor|probablemente|posiblemente|(?:podría|pudiera|puede)(?: \w+)? (?:ser|que)"
+    hedge=r"ni idea|quizás?|tal vez|a lo mejor|probablemente|posiblemente|(?:podría|pudiera|puede)(?: \w+)? (?:ser|que)"
     r"|no (?:estoy|es) (?:\w+ )?(?:segur[oa]|clar[oa]|ciert[oa])|no sé|no lo sé|no sabría|o bien"
     "|difícil (?:de )?(?:decir|saber)|dud[oa]s?|depende|parece|diría|acaso|también (?:es |podría |puede )|ambas"
     "|incierto|no se (?:sabe|puede|ve)|sin estar segur[oa]",
@@ -277,7 +277,8 @@ FRENCH = Language(
     "|excuse[sz]?(?:-moi)?|oups|après réflexion|à la réflexion|réflexion faite|je voulais dire|je veux dire"
     "|recomptons|je recompte|en recomptant|en y regardant|enfin non|ou plutôt|devrait être|non non|mais non|euh"
     r"|autant pour moi|au temps pour moi|révis\w+|revoyons|vérifions",
-    hedge=r"peut-être|peut être|probablement|possiblement|(?:pourrait|peut)(?: \w+)? être|pas (?:\w+ )?(?:sûre?"
+    hedge=r"aucune idée|peut-être|peut être|probablement|possiblement|(?:pourrait"
+    r"|peut)(?: \w+)? être|pas (?:\w+ )?(?:sûre?"
     r"|certaine?|clair)|je ne sais|je sais pas|il me semble|semble|ou bien|soit \S+ soit|difficile (?:à|de) (?:dire"
     r"|savoir|lire|voir)|dout[ea]\w*|dépend|(?:est|aussi|serait) possible|sans doute|sans certitude|incertaine?"
     "|à vrai dire|éventuellement|aussi (?:possible|correct|juste)|on dirait|vraisemblablement",
@@ -358,7 +359,7 @@ PORTUGUESE = Language(
     r"|me enganei|enganad\w+|enganei|errei|melhor dizendo|quer dizer|quis dizer|quero dizer|digo|ou melhor"
     r"|pensando (?:bem|melhor)|olhando (?:de novo|melhor|bem)|retific\w+|erro|engano|equivoc\w+|recontando"
     "|contando de novo|deixe|deixa eu|deveria ser|deve ser|opa|ops|revendo|lamento|sinto muito",
-    hedge=r"talvez|provavelmente|possivelmente|(?:pode|poderia)(?: \w+)? ser|não (?:tenho"
+    hedge=r"(?:não faço|nem) ideia|talvez|provavelmente|possivelmente|(?:pode|poderia)(?: \w+)? ser|não (?:tenho"
     r"|estou) (?:\w+ )?(?:certeza|cert[oa]|segur[oa])|não sei|não dá|quem sabe|quiçá|difícil (?:de )?(?:dizer"
     "|saber)|dúvidas?|depende|parece|ou então|também (?:é |pode |poderia )|incert[oa]|diria"
     r"|não é (?:\w+ )?(?:certo|claro|possível)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 
 from vlmpo.verifiers.characters import plain_math
 from vlmpo.verifiers.languages import (
@@ -127,6 +128,7 @@ _GROUPINGS = [
 ]  # fmt: skip
 
 
+@lru_cache(maxsize=1024)
 def read_quantity(text: str) -> Quantity | None:
     """Return the one quantity that ``text`` states; None if it states none, several, a range, a bound or a denial.
 

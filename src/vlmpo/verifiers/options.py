@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from vlmpo.verifiers.characters import plain, unwrap_latex
 from vlmpo.verifiers.languages import words
@@ -64,6 +65,7 @@ def read_letters(text: str, *, allow_single: bool = False) -> frozenset[str] | N
     return frozenset(re.findall(r"(?<![A-Za-z])[a-z](?![A-Za-z])", text.lower()))
 
 
+@lru_cache(maxsize=1024)
 def is_option(truth: str) -> bool:
     """Return whether a truth is an option, A to J: a letter, alone or with a text; not a name such as "E. coli"."""
     text = " ".join(plain(tidy(truth)).split())

@@ -10,12 +10,12 @@ from vlmpo.verifiers.doubt import is_remark
 from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, NUMBERS, OTHER_LANGUAGES, word_set, words
 from vlmpo.verifiers.numbers import NUMBER_WORDS, read_quantity
 from vlmpo.verifiers.sentences import is_sentence, said_of_subject, tidy
-from vlmpo.verifiers.values import read_structure, same_quantity, same_value
+from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value
 
 ANLS_THRESHOLD = 0.5
 # Numbers with their sign, points and slashes; words; and every sign that is no punctuation: "5 %", "A-", "3√2".
 _TOKEN = re.compile(
-    r"(?<=[\d)])!|(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|(?<=\w)-(?!\w)|[^\w\s.,;:!?'\"()\[\]{}…–—/\\、。，·-]"
+    r"(?<=[\d)])[!'\"]|(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|(?<=\w)-(?!\w)|[^\w\s.,;:!?'\"()\[\]{}…–—/\\、。，·-]"
 )
 # Only before a word, and `a` not before a single letter: "vitamin A" and "a, b" contain no article.
 _ARTICLE = re.compile(r"\b(?:(?:an|the)\s+(?=\w)|a\s+(?=\w\w|\d))")
@@ -73,7 +73,7 @@ def words_of(text: str) -> list[str]:
 
     Signs, points and slashes inside numbers stay; separators of thousands go.
     """
-    text = unwrap_latex(plain_text(text)).replace("'", "")
+    text = re.sub(r"(?<!\d)'", "", unwrap_latex(plain_text(text)))
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub("[−–—]", "-", text))
     text = _ARTICLE.sub("", text)
     found = _TOKEN.findall(re.sub(r"(?<=[^\W\d])\.(?=[^\W\d]|\s|$)", "", text))  # U.S.A.
@@ -119,7 +119,7 @@ def judge_vqa(readings: Sequence[str], truth: str) -> bool | None:
     meant = _same_meaning(readings[0], truth)
     if meant is not None:
         return meant
-    if any(_is_other_form(reading, truth) for reading in readings):
+    if any(_is_other_form(reading, truth) or _is_same_number(reading, truth) for reading in readings):
         return None
     return None if _is_no_answer(readings, truth) or _holds_truth(readings[-1], truth) else False
 
@@ -131,8 +131,8 @@ def judge_anls(readings: Sequence[str], truth: str) -> bool | None:
         return _first_verdict(readings, truth)
     if any(same_words(reading, truth) for reading in readings):
         return True
-    if read and right and re.search(r"\d", truth):
-        return same_quantity(read, right)
+    if re.search(r"\d", truth) and (right or is_expression(truth)):  # 3π is no misread 3
+        return same_quantity(read, right) if read and right else _first_verdict(readings, truth)
     if _is_no_answer(readings, truth):
         return None
     if any(_is_similar(reading, truth) for reading in readings):
@@ -214,6 +214,13 @@ def _is_other_form(answer: str, truth: str) -> bool:
     return len(parts[0]) == len(parts[1]) > 1 and all(map(_may_abbreviate, *parts))
 
 
+def _is_same_number(answer: str, truth: str) -> bool:
+    """Return whether two texts are one number in two forms, ``10²`` and 100; 5 and 5 % are not."""
+    if not re.search(r"\d", truth) or ("%" in plain(answer)) != ("%" in plain(truth)):
+        return False
+    return same_value(answer, truth) is True
+
+
 def _may_abbreviate(one: str, other: str) -> bool:
     short, long = sorted((one, other), key=len)
     letters = iter(long)
@@ -241,7 +248,12 @@ def _holds_truth(answer: str, truth: str) -> bool:
 
 
 def _is_similar(answer: str, truth: str) -> bool:
+    """Return whether two texts are similar enough, and in lists or texts of as many words every part is."""
     one, other = plain_text(answer), plain_text(truth)
+    for separator in (r"\s*[,;]\s*", r"\s+"):
+        ones, others = re.split(separator, one), re.split(separator, other)
+        if len(ones) > 1 and len(ones) == len(others):
+            return all(map(_is_similar, ones, others))
     if re.findall(r"\d+|[\^√/*=<>±!+]", one) != re.findall(r"\d+|[\^√/*=<>±!+]", other) or bool(
         _DENIAL.search(one)
     ) != bool(_DENIAL.search(other)):
@@ -259,7 +271,11 @@ def _are_unlike(one: str, other: str) -> bool:
     ones, others = set(re.findall(r"\w+", one)), set(re.findall(r"\w+", other))
     for a in ones - others:
         for b in others - ones:
-            if any({a, b} <= group for group in _UNLIKE) or any(a == p + b or b == p + a for p in _OPPOSITE):
+            if (
+                len(a) == len(b) == 1
+                or any({a, b} <= group for group in _UNLIKE)
+                or any(a == p + b or b == p + a for p in _OPPOSITE)
+            ):
                 return True
     return COLOURS.get(one, -1) != COLOURS.get(other, -1) and one in COLOURS and other in COLOURS
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from vlmpo.verifiers.characters import plain_math
 from vlmpo.verifiers.formula import FormulaError, read_formula, same_formula
@@ -42,6 +43,7 @@ class Structure:
     note: str = ""
 
 
+@lru_cache(maxsize=1024)
 def read_structure(text: str) -> Structure | None:
     """Return the parts of a value that is more than one number or expression; None if it is not."""
     shape = plain_math(re.sub(r"(?<=\d)\s*×\s*(?=\d)", " x ", re.sub(r"(?<!\\)\$", "", tidy(text)))).strip()
@@ -202,6 +204,7 @@ def _is_rounded(decimal: str, exact: str) -> bool:
         return bool(abs(formula.value({}) - mpmath.mpf(squeezed(decimal))) <= mpmath.mpf(10) ** -len(digits[1]))
 
 
+@lru_cache(maxsize=1024)
 def is_expression(text: str) -> bool:
     """Return whether ``text`` is a formula, to its last character."""
     try:

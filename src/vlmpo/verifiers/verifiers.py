@@ -123,7 +123,11 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
         return same_value(text, truth) if is_open else None
     if is_name(truth) and any(re.fullmatch(r"\W*[A-Za-z]\W*", reading) for reading in readings):
         return None  # a letter is not the whole name, and no other one
-    return verifier.judge(readings, truth)
+    verdict = verifier.judge(readings, truth)
+    if is_option(truth) or read_letters(truth):  # whatever the verifier, another letter is not right, nor "B" wrong
+        as_option = judge_option(readings, truth)
+        return verdict if verdict == as_option else None
+    return verdict
 
 
 def _without_or(text: str) -> str:
