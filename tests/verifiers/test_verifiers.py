@@ -436,7 +436,7 @@ def test_a_truth_that_is_not_what_the_verifier_is_for_is_refused() -> None:
 
 
 def test_mathematics_outside_the_main_thread() -> None:
-    """math-verify's time limits are signals, which only the main thread can set."""
+    """Formulas are compared without signals, which only the main thread can set."""
     found = []
     thread = threading.Thread(target=lambda: found.append(verify("Final answer: (x+1)^2", "x^2+2x+1", "math").status))
     thread.start()

@@ -29,6 +29,7 @@ _NEGATED_CONDITION = re.compile(
 _REMARK = re.compile(words("remark"))
 _QUESTION = re.compile(r"\?\s*(?:$|\n|[^\s?])")
 _CLOSING = re.compile(words("closing"))
+_HEADED = re.compile(rf"[\W_]*{words('closing')}[*_]*\s*:")
 _VALUE = re.compile(
     rf"(?<![{LETTERS}.])(?:[A-J]|\d[\d.,]*)(?![{LETTERS}])|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b"
 )
@@ -86,8 +87,10 @@ def _states_another(sentence: str, known: set[str]) -> bool:
         return False
     if len(parts) == 1 and (len(parts[0]) > 15 or parts[0] in ("a", "i")):
         return False
-    values = {value.lower().strip(".,") for value in _VALUE.findall(said)}
-    return len(parts) <= 2 or bool(values - known) or _IT_IS.match(said.lower()) is not None
+    values = [value.lower().strip(".,") for value in _VALUE.findall(said)]
+    if _HEADED.match(sentence.lower()) or (values and values[-1] in known):  # "Reason: ...", "3 + 4 = 7"
+        return False
+    return len(parts) <= 2 or bool(values) or (len(parts) == 3 and _IT_IS.match(said.lower()) is not None)
 
 
 def _lower(text: str) -> str:

@@ -241,6 +241,8 @@ def _holds_truth(answer: str, truth: str) -> bool:
         plain_truth = plain_text(truth)
         return plain_truth in said or said in plain_truth
     found = words_of(answer)
+    if len(found) > len(right) and found[: len(right)] == right:
+        return True
     return (
         any(found[i : i + len(right)] == right for i in range(len(found) - len(right) + 1))
         and len(found) >= len(right) + _EXTRA

@@ -90,7 +90,7 @@ def _by_form(truth: str) -> str:
         return "option"
     if is_name(text):
         return "vqa"
-    if re.search(r"[\\^√∛π]|^[\s\d.+-]+/[\s\d.]+$", text):
+    if re.search(r"[\\^√∛π∞]|^[\s\d.+-]+/[\s\d.]+$", text):
         return "math"
     quantity = read_quantity(text)
     if quantity is None or re.search(r"[A-Za-z]{3,}\s+[A-Za-z]{3,}|^[A-Za-z]", text):
