@@ -76,6 +76,7 @@ _BARE_LABEL = re.compile(
     rf"(?:{words('option')}\s*\(?[A-Za-z]\)?[.:]?$|\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:](?:\s|$))", re.IGNORECASE
 )
 _YES_OR_NO = re.compile(f"{words('yes', 'no')}[.。!]?", re.IGNORECASE)
+_REASONED = re.compile(rf"(?P<core>[^\s,.]+),?\s+{words('reason')}", re.IGNORECASE)  # "B, because it is tallest."
 _NO_VERB = re.compile(r"[А-ЯЁ].*\s.*\.")  # Russian sentences need none: "Машина красная."
 _MOST_BARE, _MOST_SAID = 120, 4  # characters of a bare answer; words that a bare sentence says of its subject
 _LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to parse
@@ -273,7 +274,12 @@ def _bare(text: str) -> FinalAnswer | None:
         return FinalAnswer(
             tidy(text), is_sentence=bool(_NO_VERB.fullmatch(text)), is_remark=is_filler(text) or _is_long_remark(text)
         )
-    return None if is_doubtful(text) else _statement(tidy(text))
+    if is_doubtful(text):
+        return None
+    reasoned = _REASONED.match(shape)
+    if reasoned and first_sentence(text) == text and not is_sentence(reasoned["core"]):
+        return FinalAnswer(text[: reasoned.end("core")], is_sentence=True)
+    return _statement(tidy(text))
 
 
 def _statement(sentence: str) -> FinalAnswer | None:

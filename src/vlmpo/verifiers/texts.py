@@ -41,6 +41,10 @@ _UNLIKE = [
         *("horse house mouse", "boat goat coat", "king ring", "cosine sine", "accept except", "odd even", "dog fog"),
     )
 ]
+_MONTHS = (
+    *("january", "february", "march", "april", "may", "june", "july", "august", "september", "october"),
+    *("november", "december"),
+)
 _OPPOSITE = ("un", "in", "im", "il", "ir", "dis", "non", "non-", "a", "fe", "anti", "de", "mis", "sub", "super", "re")
 _ORDINALS = {
     "first": "1st", "second": "2nd", "third": "3rd", "fourth": "4th", "fifth": "5th", "sixth": "6th", "seventh": "7th",
@@ -75,9 +79,9 @@ def words_of(text: str) -> list[str]:
     """
     text = re.sub(r"(?<!\d)'", "", unwrap_latex(plain_text(text)))
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub("[−–—]", "-", text))
-    text = _ARTICLE.sub("", text)
+    text = re.sub(r"[a-z]+", lambda word: _ORDINALS.get(word.group(), word.group()), _ARTICLE.sub("", text))
     found = _TOKEN.findall(re.sub(r"(?<=[^\W\d])\.(?=[^\W\d]|\s|$)", "", text))  # U.S.A.
-    return [_ORDINALS.get(word, str(NUMBER_WORDS.get(word, word))) for word in found]
+    return [str(NUMBER_WORDS.get(word, word)) for word in found]
 
 
 def same_words(answer: str, truth: str) -> bool:
@@ -119,6 +123,9 @@ def judge_vqa(readings: Sequence[str], truth: str) -> bool | None:
     meant = _same_meaning(readings[0], truth)
     if meant is not None:
         return meant
+    dates = _date(readings[0]), _date(truth)
+    if all(dates):
+        return dates[0] == dates[1]
     if any(_is_other_form(reading, truth) or _is_same_number(reading, truth) for reading in readings):
         return None
     return None if _is_no_answer(readings, truth) or _holds_truth(readings[-1], truth) else False
@@ -195,6 +202,20 @@ def _is_no_answer(readings: Sequence[str], truth: str) -> bool:
     if scripts[0] and scripts[1] and not scripts[0] & scripts[1]:
         return True
     return len(core.split()) > 1 and bool(OTHER_LANGUAGES & set(plain_text(core).split()))
+
+
+def _date(text: str) -> tuple[int, int, int] | None:
+    """Return year, month and day of ``March 5, 2019``, ``5 March 2019``, ``2019-03-05`` or ``2019年3月5日``."""
+    text = plain_text(text)
+    if numbers := re.fullmatch(r"(\d{4})(?:-|/|年)(\d{1,2})(?:-|/|月)(\d{1,2})日?", text):
+        return int(numbers[1]), int(numbers[2]), int(numbers[3])
+    words_in = re.fullmatch(
+        r"(?:(\d{1,2})(?:st|nd|rd|th)? )?([a-z]{3,9})\.?(?: (\d{1,2})(?:st|nd|rd|th)?)?,? (\d{4})", text
+    )
+    if not words_in or not (words_in[1] or words_in[3]):
+        return None
+    month = next((i for i, name in enumerate(_MONTHS, start=1) if name.startswith(words_in[2])), None)
+    return None if month is None else (int(words_in[4]), month, int(words_in[1] or words_in[3]))
 
 
 def _is_other_form(answer: str, truth: str) -> bool:

@@ -23,7 +23,7 @@ _BY = re.compile(r"\d+(?:\.\d+)?(?: ?(?:[x*]|by|por|mal|sur) ?\d+(?:\.\d+)?)+", 
 _ASSIGNED = re.compile(r"([A-Za-z](?:_\w)?) ?(?:=|\\in\b) ?(.+)")
 _RELATION = re.compile(r"(<=|>=|!=|=|<|>)")
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
-_JOINTS = re.compile(rf"\s*,?\s*(?:{words('alternative')}|{words('both')})\s*|\s*[,;]\s*", re.IGNORECASE)
+_JOINTS = re.compile(rf"\s*,?\s*{words('alternative', 'both')}(?!\s*=)\s*|\s*[,;]\s*", re.IGNORECASE)
 _GROUPED_NUMBER = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 
 
@@ -77,6 +77,9 @@ def same_structure(answer: Structure, truth: Structure) -> bool | None:
     if "relation" in (answer.kind, truth.kind):
         ranges = [_range(structure) if structure.kind == "relation" else structure for structure in (answer, truth)]
         return same_structure(ranges[0], ranges[1]) if ranges[0] and ranges[1] else None
+    if {answer.kind, truth.kind} == {"values", "()"} and len(answer.parts) == len(truth.parts):
+        names = (answer if answer.kind == "values" else truth).note
+        return _all(map(same_value, answer.parts, truth.parts)) if names in ("x y", "x y z") else None
     is_other_form = "list" in (answer.kind, truth.kind)
     return None if is_other_form and _same_members(answer.parts, truth.parts) is not False else False
 

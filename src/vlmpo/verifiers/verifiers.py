@@ -95,11 +95,17 @@ def _by_form(truth: str) -> str:
     quantity = read_quantity(text)
     if quantity is None or re.search(r"[A-Za-z]{3,}\s+[A-Za-z]{3,}|^[A-Za-z]", text):
         structure = read_structure(text)
-        if quantity is None and re.search(r"[A-Za-z*+^]", text) and re.search(r"[\d+*/]", text) and is_expression(text):
+        if quantity is None and _is_formula(text):
             return "math"
         return "vqa" if quantity or structure is None or structure.kind in ("colon", "by") else "math"
     is_exact = quantity.is_whole and not quantity.percent and not re.search(r"\.\d", text)
     return "math" if is_exact else "number"
+
+
+def _is_formula(text: str) -> bool:
+    """Return whether ``text`` is a formula with letters or signs in it, ``2x + 1``; ``3-4`` and ``3rd`` are not."""
+    has_signs = re.search(r"[A-Za-z*+^]", text) and re.search(r"[\d+*/]", text)
+    return bool(has_signs) and is_expression(text) and not re.search(r"\d(?:st|nd|rd|th)$", text)
 
 
 # Decide whether one of the readings of a final answer, shortest first, agrees with the truth; None: it cannot be read.
