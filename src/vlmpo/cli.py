@@ -68,7 +68,7 @@ def train(
     overrides: Overrides = None,
     allow_changes: Annotated[
         str,
-        typer.Option(metavar="KEY[,KEY]", help="Keys that may differ from what the resumed checkpoint was made by."),
+        typer.Option(metavar="KEY[,KEY]", help="Keys that may differ from those of the run that is resumed."),
     ] = "",
 ) -> None:
     """Train a model.

@@ -62,7 +62,9 @@ def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
     if before is not None and _is_finished(folder, before, manifest, trainer):
         return trainer
     checkpoint = trainer.resume_point(args.resume_from_checkpoint or None)
-    manifest |= {"started": (before or manifest).get("started", manifest["started"]), "history": trainer.history}
+    manifest["history"] = trainer.history
+    if before is not None and checkpoint is not None:
+        manifest["started"] = before.get("started", manifest["started"])
     if trainer.accelerator.is_main_process:
         replace_json(folder / MANIFEST, {**manifest, "status": "running"})
         replace_text(folder / "recipe.yaml", dump_recipe(recipe))
@@ -139,7 +141,9 @@ def _given_settings(recipe: Recipe, trainer: MPOTrainer, data: RunData, hashes: 
         "model.dtype": recipe.model.dtype,
         "model.freeze": sorted(recipe.model.freeze),
         "model.quantize": recipe.model.quantize,
-        "recipe": recipe.model_dump(mode="json", exclude={"training"}),
+        "data.eval": recipe.model_dump(mode="json")["data"]["eval"],
+        "evaluate": recipe.model_dump(mode="json")["evaluate"],
+        "recipe": recipe.model_dump(mode="json"),
     }
     if trainer.reference is None:  # else the reference's hash tells
         settings["model.path"] = os.path.realpath(recipe.model.path)

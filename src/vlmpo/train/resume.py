@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from vlmpo.errors import RunError, VlmpoError
 from vlmpo.log import logger
@@ -12,7 +13,9 @@ from vlmpo.train.checkpoint import is_verified
 DamageIn = Callable[[Path], Sequence[str]]  # what is wrong with a checkpoint, the same on every rank
 
 
-def choose_checkpoint(resume: str | bool, folder: str, there: Sequence[Path], damage_in: DamageIn) -> Path | None:
+def choose_checkpoint(
+    resume: str | Literal[True], folder: str, there: Sequence[Path], damage_in: DamageIn
+) -> Path | None:
     """Return the checkpoint to go on from; None if there is none yet, so that the run starts.
 
     Args:
@@ -37,7 +40,7 @@ def choose_checkpoint(resume: str | bool, folder: str, there: Sequence[Path], da
 
 
 def _newest_sound(folder: str, there: Sequence[Path], damage_in: DamageIn) -> Path | None:
-    damaged = []
+    damaged: list[str] = []
     for checkpoint in there:
         found = damage_in(checkpoint)
         if not found:

@@ -682,11 +682,12 @@ class MPOTrainer(Trainer):
         """
         if self._chosen is None or resume_from_checkpoint not in self._chosen:
             folder = self.args.output_dir
+            self.accelerator.wait_for_everyone()  # others may still be looking at what is there
             if self.args.should_save:
                 clear_partial(folder)
             self.accelerator.wait_for_everyone()
             found = None
-            if resume_from_checkpoint:
+            if resume_from_checkpoint:  # a name, or True
                 there = broadcast_object(self.accelerator, checkpoints_in(folder))
                 found = choose_checkpoint(resume_from_checkpoint, folder, there, self._damage_in)
                 if found is None:
@@ -730,11 +731,9 @@ class MPOTrainer(Trainer):
         check_reference(checkpoint, self.ranks.all_gather(self._reference_hash())[0])
         if found:
             logger.info(f"changed since {checkpoint}, and noted: {describe(found)}")
-        entry = {"resumed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "from": str(checkpoint)}
-        self.history = [
-            *state.get("history", []),
-            {**entry, "changes": {key: list(pair) for key, pair in found.items()}},
-        ]
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        noted = {key: list(pair) for key, pair in found.items()}
+        self.history = [*state.get("history", []), {"resumed": when, "from": str(checkpoint), "changes": noted}]
 
     def planned_steps(self) -> int:
         """Return the optimizer steps of the whole run."""
