@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -298,3 +299,44 @@ def test_a_bad_record_on_one_rank_ends_the_job(tmp_path: Path, checkpoint: Path)
     assert "vlmpo/cli.py" not in done.stderr  # no traceback of ours; torchrun's own comes after
     root_cause = done.stderr.partition("Root Cause")[2]
     assert "exitcode  : 2 " in root_cause  # torchrun's own code is always 1
+
+
+SHARDS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": True},
+    "shards": {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+}
+# What is damaged in checkpoint-2, of which a rank's own file is one.
+DAMAGED = {"ddp": "rng_state_1.pth", "fsdp": "optimizer.bin", "shards": "pytorch_model_fsdp_0/__1_0.distcp"}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_one_damaged_shard_is_found_by_all_ranks(tmp_path: Path, checkpoint: Path, name: str) -> None:  # noqa: F811
+    """The sound checkpoint before it is used; without one all ranks end with one message."""
+    write_data(tmp_path, records(16))
+    training = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1, "max_steps": 2, **SHARDS[name]}
+    recipe = write_recipe(tmp_path, checkpoint, training=training)
+    command = ("tests.rank_cli", "train", recipe, "training.resume_from_checkpoint=true")
+    started = torchrun(*command, timeout=120)
+    assert started.returncode == 0, started.stderr[-3000:]
+    run = tmp_path / "run"
+    for step in (2, 1):
+        file = run / f"checkpoint-{step}" / DAMAGED[name]
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        done = torchrun(*command, "training.max_steps=3", timeout=120)
+        if step == 2:
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.stderr.count(f"checkpoint-2 is damaged: {DAMAGED[name]} has changed. Going on from") == 1
+            assert [line["step"] for line in logged(run)] == [1, 2, 3]
+            for later in ("checkpoint-3", "checkpoint-2"):
+                shutil.rmtree(run / later)
+            manifest = json.loads((run / "manifest.json").read_text())
+            (run / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert f"can be gone on from: {run / 'checkpoint-1'} is damaged: {DAMAGED[name]} has changed" in done.stderr
+    assert "error on rank" not in done.stderr
+    assert "vlmpo/cli.py" not in done.stderr
+    assert "exitcode  : 2 " in done.stderr.partition("Root Cause")[2]

@@ -59,7 +59,8 @@ def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
         add_questions(trainer, recipe)
     trainer.settle_best_metric()  # a wrong name is refused before anything is written
     manifest = _manifest(recipe, trainer, data, overlaps)
-    if before is not None and _is_finished(folder, before, manifest, trainer):
+    newest = args.resume_from_checkpoint is True  # the user who names a checkpoint wants its steps made again
+    if before is not None and newest and _is_finished(folder, before, manifest, trainer):
         return trainer
     checkpoint = trainer.resume_point(args.resume_from_checkpoint or None)
     manifest["history"] = trainer.history

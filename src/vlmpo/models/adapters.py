@@ -255,6 +255,7 @@ def check_targets(model: Any, config: Any) -> None:
     wrong = [
         *_unmatched("target_modules", _entries(config, "target_modules"), modules, _names),
         *_unmatched("target_parameters", _entries(config, "target_parameters"), parameters, _names),
+        *_unmatched("exclude_modules", excluded, modules, _names),
         *_unmatched("modules_to_save", replaced, modules, lambda name: name.endswith),
         *_unmatched("rank_pattern", _entries(config, "rank_pattern"), modules, _ends_in),
         *_unmatched("alpha_pattern", _entries(config, "alpha_pattern"), modules, _ends_in),

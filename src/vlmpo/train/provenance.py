@@ -53,6 +53,7 @@ _ADAPTER = (
     *("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "target_parameters", "bias"),
     *("use_rslora", "use_dora", "layers_to_transform", "rank_pattern", "alpha_pattern"),
 )
+_SHAPES = {"model.lora", "model.lora.r", "model.lora.target_modules", "model.lora.modules_to_save"}  # cannot be loaded
 _SAMPLE = 64  # pairs that stand for a data set without files
 _LONGEST = 80  # characters of a value in a message
 
@@ -161,13 +162,14 @@ def refuse_changes(
         key: pair
         for key, pair in found.items()
         if (_must_stay(key, before, now) or (deepspeed and key in _RATES))
-        and not any(key == name or key.startswith(f"{name}.") for name in allowed)
+        and (key in _SHAPES or not any(key == name or key.startswith(f"{name}.") for name in allowed))
     }
     if refused:
+        keys = ",".join(key for key in refused if key not in _SHAPES)
+        remedy = f"; to go on all the same, and have it noted: --allow-changes {keys}" if keys else ""
         raise RunError(
             f"{where} was made with other settings: {describe(refused)}. Set them back, or start a new run in another "
-            f"training.output_dir; to go on with them all the same, and have it noted: "
-            f"--allow-changes {','.join(refused)} (in Python: MPOConfig.allow_changes)"
+            f"training.output_dir{remedy}"
         )
 
 
@@ -195,5 +197,7 @@ def _global_batch(settings: Settings) -> int | None:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict) and "peft_type" in value:
+        return f"an adapter ({value['peft_type']}, r {value.get('r')})"
     text = "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
