@@ -312,16 +312,16 @@ def test_a_resumed_run_is_the_recipes(tmp_path: Path, checkpoint: Path) -> None:
     annotation = tmp_path / "set" / "pairs.jsonl"
     text = annotation.read_text()
     lines = text.splitlines(keepends=True)
-    for other, key in (("".join(lines[::-1]), "data.files"), ("".join(lines[:6]), "data.pairs: 8 -> 6")):
+    for other, key in (("".join(lines[::-1]), "data.train.files"), ("".join(lines[:6]), "data.train.pairs: 8 -> 6")):
         annotation.write_text(other)
         refused = call("train", recipe, RESUME)
         assert refused.exit_code == 2, refused.output
         assert key in refused.output
-        assert "--allow-changes data.files" in refused.output
-    allowed = call("train", recipe, RESUME, "--allow-changes", "data.files,data.pairs")
+        assert "--allow-changes data.train.files" in refused.output
+    allowed = call("train", recipe, RESUME, "--allow-changes", "data.train.files,data.train.pairs")
     assert allowed.exit_code == 0, allowed.output
     changes = manifest(tmp_path)["history"][0]["changes"]
-    assert changes["data.pairs"] == [8, 6]
+    assert changes["data.train.pairs"] == [8, 6]
     assert manifest(tmp_path)["data"]["sets"]["noise"]["not_reached"] >= 0
     annotation.write_text(text)
     for override, key in (("data.hold_out=0.5", "data.hold_out"), ("model.freeze=[vision_tower]", "model.freeze")):

@@ -235,11 +235,13 @@ def test_what_would_make_the_record_false_is_refused(begun: Path, name: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [pairs(4)[::-1], pairs(3), pairs(4, first=1)], ids=["order", "fewer", "others"])
 def test_other_data_is_refused_or_allowed_by_name(begun: Path, data: list) -> None:
-    with pytest.raises(RunError, match=r"data.pairs: 4 pairs, .* -> [34] pairs, .*--allow-changes data.pairs"):
+    with pytest.raises(
+        RunError, match=r"data.train.pairs: 4 pairs, .* -> [34] pairs, .*--allow-changes data.train.pairs"
+    ):
         trainer(begun, data, per_device_train_batch_size=1).resume_point(True)
     allowed = trainer(begun, data, per_device_train_batch_size=1, allow_changes=["data"])
     assert allowed.resume_point(True) == str(begun / "checkpoint-4")
-    assert list(allowed.history[0]["changes"]) == ["data.pairs", "training.save_steps", "training.save_strategy"]
+    assert list(allowed.history[0]["changes"]) == ["data.train.pairs", "training.save_steps", "training.save_strategy"]
 
 
 @pytest.mark.slow

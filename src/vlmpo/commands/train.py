@@ -135,9 +135,9 @@ def _given_settings(recipe: Recipe, trainer: MPOTrainer, data: RunData, hashes: 
     for source in sources:
         source["image_root"] = source["image_root"] and os.path.realpath(source["image_root"])
     settings = {
-        "data.train": sources,
-        "data.files": list(hashes.values()),
-        "data.pairs": len(data.train),
+        "data.train.sources": sources,
+        "data.train.files": list(hashes.values()),
+        "data.train.pairs": len(data.train),
         "data.hold_out": recipe.data.hold_out,
         "model.dtype": recipe.model.dtype,
         "model.freeze": sorted(recipe.model.freeze),

@@ -36,7 +36,7 @@ _PASSING = {"output_dir", "resume_from_checkpoint", "allow_changes", "local_rank
 _MUST_STAY = {
     *("loss.weights", "loss.beta", "loss.reward_shift", "loss.nll_reduction", "loss.label_smoothing"),
     *("data.max_length", "data.over_long", "data.max_tiles", "data.video_frames", "data.group_by_prompt"),
-    *("data.train", "data.files", "data.pairs", "data.hold_out"),
+    *("data.train.sources", "data.train.files", "data.train.pairs", "data.hold_out"),
     *("model.path", "model.dtype", "model.freeze", "model.quantize"),
     *("training.seed", "training.data_seed", "training.optim", "training.optim_args"),
     *("training.bf16", "training.fp16", "training.train_sampling_strategy", "training.dataloader_drop_last"),
@@ -67,7 +67,7 @@ def run_settings(args: MPOConfig, model: Any, given: Mapping[str, Any]) -> Setti
     Args:
         args: the trainer's settings.
         model: the policy; of its adapter the config counts.
-        given: settings that the trainer does not know, e.g. ``data.files``; they go before those that it knows.
+        given: settings that the trainer does not know, e.g. ``data.train.files``; they go before those that it knows.
     """
     fields = {_KEYS.get(name, f"training.{name}"): value for name, value in args.to_dict().items()}
     settings = {key: value for key, value in fields.items() if key.removeprefix("training.") not in _PASSING}

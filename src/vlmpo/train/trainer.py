@@ -706,8 +706,8 @@ class MPOTrainer(Trainer):
 
     def settings(self) -> Settings:
         """Return what the run is made by: JSON values by recipe key."""
-        if "data.pairs" not in self.given_settings and self.train_dataset is not None:
-            self.given_settings["data.pairs"] = pairs_hash(self.train_dataset)
+        if "data.train.pairs" not in self.given_settings and self.train_dataset is not None:
+            self.given_settings["data.train.pairs"] = pairs_hash(self.train_dataset)
         return run_settings(self.args, self.model, self.given_settings)
 
     def check_settings(self, before: Settings, where: str) -> dict[str, tuple[Any, Any]]:
