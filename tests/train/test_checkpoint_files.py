@@ -90,6 +90,8 @@ def test_a_file_that_would_be_read_and_was_not_written_is_found(tmp_path: Path, 
     [
         (lambda text: text.replace('"sum": 0.0', '"sum": NaN'), "has changed"),
         (lambda text: text.replace('"ab"', '"ac"'), "has changed"),
+        (lambda text: text.replace('"checksum"', '"chacksum"').replace('"ab"', '"ac"'), "has changed"),
+        (lambda text: '{"reward_shift": {"sum": 1, "count": 1}}', "holds no reference_hash"),
         (lambda text: text[:-9], "cannot be read"),
         (lambda text: "", "cannot be read"),
         (lambda text: "[" * 100_000, "cannot be read"),

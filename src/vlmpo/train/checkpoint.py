@@ -165,14 +165,14 @@ def _what_is_wrong(state: Any) -> str | None:
     """Return why ``state`` is not what :func:`write_state` wrote; None if it is."""
     if not isinstance(state, dict):
         return "holds no JSON object"
-    if "checksum" in state:
+    if "checksum" in state or "files" in state:  # vlmpo 0.1 wrote neither
         rest = {name: value for name, value in state.items() if name != "checksum"}
-        if state["checksum"] != _checksum(rest):
+        if state.get("checksum") != _checksum(rest):
             return "has changed"
     shift, rates, files = state.get("reward_shift"), state.get("learning_rates"), state.get("files", {})
     if not isinstance(shift, dict) or not all(_is_number(shift.get(name)) for name in ("sum", "count")):
         return "holds no finite delta (reward_shift)"
-    if not isinstance(state.get("reference_hash"), str | None):
+    if not isinstance(state.get("reference_hash", 0), str | None):
         return "holds no reference_hash"
     if not _are_counts(state.get("accounts")):
         return "holds no counts of pairs (accounts)"
