@@ -10,6 +10,7 @@ RUNS is JSON: a list of runs, one after another in the same process group. Each 
 - ``evaluate``: pairs to evaluate on;
 - ``score_only``: evaluate, and be refused training afterwards;
 - ``resume``: go on from this step of the run of this name: ``[NAME, STEP]``;
+- ``damage``: change a byte of this file in the checkpoints of these steps, once copied: ``[FILE, [STEP, ...]]``;
 - ``save``: write the final model;
 - ``garbage``: every rank but the first begins with weights of its own, as where only the first loads them;
 - ``out_of_step``: break what is tested: rows without an image are left so.
@@ -51,6 +52,7 @@ def main() -> None:
 def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
     """Train, and say what this rank knows afterwards."""
     resume, save, score_only = run.pop("resume", None), run.pop("save", False), run.pop("score_only", False)
+    damaged, steps = run.pop("damage", ("", []))
     if run.pop("out_of_step", False):
         rank_sync.append_dummy = lambda row, tree: row  # type: ignore[assignment]
     if run.pop("garbage", False) and os.environ["RANK"] != "0":
@@ -59,10 +61,17 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
     made = make(folder / name, *([run.pop("family")] if "family" in run else []), ddp_backend="gloo", **run)
     if resume is not None and made.accelerator.is_main_process:
         _cut_back(folder / resume[0], folder / name, resume[1])
+        for step in steps:
+            _damage(folder / name / f"checkpoint-{step}" / damaged)
     made.accelerator.wait_for_everyone()
     if score_only:
         return _scores(made)
-    made.train(resume_from_checkpoint=True if resume else None)
+    try:
+        made.train(resume_from_checkpoint=True if resume else None)
+    except RunError as error:
+        if not damaged:
+            raise
+        return {"rank": made.accelerator.process_index, "refused": str(error)}
     if save:
         made.save_model(str(folder / name / "final"))
     sampler = made.get_train_dataloader().pair_sampler
@@ -96,6 +105,12 @@ def _cut_back(source: Path, target: Path, step: int) -> None:
     for folder in target.glob("checkpoint-*"):
         if int(folder.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(folder)
+
+
+def _damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 if __name__ == "__main__":

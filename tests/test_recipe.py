@@ -342,7 +342,8 @@ def test_every_setting_of_the_recipe_is_a_field_of_mpo_config():
     added = {field.name for field in dataclasses.fields(MPOConfig)} - training_argument_names()
     settings = parse_recipe(MINIMAL + "training: {learning_rate: 1e-6}\n").trainer_settings()
     assert settings.pop("learning_rate") == 1e-6
-    assert set(settings) | set(EXTRA_TRAINING_KEYS) == added
+    by_option = {"allow_changes"}  # --allow-changes: of one start of a run, not of the run
+    assert set(settings) | set(EXTRA_TRAINING_KEYS) | by_option == added
 
 
 def test_the_verifiers_a_recipe_may_name_are_those_there_are():

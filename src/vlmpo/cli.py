@@ -63,15 +63,23 @@ def _root(
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    allow_changes: Annotated[
+        str,
+        typer.Option(metavar="KEY[,KEY]", help="Keys that may differ from those of the run that is resumed."),
+    ] = "",
+) -> None:
     """Train a model.
 
-    The run folder is the recipe's training.output_dir, runs/<name of the recipe> by default.
+    The run folder is the recipe's training.output_dir, runs/<name of the recipe> by default. With
+    training.resume_from_checkpoint=true the same command starts a run, goes on with it, and leaves it once finished.
     """
     with _parsed(recipe, overrides) as parsed:
         from vlmpo.commands.train import train as run
 
-        run(parsed)
+        run(parsed, [key for key in allow_changes.split(",") if key])
 
 
 @app.command()

@@ -10,25 +10,29 @@ from pathlib import Path
 from typing import Any
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, *, sync: bool = False) -> None:
     """Replace the file ``path`` by ``text`` (UTF-8) in one step: a kill leaves the old file or the new one.
 
-    Two processes may write at once: each has its own partial file.
+    Two processes may write at once: each has its own partial file. ``sync``: it is on the disk before it has its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         # A lone surrogate has no UTF-8 encoding; JSON writes its escape.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
 
 
-def replace_json(path: Path, value: Any) -> None:
+def replace_json(path: Path, value: Any, *, sync: bool = False) -> None:
     """Replace the file ``path`` by ``value`` as indented JSON; see :func:`replace_text`."""
-    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", sync=sync)
 
 
 def replace_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

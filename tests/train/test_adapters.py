@@ -337,7 +337,7 @@ def test_what_cannot_train_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, pairs(2), peft_config=prompt)
     with pytest.raises(ModelError, match="already carries an adapter"):
         trainer(tmp_path, pairs(2), model=policy(), peft_config=LoraConfig(r=4, target_modules=TARGETS))
-    with pytest.raises(ModelError, match="cannot be put on the model"):
+    with pytest.raises(RecipeError, match="target_modules: the model has nothing that 'no_such_layer' names"):
         trainer(tmp_path, pairs(2), peft_config=LoraConfig(r=4, target_modules=["no_such_layer"]))
     merged = policy()
     merged.merge_adapter()

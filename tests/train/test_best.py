@@ -133,7 +133,8 @@ def test_no_number_no_best_and_it_is_said(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.slow
 def test_the_best_survives_a_resume(tmp_path: Path) -> None:
     scripted(tmp_path, 0.9, 0.5, 0.6, save_total_limit=2).train()
-    resumed = scripted(tmp_path, 0.1, 0.2, 0.3, 0.4, num_train_epochs=1, save_total_limit=2)  # one step more: 0.1
+    more = {"save_total_limit": 2, "allow_changes": ["data.train"]}
+    resumed = scripted(tmp_path, 0.1, 0.2, 0.3, 0.4, num_train_epochs=1, **more)  # one pair and step more: 0.1
     resumed.train(resume_from_checkpoint=True)
     assert resumed.final_step == 1
     final = flat_weights(resumed.model)

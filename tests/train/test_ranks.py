@@ -298,3 +298,51 @@ def test_a_bad_record_on_one_rank_ends_the_job(tmp_path: Path, checkpoint: Path)
     assert "vlmpo/cli.py" not in done.stderr  # no traceback of ours; torchrun's own comes after
     root_cause = done.stderr.partition("Root Cause")[2]
     assert "exitcode  : 2 " in root_cause  # torchrun's own code is always 1
+
+
+# What is damaged in the newest checkpoint or in all, of which a rank's own file is one.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": True},
+    "shards": {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+}
+DAMAGED = {"ddp": "rng_state_1.pth", "fsdp": "optimizer.bin", "shards": "pytorch_model_fsdp_0/__1_0.distcp"}
+
+
+def test_one_damaged_shard_is_found_by_all_ranks(tmp_path: Path) -> None:
+    """The sound checkpoint before it is used; without one every rank has the same error."""
+    runs: dict[str, dict[str, Any]] = {}
+    for name, wrapper in LAYOUTS.items():
+        run = {"count": 8, "save_strategy": "steps", "save_steps": 1, **wrapper}
+        runs |= {name: run}
+        for kind, steps in (("newest", [2]), ("all", [1, 2])):
+            runs[f"{name}_{kind}"] = {**run, "resume": [name, 2], "damage": [DAMAGED[name], steps]}
+    found = two_processes(tmp_path, runs)
+    said = (tmp_path / "stderr.txt").read_text()
+    for name, file in DAMAGED.items():
+        for whole, resumed in zip(found[name], found[f"{name}_newest"], strict=True):
+            assert resumed["steps"] == 1
+            assert torch.equal(whole["weights"], resumed["weights"])
+        newest = tmp_path / f"{name}_newest" / "checkpoint-2"
+        assert said.count(f"{newest} is damaged: {file} has changed. Going on from") == 1
+        first, second = (rank["refused"] for rank in found[f"{name}_all"])
+        assert first == second
+        assert all(f"checkpoint-{step} is damaged: {file} has changed" in first for step in (1, 2))
+
+
+def test_ranks_that_find_no_sound_checkpoint_end_with_one_message(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+    write_data(tmp_path, records(4))
+    training = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1}
+    recipe = write_recipe(tmp_path, checkpoint, training=training)
+    command = ("vlmpo", "train", recipe, "training.resume_from_checkpoint=true")
+    started = torchrun(*command, timeout=120)
+    assert started.returncode == 0, started.stderr[-3000:]
+    run = tmp_path / "run"
+    (run / "checkpoint-1" / "rng_state_1.pth").write_bytes(b"")
+    done = torchrun(*command, "training.max_steps=2", timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert f"can be gone on from: {run / 'checkpoint-1'} is damaged: rng_state_1.pth has 0 bytes" in done.stderr
+    assert "error on rank" not in done.stderr
+    assert "vlmpo/cli.py" not in done.stderr
+    assert "exitcode  : 2 " in done.stderr.partition("Root Cause")[2]

@@ -162,7 +162,7 @@ def show_pair_counts(data: RunData, counts: PairCounts, *, trained: bool = True)
     for source, read in data.read.items():
         removed = [data.held_out[source], *(dropped.dropped[source, reason] for reason in reasons)]
         kept, used = read - sum(removed), counts.used[source]
-        rows.append([source, read, used, *removed, kept - used] if trained else [source, read, kept, *removed])
+        rows.append([source, read, used, *removed, max(0, kept - used)] if trained else [source, read, kept, *removed])
     print_table("training pairs", rows)
     show_examples(dropped)
 

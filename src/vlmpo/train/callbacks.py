@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+from vlmpo.fileio import replace_text
 from vlmpo.log import logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -54,10 +55,20 @@ class ShortPrinter(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to ``metrics.jsonl``, with unrounded numbers."""
+    """Appends every log to ``metrics.jsonl``, with unrounded numbers.
+
+    Attributes:
+        kept: lines that a resumed run keeps at most: those there were when its checkpoint was written; None: all up to
+            the checkpoint's step.
+    """
 
     def __init__(self, output_dir: str) -> None:
         self.file = Path(output_dir) / METRICS_FILE
+        self.kept: int | None = None
+
+    def count_lines(self) -> int:
+        """Return the number of lines written so far."""
+        return len(self.file.read_bytes().splitlines()) if self.file.exists() else 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Empty the file; a resumed run keeps the lines up to its checkpoint, as later steps are run again."""
@@ -65,8 +76,8 @@ class MetricsFile(TrainerCallback):
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.exists() and state.global_step else []
-        kept = [line for line in lines if _step_of(line) <= state.global_step]
-        self.file.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in lines if _step_of(line) <= state.global_step][: self.kept]
+        replace_text(self.file, "".join(line + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -68,6 +68,8 @@ class MPOConfig(TrainingArguments):
         learning_rates: learning rates of the parts ``vision``, ``projector`` and ``text``; a part without one takes
             ``learning_rate``.
         ema_decay: decay of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: no average.
+        allow_changes: recipe keys, e.g. ``loss.beta``, that may differ from what the checkpoint was made by that is
+            resumed from; the change is noted in the run's history.
         attention: ``auto`` shares prompts if the model family allows it; ``separate`` reads each response in a row of
             its own.
     """
@@ -90,6 +92,7 @@ class MPOConfig(TrainingArguments):
     attention: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
+    allow_changes: list[str] | None = field(default=None)
     # The published recipes: one epoch, small steps (transformers' 3 epochs at 5e-5 would ruin an SFT checkpoint).
     num_train_epochs: float = 1.0
     learning_rate: float = 1e-6

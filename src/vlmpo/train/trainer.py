@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +31,24 @@ from vlmpo.train.cached_reference import CachedReference, open_cached_reference,
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.checkpoint import (
     check_rates,
-    last_complete_checkpoint,
+    check_reference,
+    damage,
     load_weights,
     read_state,
     restore_state,
+    settings_as_given,
+    steps_done,
     write_state,
+)
+from vlmpo.train.checkpoint_files import (
+    TRAINER_FILE,
+    checkpoints_in,
+    checksums,
+    clear_partial,
+    partial_of,
+    publish,
+    rotate,
+    whole_list,
 )
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
@@ -41,7 +56,7 @@ from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.inputs import check_arguments, load_named, pairs_of, refuse_shared_weights, refuse_unused
 from vlmpo.train.loaders import LoaderFactory
-from vlmpo.train.metrics import StepSums, settle_best_metric, start_loss, window_metrics
+from vlmpo.train.metrics import StepSums, add_up, settle_best_metric, start_loss, window_metrics
 from vlmpo.train.model_card import (
     CARD_FILE,
     RunSummary,
@@ -51,14 +66,17 @@ from vlmpo.train.model_card import (
     training_settings,
 )
 from vlmpo.train.param_groups import PartRates, count_by_part
+from vlmpo.train.provenance import Settings, changes, describe, pairs_hash, refuse_changes, run_settings, settings_of
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.reference import (
     Reference,
     online_reference,
     switch_dropout_off,
 )
+from vlmpo.train.resume import choose_checkpoint, refuse_damaged_best
 from vlmpo.train.sampler import PairLoader
 from vlmpo.train.sharding import (
+    broadcast_object,
     compute_dtype,
     configure_fsdp,
     no_gradient_sync,
@@ -97,6 +115,8 @@ class MPOTrainer(Trainer):
         extra_evaluations: called at every evaluation without a data set of its own; return further metrics.
         trained_pairs: what became of the pairs of all ranks, once training is over.
         card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
+        given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
+        history: when the run was resumed, from what, and what had changed; kept in checkpoints.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model, or an argument is of the wrong kind.
@@ -157,10 +177,17 @@ class MPOTrainer(Trainer):
         self.sums = StepSums()
         self._step_rewards = [0.0, 0.0]  # sum and count in the optimizer step under way, on this rank
         self.clock = StepClock()
+        self.metrics_file = MetricsFile(args.output_dir)
         self.pair_counts = PairCounts()
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self.card_fields: dict[str, Any] = {}
         self.trained_pairs = PairCounts()
+        self.given_settings: Settings = {}
+        self.history: list[dict[str, Any]] = []
+        self._chosen: tuple[Any, str | None] | None = None  # what resume_point was asked for, and its answer
+        self._steps_before = 0  # steps of the checkpoint that is resumed from
+        self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
+        self._partial: str | None = None  # the folder that a checkpoint is being written into
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
         super().__init__(
             model=model,
@@ -171,7 +198,7 @@ class MPOTrainer(Trainer):
             train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
             eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
             processing_class=with_tiles(processing_class, args.max_tiles),  # as it is saved with the model
-            callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
+            callbacks=[*(callbacks or []), self.clock, self.metrics_file],
             optimizers=optimizers,
         )
         self.pop_callback(PrinterCallback)
@@ -461,6 +488,11 @@ class MPOTrainer(Trainer):
                 logs["reward_shift"] = self.reward_shift.value
                 if self.state.global_step == 1:
                     logs["start/expected_loss"] = start_loss(logs, self.args.weights, self.router_coefficient)
+        if "train_loss" in logs:  # transformers divides the loss of this session by its steps
+            if self._loss_known:
+                logs["train_loss"] = compat.loss_sums(self)["total"] / max(self.state.global_step, 0.001)
+            elif self.state.global_step == self._steps_before:
+                del logs["train_loss"]
         if "learning_rate" in logs and self.part_rates is not None:
             logs |= self.part_rates.latest
         super().log(logs, start_time)
@@ -610,21 +642,15 @@ class MPOTrainer(Trainer):
     # ---- checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train. ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint of the output folder.
+        """Train. ``resume_from_checkpoint=True`` goes on from the newest sound checkpoint of the output folder.
+
+        If there is none yet the run starts; if all its steps are done nothing is trained.
 
         Raises:
-            RunError: no complete checkpoint, one of another reference, average or rates, or a model that FSDP has
-                sharded to evaluate it.
+            RunError: no sound checkpoint, one of another reference, average, rates or settings, or a model that FSDP
+                has sharded to evaluate it.
         """
-        if resume_from_checkpoint is True:
-            newest = last_complete_checkpoint(self.args.output_dir)
-            if newest is None:
-                raise RunError(
-                    f"there is no complete checkpoint in {self.args.output_dir} to resume from; "
-                    "leave training.resume_from_checkpoint out to start anew"
-                )
-            resume_from_checkpoint = str(newest)
-        checkpoint = resume_from_checkpoint or None
+        checkpoint = self.resume_point(resume_from_checkpoint)
         if checkpoint and self.is_deepspeed_enabled:  # its engine loads the weights by itself
             self._load_state(checkpoint)
         if self.is_fsdp_enabled and self._scored_model is not None:
@@ -640,16 +666,115 @@ class MPOTrainer(Trainer):
         self.settle_best_metric()
         if self.average is not None:
             self.average.start_from(checkpoint)
+        self._steps_before, self._loss_known = 0, True
         if checkpoint:
-            check_rates(checkpoint, self.args.learning_rates)
+            state = read_state(checkpoint)
+            self._steps_before = steps_done(checkpoint) or 0
+            self.metrics_file.kept = state.get("metrics_lines")
+            self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
         output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self._chosen = None
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
             logger.info(
                 f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
                 f"The model is that of the last step, {self.state.global_step}."
             )
-        return output
+        return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
+
+    def resume_point(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Return the checkpoint that :meth:`train` goes on from if given the same; None if it starts.
+
+        The checkpoint is sound, and this run is made by what it was made by. What a kill left half written in the
+        output folder is removed.
+
+        Raises:
+            RunError: the checkpoint, or each of the folder, is damaged; or it is of other settings, rates or another
+                reference.
+        """
+        if self._chosen is None or resume_from_checkpoint not in self._chosen:
+            folder = self.args.output_dir
+            self.accelerator.wait_for_everyone()  # others may still be looking at what is there
+            if self.args.should_save:
+                clear_partial(folder)
+            self.accelerator.wait_for_everyone()
+            found = None
+            if resume_from_checkpoint:  # a name, or True
+                there = broadcast_object(self.accelerator, checkpoints_in(folder))
+                found = choose_checkpoint(resume_from_checkpoint, folder, there, self._damage_in)
+                if found is None:
+                    logger.info(f"there is no checkpoint in {folder} yet: the run starts")
+            if found is not None:
+                self._check_made_by(found)
+            self._chosen = (resume_from_checkpoint, None if found is None else os.fspath(found))
+        return self._chosen[1]
+
+    def _damage_in(self, checkpoint: Path, to_resume: bool = True) -> list[str]:
+        """Return what is wrong with a checkpoint, on every rank the same; ranks share the reading of its files."""
+        alone = self.args.save_on_each_node  # each node has files of its own
+        part, parts = (0, 1) if alone else (self.args.process_index, self.args.world_size)
+        found = self.ranks.all_gather(damage(checkpoint, to_resume=to_resume, part=part, parts=parts))
+        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+    def settings(self) -> Settings:
+        """Return what the run is made by: JSON values by recipe key."""
+        if "data.train.pairs" not in self.given_settings and self.train_dataset is not None:
+            self.given_settings["data.train.pairs"] = pairs_hash(self.train_dataset)
+        return run_settings(self.args, self.model, self.given_settings)
+
+    def check_settings(self, before: Settings, where: str) -> dict[str, tuple[Any, Any]]:
+        """Return how this run's settings differ from those ``before``, which ``where`` holds.
+
+        Raises:
+            RunError: a change would make the record of the run false, and ``allow_changes`` does not name it.
+        """
+        now = self.settings()
+        found = changes(before, now)
+        refuse_changes(
+            found, before, now, where=where, allowed=self.args.allow_changes or (), deepspeed=self.is_deepspeed_enabled
+        )
+        return found
+
+    def _check_made_by(self, checkpoint: Path) -> None:
+        """Compare the run with what a checkpoint was made by, and note the resume in the history."""
+        state = read_state(checkpoint)
+        found = self.check_settings(settings_of(checkpoint, state), str(checkpoint))
+        check_rates(checkpoint, self.args.learning_rates)
+        check_reference(checkpoint, self.ranks.all_gather(self._reference_hash())[0])
+        if found:
+            logger.info(f"changed since {checkpoint}, and noted: {describe(found)}")
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        noted = {key: list(pair) for key, pair in found.items()}
+        self.history = [*state.get("history", []), {"resumed": when, "from": str(checkpoint), "changes": noted}]
+
+    def planned_steps(self) -> int:
+        """Return the optimizer steps of the whole run."""
+        return int(super().set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Do as transformers does; leave no epoch to a run whose steps are done: it would make one more."""
+        values = list(super().set_initial_training_values(args, dataloader))
+        if 0 < values[-1] <= self._steps_before:
+            logger.info(f"finished: all {values[-1]} steps are done; nothing is left to train")
+            values[0] = min(values[0], self._steps_before // values[1])
+        return tuple(values)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Go on with the sums behind the next log and the final loss; log, save and evaluate as often as set now."""
+        self.state.compute_steps(self.args, self.state.max_steps)
+        window = state.get("window")
+        self._loss_known = bool(window)
+        if not window:
+            return
+        rank, ranks = self.args.process_index, self.args.world_size
+        if len(window) == ranks:
+            mine = window[rank]
+        else:  # what is averaged over ranks is the same on each, the sums are carried on by one
+            sums = add_up([part["sums"] for part in window]) if rank == 0 else {}
+            since_log = sum(part["loss"]["since_log"] for part in window) / len(window)
+            mine = {"loss": {**window[0]["loss"], "since_log": since_log}, "sums": sums}
+        compat.restore_loss_sums(self, **mine["loss"])
+        self.sums.values.update(mine["sums"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model whole, also if checkpoints hold shards: of those transformers would write nothing."""
@@ -662,22 +787,64 @@ class MPOTrainer(Trainer):
         """Return what became of the pairs of the first epoch so far, over all ranks."""
         return PairCounts.merged(self.ranks.all_gather(self.pair_counts))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self._save_state(f"{compat.output_folder(self, trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the run folder; while a checkpoint is written, the folder beside in which it is."""
+        return self._partial or super()._get_output_dir(trial)
 
-    def _save_state(self, checkpoint: str) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside; put it in its place when it is whole; only then remove older ones."""
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = partial_of(checkpoint)
+        if self.args.should_save:
+            clear_partial(folder)
+        self.accelerator.wait_for_everyone()
+        self._partial = os.fspath(partial.parent)  # there transformers finds nothing to remove
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._partial = None
+        self._settle_best_checkpoint(folder)
+        if self.args.should_save:
+            self.state.save_to_json(os.fspath(partial / TRAINER_FILE))
+            if self.average is not None:
+                self.average.save(partial)
+        self._complete(partial)
+        if self.args.should_save:
+            publish(partial, checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.fspath(checkpoint))
+        if self.args.should_save:
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _settle_best_checkpoint(self, folder: Path) -> None:
+        """Note the place of the best checkpoint, which may be the one that is being written."""
+        if not self.state.best_global_step:
+            return
+        best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step == self.state.global_step or best.exists():
+            self.state.best_model_checkpoint = os.fspath(best)
+
+    def _complete(self, partial: Path) -> None:
         """Write our own part of a checkpoint, the file that marks it complete last."""
+        self.accelerator.wait_for_everyone()  # all ranks have written their files
+        own = checksums(partial, rank=self.args.process_index, first=self.args.should_save)
+        of_ranks = self.ranks.all_gather(own)
+        window = self.ranks.all_gather({"loss": compat.loss_sums(self), "sums": dict(self.sums.values)})
         reference_hash, pair_counts = self._reference_hash(), self.all_pair_counts()
         if self.args.should_save:
-            if self.average is not None:
-                self.average.save(checkpoint)
             write_state(
-                checkpoint,
+                partial,
                 reward_shift=self.reward_shift,
                 reference_hash=reference_hash,
                 pair_counts=pair_counts,
                 learning_rates=self.args.learning_rates,
+                settings=self.settings(),
+                history=self.history,
+                window=window if self._loss_known else None,
+                metrics_lines=self.metrics_file.count_lines(),
+                files=whole_list(partial, [*of_ranks, own]),
             )
 
     def _reference_hash(self) -> str | None:
@@ -691,6 +858,14 @@ class MPOTrainer(Trainer):
             load_weights(self.model if model is None else model, resume_from_checkpoint)
         self._share_frozen_tower()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer's moments and the schedule's count of steps; rates and decay stay as they are set now."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with settings_as_given(self.optimizer, self.lr_scheduler, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_state(self, checkpoint: str) -> None:
         """Restore delta and pair counts; raise RunError if the checkpoint was trained against another reference."""
         first_hash = self.ranks.all_gather(self._reference_hash())[0]
@@ -699,13 +874,14 @@ class MPOTrainer(Trainer):
             self.pair_counts = pair_counts
 
     def _load_best_model(self) -> None:
-        self.accelerator.wait_for_everyone()  # the first rank may still be writing the last checkpoint
+        best = self.state.best_model_checkpoint
+        refuse_damaged_best(best, self._damage_in(Path(best), to_resume=False))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            load_weights(self.model, self.state.best_model_checkpoint)
+            load_weights(self.model, best)
         # Delta as it was then: the evaluation of these weights comes out as it did.
-        self.reward_shift.load_state_dict(read_state(self.state.best_model_checkpoint)["reward_shift"])
+        self.reward_shift.load_state_dict(read_state(best)["reward_shift"])
 
     # ---- the Hub ----
 
@@ -715,9 +891,9 @@ class MPOTrainer(Trainer):
             super().init_hf_repo(token=token, private=private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint, once our own part of it is there too: without it nobody could resume from the Hub."""
-        self._save_state(checkpoint_folder)
-        super()._push_from_checkpoint(checkpoint_folder)
+        """Push a checkpoint once it is whole and in its place: transformers asks for it before."""
+        if self._partial is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
         """Upload the run folder, its model card in it. Raises RunError if that fails; the folder is whole."""
