@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmpo.commands.config import evaluation_config
+from vlmpo.commands.guard import output_folder
 from vlmpo.commands.run_data import open_eval, open_run_data, overlaps_with_training
 from vlmpo.data.encode.processors import tokenizer_of
 from vlmpo.data.readers.questions import QuestionSet, read_questions
@@ -37,13 +38,19 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         VlmpoError: the recipe, the data or a model cannot be used.
     """
     section = recipe.evaluate or EvaluateSection()
+    folder = Path(section.output_dir or Path(str(recipe.training["output_dir"])) / "evaluation")
+    written = (RESULTS_FILE, ANSWERS_FILE, f"against_{ANSWERS_FILE}")
+    with output_folder(recipe, folder, "evaluate", "evaluate.output_dir", written):
+        return _evaluate(recipe, section, folder)
+
+
+def _evaluate(recipe: Recipe, section: EvaluateSection, folder: Path) -> dict[str, Any]:
+    """Do what :func:`evaluate` does, in a folder that this process holds."""
     data = open_run_data(recipe) if recipe.data.train else None
     pairs = data.evaluation if data is not None else {"eval": open_eval(recipe)[0]} if recipe.data.eval else {}
     if not pairs and section.questions is None:
         raise RecipeError("nothing to evaluate on: give data.eval, data.hold_out or evaluate.questions")
-    output_dir = str(recipe.training["output_dir"])
-    folder = Path(section.output_dir or Path(output_dir) / "evaluation")
-    path = section.model or output_dir
+    path = section.model or str(recipe.training["output_dir"])
     model, processor = load_model(path, recipe.model.dtype), load_processor(path)
     results: dict[str, Any] = {"model": path, "pairs": {}, "questions": {}}
     questions: Sequence[Question] = ()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vlmpo.commands.guard import output_folder
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason
 from vlmpo.fileio import replace_json
@@ -38,9 +39,15 @@ def sample(recipe: Recipe) -> SampleReport:
         RunError: the folder contains responses sampled otherwise, or the server does not answer.
     """
     build = build_section(recipe)
+    folder = Path(str(build.output_dir))
+    with output_folder(recipe, folder, "sample", "build.output_dir", (RESPONSES_FILE, MANIFEST_FILE)):
+        return _sample(recipe, build, folder)
+
+
+def _sample(recipe: Recipe, build: BuildSection, folder: Path) -> SampleReport:
+    """Do what :func:`sample` does, in a folder that this process holds."""
     questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
     report = SampleReport(read=len(questions.questions) + len(questions.dropped), dropped=list(questions.dropped))
-    folder = Path(str(build.output_dir))
     engine = None if build.engine == "local" else open_engine(recipe)
     name = recipe.model.path if engine is None else engine.name
     settings = sampling_settings(recipe)

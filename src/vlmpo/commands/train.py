@@ -13,9 +13,11 @@ from typing import Any
 from vlmpo.commands.adapter_settings import check_adapter_settings, lora_config, quantization
 from vlmpo.commands.config import training_config
 from vlmpo.commands.evaluate import add_questions, show_pair_metrics
+from vlmpo.commands.guard import training_folder
 from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_pair_counts
+from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RecipeError, RunError
-from vlmpo.fileio import replace_json
+from vlmpo.fileio import replace_json, replace_text, writing
 from vlmpo.log import logger, print_line
 from vlmpo.loss import needs_reference
 from vlmpo.models.adapters import is_peft
@@ -40,6 +42,12 @@ def train(recipe: Recipe) -> MPOTrainer:
         VlmpoError: the recipe, the data, the model or the run folder cannot be used.
     """
     args = training_config(recipe)
+    with training_folder(recipe, args):
+        return _train(recipe, args)
+
+
+def _train(recipe: Recipe, args: MPOConfig) -> MPOTrainer:
+    """Do what :func:`train` does, in a folder that this run holds."""
     folder = Path(args.output_dir)
     if not args.resume_from_checkpoint:
         _refuse_to_overwrite(folder)
@@ -51,7 +59,7 @@ def train(recipe: Recipe) -> MPOTrainer:
     manifest = _manifest(recipe, trainer, data, overlaps)
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        replace_text(folder / "recipe.yaml", dump_recipe(recipe))
         replace_json(folder / "manifest.json", {**manifest, "status": "running"})
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
     _finish(recipe, trainer, data, manifest)
@@ -69,7 +77,8 @@ def cache(recipe: Recipe) -> None:
     args = training_config(recipe)
     data, _ = _open_data(recipe)
     trainer = _build_trainer(recipe, args, data)
-    counts = trainer.precompute_reference()
+    with writing(args.reference_cache_dir or cache_folder() / "reference"):
+        counts = trainer.precompute_reference()
     assert isinstance(trainer.reference, CachedReference)
     pair_counts = trainer.all_pair_counts()
     if trainer.accelerator.is_main_process:

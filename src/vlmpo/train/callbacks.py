@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+from vlmpo.fileio import replace_text
 from vlmpo.log import logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -63,10 +64,9 @@ class MetricsFile(TrainerCallback):
         """Empty the file; a resumed run keeps the lines up to its checkpoint, as later steps are run again."""
         if not state.is_world_process_zero:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.exists() and state.global_step else []
         kept = [line for line in lines if _step_of(line) <= state.global_step]
-        self.file.write_text("".join(line + "\n" for line in kept))
+        replace_text(self.file, "".join(line + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vlmpo import compat
+from vlmpo import compat, interrupt
 from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
 from vlmpo.errors import RecipeError, RecordError, RunError, first_line
 from vlmpo.log import logger
@@ -64,6 +64,7 @@ from vlmpo.train.sharding import (
     whole_state_dict,
 )
 from vlmpo.train.start_check import shared_rows_hold
+from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
@@ -154,21 +155,24 @@ class MPOTrainer(Trainer):
         self.card_fields: dict[str, Any] = {}
         self.trained_pairs = PairCounts()
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=Collator(
-                args.max_tokens_per_row, shared, keyed=args.reference_kind == "cache", group=args.group_by_prompt
-            ),
-            train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
-            eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
-            optimizers=optimizers,
-        )
+        with without_jit_checkpoint(args):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=Collator(
+                    args.max_tokens_per_row, shared, keyed=args.reference_kind == "cache", group=args.group_by_prompt
+                ),
+                train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
+                eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
+                processing_class=processing_class,
+                callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
+                optimizers=optimizers,
+            )
         self.pop_callback(PrinterCallback)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.ranks = RankSync(self.accelerator, self.encoder, self.data_collator)
+        self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
+        self.add_callback(self.stopping)
         every, trained = count_by_part(self.model), count_by_part(self.model, trained_only=True)
         self.parameter_counts = {part: (count, trained.get(part, 0)) for part, count in every.items()}
         self.part_rates = PartRates.for_run(
@@ -289,7 +293,8 @@ class MPOTrainer(Trainer):
         self.clock.start()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.clock.fetched()
-        info = self.ranks.all_reduce(batches, self._count_pairs(batches))
+        info = self.ranks.all_reduce(batches, self._count_pairs(batches), interrupt.requested())
+        self.stopping.agree(info.signum)
         counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
         empty = not all(part.rows for batch in batches for part in batch.micro_batches)
         if empty or self.accelerator.num_processes > 1:
@@ -464,6 +469,10 @@ class MPOTrainer(Trainer):
             RecordError: some rank met a bad record under ``on_bad_record="fail"``; all of them raise it.
             RunError: the wrapper of the run cannot score before training.
         """
+        with interrupt.at_once():
+            return self._evaluate_sets(eval_dataset, metric_key_prefix)
+
+    def _evaluate_sets(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         given = pairs_of(eval_dataset, self.with_preferences, "eval_dataset")
         data = self.eval_dataset if given is None else given
         sets = {f"_{name}": part for name, part in data.items()} if isinstance(data, dict) else {"": data}
@@ -603,6 +612,8 @@ class MPOTrainer(Trainer):
         Raises:
             RunError: no complete checkpoint, one of another reference, average or rates, or a model that FSDP has
                 sharded to evaluate it.
+            Interrupted: SIGTERM or Ctrl-C ended it, after a checkpoint; only under ``vlmpo train``, or if
+                ``enable_jit_checkpoint`` is set.
         """
         if resume_from_checkpoint is True:
             newest = last_complete_checkpoint(self.args.output_dir)
@@ -630,7 +641,8 @@ class MPOTrainer(Trainer):
             self.average.start_from(checkpoint)
         if checkpoint:
             check_rates(checkpoint, self.args.learning_rates)
-        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        with self.stopping.watched(self.args.enable_jit_checkpoint):
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
             logger.info(
