@@ -195,12 +195,19 @@ def stop(signum: int, step: int) -> None:
 
 
 def ignore_in_worker(_worker: int = 0) -> None:
-    """Leave signals to the main process; for a loader's workers, which a terminal and Slurm send them too.
+    """Leave signals to the main process, for a loader's workers: a terminal and Slurm send them to these too.
 
-    A worker ends when its loader does, or a few seconds after its main process.
+    Without its workers the main process could not finish its step. What the main process itself sends ends a worker.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _in_child() -> None:
