@@ -51,7 +51,7 @@ def _evaluate(recipe: Recipe, section: EvaluateSection, folder: Path) -> dict[st
     if not pairs and section.questions is None:
         raise RecipeError("nothing to evaluate on: give data.eval, data.hold_out or evaluate.questions")
     path = section.model or str(recipe.training["output_dir"])
-    model, processor = load_model(path, recipe.model.dtype), load_processor(path)
+    model, processor = _load(recipe, path)
     results: dict[str, Any] = {"model": path, "pairs": {}, "questions": {}}
     questions: Sequence[Question] = ()
     if pairs:
@@ -64,7 +64,7 @@ def _evaluate(recipe: Recipe, section: EvaluateSection, folder: Path) -> dict[st
         replace_json_lines(folder / ANSWERS_FILE, [answer.to_json() for answer in answers])
         results["questions"] = {"dropped": question_set.counts(), "models": models}
         if section.against is not None:
-            model, processor = load_model(section.against, recipe.model.dtype), load_processor(section.against)
+            model, processor = _load(recipe, section.against)
             others, models[section.against] = _ask(recipe, section, model, processor, questions)
             replace_json_lines(folder / f"against_{ANSWERS_FILE}", [answer.to_json() for answer in others])
             results["questions"]["comparison"] = compare(answers, others)
@@ -103,13 +103,20 @@ def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
     trainer.extra_evaluations.append(answer)
 
 
+def _load(recipe: Recipe, path: str, *, processor: bool = True) -> tuple[Any, Any]:
+    """Return the model at ``path`` and its processor."""
+    trusted = recipe.model.trust_remote_code
+    model = load_model(path, recipe.model.dtype, trust_remote_code=trusted)
+    return model, load_processor(path, trust_remote_code=trusted) if processor else None
+
+
 def _evaluate_pairs(
     recipe: Recipe, section: EvaluateSection, model: Any, processor: Any, pairs: dict[str, Any], folder: Path
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of each set of pairs, by name."""
     reference = None
     if needs_reference(recipe.loss.weights):
-        reference = load_model(section.reference or recipe.model.path, recipe.model.dtype)
+        reference, _ = _load(recipe, section.reference or recipe.model.path, processor=False)
     args = evaluation_config(recipe)
     args.output_dir = str(folder)
     trainer = MPOTrainer(model=model, ref_model=reference, args=args, processing_class=processor)

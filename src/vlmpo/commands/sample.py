@@ -101,8 +101,8 @@ def open_engine(recipe: Recipe) -> Engine:
     if build.engine != "local":
         return ServerEngine(build.engine, build.model, sampling, build.concurrency, build.timeout, build.retries)
     path = recipe.model.path
-    processor = load_processor(path)
-    model = load_model(path, recipe.model.dtype)
+    processor = load_processor(path, trust_remote_code=recipe.model.trust_remote_code)
+    model = load_model(path, recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         model.to(device)

@@ -120,7 +120,7 @@ def _open_data(recipe: Recipe) -> tuple[RunData, dict[str, Any]]:
 
 def _build_trainer(recipe: Recipe, args: MPOConfig, data: RunData) -> MPOTrainer:
     """Return the trainer, with its processor, model, reference and data sets."""
-    processor = load_processor(recipe.model.path)
+    processor = load_processor(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     _ = args.device  # sets up the process group; without it ZeRO-3 and FSDP cannot shard weights as they are loaded
     model = _load_policy(recipe)
     if args.dataloader_num_workers:
@@ -154,7 +154,9 @@ def _load_policy(recipe: Recipe) -> Any:
         ModelError: there is no model, or its checkpoint lacks weights.
         RecipeError: a part that ``model.freeze`` names does not exist.
     """
-    model = load_model(recipe.model.path, recipe.model.dtype, quantization(recipe))
+    model = load_model(
+        recipe.model.path, recipe.model.dtype, quantization(recipe), trust_remote_code=recipe.model.trust_remote_code
+    )
     if recipe.model.dtype == "bfloat16" and recipe.model.lora is None and not is_peft(model):
         logger.info(
             "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"
@@ -170,7 +172,7 @@ def _load_partitioned_reference(recipe: Recipe, model: Any) -> Any:
         return None
     if has_adapter and recipe.reference.kind != "copy":
         return None
-    return load_model(recipe.model.path, recipe.model.dtype)
+    return load_model(recipe.model.path, recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData, overlaps: dict[str, Any]) -> dict[str, Any]:

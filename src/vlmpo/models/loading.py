@@ -21,20 +21,21 @@ from vlmpo.errors import ModelError, RecipeError, first_line
 from vlmpo.models.adapters import load_adapter, named_base
 
 
-def load_processor(path: str) -> Any:
+def load_processor(path: str, *, trust_remote_code: bool = False) -> Any:
     """Load a model's processor, from a folder or the hub; a text-only model's is its tokenizer.
 
-    An adapter's is the one saved with it, or else its base model's.
+    An adapter's is the one saved with it, or else its base model's. Code that comes with it runs only if
+    ``trust_remote_code`` is set; left open, transformers would ask on the terminal.
 
     Raises:
         ModelError: it cannot be loaded, or lacks its tokenizer.
     """
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         if base := named_base(path):
-            return _base_of_adapter(path, base, load_processor)
-        raise ModelError(f"model.path: no processor can be loaded from {path}: {first_line(error)}") from error
+            return _base_of_adapter(path, base, functools.partial(load_processor, trust_remote_code=trust_remote_code))
+        raise ModelError(f"model.path: no processor can be loaded from {path}: {_reason(error)}") from error
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):  # but a part of one
         raise ModelError(
             f"model.path: {path} has a {type(processor).__name__} but no whole processor; put the model's processor "
@@ -43,29 +44,36 @@ def load_processor(path: str) -> Any:
     return processor
 
 
-def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | None = None) -> Any:
+def load_model(
+    path: str, dtype: str = "float32", quantized: dict[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> Any:
     """Load a model, text-only or not, on the CPU; load a PEFT adapter on its base model, trainable.
 
     Args:
         path: a folder or a hub name.
         dtype: dtype of the weights.
         quantized: further arguments of ``from_pretrained``, which quantise the weights.
+        trust_remote_code: run the code that comes with the model.
 
     Raises:
         ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
     """
     if base := named_base(path):
-        return load_adapter(
-            _base_of_adapter(path, base, functools.partial(load_model, dtype=dtype, quantized=quantized)), path
-        )
+        load = functools.partial(load_model, dtype=dtype, quantized=quantized, trust_remote_code=trust_remote_code)
+        return load_adapter(_base_of_adapter(path, base, load), path)
     try:
-        has_images = compat.is_image_text_config(AutoConfig.from_pretrained(path))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        has_images = compat.is_image_text_config(config)
         model_class: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
         model, info = model_class.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True, **(quantized or {})
+            path,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **(quantized or {}),
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(f"model.path: no model can be loaded from {path}: {first_line(error)}") from error
+        raise ModelError(f"model.path: no model can be loaded from {path}: {_reason(error)}") from error
     absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
     if absent:
         raise ModelError(
@@ -78,6 +86,13 @@ def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | No
         # Frozen, and what is not quantised (norms, head, embedding) in float32; the trainer switches checkpointing on.
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
+
+
+def _reason(error: Exception) -> str:
+    """Return why transformers refuses, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs the Python code in its folder, which is not run unless you set model.trust_remote_code: true"
+    return first_line(error)
 
 
 def _base_of_adapter(adapter: str, base: str, load: Callable[[str], Any]) -> Any:

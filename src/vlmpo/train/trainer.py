@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat, interrupt
@@ -657,6 +658,8 @@ class MPOTrainer(Trainer):
         checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         with contextlib.nullcontext() if checkpoint else whole_state_dict(self.accelerator):
             super().save_model(output_dir, _internal_call)
+        if not checkpoint and self.args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no reader of a model needs
 
     def all_pair_counts(self) -> PairCounts:
         """Return what became of the pairs of the first epoch so far, over all ranks."""
