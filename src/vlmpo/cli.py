@@ -22,7 +22,7 @@ import typer
 
 from vlmpo.errors import RunError, VlmpoError, first_line
 from vlmpo.fileio import disk_problem
-from vlmpo.interrupt import Interrupted, requested, watching
+from vlmpo.interrupt import SIGNALS, Interrupted, ignore_signals, watching
 from vlmpo.log import print_error, shown
 from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import load_recipe
@@ -249,9 +249,9 @@ def _for_the_user(error: Exception) -> BaseException | None:
         reason = problem or getattr(error, "strerror", None) or first_line(error)
         found = RunError(f"{os.fsdecode(place)}: {reason}" if isinstance(place, str | bytes) else reason)
     elif isinstance(error, RuntimeError) and _is_lost_rank(error):
-        if requested():  # the launcher ends this rank because another one has ended
-            return Interrupted(requested())
-        found = RunError(f"another rank has ended ({first_line(error)[:200]}); its own message says why")
+        found = RunError(
+            f"another rank has ended ({first_line(error)[:200]}); its own message says why. No checkpoint was written"
+        )
     if found is not None:
         found.met_by = "rank"
     return found
@@ -295,4 +295,9 @@ def _complain(error: VlmpoError) -> None:
 
 def main() -> None:
     """Run the ``vlmpo`` command."""
-    app(prog_name="vlmpo")
+    try:
+        app(prog_name="vlmpo")
+    except SystemExit as end:
+        if end.code in {128 + number for number in SIGNALS}:
+            ignore_signals()  # taking the interpreter down takes seconds: a launcher's repetition finds the code set
+        raise

@@ -194,6 +194,12 @@ def stop(signum: int, step: int) -> None:
     _watch.stop(step)
 
 
+def ignore_signals() -> None:
+    """Ignore SIGTERM and Ctrl-C from now on, in the main thread."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def ignore_in_worker(_worker: int = 0) -> None:
     """Leave signals to the main process, for a loader's workers: a terminal and Slurm send them to these too.
 
