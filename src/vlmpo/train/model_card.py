@@ -187,11 +187,9 @@ def _name(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """Put a name on one line as inline code, between more backticks than it holds in a row."""
+    """Put a name on one line as inline code; one with backticks as escaped text, since a line may begin with it."""
     text = shown(" ".join(str(value).split()))
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    space = " " if "`" in text else ""
-    return f"{fence}{space}{text}{space}{fence}"
+    return _name(value) if "`" in text else f"`{text}`"
 
 
 def _literal(value: Any) -> str:
