@@ -41,6 +41,7 @@ def test_progress_in_a_log_is_a_line_every_30_seconds(monkeypatch: pytest.Monkey
         ("[red]x[/red] :smile: {y}", "[red]x[/red] :smile: {y}"),
         ("Größe 漢字 é", "Größe 漢字 é"),
     ],
+    ids=["colour", "title", "return", "bidi", "invisible", "half", "markup", "plain"],
 )
 def test_control_characters_are_shown_not_sent(raw: str, seen: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(raw) == seen
