@@ -142,7 +142,7 @@ def test_a_signal_ends_a_command_with_its_code(recipe, stage, number, code):
     for command, further in (("train", True), ("sample", False)):
         result = call(command, recipe)
         assert result.exit_code == code
-        assert result.stderr.startswith(f"interrupted by {number.name}; to go on: vlmpo ")
+        assert result.stderr.startswith(f"interrupted by {number.name}; to go on: vlmpo {command} {recipe}")
         assert ("training.resume_from_checkpoint=true" in result.stderr) == further
 
 

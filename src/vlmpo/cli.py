@@ -70,7 +70,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     The run folder is the recipe's training.output_dir, runs/<name of the recipe> by default.
     """
-    with _parsed(recipe, overrides, _RESUME) as parsed:
+    with _parsed("train", recipe, overrides, _RESUME) as parsed:
         from vlmpo.commands.train import train as run
 
         run(parsed)
@@ -82,7 +82,7 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     For recipes with reference.kind: cache. Training then reads them and loads no reference model.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("cache", recipe, overrides) as parsed:
         from vlmpo.commands.train import cache as run
 
         run(parsed)
@@ -94,7 +94,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     The recipe's evaluate section names the model, a model to compare it with, and the questions.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("evaluate", recipe, overrides) as parsed:
         from vlmpo.commands.evaluate import evaluate as run
 
         run(parsed)
@@ -110,7 +110,7 @@ def inspect(
 
     Scored tokens are marked. Also lists lengths and tiles, and the pairs that are dropped, with the reason.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("inspect", recipe, overrides) as parsed:
         from vlmpo.commands.inspect import inspect as run
 
         run(parsed, pairs)
@@ -123,7 +123,7 @@ def sample(recipe: RecipePath, overrides: Overrides = None) -> None:
     Reads the recipe's build section; writes responses.jsonl in build.output_dir, runs/<name of the recipe>/build by
     default. Started again after a stop, it samples only the responses that are missing.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("sample", recipe, overrides) as parsed:
         from vlmpo.commands.sample import sample as run
 
         run(parsed)
@@ -140,7 +140,7 @@ def pair_correctness(recipe: RecipePath, overrides: Overrides = None) -> None:
     Reads the responses in build.output_dir; writes there the pairs, and the questions whose responses are all correct
     (easy) or all wrong (hard).
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("pair correctness", recipe, overrides) as parsed:
         from vlmpo.commands.pair import correctness as run
 
         run(parsed)
@@ -152,7 +152,7 @@ def pair_dropout_ntp(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     For questions without a checkable answer. Started again after a stop, it generates only what is missing.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("pair dropout-ntp", recipe, overrides) as parsed:
         from vlmpo.commands.pair import dropout_ntp as run
 
         run(parsed)
@@ -196,15 +196,20 @@ _RESUME = "training.resume_from_checkpoint=true"
 
 
 @contextmanager
-def _parsed(recipe: Path, overrides: list[str] | None, go_on: str | None = None) -> Iterator[Recipe]:
+def _parsed(command: str, recipe: Path, overrides: list[str] | None, go_on: str | None = None) -> Iterator[Recipe]:
     """Yield the recipe; see :func:`_exit_codes`. ``go_on`` is the override by which an interrupted command goes on."""
-    with _exit_codes(go_on):
+    further = [override for override in overrides or [] if override != go_on] + ([go_on] if go_on else [])
+    with _exit_codes(f"vlmpo {command} {shlex.join([str(recipe), *further])}"):
         yield load_recipe(recipe, overrides or [])
 
 
 @contextmanager
 def _exit_codes(go_on: str | None = None) -> Iterator[None]:
-    """Turn an exception or a signal into its message and exit code; at the end leave the process group."""
+    """Turn an exception or a signal into its message and exit code; at the end leave the process group.
+
+    Args:
+        go_on: the command by which this one goes on after an interruption, if it can.
+    """
     with watching():  # to the end: a launcher sends signals while messages are printed
         try:
             with _one_line():
@@ -269,11 +274,9 @@ def _say_how_to_go_on(stop: Interrupted, go_on: str | None) -> None:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(1.0)  # the launcher ends the job when the first rank exits: let the one that prints finish
         return
-    arguments = [argument for argument in sys.argv[1:] if argument != go_on]
-    command = shlex.join(["vlmpo", *arguments, *([go_on] if go_on else [])])
     launcher = ", by the launcher that started this run" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     reached = "" if stop.step is None else f" after step {stop.step}, whose checkpoint is written"
-    print_error(f"{stop}", f"{reached}; to go on{launcher}: {command}")
+    print_error(f"{stop}", f"{reached}; to go on{launcher}: {go_on}" if go_on else reached)
 
 
 def _leave_process_group(*, destroy: bool) -> None:
