@@ -186,6 +186,7 @@ def private_uses(tree: ast.AST, own: set[str]) -> Iterator[str]:
 def test_private_names_are_used_in_compat_alone() -> None:
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
     own = {name for path, tree in trees.items() if path.name != "compat.py" for name in defined_names(tree)}
+    own.add("_exit")  # of os, which documents it
     found = {
         str(path.relative_to(SOURCE)): uses
         for path, tree in trees.items()

@@ -64,6 +64,8 @@ class ModelSection(_Section):
         lora: fields of ``peft.LoraConfig``; None trains the whole model.
         quantize: keep the frozen base under an adapter in 4 or 8 bits (QLoRA).
         attention: ``separate`` gives every response its own row instead of sharing the prompt.
+        trust_remote_code: run the Python files that come with the model, with all your rights. Only if you have read
+            them.
     """
 
     path: NonEmpty
@@ -73,6 +75,7 @@ class ModelSection(_Section):
     lora: dict[str, Any] | None = None
     quantize: Literal["4bit", "8bit"] | None = None
     attention: settings.Attention = "auto"
+    trust_remote_code: bool = False
 
 
 class ReferenceSection(_Section):

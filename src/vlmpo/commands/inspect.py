@@ -20,7 +20,7 @@ from vlmpo.commands.run_data import RunData, open_run_data, show_examples, show_
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import image_token_id, tokenizer_of
 from vlmpo.errors import RecipeError, RecordError, printable, shorten
-from vlmpo.log import Progress, print_line, print_table
+from vlmpo.log import Progress, print_line, print_table, shown
 from vlmpo.loss import needs_reference
 from vlmpo.models.adapters import named_base
 from vlmpo.models.families import support_for
@@ -91,7 +91,7 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
     check_training_keys(recipe)
     per_device = positive_setting(recipe, "per_device_train_batch_size")
     positive_setting(recipe, "gradient_accumulation_steps")  # refuse it before minutes of encoding
-    processor = load_processor(recipe.model.path)
+    processor = load_processor(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     data = open_run_data(recipe)
     encoded = encode_pairs(recipe, data, processor, num_samples=pairs)
 
@@ -183,7 +183,7 @@ def describe(pair: EncodedPair, processor: Any) -> Text:
     """Return ``pair`` as the model reads it: runs of image tokens as a count, scored tokens between ‹ and ›."""
     tokenizer = tokenizer_of(processor)
     size = PairSize.of(pair)
-    text = Text(f"{pair.source}, {pair.origin}\n")
+    text = Text(shown(f"{pair.source}, {pair.origin}").replace("\n", "\\n") + "\n")
     text.append(f"{size.prompt} prompt tokens, {size.image_tokens} of them from images in {size.tiles} tiles\n")
     text.append("prompt, not scored:\n", style="bold")
     text.append(_indented(collapse_images(pair.prompt_ids.tolist(), processor)))
@@ -214,7 +214,7 @@ def collapse_images(ids: Sequence[int], processor: Any) -> str:
 
 
 def _decode(ids: list[int], tokenizer: Any) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return shown(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _indented(text: str) -> str:
@@ -261,7 +261,7 @@ def read_config(recipe: Recipe) -> Any | None:
     """Return the model's config; None if it cannot be read: a processor alone is enough to inspect the data."""
     path = recipe.model.path
     try:
-        return AutoConfig.from_pretrained(named_base(path) or path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(named_base(path) or path, trust_remote_code=recipe.model.trust_remote_code)
     except (OSError, ValueError):
         return None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 from vlmpo.commands.adapter_settings import check_adapter_settings, lora_config, quantization
 from vlmpo.commands.config import training_config
 from vlmpo.commands.evaluate import add_questions, show_pair_metrics
+from vlmpo.commands.guard import end_noted, training_folder
 from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_pair_counts
-from vlmpo.commands.run_folder import MANIFEST, check_run_folder, same_run
+from vlmpo.commands.run_folder import MANIFEST, same_run
+from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RecipeError, RunError
-from vlmpo.fileio import replace_json, replace_text
+from vlmpo.fileio import replace_json, replace_text, writing
 from vlmpo.log import logger, print_line
 from vlmpo.loss import needs_reference
 from vlmpo.models.adapters import is_peft
@@ -25,13 +27,13 @@ from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import dump_recipe
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
-from vlmpo.train.checkpoint_files import checkpoints_in
+from vlmpo.train.checkpoint_io import checkpoints_in
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import AVERAGE_FOLDER
 from vlmpo.train.metrics import length_warning, without_set_name
 from vlmpo.train.model_card import package_versions
-from vlmpo.train.provenance import identity
+from vlmpo.train.provenance import identity, utc_now
 from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 
@@ -51,8 +53,13 @@ def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
     """
     args = training_config(recipe)
     args.allow_changes = list(allow_changes)
+    with training_folder(recipe, args) as before:
+        return _train(recipe, args, before)
+
+
+def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MPOTrainer:
+    """Do what :func:`train` does, in a folder that this run holds and that has the manifest ``before``."""
     folder = Path(args.output_dir)
-    before = check_run_folder(folder, recipe.model.path, args.resume_from_checkpoint)
     data, overlaps = _open_data(recipe)
     trainer = _build_trainer(recipe, args, data)
     if recipe.evaluate is not None and recipe.evaluate.questions is not None:
@@ -63,14 +70,16 @@ def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
     if before is not None and newest and _is_finished(folder, before, manifest, trainer):
         return trainer
     checkpoint = trainer.resume_point(args.resume_from_checkpoint or None)
-    manifest["history"] = trainer.history
+    known = (before or {}).get("history") or []
+    manifest["history"] = [*known, *(entry for entry in trainer.history if entry not in known)]
     if before is not None and checkpoint is not None:
         manifest["started"] = before.get("started", manifest["started"])
     if trainer.accelerator.is_main_process:
         replace_json(folder / MANIFEST, {**manifest, "status": "running"})
         replace_text(folder / "recipe.yaml", dump_recipe(recipe))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    _finish(recipe, trainer, data, manifest)
+    with end_noted(folder) if trainer.accelerator.is_main_process else nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint)
+        _finish(recipe, trainer, data, manifest)
     return trainer
 
 
@@ -85,7 +94,8 @@ def cache(recipe: Recipe) -> None:
     args = training_config(recipe)
     data, _ = _open_data(recipe)
     trainer = _build_trainer(recipe, args, data)
-    counts = trainer.precompute_reference()
+    with writing(args.reference_cache_dir or cache_folder() / "reference"):
+        counts = trainer.precompute_reference()
     assert isinstance(trainer.reference, CachedReference)
     pair_counts = trainer.all_pair_counts()
     if trainer.accelerator.is_main_process:
@@ -162,7 +172,7 @@ def _open_data(recipe: Recipe) -> tuple[RunData, dict[str, Any]]:
 
 def _build_trainer(recipe: Recipe, args: MPOConfig, data: RunData) -> MPOTrainer:
     """Return the trainer, with its processor, model, reference and data sets."""
-    processor = load_processor(recipe.model.path)
+    processor = load_processor(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     _ = args.device  # sets up the process group; without it ZeRO-3 and FSDP cannot shard weights as they are loaded
     model = _load_policy(recipe)
     if args.dataloader_num_workers:
@@ -196,7 +206,9 @@ def _load_policy(recipe: Recipe) -> Any:
         ModelError: there is no model, or its checkpoint lacks weights.
         RecipeError: a part that ``model.freeze`` names does not exist.
     """
-    model = load_model(recipe.model.path, recipe.model.dtype, quantization(recipe))
+    model = load_model(
+        recipe.model.path, recipe.model.dtype, quantization(recipe), trust_remote_code=recipe.model.trust_remote_code
+    )
     if recipe.model.dtype == "bfloat16" and recipe.model.lora is None and not is_peft(model):
         logger.info(
             "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"
@@ -212,7 +224,7 @@ def _load_partitioned_reference(recipe: Recipe, model: Any) -> Any:
         return None
     if has_adapter and recipe.reference.kind != "copy":
         return None
-    return load_model(recipe.model.path, recipe.model.dtype)
+    return load_model(recipe.model.path, recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData, overlaps: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +232,7 @@ def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData, overlaps: dict
     hashes = {path: _file_hash(path) for path in data.train.paths}
     trainer.given_settings |= _given_settings(recipe, trainer, data, hashes)
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": utc_now(),
         "versions": package_versions(),
         "seed": trainer.args.seed,
         "data_seed": trainer.args.data_seed,
@@ -270,8 +282,8 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
     if trainer.accelerator.is_main_process:
         steps = trainer.state.global_step
         final = {"steps": steps, "final_model": trainer.final_model(), "evaluation": results}
-        replace_json(folder / MANIFEST, {**manifest, "status": "finished", **final})
         trainer.create_model_card()
+        replace_json(folder / MANIFEST, {**manifest, "status": "finished", **final})  # last: the folder is whole
         show_pair_counts(data, trainer.trained_pairs)
         show_pair_metrics(results)
         print_line(f"model and processor: {folder}")

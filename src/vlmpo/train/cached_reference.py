@@ -247,9 +247,11 @@ def open_cached_reference(
     config = config_hash(base.config)
     dtype = str(base.dtype).removeprefix("torch.")
     name = compat.name_or_path(base.config)
+    ran_code = type(base).__module__.startswith("transformers_modules.")  # the user allowed the model's own code
 
     def reload() -> Reference:  # holds no model
-        return CopyReference(prepare_frozen(accelerator, freeze(load_model(str(name), dtype), shared())))
+        model = load_model(str(name), dtype, trust_remote_code=ran_code)
+        return CopyReference(prepare_frozen(accelerator, freeze(model, shared())))
 
     def any_rank(value: bool) -> bool:
         return any(all_gather_object(accelerator, value)) if passes_are_shared(accelerator) else value

@@ -74,7 +74,6 @@ class MetricsFile(TrainerCallback):
         """Empty the file; a resumed run keeps the lines up to its checkpoint, as later steps are run again."""
         if not state.is_world_process_zero:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.exists() and state.global_step else []
         kept = [line for line in lines if _step_of(line) <= state.global_step][: self.kept]
         replace_text(self.file, "".join(line + "\n" for line in kept))

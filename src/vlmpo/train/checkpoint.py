@@ -26,7 +26,7 @@ from vlmpo.errors import ModelError, RunError, first_line
 from vlmpo.fileio import replace_json
 from vlmpo.loss import RewardShift
 from vlmpo.models.adapters import active_adapter, is_peft, take_over
-from vlmpo.train.checkpoint_files import (
+from vlmpo.train.checkpoint_io import (
     STATE_FILE,
     TRAINER_FILE,
     Checksums,
@@ -131,7 +131,7 @@ def write_state(
         **more,
         "files": files or {},
     }
-    replace_json(Path(checkpoint) / STATE_FILE, {**state, "checksum": _checksum(state)}, sync=True)
+    replace_json(Path(checkpoint) / STATE_FILE, {**state, "checksum": _checksum(state)})
 
 
 def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ unless the user names its key. All other changes are noted in the run's history.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -56,6 +57,11 @@ _ADAPTER = (
 _SHAPES = {"model.lora", "model.lora.r", "model.lora.target_modules", "model.lora.modules_to_save"}  # cannot be loaded
 _SAMPLE = 64  # pairs that stand for a data set without files
 _LONGEST = 80  # characters of a value in a message
+
+
+def utc_now() -> str:
+    """Return the time as manifests and histories have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 # ---- what this run is made by ----

@@ -41,6 +41,7 @@ class StepInfo:
         micro_batches: for each batch its number of micro-batches with rows; of all ranks: the largest.
         images, videos: whether any row has some.
         error: of a bad record that ends the run, if there is one.
+        signum: the signal after which the run is to end, 0 if none has come; of all ranks: of any of them.
     """
 
     pairs: int
@@ -49,9 +50,10 @@ class StepInfo:
     images: bool
     videos: bool
     error: RecordError | None = None
+    signum: int = 0
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
+    def of(cls, batches: Sequence[Batch], error: RecordError | None = None, signum: int = 0) -> StepInfo:
         """Describe this rank's part in an optimizer step."""
         rows = [row for batch in batches for micro_batch in batch.micro_batches for row in micro_batch.rows]
         return cls(
@@ -61,6 +63,7 @@ class StepInfo:
             images=any(row.vision for row in rows),
             videos=any(_VIDEO_TENSORS in row.vision for row in rows),
             error=error,
+            signum=signum,
         )
 
     @classmethod
@@ -73,6 +76,7 @@ class StepInfo:
             images=any(info.images for info in ranks),
             videos=any(info.videos for info in ranks),
             error=next((info.error for info in ranks if info.error is not None), None),
+            signum=max(info.signum for info in ranks),
         )
 
 
@@ -111,14 +115,16 @@ class RankSync:
         summed = self.accelerator.reduce(torch.tensor(values, dtype=kind, device=device), reduction="sum")
         return [float(value) for value in summed]
 
-    def all_reduce(self, batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
+    def all_reduce(self, batches: Sequence[Batch], error: RecordError | None = None, signum: int = 0) -> StepInfo:
         """Return what all ranks will read in the step of ``batches``; called before any forward.
+
+        ``signum`` is a signal that has come to this rank.
 
         Raises:
             RecordError: some rank gave an ``error``; all of them raise it.
             RunError: videos under a wrapper that shares every pass.
         """
-        info = StepInfo.merge(self.all_gather(StepInfo.of(batches, error)))
+        info = StepInfo.merge(self.all_gather(StepInfo.of(batches, error, signum)))
         if info.error is not None:
             raise _met_by_all(info.error)
         if info.videos and self.share_passes:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vlmpo import compat
+from vlmpo import compat, interrupt
 from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
 from vlmpo.data.encode.processors import with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError, first_line
@@ -40,7 +40,7 @@ from vlmpo.train.checkpoint import (
     steps_done,
     write_state,
 )
-from vlmpo.train.checkpoint_files import (
+from vlmpo.train.checkpoint_io import (
     TRAINER_FILE,
     checkpoints_in,
     checksums,
@@ -66,7 +66,16 @@ from vlmpo.train.model_card import (
     training_settings,
 )
 from vlmpo.train.param_groups import PartRates, count_by_part
-from vlmpo.train.provenance import Settings, changes, describe, pairs_hash, refuse_changes, run_settings, settings_of
+from vlmpo.train.provenance import (
+    Settings,
+    changes,
+    describe,
+    pairs_hash,
+    refuse_changes,
+    run_settings,
+    settings_of,
+    utc_now,
+)
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.reference import (
     Reference,
@@ -84,6 +93,7 @@ from vlmpo.train.sharding import (
     whole_state_dict,
 )
 from vlmpo.train.start_check import shared_rows_hold
+from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
@@ -189,23 +199,26 @@ class MPOTrainer(Trainer):
         self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
         self._partial: str | None = None  # the folder that a checkpoint is being written into
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=Collator(
-                args.max_tokens_per_row, shared, keyed=args.reference_kind == "cache", group=args.group_by_prompt
-            ),
-            train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
-            eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
-            processing_class=with_tiles(processing_class, args.max_tiles),  # as it is saved with the model
-            callbacks=[*(callbacks or []), self.clock, self.metrics_file],
-            optimizers=optimizers,
-        )
+        with without_jit_checkpoint(args):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=Collator(
+                    args.max_tokens_per_row, shared, keyed=args.reference_kind == "cache", group=args.group_by_prompt
+                ),
+                train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
+                eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
+                processing_class=with_tiles(processing_class, args.max_tiles),  # as it is saved with the model
+                callbacks=[*(callbacks or []), self.clock, self.metrics_file],
+                optimizers=optimizers,
+            )
         self.pop_callback(PrinterCallback)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they may hold parts of the weights only
             check_features(self.model, processing_class, probe)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.ranks = RankSync(self.accelerator, self.encoder, self.data_collator)
+        self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
+        self.add_callback(self.stopping)
         every, trained = count_by_part(self.model), count_by_part(self.model, trained_only=True)
         self.parameter_counts = {part: (count, trained.get(part, 0)) for part, count in every.items()}
         self.part_rates = PartRates.for_run(
@@ -327,7 +340,8 @@ class MPOTrainer(Trainer):
         self.clock.start()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.clock.fetched()
-        info = self.ranks.all_reduce(batches, self._count_pairs(batches))
+        info = self.ranks.all_reduce(batches, self._count_pairs(batches), interrupt.requested())
+        self.stopping.agree(info.signum)
         counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
         empty = not all(part.rows for batch in batches for part in batch.micro_batches)
         if empty or self.accelerator.num_processes > 1:
@@ -508,6 +522,10 @@ class MPOTrainer(Trainer):
             RecordError: some rank met a bad record under ``on_bad_record="fail"``; all of them raise it.
             RunError: the wrapper of the run cannot score before training.
         """
+        with interrupt.at_once():
+            return self._evaluate_sets(eval_dataset, metric_key_prefix)
+
+    def _evaluate_sets(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         given = pairs_of(eval_dataset, self.with_preferences, "eval_dataset")
         data = self.eval_dataset if given is None else given
         sets = {f"_{name}": part for name, part in data.items()} if isinstance(data, dict) else {"": data}
@@ -649,6 +667,8 @@ class MPOTrainer(Trainer):
         Raises:
             RunError: no sound checkpoint, one of another reference, average, rates or settings, or a model that FSDP
                 has sharded to evaluate it.
+            Interrupted: SIGTERM or Ctrl-C ended it, after a checkpoint; only under ``vlmpo train``, or if
+                ``enable_jit_checkpoint`` is set.
         """
         checkpoint = self.resume_point(resume_from_checkpoint)
         if checkpoint and self.is_deepspeed_enabled:  # its engine loads the weights by itself
@@ -672,7 +692,8 @@ class MPOTrainer(Trainer):
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
             self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
-        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        with self.stopping.watched(self.args.enable_jit_checkpoint):
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._chosen = None
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
@@ -743,9 +764,8 @@ class MPOTrainer(Trainer):
         check_reference(checkpoint, self.ranks.all_gather(self._reference_hash())[0])
         if found:
             logger.info(f"changed since {checkpoint}, and noted: {describe(found)}")
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         noted = {key: list(pair) for key, pair in found.items()}
-        self.history = [*state.get("history", []), {"resumed": when, "from": str(checkpoint), "changes": noted}]
+        self.history = [*state.get("history", []), {"resumed": utc_now(), "from": str(checkpoint), "changes": noted}]
 
     def planned_steps(self) -> int:
         """Return the optimizer steps of the whole run."""
@@ -782,6 +802,8 @@ class MPOTrainer(Trainer):
         checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         with contextlib.nullcontext() if checkpoint else whole_state_dict(self.accelerator):
             super().save_model(output_dir, _internal_call)
+        if not checkpoint and self.args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no reader of a model needs
 
     def all_pair_counts(self) -> PairCounts:
         """Return what became of the pairs of the first epoch so far, over all ranks."""

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from vlmpo.errors import RunError
 from vlmpo.loss import RewardShift
-from vlmpo.train import checkpoint_files
+from vlmpo.train import checkpoint_io
 from vlmpo.train.checkpoint import STATE_FILE, damage, is_verified, read_state, write_state
-from vlmpo.train.checkpoint_files import (
+from vlmpo.train.checkpoint_io import (
     PARTIAL_FOLDER,
     checkpoints_in,
     checksums,
@@ -158,9 +158,9 @@ def test_each_wrappers_layout_is_known(tmp_path: Path, layout: str) -> None:
     for name in ("trainer_state.json", *LAYOUTS[layout]):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert checkpoint_files.missing_files(tmp_path) == []
+    assert checkpoint_io.missing_files(tmp_path) == []
     (tmp_path / LAYOUTS[layout][0]).unlink()
-    assert checkpoint_files.missing_files(tmp_path) != []
+    assert checkpoint_io.missing_files(tmp_path) != []
 
 
 def test_ranks_share_the_reading_and_the_writing(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_ranks_share_the_reading_and_the_writing(tmp_path: Path) -> None:
     recorded = whole_list(tmp_path, parts)
     assert recorded == whole_list(tmp_path, [])
     (tmp_path / names[3]).write_text("damaged, and longer")
-    found = [checkpoint_files.damaged_files(tmp_path, recorded, part, 2) for part in (0, 1)]
+    found = [checkpoint_io.damaged_files(tmp_path, recorded, part, 2) for part in (0, 1)]
     assert [*found[0], *found[1]] == [f"{names[3]} has 19 bytes, not the {len(names[3])} that were written"]
 
 
@@ -195,7 +195,7 @@ def test_a_kill_at_any_system_call_leaves_a_sound_checkpoint(tmp_path: Path, mon
         write(partial_of(run / "checkpoint-4"), weight=2.0)
         calls = iter(range(100))
         with monkeypatch.context() as patched:
-            for owner, name in ((os, "rename"), (os, "unlink"), (os, "rmdir"), (checkpoint_files, "_sync_folder")):
+            for owner, name in ((os, "rename"), (os, "unlink"), (os, "rmdir"), (checkpoint_io, "sync_folder")):
                 real = getattr(owner, name)
 
                 def call(*arguments, real=real, calls=calls, moment=moment, **keywords):
@@ -233,4 +233,4 @@ def test_old_checkpoints_are_removed(tmp_path: Path, limit: int | None, best: in
     for step in (2, 4, 6, 8):
         write(tmp_path / f"checkpoint-{step}", step=step)
     rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
-    assert [checkpoint_files.step_of(path) for path in checkpoints_in(tmp_path)] == kept
+    assert [checkpoint_io.step_of(path) for path in checkpoints_in(tmp_path)] == kept

@@ -19,6 +19,7 @@ from pathlib import Path
 from transformers.trainer_utils import sort_checkpoints
 
 from vlmpo.errors import first_line
+from vlmpo.fileio import sync_folder
 
 STATE_FILE = "vlmpo_state.json"  # written last: a checkpoint that has it is complete
 TRAINER_FILE = "trainer_state.json"  # of transformers
@@ -86,14 +87,14 @@ def whole_list(checkpoint: Path, of_ranks: Iterable[Checksums]) -> Checksums:
 def publish(partial: Path, checkpoint: Path) -> None:
     """Put a complete checkpoint in its place. One that is there already is unmarked first, then replaced."""
     for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
-        _sync_folder(folder)
+        sync_folder(folder)
     if checkpoint.exists():
         (checkpoint / STATE_FILE).unlink(missing_ok=True)
         replaced = partial.with_name("replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(checkpoint, replaced)
     os.rename(partial, checkpoint)
-    _sync_folder(checkpoint.parent)
+    sync_folder(checkpoint.parent)
     shutil.rmtree(partial.parent, ignore_errors=True)
 
 
@@ -132,14 +133,6 @@ def _checksum(file: Path, sync: bool = False) -> list[int]:
         if sync:
             os.fsync(content.fileno())
     return [size, crc]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- damage ----
