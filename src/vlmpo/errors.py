@@ -28,6 +28,10 @@ class DataError(VlmpoError, ValueError):
     """A data set cannot be read: a missing annotation file, a malformed meta.json, an unknown format."""
 
 
+class FileChangedError(DataError):
+    """A data file is not the one any more that was opened: what is known of its records does not hold."""
+
+
 class RecordError(VlmpoError, ValueError):
     """One record cannot be used.
 

@@ -19,6 +19,7 @@ from transformers import (
 from vlmpo import compat
 from vlmpo.errors import ModelError, RecipeError, first_line
 from vlmpo.models.adapters import load_adapter, named_base
+from vlmpo.models.finite import refuse_non_finite
 
 
 def load_processor(path: str) -> Any:
@@ -52,12 +53,15 @@ def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | No
         quantized: further arguments of ``from_pretrained``, which quantise the weights.
 
     Raises:
-        ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
+        ModelError: no model there, weights missing in the checkpoint, which transformers would fill with noise, or
+            weights that are not finite.
     """
     if base := named_base(path):
-        return load_adapter(
+        adapted = load_adapter(
             _base_of_adapter(path, base, functools.partial(load_model, dtype=dtype, quantized=quantized)), path
         )
+        refuse_non_finite(adapted, f"adapter {path}")
+        return adapted
     try:
         has_images = compat.is_image_text_config(AutoConfig.from_pretrained(path))
         model_class: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
@@ -72,6 +76,7 @@ def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | No
             f"model.path: {path} lacks {len(absent)} of the model's weights ({', '.join(absent[:3])}, ...); "
             "they would be random"
         )
+    refuse_non_finite(model, f"model {path}")
     if quantized:
         from peft import prepare_model_for_kbit_training
 

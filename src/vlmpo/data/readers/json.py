@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vlmpo.data.index.columns import to_arrow, to_numpy
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import BOM, json_kind
-from vlmpo.errors import DataError, RecordError
+from vlmpo.errors import DataError, FileChangedError, RecordError
 
 # An array is read whole to find its records, once if the cache can be written to.
 MAX_ARRAY_BYTES = 2 << 30
@@ -56,7 +56,7 @@ class JsonRecords:
         self._file: FileIO | None = None
         self.stamp = None if cache is None else Stamp.of([path])
         try:
-            self._size = os.path.getsize(path)
+            self._state = _state(os.stat(path))
             self._load_places()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
@@ -92,8 +92,18 @@ class JsonRecords:
         return f"{self.path}:{self._lines[index]}"
 
     def record(self, index: int) -> dict[str, Any]:
-        """Read record ``index``. Raises RecordError ``bad_json``."""
+        """Read record ``index``.
+
+        Raises:
+            RecordError: ``bad_json``.
+            FileChangedError: the file has changed since it was opened.
+        """
         file = self._file or self._open()
+        state = _state(os.fstat(file.fileno()))
+        if state != self._state:
+            raise FileChangedError(
+                f"{self.path}: {self._state[0]} bytes when opened, {state[0]} now, written to since; start again"
+            )
         start = int(self._starts[index])
         content = os.pread(file.fileno(), int(self._ends[index]) - start, start)
         unit, remedy = ("record", "write a JSON object") if self._is_array else ("line", "write one JSON object a line")
@@ -109,13 +119,14 @@ class JsonRecords:
     def _open(self) -> FileIO:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  closed with this object
-            size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise DataError(f"{self.path}: could be read before, not any more ({error})") from error
-        if size != self._size:
-            raise DataError(f"{self.path}: {self._size} bytes when opened, {size} now; start again")
+            raise FileChangedError(f"{self.path}: could be read before, not any more ({error})") from error
         self._file = file
         return file
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def find_lines(path: str) -> pa.Table:
