@@ -66,6 +66,24 @@ EXACT: dict[str, dict[str, Any]] = {
     "fsdp_one_loads": {"count": 18, "fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}, "garbage": True},
     "fsdp_scored_at_start": {"count": 18, "fsdp": True, **EVALUATED, "eval_on_start": True},
 }
+IN_BF16 = {"bits": 32, "bf16": True}
+# What goes bad on which rank, and in which step.
+SPOILT: dict[str, dict[str, Any]] = {
+    "ddp": {"count": 12, "spoil": [1, "policy", 2]},
+    "ddp_none": {"count": 12, "reward_shift": "none", "max_grad_norm": 0.0, "spoil": [0, "gradient", 2]},
+    "ddp_accumulated": {"count": 16, "mixed": True, **ACCUMULATED, **IN_BF16, "spoil": [1, "loss", 3]},
+    "ddp_lora": {"count": 12, "lora": True, "spoil": [1, "reference", 2]},
+    "fsdp": {"count": 12, "fsdp": True, "max_grad_norm": 0.5, "spoil": [1, "policy", 2]},
+    "fsdp_sft": {
+        "count": 12,
+        "fsdp": True,
+        "loss_weights": {"nll": 1.0},
+        "bits": 32,
+        "bf16": True,
+        "spoil": [0, "policy", 2],
+    },
+    "fsdp_lora_accumulated": {"count": 16, "lora": True, "fsdp": True, **ACCUMULATED, "spoil": [1, "reference", 2]},
+}
 SCORED = {"count": 2, "fsdp": True, "evaluate": 7, "score_only": True}
 WORKER_ONLY = ("fsdp", "fsdp_config", "ddp_find_unused_parameters", "garbage")
 
@@ -109,6 +127,31 @@ def in_one_process(folder: Path, run: dict[str, Any]) -> tuple[MPOTrainer, float
     before = flat_weights(single.model).clone()
     single.train()
     return single, float((flat_weights(single.model) - before).norm())
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return two_processes(tmp_path_factory.mktemp("spoilt"), SPOILT)
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_number_that_is_not_finite_on_one_rank_ends_all_with_one_message(spoilt: Ranks, name: str) -> None:
+    first, second = spoilt[name]
+    _, what, step = SPOILT[name]["spoil"]
+    assert first["error"] == second["error"]
+    assert (first["met_by"], second["met_by"]) == ("all", "all")
+    assert (first["moved"], second["moved"]) == (False, False)
+    head, *lines = first["error"].splitlines()
+    assert head.startswith(f"step {step}: ")
+    told = {
+        "policy": "log-probs of the policy are not finite in",
+        "reference": "log-probs of the reference are not finite in",
+        "loss": "the loss is not finite (loss, sigmoid)",
+        "gradient": "the gradient is not finite, though loss and log-probs are",
+    }
+    assert told[what] in head
+    named = [line.split(":")[1] for line in lines if line.startswith("  memory:")]
+    assert len(set(named)) == len(named) >= 3  # of both ranks (one pair of the skewed ones is too long)
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -503,6 +503,8 @@ class MPOTrainer(Trainer):
         value = 0.0 if norm is None else float(norm)
         if not self.step_watch.excuses(math.isfinite(value), scaled=self.accelerator.mixed_precision == "fp16"):
             raise self._non_finite(value)
+        if self.step_watch.skipped == 1 and self.step_watch.overflows:
+            logger.info(f"step {self.state.global_step + 1} overflows in fp16: its loss scaler skips such steps")
         if self._step_is_empty or not math.isfinite(value):
             # Without a gradient an optimizer leaves weights and moments as they are: of zeros it would take momentum
             # and weight decay. (DeepSpeed has stepped already.)
