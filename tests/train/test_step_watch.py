@@ -157,7 +157,7 @@ def test_steps_that_a_scaler_skips_go_on_and_the_21st_does_not(tmp_path: Path) -
     state = run.accelerator.state
     before = flat_weights(run.model).clone()
     run.add_callback(AfterSteps(lambda _: moved.append(not torch.equal(flat_weights(run.model), before))))
-    run.model.language_model.norm.weight.register_hook(lambda grad: grad * NAN)
+    run.model.lm_head.weight.register_hook(lambda grad: grad * NAN)
     state._mixed_precision, plain = "fp16", state._mixed_precision
     try:
         with pytest.raises(RunError, match="21 steps in a row in fp16"):

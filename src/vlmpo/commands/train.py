@@ -233,4 +233,5 @@ def _data_counts(data: RunData, trained: PairCounts) -> dict[str, Any]:
             "dropped": reasons,
             "not_reached": read - used - held_out - sum(reasons.values()),
         }
-    return {"sets": sets, "examples": dropped.examples, "eval_dropped": data.eval_screened.to_json()["dropped"]}
+    eval_dropped = data.eval_screened.to_json()["dropped"]
+    return {"sets": sets, "examples": dropped.examples, "eval_dropped": eval_dropped, **trained.mishaps()}

@@ -114,8 +114,8 @@ def nothing_left(fault: str, counts: PairCounts, remedy: str) -> DataError:
     shown = ", ".join(f"{count} {reason}" if count else reason for reason, count in reasons.items())
     named = {**reasons, **dict.fromkeys(counts.examples, 0)}
     messages = [message for reason in named for message in counts.examples.get(reason, [])][:EXAMPLES]
-    lines = [f"{fault}{f' ({shown})' if shown else ''}; {remedy}", *(f"  {message}" for message in messages)]
-    return DataError("\n".join(lines))
+    first = "; the first: " + "\n  ".join(messages) if messages else ""
+    return DataError(f"{fault}{f' ({shown})' if shown else ''}; {remedy}{first}")
 
 
 def _nested(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
