@@ -6,6 +6,7 @@ RUNS is JSON: a list of runs, one after another in the same process group. Each 
 - ``family``: of the zoo, with pairs of its own; else tiny InternVL and:
 - ``count``: pairs, of ``skewed`` kind unless ``mixed`` or ``uneven`` is set;
 - ``tied``, ``bits``: of the model: tied embeddings; 64 (default) or 32 bits;
+- ``unfit``: indices of pairs that cannot be used;
 - ``lora``: put a fresh adapter on it;
 - ``evaluate``: pairs to evaluate on;
 - ``score_only``: evaluate, and be refused training afterwards;

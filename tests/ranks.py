@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -117,6 +118,7 @@ def make_trainer(
     bits: int = 64,
     lora: bool = False,
     evaluate: int = 0,
+    unfit: Sequence[int] = (),
     model_seed: int = 0,
     **settings: Any,
 ) -> MPOTrainer:
@@ -133,7 +135,8 @@ def make_trainer(
     model = tiny_model(model_seed, size=replace(SIZE, tie_word_embeddings=tied), dtype=dtype)
     torch.manual_seed(3)  # the adapter's random half
     make = pairs if mixed else uneven_pairs if uneven else skewed_pairs
-    return trainer(folder, make(count), model=model, **settings)
+    made = [replace(pair, rejected=pair.chosen) if at in unfit else pair for at, pair in enumerate(make(count))]
+    return trainer(folder, made, model=model, **settings)
 
 
 def family_trainer(folder: Any, name: str, **settings: Any) -> MPOTrainer:

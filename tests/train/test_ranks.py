@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from tests.commands.test_train import checkpoint, records, write_data, write_recipe  # noqa: F401
 from tests.paths import REPO
@@ -62,6 +64,9 @@ EXACT: dict[str, dict[str, Any]] = {
     "ddp_uneven": UNEVEN,
     "fsdp_uneven": {**UNEVEN, "fsdp": True},
     "ddp_in_order": {**UNEVEN, "balance_ranks": False},
+    # No rank has a pair in the second step: no weight decay, no momentum.
+    "ddp_empty_step": {"count": 18, "unfit": [4, 5, 6, 7], "weight_decay": 0.1},
+    "fsdp_empty_step": {"count": 18, "unfit": [4, 5, 6, 7], "weight_decay": 0.1, "fsdp": True},
     "fsdp_sft": {"count": 18, "loss_weights": {"nll": 1.0}, "fsdp": True},
     "fsdp_one_loads": {"count": 18, "fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}, "garbage": True},
     "fsdp_scored_at_start": {"count": 18, "fsdp": True, **EVALUATED, "eval_on_start": True},
@@ -341,3 +346,34 @@ def test_a_bad_record_on_one_rank_ends_the_job(tmp_path: Path, checkpoint: Path)
     assert "vlmpo/cli.py" not in done.stderr  # no traceback of ours; torchrun's own comes after
     root_cause = done.stderr.partition("Root Cause")[2]
     assert "exitcode  : 2 " in root_cause  # torchrun's own code is always 1
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.learning_rate=1e12", "step 2: log-probs of the policy are not finite in 4 of its 4 pairs"),
+        ("data.max_length=20", "nothing to train on: none of the 8 pairs can be used (8 over_long)"),
+        ("model.path=damaged", "weight lm_head.weight has 1 non-finite values"),
+    ],
+)
+def test_what_ends_a_run_ends_all_ranks_with_one_message(
+    tmp_path: Path,
+    checkpoint: Path,  # noqa: F811
+    override: str,
+    told: str,
+) -> None:
+    write_data(tmp_path, records(8))
+    recipe = write_recipe(tmp_path, checkpoint, training={"ddp_backend": "gloo"})
+    if "damaged" in override:
+        shutil.copytree(checkpoint, tmp_path / "damaged")
+        weights = load_file(tmp_path / "damaged" / "model.safetensors")
+        weights["lm_head.weight"][0, 0] = math.nan
+        save_file(weights, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+        override = f"model.path={tmp_path / 'damaged'}"
+    done = torchrun("vlmpo", "train", recipe, override, timeout=120)
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert told in done.stderr
+    assert "error on rank" not in done.stderr
+    assert "vlmpo/cli.py" not in done.stderr
+    assert "exitcode  : 2 " in done.stderr.partition("Root Cause")[2]
+    assert not list((tmp_path / "run").glob("*.safetensors"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +16,10 @@ from peft import LoraConfig
 from tests.ranks import spoil
 from tests.tiny_models import model as tiny_model
 from tests.training import AfterSteps, flat_weights, pairs, trainer
+from vlmpo import MPOTrainer
 from vlmpo.errors import ModelError, RunError
 from vlmpo.loss import mpo_loss
+from vlmpo.train.callbacks import BeforeFirstStep
 from vlmpo.train.step_watch import MAX_OVERFLOWS, PairNumbers, StepReport, StepWatch, non_finite_error
 
 NAN, INF = math.nan, math.inf
@@ -149,22 +153,55 @@ def test_a_run_stops_before_its_weights_move(tmp_path: Path, name: str, what: st
     assert f"  last checkpoint: {tmp_path / 'checkpoint-2'}" in rest
 
 
+def with_scaler(folder: Path, monkeypatch: pytest.MonkeyPatch, spoilt_steps: set[int], **settings: Any) -> MPOTrainer:
+    """A run under the loss scaler that fp16 has on a GPU, without the fp16; the gradient of some steps overflows."""
+    run = trainer(folder, pairs(6), optim="sgd", optim_args="momentum=0.9", **settings)
+    accelerator = run.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "no")
+
+    def say_fp16() -> None:  # once the model is prepared, so that nothing is computed in it
+        accelerator.native_amp = True
+        monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+
+    run.add_callback(BeforeFirstStep(say_fp16))
+    due = lambda: run.state.global_step + 1 in spoilt_steps  # noqa: E731
+    run.model.lm_head.weight.register_hook(lambda grad: grad * INF if due() else grad)
+    return run
+
+
 @pytest.mark.slow
-def test_steps_that_a_scaler_skips_go_on_and_the_21st_does_not(tmp_path: Path) -> None:
-    """fp16 needs a GPU; here the accelerator only says that it scales. What it skips moves nothing."""
-    moved = []
-    run = trainer(tmp_path, pairs(6), num_train_epochs=9, optim="sgd")
-    state = run.accelerator.state
-    before = flat_weights(run.model).clone()
-    run.add_callback(AfterSteps(lambda _: moved.append(not torch.equal(flat_weights(run.model), before))))
-    run.model.lm_head.weight.register_hook(lambda grad: grad * NAN)
-    state._mixed_precision, plain = "fp16", state._mixed_precision
-    try:
-        with pytest.raises(RunError, match="21 steps in a row in fp16"):
-            run.train()
-    finally:
-        state._mixed_precision = plain
-    assert moved == [False] * MAX_OVERFLOWS
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_step_that_a_scaler_skips_moves_nothing_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float
+) -> None:
+    seen: list[tuple[torch.Tensor, float]] = []
+    run = with_scaler(
+        tmp_path, monkeypatch, {2, 3, 5}, num_train_epochs=2, lr_scheduler_type="linear", max_grad_norm=max_grad_norm
+    )
+    run.add_callback(AfterSteps(lambda _: seen.append((flat_weights(run.model), run.lr_scheduler.get_last_lr()[0]))))
+    run.train()
+    moved = [not torch.equal(one[0], other[0]) for one, other in itertools.pairwise(seen)]
+    assert moved == [False, False, True, False, True]
+    scheduled = [one[1] != other[1] for one, other in itertools.pairwise(seen)]
+    assert scheduled == moved
+    assert flat_weights(run.model).isfinite().all()
+    assert run.step_watch.skipped == 3
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail).get("grad_norm", 0) is None for line in lines] == [
+        *(False, True, True, False, True, False),
+        False,
+    ]
+
+
+@pytest.mark.slow
+def test_the_21st_step_in_a_row_that_a_scaler_skips_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_scaler(tmp_path, monkeypatch, set(range(4, 100)), num_train_epochs=9)
+    with pytest.raises(RunError, match=r"step 24: .* 21 steps in a row in fp16"):
+        run.train()
+    assert run.state.global_step == 3 + MAX_OVERFLOWS
 
 
 @pytest.mark.slow

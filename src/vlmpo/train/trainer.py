@@ -668,6 +668,9 @@ class MPOTrainer(Trainer):
         if name not in metrics:
             given = ", ".join(sorted(metrics))
             raise RunError(f"training.metric_for_best_model: this evaluation gave no {name}; it gave {given}")
+        if not math.isfinite(metrics[name]):  # no later one would be better than NaN
+            logger.info(f"{name} is {metrics[name]} at step {self.state.global_step}: it is not the best")
+            return False
         if self.args.load_best_model_at_end and self.args.save_strategy != "best" and not self.control.should_save:
             return False
         return super()._determine_best_metric(metrics, trial)
@@ -728,6 +731,7 @@ class MPOTrainer(Trainer):
             self.average.start_from(checkpoint)
         if checkpoint:
             check_rates(checkpoint, self.args.learning_rates)
+        self.data_watch = DataWatch(self.args.max_bad_share)
         output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         if fault := self.data_watch.finish(self.state.epoch or 0.0):
             raise self._nothing_left(fault)
