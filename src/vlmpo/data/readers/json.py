@@ -56,7 +56,8 @@ class JsonRecords:
         self._file: FileIO | None = None
         self.stamp = None if cache is None else Stamp.of([path])
         try:
-            self._state = _state(os.stat(path))
+            status = os.stat(path)
+            self._size, self._written = status.st_size, status.st_mtime_ns
             self._load_places()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
@@ -99,17 +100,17 @@ class JsonRecords:
             FileChangedError: the file has changed since it was opened.
         """
         file = self._file or self._open()
-        state = _state(os.fstat(file.fileno()))
-        if state != self._state:
-            raise FileChangedError(
-                f"{self.path}: {self._state[0]} bytes when opened, {state[0]} now, written to since; start again"
-            )
+        status = os.fstat(file.fileno())
+        if status.st_size != self._size:
+            raise FileChangedError(f"{self.path}: {self._size} bytes when opened, {status.st_size} now; start again")
         start = int(self._starts[index])
         content = os.pread(file.fileno(), int(self._ends[index]) - start, start)
         unit, remedy = ("record", "write a JSON object") if self._is_array else ("line", "write one JSON object a line")
         try:
             record = json.loads(content.decode("utf-8"))
         except (ValueError, RecursionError) as error:
+            if status.st_mtime_ns != self._written:
+                raise FileChangedError(f"{self.path}: written to since it was opened; start again") from error
             detail = f"the {unit} is not valid JSON in UTF-8 ({error}); {remedy}"
             raise RecordError("bad_json", self.origin(index), detail) from error
         if not isinstance(record, dict):
@@ -123,10 +124,6 @@ class JsonRecords:
             raise FileChangedError(f"{self.path}: could be read before, not any more ({error})") from error
         self._file = file
         return file
-
-
-def _state(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
 
 
 def find_lines(path: str) -> pa.Table:
