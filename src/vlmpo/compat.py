@@ -80,6 +80,7 @@ def replace_settings_merger(processor: Any, merge: Callable[..., Any]) -> None:
 # Methods of transformers.Trainer that MPOTrainer overrides, with their parameters in transformers 5.23.
 TRAINER_OVERRIDES = {
     "_determine_best_metric": "(self, metrics, trial)",
+    "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_learning_rate": "(self)",
     "_get_output_dir": "(self, trial)",
     "_load_best_model": "(self)",

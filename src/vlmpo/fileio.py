@@ -1,9 +1,10 @@
-"""Write files atomically, and name the folder if the disk does not take them."""
+"""Write files atomically, JSON without NaN and Infinity; name the folder if the disk does not take them."""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import uuid
@@ -117,11 +118,27 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def dump_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    """Return ``value`` as JSON that every reader takes: a number that is not finite, which JSON lacks, becomes null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    except ValueError:
+        return json.dumps(_with_nulls(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def replace_json(path: Path, value: Any) -> None:
-    """Replace the file ``path`` by ``value`` as indented JSON; see :func:`replace_text`."""
-    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Replace the file ``path`` by ``value`` as indented JSON; see :func:`replace_text` and :func:`dump_json`."""
+    replace_text(path, dump_json(value, indent=1) + "\n")
 
 
 def replace_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Replace the file ``path`` by ``records``, one JSON object a line; see :func:`replace_text`."""
-    replace_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    replace_text(path, "".join(dump_json(record) + "\n" for record in records))

@@ -124,6 +124,7 @@ class DataSection(_Section):
             allows one image.
         video_frames: frames read from one video at most.
         on_bad_record: ``skip`` (and count) or ``fail`` on a record that cannot be used.
+        max_bad_share: share of records whose media may fail while training; more end the run.
         over_long: ``drop`` or ``cut`` pairs above ``max_length``.
         group_by_prompt: how many pairs of one prompt may share it at most; 0 does not group.
         balance_ranks: distribute the pairs of a step over ranks by the work they need.
@@ -136,6 +137,7 @@ class DataSection(_Section):
     max_tiles: int | None = Field(default=None, ge=1)
     video_frames: int = Field(default=8, ge=1)
     on_bad_record: settings.OnBadRecord = "skip"
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
     over_long: settings.OverLong = "drop"
     group_by_prompt: int = Field(default=0, ge=0)
     balance_ranks: bool = True

@@ -12,7 +12,7 @@ from vlmpo.commands.run_data import open_eval, open_run_data, overlaps_with_trai
 from vlmpo.data.encode.processors import tokenizer_of
 from vlmpo.data.readers.questions import QuestionSet, read_questions
 from vlmpo.data.records import Question
-from vlmpo.errors import DataError, RecipeError, first_records
+from vlmpo.errors import DataError, RecipeError, examples_by_reason, first_records
 from vlmpo.evaluate import FIGURES, Answer, answer_questions, compare, short_name, summarise
 from vlmpo.fileio import replace_json, replace_json_lines
 from vlmpo.generate.base import Sampling
@@ -133,7 +133,7 @@ def _read_questions(section: EvaluateSection) -> QuestionSet:
     question_set = read_questions(section.questions, section.image_root, split=section.split)
     for reason, count in question_set.counts().items():
         logger.info(f"note: {count} evaluation questions dropped as {reason}")
-    first = first_records(question_set.dropped)
+    first = first_records(examples_by_reason(question_set.dropped))
     if not question_set.questions:
         raise DataError(
             f"{section.questions}: of {len(question_set.dropped)} questions none can be asked; the first: {first}"

@@ -76,7 +76,7 @@ def _sample(recipe: Recipe, build: BuildSection, folder: Path) -> SampleReport:
     replace_json(folder / MANIFEST_FILE, {**manifest, "status": "finished", **report.to_json()})
     _show(report, build, file.path)
     if not file.done:
-        first = f"; the first: {first_records(report.dropped)}" if report.dropped else ""
+        first = f"; the first: {first_records(examples_by_reason(report.dropped))}" if report.dropped else ""
         raise DataError(f"{build.questions}: of {report.read} questions none could be asked{first}")
     return report
 

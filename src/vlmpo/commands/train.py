@@ -306,4 +306,5 @@ def _data_counts(data: RunData, trained: PairCounts) -> dict[str, Any]:
             # A pair used before a resume may be one that is dropped since: its image is gone.
             "not_reached": max(0, read - used - held_out - sum(reasons.values())),
         }
-    return {"sets": sets, "examples": dropped.examples, "eval_dropped": data.eval_screened.to_json()["dropped"]}
+    eval_dropped = data.eval_screened.to_json()["dropped"]
+    return {"sets": sets, "examples": dropped.examples, "eval_dropped": eval_dropped, **trained.mishaps()}

@@ -20,6 +20,7 @@ from vlmpo import compat
 from vlmpo.errors import ModelError, RecipeError
 from vlmpo.models.adapters import is_adapter, load_adapter, named_base
 from vlmpo.models.checkpoint_files import what_processor_lacks, why_refused, why_unloadable
+from vlmpo.models.finite import refuse_non_finite
 
 
 def load_processor(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -61,11 +62,14 @@ def load_model(
         trust_remote_code: run the code that comes with the model.
 
     Raises:
-        ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
+        ModelError: no model there, weights missing in the checkpoint, which transformers would fill with noise, or
+            weights that are not finite.
     """
     if base := named_base(path):
         load = functools.partial(load_model, dtype=dtype, quantized=quantized, trust_remote_code=trust_remote_code)
-        return load_adapter(_base_of_adapter(path, base, load), path)
+        adapted = load_adapter(_base_of_adapter(path, base, load), path)
+        refuse_non_finite(adapted, f"adapter {path}")
+        return adapted
     if reason := why_unloadable(path, trust_remote_code=trust_remote_code):
         raise ModelError(f"model.path: no model can be loaded from {path}: {reason}")
     try:
@@ -87,6 +91,7 @@ def load_model(
             f"model.path: {path} lacks {len(absent)} of the model's weights ({', '.join(absent[:3])}, ...); "
             "they would be random"
         )
+    refuse_non_finite(model, f"model {path}")
     if quantized:
         from peft import prepare_model_for_kbit_training
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
-from vlmpo.fileio import replace_text
+from vlmpo.fileio import dump_json, replace_text
 from vlmpo.log import logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -55,7 +56,7 @@ class ShortPrinter(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to ``metrics.jsonl``, with unrounded numbers.
+    """Appends every log to ``metrics.jsonl``, with unrounded numbers; those not finite are null, and named.
 
     Attributes:
         kept: lines that a resumed run keeps at most: those there were when its checkpoint was written; None: all up to
@@ -81,7 +82,16 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with self.file.open("a") as out:
-                out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                out.write(metrics_line(state.global_step, logs) + "\n")
+
+
+def metrics_line(step: int, logs: dict[str, Any]) -> str:
+    """Return a log as one JSON object.
+
+    JSON has no NaN and no infinity: such values are null, and ``not_finite`` says what they were.
+    """
+    odd = {name: str(value) for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)}
+    return dump_json({"step": step, **logs, **({"not_finite": odd} if odd else {})}, ensure_ascii=True)
 
 
 def _step_of(line: str) -> float:

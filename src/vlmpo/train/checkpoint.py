@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vlmpo import compat
 from vlmpo.errors import ModelError, RunError, first_line
-from vlmpo.fileio import replace_json
+from vlmpo.fileio import dump_json, replace_json
 from vlmpo.loss import RewardShift
 from vlmpo.models.adapters import active_adapter, is_peft, take_over
 from vlmpo.train.checkpoint_io import (
@@ -131,6 +131,7 @@ def write_state(
         **more,
         "files": files or {},
     }
+    state = json.loads(dump_json(state))  # a sum of losses may be infinite, which JSON has no word for
     replace_json(Path(checkpoint) / STATE_FILE, {**state, "checksum": _checksum(state)})
 
 

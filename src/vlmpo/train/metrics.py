@@ -128,12 +128,25 @@ def window_metrics(ranks: Sequence[Mapping[str, float]], seconds: float) -> dict
     total = add_up(ranks)
     waited = total.pop("data_wait", 0.0) / len(ranks)
     steps = max(total.pop("steps", 0.0) / len(ranks), 1.0)
-    metrics = {**training_metrics(total, steps), "step_seconds": seconds / steps}
+    empty = total.pop("empty_steps", 0.0) / len(ranks)
+    metrics = {**training_metrics(total, max(steps - empty, 1.0)), "step_seconds": seconds / steps}
+    if empty:
+        metrics |= {"empty_steps": empty, "steps": steps}
     if seconds > 0:
         metrics["data_wait_share"] = waited / seconds
         metrics["pairs_per_second"] = total.get("pairs", 0.0) / seconds
         metrics["tokens_per_second"] = total.get("tokens", 0.0) / seconds
     return metrics
+
+
+def leave_out_empty_steps(logs: dict[str, float]) -> None:
+    """Make the loss the mean over the steps that had a pair; remove it if none had one: it is not 0, there is none."""
+    empty, steps = logs.get("empty_steps", 0.0), logs.pop("steps", 0.0)
+    if empty and empty < steps:
+        logs["loss"] *= steps / (steps - empty)
+    elif empty:
+        for name in [name for name in logs if name == "loss" or name.startswith("loss/")]:
+            del logs[name]
 
 
 def start_loss(logs: Mapping[str, float], weights: Mapping[str, float], router_coefficient: float | None) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from vlmpo.errors import RunError, VlmpoError
+from vlmpo.errors import RunError, met_by_all
 from vlmpo.log import logger
 from vlmpo.train.checkpoint import is_verified
 
@@ -49,9 +49,11 @@ def _newest_sound(folder: str, there: Sequence[Path], damage_in: DamageIn) -> Pa
             return checkpoint
         damaged.append(_describe(checkpoint, found))
     if damaged:
-        raise _met_by_all(
-            f"no checkpoint in {folder} can be gone on from: {'; '.join(damaged)}. To start anew, remove the folder or "
-            "name another one in training.output_dir"
+        raise met_by_all(
+            RunError(
+                f"no checkpoint in {folder} can be gone on from: {'; '.join(damaged)}. To start anew, remove the folder or "
+                "name another one in training.output_dir"
+            )
         )
     return None
 
@@ -65,24 +67,20 @@ def _refuse_damaged(named: Path, there: Sequence[Path], damage_in: DamageIn) -> 
     others = (path for path in there if path.absolute() != named.absolute())
     sound = next((path for path in others if not damage_in(path)), None)
     remedy = f"the newest sound one is {sound}: name that" if sound else "no other one in the run folder is sound"
-    raise _met_by_all(f"{_describe(named, found)}; {remedy} in training.resume_from_checkpoint")
+    raise met_by_all(RunError(f"{_describe(named, found)}; {remedy} in training.resume_from_checkpoint"))
 
 
 def refuse_damaged_best(checkpoint: str, found: Sequence[str]) -> None:
     """Raise RunError if something was found to be wrong with the checkpoint of the best evaluation."""
     if found:
-        raise _met_by_all(
-            f"the best checkpoint cannot be loaded: {_describe(Path(checkpoint), found)}. Training is over; for the "
-            "model of the last step set training.load_best_model_at_end: false and resume"
+        raise met_by_all(
+            RunError(
+                f"the best checkpoint cannot be loaded: {_describe(Path(checkpoint), found)}. Training is over; for the "
+                "model of the last step set training.load_best_model_at_end: false and resume"
+            )
         )
 
 
 def _describe(checkpoint: Path, found: Sequence[str]) -> str:
     more = f", and {len(found) - 3} more" if len(found) > 3 else ""
     return f"{checkpoint} is damaged: {', '.join(found[:3])}{more}"
-
-
-def _met_by_all(message: str) -> VlmpoError:
-    error = RunError(message)
-    error.met_by = "all"
-    return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,11 +21,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from vlmpo import compat, interrupt
 from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
 from vlmpo.data.encode.processors import with_tiles
-from vlmpo.errors import RecipeError, RecordError, RunError, first_line
+from vlmpo.errors import RecipeError, RecordError, RunError, VlmpoError, first_line, met_by_all
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
+from vlmpo.models.finite import describe as describe_weights
+from vlmpo.models.finite import non_finite_weights
 from vlmpo.models.fit import check_features, check_processor, limits_of
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
@@ -33,6 +36,7 @@ from vlmpo.train.checkpoint import (
     check_rates,
     check_reference,
     damage,
+    last_complete_checkpoint,
     load_weights,
     read_state,
     restore_state,
@@ -51,12 +55,14 @@ from vlmpo.train.checkpoint_io import (
     whole_list,
 )
 from vlmpo.train.config import MPOConfig
-from vlmpo.train.counts import PairCounts
+from vlmpo.train.counts import EXAMPLES, PairCounts, nothing_left
+from vlmpo.train.data_watch import DataWatch
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.inputs import check_arguments, load_named, pairs_of, refuse_shared_weights, refuse_unused
+from vlmpo.train.launcher import refuse_unseen_ranks
 from vlmpo.train.loaders import LoaderFactory
-from vlmpo.train.metrics import StepSums, add_up, settle_best_metric, start_loss, window_metrics
+from vlmpo.train.metrics import StepSums, add_up, leave_out_empty_steps, settle_best_metric, start_loss, window_metrics
 from vlmpo.train.model_card import (
     CARD_FILE,
     RunSummary,
@@ -76,23 +82,26 @@ from vlmpo.train.provenance import (
     settings_of,
     utc_now,
 )
-from vlmpo.train.rank_sync import RankSync
+from vlmpo.train.rank_sync import RankSync, StepInfo
 from vlmpo.train.reference import (
     Reference,
     online_reference,
     switch_dropout_off,
 )
 from vlmpo.train.resume import choose_checkpoint, refuse_damaged_best
+from vlmpo.train.runaway import RunawayWatch
 from vlmpo.train.sampler import PairLoader
 from vlmpo.train.sharding import (
     broadcast_object,
     compute_dtype,
     configure_fsdp,
+    full_tensor,
     no_gradient_sync,
     prepare_to_score,
     whole_state_dict,
 )
 from vlmpo.train.start_check import shared_rows_hold
+from vlmpo.train.step_watch import StepWatch, non_finite_error
 from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
@@ -133,7 +142,8 @@ class MPOTrainer(Trainer):
         ModelError: the processor has no chat template or is another model's, or a checkpoint does not fit.
         DataError: records of no known format, or a streaming data set, which has no length.
         RecordError: a bad record under ``on_bad_record="fail"``.
-        RunError: a checkpoint is incomplete, or was trained against another reference.
+        RunError: a checkpoint is incomplete, or was trained against another reference; a loss, a log-prob or a gradient
+            is not finite.
     """
 
     # The loss is divided by the global batch's own denominators; Trainer must not divide it by accumulation steps.
@@ -188,6 +198,10 @@ class MPOTrainer(Trainer):
         self._step_rewards = [0.0, 0.0]  # sum and count in the optimizer step under way, on this rank
         self.clock = StepClock()
         self.metrics_file = MetricsFile(args.output_dir)
+        self.step_watch = StepWatch()
+        self.data_watch = DataWatch(args.max_bad_share)
+        self.runaway = RunawayWatch(args.beta)
+        self._step_is_empty = False  # whether no rank has a pair in the optimizer step under way
         self.pair_counts = PairCounts()
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self.card_fields: dict[str, Any] = {}
@@ -251,7 +265,11 @@ class MPOTrainer(Trainer):
     # ---- set-up ----
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Do as transformers does; refuse wrappers that cannot be exact, and use one GPU a process."""
+        """Do as transformers does; refuse wrappers that cannot be exact, and use one GPU a process.
+
+        Raises:
+            RecipeError: FSDP of version 1, or a launcher whose processes do not see each other.
+        """
         if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
             logger.info(
                 f"one of {self.args.n_gpu} GPUs is used; to use all, start with "
@@ -259,6 +277,7 @@ class MPOTrainer(Trainer):
             )
             compat.use_one_gpu(self.args)
         super().create_accelerator_and_postprocess()
+        refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
         configure_fsdp(self.accelerator, self.model)
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
@@ -312,6 +331,9 @@ class MPOTrainer(Trainer):
             prepare=self._prepare_inputs,
             half=self.args.bf16 or self.args.fp16,
             wrapped=self.model_wrapped if self.ranks.share_passes else None,
+            reference=getattr(self.reference, "model", None),
+            fail_on_bad=self._fail_on_bad,
+            gather=self.ranks.all_gather,
         )
         if not hold:
             self.data_collator.shared = False
@@ -340,8 +362,10 @@ class MPOTrainer(Trainer):
         self.clock.start()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.clock.fetched()
+        self.step_watch.start()
         info = self.ranks.all_reduce(batches, self._count_pairs(batches), interrupt.requested())
         self.stopping.agree(info.signum)
+        self._watch_data(info)
         counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
         empty = not all(part.rows for batch in batches for part in batch.micro_batches)
         if empty or self.accelerator.num_processes > 1:
@@ -360,9 +384,30 @@ class MPOTrainer(Trainer):
                     logger.info(f"dropped: {unusable.error}")
                 if first_epoch:
                     self.pair_counts.drop(unusable.source, unusable.error)
+                else:
+                    self.pair_counts.dropped_later[unusable.source, unusable.error.reason] += 1
             if first_epoch:
                 self.pair_counts.used.update(source for part in batch.micro_batches for source in part.sources)
         return None
+
+    def _watch_data(self, info: StepInfo) -> None:
+        """Raise DataError, on all ranks, if there is nothing or too little to train on; note a step without a pair."""
+        fault = self.data_watch.see(
+            records=info.records, usable=info.pairs, failed=info.failed, epoch=self.state.epoch or 0.0
+        )
+        if fault is not None:
+            raise self._nothing_left(fault)
+        self._step_is_empty = info.pairs == 0
+        if self.average is not None:
+            self.average.paused = self._step_is_empty
+        if self._step_is_empty and self.accelerator.is_main_process:  # one rank counts what all ranks share
+            self.pair_counts.empty_steps += 1
+            if self.pair_counts.empty_steps <= EXAMPLES:
+                logger.info(f"step {self.state.global_step + 1} has no usable pair: it moves no weight")
+
+    def _nothing_left(self, fault: str) -> VlmpoError:
+        remedy = "put the files back or correct the records (data.max_bad_share: how many files may fail)"
+        return met_by_all(nothing_left(f"data.train: {fault}", self.all_pair_counts(), remedy))
 
     # ---- one step ----
 
@@ -426,9 +471,11 @@ class MPOTrainer(Trainer):
                 coefficient=self.router_coefficient,
                 num_pairs=counts.get("pairs"),
             )
+        loss = output.loss
         if model.training:
             self._record(micro_batch, policy.detach(), output)
-        loss = output.loss * self.accelerator.num_processes
+            loss = self.step_watch.guarded(micro_batch, policy, reference, output)
+        loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
     def _response_logps(
@@ -466,7 +513,13 @@ class MPOTrainer(Trainer):
         responses = torch.cat([micro_batch.chosen, micro_batch.rejected])
         rewards = self.args.beta * (policy.detach() - reference)[responses]
         mean_and_count = [float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0]
-        self.reward_shift.observe(*self.ranks.sum_over_ranks(mean_and_count, self.args.device))
+        self._observe(mean_and_count)
+
+    def _observe(self, sum_and_count: list[float]) -> None:
+        """Let rewards of all ranks enter delta, unless they are not finite: delta would never be finite again."""
+        total, count = self.ranks.sum_over_ranks(sum_and_count, self.args.device)
+        if math.isfinite(total):
+            self.reward_shift.observe(total, count)
 
     def _record(self, micro_batch: MicroBatch, policy: Tensor, output: LossOutput) -> None:
         """Add a micro-batch to the sums behind the log and behind delta."""
@@ -485,10 +538,48 @@ class MPOTrainer(Trainer):
     def _end_step(self) -> None:
         """Move delta, once, by the rewards of all ranks: the optimizer step's losses are all computed."""
         if self.reward_shift.mode == "previous" and self.reference is not None:
-            self.reward_shift.observe(*self.ranks.sum_over_ranks(self._step_rewards, self.args.device))
+            self._observe(self._step_rewards)
         self.reward_shift.step()
         self._step_rewards = [0.0, 0.0]
         self.sums.values["steps"] += 1
+        self.sums.values["empty_steps"] += self._step_is_empty
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradient, and let nothing move the weights that should not.
+
+        transformers calls this between the backward pass and the optimizer's step, whether it clips or not.
+
+        Raises:
+            RunError: the norm, a loss or a log-prob is not finite; all ranks raise it.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, Tensor):
+            norm = full_tensor(norm)
+        value = 0.0 if norm is None else float(norm)
+        if not self.step_watch.excuses(math.isfinite(value), scaled=self.accelerator.mixed_precision == "fp16"):
+            raise self._non_finite(value)
+        if self.step_watch.skipped == 1 and self.step_watch.overflows:
+            logger.info(f"step {self.state.global_step + 1} overflows in fp16: its loss scaler skips such steps")
+        if self._step_is_empty or not math.isfinite(value):
+            # Without a gradient an optimizer leaves weights and moments as they are: of zeros it would take momentum
+            # and weight decay. (DeepSpeed has stepped already.)
+            for parameter in model.parameters():
+                parameter.grad = None
+        elif warning := self.runaway.see_norm(self.state.global_step + 1, value):
+            logger.info(f"warning: {warning}")
+        return norm
+
+    def _non_finite(self, grad_norm: float) -> VlmpoError:
+        newest = last_complete_checkpoint(self.args.output_dir)
+        error = non_finite_error(
+            self.ranks.all_gather(self.step_watch.report()),
+            step=self.state.global_step + 1,
+            grad_norm=grad_norm,
+            overflows=self.step_watch.overflows,
+            checkpoint=None if newest is None else str(newest),
+            moved=self.is_deepspeed_enabled,
+        )
+        return met_by_all(error)
 
     # ---- log and evaluation ----
 
@@ -498,13 +589,17 @@ class MPOTrainer(Trainer):
             seconds, waited = self.clock.take()
             logs |= window_metrics(self.ranks.all_gather({**self.sums.values, "data_wait": waited}), seconds)
             self.sums = StepSums()
+            leave_out_empty_steps(logs)
             if self.reference is not None:
                 logs["reward_shift"] = self.reward_shift.value
-                if self.state.global_step == 1:
+                if self.state.global_step == 1 and "loss" in logs:
                     logs["start/expected_loss"] = start_loss(logs, self.args.weights, self.router_coefficient)
+            for warning in self.runaway.see_log(self.state.global_step, logs):
+                logger.info(f"warning: {warning}")
         if "train_loss" in logs:  # transformers divides the loss of this session by its steps
-            if self._loss_known:
-                logs["train_loss"] = compat.loss_sums(self)["total"] / max(self.state.global_step, 0.001)
+            steps = self.state.global_step - self.all_pair_counts().empty_steps
+            if self._loss_known and steps:
+                logs["train_loss"] = compat.loss_sums(self)["total"] / steps
             elif self.state.global_step == self._steps_before:
                 del logs["train_loss"]
         if "learning_rate" in logs and self.part_rates is not None:
@@ -569,6 +664,8 @@ class MPOTrainer(Trainer):
 
         Raises:
             RecipeError: the reference has no store.
+            DataError: no pair can be used.
+            RunError: a log-prob is not finite.
         """
         if not isinstance(self.reference, CachedReference):
             raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
@@ -583,6 +680,9 @@ class MPOTrainer(Trainer):
             evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
             prepare=self._prepare_inputs,
         )
+        pair_counts = self.all_pair_counts()
+        if not pair_counts.used.total():
+            raise self._nothing_left("nothing to train on: none of the pairs can be used")
         self.completeness.reach()
         ranks = self.ranks.all_gather(counts)
         return {name: sum(rank[name] for rank in ranks) for name in counts}
@@ -633,6 +733,9 @@ class MPOTrainer(Trainer):
         if name not in metrics:
             given = ", ".join(sorted(metrics))
             raise RunError(f"training.metric_for_best_model: this evaluation gave no {name}; it gave {given}")
+        if not math.isfinite(metrics[name]):  # no later one would be better than NaN
+            logger.info(f"{name} is {metrics[name]} at step {self.state.global_step}: it is not the best")
+            return False
         if self.args.load_best_model_at_end and self.args.save_strategy != "best" and not self.control.should_save:
             return False
         return super()._determine_best_metric(metrics, trial)
@@ -666,7 +769,8 @@ class MPOTrainer(Trainer):
 
         Raises:
             RunError: no sound checkpoint, one of another reference, average, rates or settings, or a model that FSDP
-                has sharded to evaluate it.
+                has sharded to evaluate it; a loss, a log-prob or a gradient is not finite.
+            DataError: there is nothing, or too little, to train on.
             Interrupted: SIGTERM or Ctrl-C ended it, after a checkpoint; only under ``vlmpo train``, or if
                 ``enable_jit_checkpoint`` is set.
         """
@@ -692,9 +796,12 @@ class MPOTrainer(Trainer):
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
             self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
+        self.data_watch = DataWatch(self.args.max_bad_share)
         with self.stopping.watched(self.args.enable_jit_checkpoint):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._chosen = None
+        if fault := self.data_watch.finish(self.state.epoch or 0.0):
+            raise self._nothing_left(fault)
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
             logger.info(
@@ -797,13 +904,30 @@ class MPOTrainer(Trainer):
         self.sums.values.update(mine["sums"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model whole, also if checkpoints hold shards: of those transformers would write nothing."""
+        """Write the model whole, also if checkpoints hold shards: of those transformers would write nothing.
+
+        Raises:
+            RunError: a weight is not finite; nothing is written.
+        """
+        self._refuse_to_save()
         folder = Path(output_dir or self.args.output_dir)
         checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         with contextlib.nullcontext() if checkpoint else whole_state_dict(self.accelerator):
             super().save_model(output_dir, _internal_call)
         if not checkpoint and self.args.should_save:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no reader of a model needs
+
+    def _refuse_to_save(self) -> None:
+        """Raise RunError if a weight is not finite: on this rank, or on any if each holds a shard."""
+        bad = non_finite_weights(self.model)
+        if self.ranks.share_passes:
+            bad = [weight for rank in self.ranks.all_gather(bad) for weight in rank]
+        if bad:
+            newest = last_complete_checkpoint(self.args.output_dir)
+            kept = f"the last checkpoint is {newest}" if newest else "there is no checkpoint"
+            raise met_by_all(
+                RunError(f"step {self.state.global_step}: {describe_weights(bad)}; the model is not saved, {kept}")
+            )
 
     def all_pair_counts(self) -> PairCounts:
         """Return what became of the pairs of the first epoch so far, over all ranks."""
