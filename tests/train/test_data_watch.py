@@ -88,7 +88,7 @@ def test_a_resumed_run_does_not_judge_the_rest_of_an_epoch() -> None:
     assert watch.finish(2.0) is not None
 
 
-def test_the_error_shows_the_first_records_of_the_most_frequent_reason() -> None:
+def test_the_error_shows_the_first_records_of_the_most_frequent_reason_first() -> None:
     counts = PairCounts()
     for line, reason in enumerate(["over_long", "missing_image", "missing_image", "missing_image", "missing_image"]):
         counts.drop("a", RecordError(reason, f"a.jsonl:{line + 1}", "no good"))
@@ -96,6 +96,7 @@ def test_the_error_shows_the_first_records_of_the_most_frequent_reason() -> None
         "nothing (4 missing_image, 1 over_long); mend it; the first: a.jsonl:2: no good [missing_image]",
         "  a.jsonl:3: no good [missing_image]",
         "  a.jsonl:4: no good [missing_image]",
+        "  a.jsonl:1: no good [over_long]",
     ]
     assert str(nothing_left("nothing", PairCounts(), "mend it")) == "nothing; mend it"
 

@@ -191,7 +191,7 @@ def test_more_steps_and_another_rate_take_effect_at_once(tmp_path: Path, schedul
     groups = resumed.optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
     assert {group["betas"][0] for group in groups} == {0.7}
-    assert resumed.history[0]["changes"]["training.learning_rate"] == [1e-3, 4e-3]
+    assert resumed.checkpoints.history[0]["changes"]["training.learning_rate"] == [1e-3, 4e-3]
 
 
 # ---- made by other settings ----
@@ -227,7 +227,7 @@ def test_what_would_make_the_record_false_is_refused(begun: Path, name: str) -> 
     change, words = OTHER[name]
     run = trainer(begun, pairs(4), **{"per_device_train_batch_size": 1, **change})
     with pytest.raises(RunError) as refused:
-        run.resume_point(True)
+        run.checkpoints.choose(True)
     assert words in str(refused.value)
     assert ("--allow-changes" in str(refused.value)) == (name != "adapter")
 
@@ -238,10 +238,14 @@ def test_other_data_is_refused_or_allowed_by_name(begun: Path, data: list) -> No
     with pytest.raises(
         RunError, match=r"data.train.pairs: 4 pairs, .* -> [34] pairs, .*--allow-changes data.train.pairs"
     ):
-        trainer(begun, data, per_device_train_batch_size=1).resume_point(True)
+        trainer(begun, data, per_device_train_batch_size=1).checkpoints.choose(True)
     allowed = trainer(begun, data, per_device_train_batch_size=1, allow_changes=["data"])
-    assert allowed.resume_point(True) == str(begun / "checkpoint-4")
-    assert list(allowed.history[0]["changes"]) == ["data.train.pairs", "training.save_steps", "training.save_strategy"]
+    assert allowed.checkpoints.choose(True) == str(begun / "checkpoint-4")
+    assert list(allowed.checkpoints.history[0]["changes"]) == [
+        "data.train.pairs",
+        "training.save_steps",
+        "training.save_strategy",
+    ]
 
 
 @pytest.mark.slow
@@ -249,15 +253,15 @@ def test_the_same_global_batch_may_be_cut_otherwise(begun: Path, tmp_path: Path)
     trainer(tmp_path, pairs(4), per_device_train_batch_size=2, save_strategy="steps", save_steps=1).train()
     other = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     run = trainer(tmp_path, pairs(4), **other)
-    assert run.resume_point(True) == str(tmp_path / "checkpoint-2")
-    assert run.history[0]["changes"]["training.per_device_train_batch_size"] == [2, 1]
+    assert run.checkpoints.choose(True) == str(tmp_path / "checkpoint-2")
+    assert run.checkpoints.history[0]["changes"]["training.per_device_train_batch_size"] == [2, 1]
 
 
 @pytest.mark.slow
 def test_an_unknown_key_that_may_differ_is_refused(begun: Path) -> None:
     run = trainer(begun, pairs(4), per_device_train_batch_size=1, allow_changes=["loss.betta"])
     with pytest.raises(RecipeError, match=r"no setting is called 'loss.betta'; loss\.beta\?"):
-        run.resume_point(True)
+        run.checkpoints.choose(True)
 
 
 ADAPTERS = {
@@ -280,7 +284,7 @@ def test_another_adapter_is_named(tmp_path: Path, verified: bool) -> None:
         file.write_text(json.dumps({name: state[name] for name in old}))
     for other, words in ADAPTERS.values():
         with pytest.raises(RunError) as refused:
-            trainer(tmp_path, pairs(2), peft_config=other).resume_point(True)
+            trainer(tmp_path, pairs(2), peft_config=other).checkpoints.choose(True)
         assert words in str(refused.value)
 
 
@@ -295,7 +299,7 @@ def test_the_newest_sound_checkpoint_is_taken(begun: Path, tmp_path: Path, name:
     file = tmp_path / "checkpoint-3" / name
     file.write_bytes(file.read_bytes()[:-2])
     run = trainer(tmp_path, pairs(4), per_device_train_batch_size=1)
-    assert run.resume_point(True) == str(tmp_path / "checkpoint-2")
+    assert run.checkpoints.choose(True) == str(tmp_path / "checkpoint-2")
     said = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
     assert len(said) == 1
     assert f"checkpoint-4 is damaged: {name} is missing; " in said[0]
@@ -303,7 +307,7 @@ def test_the_newest_sound_checkpoint_is_taken(begun: Path, tmp_path: Path, name:
     shutil.rmtree(tmp_path / "checkpoint-2")
     shutil.rmtree(tmp_path / "checkpoint-1")
     with pytest.raises(RunError, match=r"no checkpoint in .* can be gone on from: .*checkpoint-4 is damaged"):
-        trainer(tmp_path, pairs(4), per_device_train_batch_size=1).resume_point(True)
+        trainer(tmp_path, pairs(4), per_device_train_batch_size=1).checkpoints.choose(True)
 
 
 @pytest.mark.slow

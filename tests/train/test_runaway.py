@@ -149,10 +149,10 @@ def test_a_healthy_run_does_not_warn_and_one_that_runs_away_does(
 ) -> None:
     healthy = trainer(Path(tmp_path) / "healthy", pairs(12), num_train_epochs=5, learning_rate=1e-4)
     healthy.train()
-    assert healthy.runaway.warnings == {}
+    assert healthy.watch.runaway.warnings == {}
     assert "warning:" not in capsys.readouterr().err
     monkeypatch.setattr(runaway, "MAX_MARGIN", 0.05)
     wild = trainer(Path(tmp_path) / "wild", pairs(12), num_train_epochs=5, learning_rate=3e-3)
     wild.train()
-    assert list(wild.runaway.warnings) == ["reward margin"]
+    assert list(wild.watch.runaway.warnings) == ["reward margin"]
     assert capsys.readouterr().err.count("warning: step ") == 1

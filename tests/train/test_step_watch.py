@@ -186,7 +186,7 @@ def test_a_step_that_a_scaler_skips_moves_nothing_and_the_run_goes_on(
     scheduled = [one[1] != other[1] for one, other in itertools.pairwise(seen)]
     assert scheduled == moved
     assert flat_weights(run.model).isfinite().all()
-    assert run.step_watch.skipped == 3
+    assert run.watch.numbers.skipped == 3
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail).get("grad_norm", 0) is None for line in lines] == [
         *(False, True, True, False, True, False),

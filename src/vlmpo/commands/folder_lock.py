@@ -36,7 +36,7 @@ def locked(folder: Path, command: str, key: str) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    is_new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"_{command}.lock"
     descriptor = _acquire(path, folder, command, key)
@@ -56,9 +56,9 @@ def locked(folder: Path, command: str, key: str) -> Iterator[None]:
                     path.unlink()
             _held.discard(descriptor)
             os.close(descriptor)
-            if is_new:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()  # nothing has come into it
+            with contextlib.suppress(OSError):
+                for path in made:
+                    path.rmdir()  # nothing has come into it
 
 
 def _acquire(path: Path, folder: Path, command: str, key: str) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 
 from vlmpo.commands.folder_lock import locked
 from vlmpo.commands.run_folder import MANIFEST, WRITTEN, check_run_folder, read_manifest, read_paths, refuse_inputs
-from vlmpo.errors import VlmpoError, first_line
+from vlmpo.errors import VlmpoError, first_line, met_by_all
 from vlmpo.fileio import replace_json, writing
 from vlmpo.interrupt import Interrupted
 from vlmpo.recipe import Recipe
 from vlmpo.train.config import MPOConfig
+from vlmpo.train.launcher import refuse_unseen_ranks
 from vlmpo.train.provenance import utc_now
 
 _KEY = "training.output_dir"
@@ -33,6 +34,7 @@ def training_folder(recipe: Recipe, args: MPOConfig) -> Iterator[dict[str, Any] 
             holds it; on every rank. Or the disk is full, read-only or gone.
     """
     folder = Path(args.output_dir)
+    refuse_unseen_ranks(os.environ, args.world_size)  # each of them would take itself for the first rank
     with ExitStack() as stack:
         manifest, refusal = None, None
         if args.process_index == 0:
@@ -45,8 +47,7 @@ def training_folder(recipe: Recipe, args: MPOConfig) -> Iterator[dict[str, Any] 
 
             manifest, refusal = broadcast_object_list([manifest, refusal])
         if refusal is not None:
-            refusal.met_by = "all"
-            raise refusal
+            raise met_by_all(refusal)
         with writing(folder):
             yield manifest
 

@@ -69,9 +69,9 @@ def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MP
     newest = args.resume_from_checkpoint is True  # the user who names a checkpoint wants its steps made again
     if before is not None and newest and _is_finished(folder, before, manifest, trainer):
         return trainer
-    checkpoint = trainer.resume_point(args.resume_from_checkpoint or None)
+    checkpoint = trainer.checkpoints.choose(args.resume_from_checkpoint or None)
     known = (before or {}).get("history") or []
-    manifest["history"] = [*known, *(entry for entry in trainer.history if entry not in known)]
+    manifest["history"] = [*known, *(entry for entry in trainer.checkpoints.history if entry not in known)]
     if before is not None and checkpoint is not None:
         manifest["started"] = before.get("started", manifest["started"])
     if trainer.accelerator.is_main_process:
@@ -128,7 +128,7 @@ def _is_finished(folder: Path, before: dict[str, Any], now: dict[str, Any], trai
     planned = trainer.planned_steps()
     if done >= planned:
         if isinstance(settings := before.get("settings"), dict):
-            trainer.check_settings(settings, str(folder / MANIFEST))
+            trainer.checkpoints.check_settings(settings, str(folder / MANIFEST))
         logger.info(f"finished: the run in {folder} has made all its {done} steps; nothing is left to train")
         return True
     if not has_checkpoint and not checkpoints_in(folder):

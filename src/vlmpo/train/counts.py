@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmpo.errors import DataError, RecordError, first_records
+from vlmpo.train.batching import Batch
 
 EXAMPLES = 3  # records named for each reason; all are counted
 
@@ -34,6 +35,23 @@ class PairCounts:
         """Count a pair of the data set ``source`` that cannot be used."""
         self.add_example(error.reason, str(error))
         self.dropped[source, error.reason] += 1
+
+    def count(self, batch: Batch, *, first_epoch: bool) -> list[RecordError]:
+        """Count the pairs of a batch, and its records that cannot be used; return those that become examples.
+
+        Args:
+            batch: the batch.
+            first_epoch: whether every record comes for the first time.
+        """
+        shown = []
+        for unusable in batch.dropped:
+            if self.add_example(unusable.error.reason, str(unusable.error)):
+                shown.append(unusable.error)
+            counts = self.dropped if first_epoch else self.dropped_later
+            counts[unusable.source, unusable.error.reason] += 1
+        if first_epoch:
+            self.used.update(source for part in batch.micro_batches for source in part.sources)
+        return shown
 
     def add_example(self, reason: str, message: str) -> bool:
         """Keep ``message`` if it is new and one of the first of its reason; return whether it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,23 @@ def add_up(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
         for name, value in part.items():
             total[name] += value
     return dict(total)
+
+
+def carried_on(window: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the sums with which ``rank`` of ``ranks`` goes on: of the loss, and behind the next log.
+
+    What is averaged over ranks is the same on each; of other numbers of ranks, the first carries on all other sums.
+
+    Args:
+        window: both sums of every rank that wrote the checkpoint, as ``loss`` and ``sums``; null is no finite number.
+    """
+    known = [{part: {k: math.nan if v is None else v for k, v in of[part].items()} for part in of} for of in window]
+    if len(known) == ranks:
+        return known[rank]["loss"], known[rank]["sums"]
+    since_log = sum(of["loss"]["since_log"] for of in known) / len(known)
+    added = add_up([of["sums"] for of in known]) if rank == 0 else {}
+    steps = {name: known[0]["sums"].get(name, 0.0) for name in ("steps", "empty_steps")}
+    return {**known[0]["loss"], "since_log": since_log}, {**added, **steps}
 
 
 def training_metrics(total: Mapping[str, float], steps: float) -> dict[str, float]:

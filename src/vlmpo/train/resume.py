@@ -51,8 +51,8 @@ def _newest_sound(folder: str, there: Sequence[Path], damage_in: DamageIn) -> Pa
     if damaged:
         raise met_by_all(
             RunError(
-                f"no checkpoint in {folder} can be gone on from: {'; '.join(damaged)}. To start anew, remove the folder or "
-                "name another one in training.output_dir"
+                f"no checkpoint in {folder} can be gone on from: {'; '.join(damaged)}. To start anew, remove the "
+                "folder or name another one in training.output_dir"
             )
         )
     return None
@@ -75,8 +75,8 @@ def refuse_damaged_best(checkpoint: str, found: Sequence[str]) -> None:
     if found:
         raise met_by_all(
             RunError(
-                f"the best checkpoint cannot be loaded: {_describe(Path(checkpoint), found)}. Training is over; for the "
-                "model of the last step set training.load_best_model_at_end: false and resume"
+                f"the best checkpoint cannot be loaded: {_describe(Path(checkpoint), found)}. Training is over; for "
+                "the model of the last step set training.load_best_model_at_end: false and resume"
             )
         )
 

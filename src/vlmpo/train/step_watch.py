@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vlmpo.errors import RunError
 from vlmpo.loss import LossOutput
+from vlmpo.models.finite import BadWeight, describe
 from vlmpo.train.batching import MicroBatch
 
 PAIRS_SHOWN = 8
@@ -112,13 +114,22 @@ class StepWatch:
         return StepReport(pairs, terms)
 
 
+def unsaved_error(bad: list[BadWeight], step: int, checkpoint: Path | None) -> RunError:
+    """Return the error of a model that is not saved after ``step``, as some weights are ``bad``.
+
+    ``checkpoint`` is the last one; None if there is none.
+    """
+    kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+    return RunError(f"step {step}: {describe(bad)}; the model is not saved, {kept}")
+
+
 def non_finite_error(
     ranks: Sequence[StepReport],
     *,
     step: int,
     grad_norm: float,
     overflows: int,
-    checkpoint: str | None,
+    checkpoint: Path | None,
     moved: bool,
 ) -> RunError:
     """Return the error that ends a run at an optimizer step whose numbers are not finite.
@@ -128,7 +139,7 @@ def non_finite_error(
         step: number of the step, from 1.
         grad_norm: the gradient's norm.
         overflows: steps in a row that fp16's loss scaler skipped, this one among them; 0 without one.
-        checkpoint: name of the last checkpoint; None if there is none.
+        checkpoint: the last checkpoint; None if there is none.
         moved: whether the weights have moved nevertheless (DeepSpeed).
     """
     pairs = sorted((pair for rank in ranks for pair in rank.pairs), key=lambda pair: not pair.bad)
@@ -164,7 +175,7 @@ def _what(pairs: Sequence[PairNumbers], terms: dict[str, float], overflows: int)
     return f"{what}, {overflows} steps in a row in fp16" if overflows else what
 
 
-def _remedy(pairs: Sequence[PairNumbers], overflows: int, checkpoint: str | None) -> str:
+def _remedy(pairs: Sequence[PairNumbers], overflows: int, checkpoint: Path | None) -> str:
     if overflows:
         remedy = "set training.bf16: true in the place of fp16, which overflows"
     elif any(name.startswith("reference") for pair in pairs for name in pair.bad):

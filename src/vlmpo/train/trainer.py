@@ -19,50 +19,41 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat, interrupt
-from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
+from vlmpo.data.encode.encoder import EncodedPairs
 from vlmpo.data.encode.processors import with_tiles
-from vlmpo.errors import RecipeError, RecordError, RunError, VlmpoError, first_line, met_by_all
+from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
-from vlmpo.models.finite import describe as describe_weights
-from vlmpo.models.finite import non_finite_weights
-from vlmpo.models.fit import check_features, check_processor, limits_of
+from vlmpo.models.fit import check_features, check_processor
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.checkpoint import (
-    check_rates,
-    check_reference,
-    damage,
-    last_complete_checkpoint,
     load_weights,
     read_state,
     restore_state,
     settings_as_given,
     steps_done,
-    write_state,
 )
-from vlmpo.train.checkpoint_io import (
-    TRAINER_FILE,
-    checkpoints_in,
-    checksums,
-    clear_partial,
-    partial_of,
-    publish,
-    rotate,
-    whole_list,
-)
+from vlmpo.train.checkpoint_io import TRAINER_FILE, rotate
 from vlmpo.train.config import MPOConfig
-from vlmpo.train.counts import EXAMPLES, PairCounts, nothing_left
-from vlmpo.train.data_watch import DataWatch
+from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
-from vlmpo.train.inputs import check_arguments, load_named, pairs_of, refuse_shared_weights, refuse_unused
+from vlmpo.train.hub import hub_errors
+from vlmpo.train.inputs import check_arguments, encoder_for, load_named, pairs_of, refuse_shared_weights, refuse_unused
 from vlmpo.train.launcher import refuse_unseen_ranks
 from vlmpo.train.loaders import LoaderFactory
-from vlmpo.train.metrics import StepSums, add_up, leave_out_empty_steps, settle_best_metric, start_loss, window_metrics
+from vlmpo.train.metrics import (
+    StepSums,
+    carried_on,
+    leave_out_empty_steps,
+    settle_best_metric,
+    start_loss,
+    window_metrics,
+)
 from vlmpo.train.model_card import (
     CARD_FILE,
     RunSummary,
@@ -72,27 +63,18 @@ from vlmpo.train.model_card import (
     training_settings,
 )
 from vlmpo.train.param_groups import PartRates, count_by_part
-from vlmpo.train.provenance import (
-    Settings,
-    changes,
-    describe,
-    pairs_hash,
-    refuse_changes,
-    run_settings,
-    settings_of,
-    utc_now,
-)
-from vlmpo.train.rank_sync import RankSync, StepInfo
+from vlmpo.train.provenance import Settings, pairs_hash, run_settings
+from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.reference import (
     Reference,
     online_reference,
     switch_dropout_off,
 )
-from vlmpo.train.resume import choose_checkpoint, refuse_damaged_best
-from vlmpo.train.runaway import RunawayWatch
+from vlmpo.train.resume import refuse_damaged_best
+from vlmpo.train.run_checkpoints import RunCheckpoints
+from vlmpo.train.run_watch import RunWatch
 from vlmpo.train.sampler import PairLoader
 from vlmpo.train.sharding import (
-    broadcast_object,
     compute_dtype,
     configure_fsdp,
     full_tensor,
@@ -101,7 +83,6 @@ from vlmpo.train.sharding import (
     whole_state_dict,
 )
 from vlmpo.train.start_check import shared_rows_hold
-from vlmpo.train.step_watch import StepWatch, non_finite_error
 from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
@@ -135,7 +116,8 @@ class MPOTrainer(Trainer):
         trained_pairs: what became of the pairs of all ranks, once training is over.
         card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
         given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
-        history: when the run was resumed, from what, and what had changed; kept in checkpoints.
+        checkpoints: finds and writes them; knows the run's history.
+        watch: ends the run if its data or numbers are good for nothing.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model, or an argument is of the wrong kind.
@@ -180,15 +162,7 @@ class MPOTrainer(Trainer):
         install(unwrap_peft(model), shared)
         self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
-        self.encoder = PairEncoder(
-            processing_class,
-            max_length=args.max_length,
-            over_long=args.over_long,  # type: ignore[arg-type]
-            max_tiles=args.max_tiles,
-            need_rejected=self.with_preferences,
-            video_frames=args.video_frames,
-            **limits_of(*(known for known in (model, ref_model) if known is not None)),
-        )
+        self.encoder = encoder_for(args, processing_class, self.with_preferences, model, ref_model)
         probe = check_processor(model, self.encoder)
         if ref_model is not None:
             check_processor(ref_model, self.encoder)
@@ -198,20 +172,13 @@ class MPOTrainer(Trainer):
         self._step_rewards = [0.0, 0.0]  # sum and count in the optimizer step under way, on this rank
         self.clock = StepClock()
         self.metrics_file = MetricsFile(args.output_dir)
-        self.step_watch = StepWatch()
-        self.data_watch = DataWatch(args.max_bad_share)
-        self.runaway = RunawayWatch(args.beta)
-        self._step_is_empty = False  # whether no rank has a pair in the optimizer step under way
         self.pair_counts = PairCounts()
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self.card_fields: dict[str, Any] = {}
         self.trained_pairs = PairCounts()
         self.given_settings: Settings = {}
-        self.history: list[dict[str, Any]] = []
-        self._chosen: tuple[Any, str | None] | None = None  # what resume_point was asked for, and its answer
         self._steps_before = 0  # steps of the checkpoint that is resumed from
         self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
-        self._partial: str | None = None  # the folder that a checkpoint is being written into
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
         with without_jit_checkpoint(args):
             super().__init__(
@@ -231,6 +198,14 @@ class MPOTrainer(Trainer):
             check_features(self.model, processing_class, probe)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.ranks = RankSync(self.accelerator, self.encoder, self.data_collator)
+        self.watch = RunWatch(args, self.ranks, counts=self.all_pair_counts, deepspeed=self.is_deepspeed_enabled)
+        self.checkpoints = RunCheckpoints(
+            args,
+            self.ranks,
+            made_by=self.settings,
+            reference_hash=self._reference_hash,
+            deepspeed=self.is_deepspeed_enabled,
+        )
         self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
         self.add_callback(self.stopping)
         every, trained = count_by_part(self.model), count_by_part(self.model, trained_only=True)
@@ -362,10 +337,13 @@ class MPOTrainer(Trainer):
         self.clock.start()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.clock.fetched()
-        self.step_watch.start()
+        self.watch.numbers.start()
         info = self.ranks.all_reduce(batches, self._count_pairs(batches), interrupt.requested())
         self.stopping.agree(info.signum)
-        self._watch_data(info)
+        done = self.state.epoch or 0.0
+        self.watch.see_data(info, self.pair_counts, step=self.state.global_step + 1, epoch=done)
+        if self.average is not None:
+            self.average.paused = self.watch.step_is_empty
         counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
         empty = not all(part.rows for batch in batches for part in batch.micro_batches)
         if empty or self.accelerator.num_processes > 1:
@@ -377,37 +355,11 @@ class MPOTrainer(Trainer):
         first_epoch = (self.state.epoch or 0.0) < 1.0  # every pair comes once an epoch
         for batch in batches:
             self.encoder.add_notices(batch.notices)
-            for unusable in batch.dropped:
-                if self._fail_on_bad:
-                    return unusable.error
-                if self.pair_counts.add_example(unusable.error.reason, str(unusable.error)):
-                    logger.info(f"dropped: {unusable.error}")
-                if first_epoch:
-                    self.pair_counts.drop(unusable.source, unusable.error)
-                else:
-                    self.pair_counts.dropped_later[unusable.source, unusable.error.reason] += 1
-            if first_epoch:
-                self.pair_counts.used.update(source for part in batch.micro_batches for source in part.sources)
+            if self._fail_on_bad and batch.dropped:
+                return batch.dropped[0].error
+            for error in self.pair_counts.count(batch, first_epoch=first_epoch):
+                logger.info(f"dropped: {error}")
         return None
-
-    def _watch_data(self, info: StepInfo) -> None:
-        """Raise DataError, on all ranks, if there is nothing or too little to train on; note a step without a pair."""
-        fault = self.data_watch.see(
-            records=info.records, usable=info.pairs, failed=info.failed, epoch=self.state.epoch or 0.0
-        )
-        if fault is not None:
-            raise self._nothing_left(fault)
-        self._step_is_empty = info.pairs == 0
-        if self.average is not None:
-            self.average.paused = self._step_is_empty
-        if self._step_is_empty and self.accelerator.is_main_process:  # one rank counts what all ranks share
-            self.pair_counts.empty_steps += 1
-            if self.pair_counts.empty_steps <= EXAMPLES:
-                logger.info(f"step {self.state.global_step + 1} has no usable pair: it moves no weight")
-
-    def _nothing_left(self, fault: str) -> VlmpoError:
-        remedy = "put the files back or correct the records (data.max_bad_share: how many files may fail)"
-        return met_by_all(nothing_left(f"data.train: {fault}", self.all_pair_counts(), remedy))
 
     # ---- one step ----
 
@@ -474,7 +426,7 @@ class MPOTrainer(Trainer):
         loss = output.loss
         if model.training:
             self._record(micro_batch, policy.detach(), output)
-            loss = self.step_watch.guarded(micro_batch, policy, reference, output)
+            loss = self.watch.numbers.guarded(micro_batch, policy, reference, output)
         loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
@@ -542,7 +494,7 @@ class MPOTrainer(Trainer):
         self.reward_shift.step()
         self._step_rewards = [0.0, 0.0]
         self.sums.values["steps"] += 1
-        self.sums.values["empty_steps"] += self._step_is_empty
+        self.sums.values["empty_steps"] += self.watch.step_is_empty
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, and let nothing move the weights that should not.
@@ -555,31 +507,12 @@ class MPOTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(norm, Tensor):
             norm = full_tensor(norm)
-        value = 0.0 if norm is None else float(norm)
-        if not self.step_watch.excuses(math.isfinite(value), scaled=self.accelerator.mixed_precision == "fp16"):
-            raise self._non_finite(value)
-        if self.step_watch.skipped == 1 and self.step_watch.overflows:
-            logger.info(f"step {self.state.global_step + 1} overflows in fp16: its loss scaler skips such steps")
-        if self._step_is_empty or not math.isfinite(value):
+        if not self.watch.may_move(0.0 if norm is None else float(norm), self.state.global_step + 1):
             # Without a gradient an optimizer leaves weights and moments as they are: of zeros it would take momentum
             # and weight decay. (DeepSpeed has stepped already.)
             for parameter in model.parameters():
                 parameter.grad = None
-        elif warning := self.runaway.see_norm(self.state.global_step + 1, value):
-            logger.info(f"warning: {warning}")
         return norm
-
-    def _non_finite(self, grad_norm: float) -> VlmpoError:
-        newest = last_complete_checkpoint(self.args.output_dir)
-        error = non_finite_error(
-            self.ranks.all_gather(self.step_watch.report()),
-            step=self.state.global_step + 1,
-            grad_norm=grad_norm,
-            overflows=self.step_watch.overflows,
-            checkpoint=None if newest is None else str(newest),
-            moved=self.is_deepspeed_enabled,
-        )
-        return met_by_all(error)
 
     # ---- log and evaluation ----
 
@@ -594,8 +527,7 @@ class MPOTrainer(Trainer):
                 logs["reward_shift"] = self.reward_shift.value
                 if self.state.global_step == 1 and "loss" in logs:
                     logs["start/expected_loss"] = start_loss(logs, self.args.weights, self.router_coefficient)
-            for warning in self.runaway.see_log(self.state.global_step, logs):
-                logger.info(f"warning: {warning}")
+            self.watch.see_log(self.state.global_step, logs)
         if "train_loss" in logs:  # transformers divides the loss of this session by its steps
             steps = self.state.global_step - self.all_pair_counts().empty_steps
             if self._loss_known and steps:
@@ -682,7 +614,7 @@ class MPOTrainer(Trainer):
         )
         pair_counts = self.all_pair_counts()
         if not pair_counts.used.total():
-            raise self._nothing_left("nothing to train on: none of the pairs can be used")
+            raise self.watch.nothing_left("nothing to train on: none of the pairs can be used")
         self.completeness.reach()
         ranks = self.ranks.all_gather(counts)
         return {name: sum(rank[name] for rank in ranks) for name in counts}
@@ -774,7 +706,7 @@ class MPOTrainer(Trainer):
             Interrupted: SIGTERM or Ctrl-C ended it, after a checkpoint; only under ``vlmpo train``, or if
                 ``enable_jit_checkpoint`` is set.
         """
-        checkpoint = self.resume_point(resume_from_checkpoint)
+        checkpoint = self.checkpoints.choose(resume_from_checkpoint or None)
         if checkpoint and self.is_deepspeed_enabled:  # its engine loads the weights by itself
             self._load_state(checkpoint)
         if self.is_fsdp_enabled and self._scored_model is not None:
@@ -796,12 +728,11 @@ class MPOTrainer(Trainer):
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
             self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
-        self.data_watch = DataWatch(self.args.max_bad_share)
+        self.watch.start()
         with self.stopping.watched(self.args.enable_jit_checkpoint):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        self._chosen = None
-        if fault := self.data_watch.finish(self.state.epoch or 0.0):
-            raise self._nothing_left(fault)
+        self.checkpoints.forget_choice()
+        self.watch.end_data(self.state.epoch or 0.0)
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
             logger.info(
@@ -810,69 +741,11 @@ class MPOTrainer(Trainer):
             )
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
-    def resume_point(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """Return the checkpoint that :meth:`train` goes on from if given the same; None if it starts.
-
-        The checkpoint is sound, and this run is made by what it was made by. What a kill left half written in the
-        output folder is removed.
-
-        Raises:
-            RunError: the checkpoint, or each of the folder, is damaged; or it is of other settings, rates or another
-                reference.
-        """
-        if self._chosen is None or resume_from_checkpoint not in self._chosen:
-            folder = self.args.output_dir
-            self.accelerator.wait_for_everyone()  # others may still be looking at what is there
-            if self.args.should_save:
-                clear_partial(folder)
-            self.accelerator.wait_for_everyone()
-            found = None
-            if resume_from_checkpoint:  # a name, or True
-                there = broadcast_object(self.accelerator, checkpoints_in(folder))
-                found = choose_checkpoint(resume_from_checkpoint, folder, there, self._damage_in)
-                if found is None:
-                    logger.info(f"there is no checkpoint in {folder} yet: the run starts")
-            if found is not None:
-                self._check_made_by(found)
-            self._chosen = (resume_from_checkpoint, None if found is None else os.fspath(found))
-        return self._chosen[1]
-
-    def _damage_in(self, checkpoint: Path, to_resume: bool = True) -> list[str]:
-        """Return what is wrong with a checkpoint, on every rank the same; ranks share the reading of its files."""
-        alone = self.args.save_on_each_node  # each node has files of its own
-        part, parts = (0, 1) if alone else (self.args.process_index, self.args.world_size)
-        found = self.ranks.all_gather(damage(checkpoint, to_resume=to_resume, part=part, parts=parts))
-        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
-
     def settings(self) -> Settings:
         """Return what the run is made by: JSON values by recipe key."""
         if "data.train.pairs" not in self.given_settings and self.train_dataset is not None:
             self.given_settings["data.train.pairs"] = pairs_hash(self.train_dataset)
         return run_settings(self.args, self.model, self.given_settings)
-
-    def check_settings(self, before: Settings, where: str) -> dict[str, tuple[Any, Any]]:
-        """Return how this run's settings differ from those ``before``, which ``where`` holds.
-
-        Raises:
-            RunError: a change would make the record of the run false, and ``allow_changes`` does not name it.
-        """
-        now = self.settings()
-        found = changes(before, now)
-        refuse_changes(
-            found, before, now, where=where, allowed=self.args.allow_changes or (), deepspeed=self.is_deepspeed_enabled
-        )
-        return found
-
-    def _check_made_by(self, checkpoint: Path) -> None:
-        """Compare the run with what a checkpoint was made by, and note the resume in the history."""
-        state = read_state(checkpoint)
-        found = self.check_settings(settings_of(checkpoint, state), str(checkpoint))
-        check_rates(checkpoint, self.args.learning_rates)
-        check_reference(checkpoint, self.ranks.all_gather(self._reference_hash())[0])
-        if found:
-            logger.info(f"changed since {checkpoint}, and noted: {describe(found)}")
-        noted = {key: list(pair) for key, pair in found.items()}
-        self.history = [*state.get("history", []), {"resumed": utc_now(), "from": str(checkpoint), "changes": noted}]
 
     def planned_steps(self) -> int:
         """Return the optimizer steps of the whole run."""
@@ -891,17 +764,10 @@ class MPOTrainer(Trainer):
         self.state.compute_steps(self.args, self.state.max_steps)
         window = state.get("window")
         self._loss_known = bool(window)
-        if not window:
-            return
-        rank, ranks = self.args.process_index, self.args.world_size
-        if len(window) == ranks:
-            mine = window[rank]
-        else:  # what is averaged over ranks is the same on each, the sums are carried on by one
-            sums = add_up([part["sums"] for part in window]) if rank == 0 else {}
-            since_log = sum(part["loss"]["since_log"] for part in window) / len(window)
-            mine = {"loss": {**window[0]["loss"], "since_log": since_log}, "sums": sums}
-        compat.restore_loss_sums(self, **mine["loss"])
-        self.sums.values.update(mine["sums"])
+        if window:
+            loss, sums = carried_on(window, self.args.process_index, self.args.world_size)
+            compat.restore_loss_sums(self, **loss)
+            self.sums.values.update(sums)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model whole, also if checkpoints hold shards: of those transformers would write nothing.
@@ -909,7 +775,7 @@ class MPOTrainer(Trainer):
         Raises:
             RunError: a weight is not finite; nothing is written.
         """
-        self._refuse_to_save()
+        self.watch.check_weights(self.model, self.state.global_step)
         folder = Path(output_dir or self.args.output_dir)
         checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         with contextlib.nullcontext() if checkpoint else whole_state_dict(self.accelerator):
@@ -917,81 +783,37 @@ class MPOTrainer(Trainer):
         if not checkpoint and self.args.should_save:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no reader of a model needs
 
-    def _refuse_to_save(self) -> None:
-        """Raise RunError if a weight is not finite: on this rank, or on any if each holds a shard."""
-        bad = non_finite_weights(self.model)
-        if self.ranks.share_passes:
-            bad = [weight for rank in self.ranks.all_gather(bad) for weight in rank]
-        if bad:
-            newest = last_complete_checkpoint(self.args.output_dir)
-            kept = f"the last checkpoint is {newest}" if newest else "there is no checkpoint"
-            raise met_by_all(
-                RunError(f"step {self.state.global_step}: {describe_weights(bad)}; the model is not saved, {kept}")
-            )
-
     def all_pair_counts(self) -> PairCounts:
         """Return what became of the pairs of the first epoch so far, over all ranks."""
         return PairCounts.merged(self.ranks.all_gather(self.pair_counts))
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the run folder; while a checkpoint is written, the folder beside in which it is."""
-        return self._partial or super()._get_output_dir(trial)
+        return self.checkpoints.partial or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside; put it in its place when it is whole; only then remove older ones."""
         folder = Path(self._get_output_dir(trial))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        partial = partial_of(checkpoint)
-        if self.args.should_save:
-            clear_partial(folder)
-        self.accelerator.wait_for_everyone()
-        self._partial = os.fspath(partial.parent)  # there transformers finds nothing to remove
-        try:
+        with self.checkpoints.written_beside(checkpoint) as partial:  # there transformers finds nothing to remove
             super()._save_checkpoint(model, trial)
-        finally:
-            self._partial = None
-        self._settle_best_checkpoint(folder)
+        self.checkpoints.note_best(self.state, folder)
         if self.args.should_save:
             self.state.save_to_json(os.fspath(partial / TRAINER_FILE))
             if self.average is not None:
                 self.average.save(partial)
-        self._complete(partial)
-        if self.args.should_save:
-            publish(partial, checkpoint)
-        self.accelerator.wait_for_everyone()
+        window = self.ranks.all_gather({"loss": compat.loss_sums(self), "sums": dict(self.sums.values)})
+        self.checkpoints.complete(
+            checkpoint,
+            reward_shift=self.reward_shift,
+            pair_counts=self.all_pair_counts(),
+            window=window if self._loss_known else None,
+            metrics_lines=self.metrics_file.count_lines(),
+        )
         if self.args.push_to_hub:
             self._push_from_checkpoint(os.fspath(checkpoint))
         if self.args.should_save:
             rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _settle_best_checkpoint(self, folder: Path) -> None:
-        """Note the place of the best checkpoint, which may be the one that is being written."""
-        if not self.state.best_global_step:
-            return
-        best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if self.state.best_global_step == self.state.global_step or best.exists():
-            self.state.best_model_checkpoint = os.fspath(best)
-
-    def _complete(self, partial: Path) -> None:
-        """Write our own part of a checkpoint, the file that marks it complete last."""
-        self.accelerator.wait_for_everyone()  # all ranks have written their files
-        own = checksums(partial, rank=self.args.process_index, first=self.args.should_save)
-        of_ranks = self.ranks.all_gather(own)
-        window = self.ranks.all_gather({"loss": compat.loss_sums(self), "sums": dict(self.sums.values)})
-        reference_hash, pair_counts = self._reference_hash(), self.all_pair_counts()
-        if self.args.should_save:
-            write_state(
-                partial,
-                reward_shift=self.reward_shift,
-                reference_hash=reference_hash,
-                pair_counts=pair_counts,
-                learning_rates=self.args.learning_rates,
-                settings=self.settings(),
-                history=self.history,
-                window=window if self._loss_known else None,
-                metrics_lines=self.metrics_file.count_lines(),
-                files=whole_list(partial, [*of_ranks, own]),
-            )
 
     def _reference_hash(self) -> str | None:
         return None if self.reference is None else self.reference.weights_hash()
@@ -1014,14 +836,14 @@ class MPOTrainer(Trainer):
 
     def _load_state(self, checkpoint: str) -> None:
         """Restore delta and pair counts; raise RunError if the checkpoint was trained against another reference."""
-        first_hash = self.ranks.all_gather(self._reference_hash())[0]
+        first_hash = self.checkpoints.first_reference_hash()
         pair_counts = restore_state(checkpoint, reward_shift=self.reward_shift, reference_hash=first_hash)
         if self.accelerator.is_main_process:  # one rank carries the counts on, so that they add up
             self.pair_counts = pair_counts
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        refuse_damaged_best(best, self._damage_in(Path(best), to_resume=False))
+        refuse_damaged_best(best, self.checkpoints.damage_in(Path(best), to_resume=False))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
@@ -1033,17 +855,17 @@ class MPOTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Do as transformers does. Raises RunError if the Hub cannot be reached or refuses."""
-        with _hub_errors(" (log in with `hf auth login`, or set HF_TOKEN)"):
+        with hub_errors(" (log in with `hf auth login`, or set HF_TOKEN)"):
             super().init_hf_repo(token=token, private=private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint once it is whole and in its place: transformers asks for it before."""
-        if self._partial is None:
+        if self.checkpoints.partial is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
         """Upload the run folder, its model card in it. Raises RunError if that fails; the folder is whole."""
-        with _hub_errors(f"; the model is in {self.args.output_dir}, push it from there"):
+        with hub_errors(f"; the model is in {self.args.output_dir}, push it from there"):
             return super().push_to_hub(commit_message, **kwargs)
 
     def create_model_card(
@@ -1098,11 +920,3 @@ def _shares_prompts(args: MPOConfig, model: Any) -> bool:
     if args.attention == "auto" and not support.shared:
         logger.info(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
     return args.attention == "auto" and support.shared
-
-
-@contextlib.contextmanager
-def _hub_errors(remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"training.push_to_hub: {first_line(error)}{remedy}") from error
