@@ -6,11 +6,14 @@ RUNS is JSON: a list of runs, one after another in the same process group. Each 
 - ``family``: of the zoo, with pairs of its own; else tiny InternVL and:
 - ``count``: pairs, of ``skewed`` kind unless ``mixed`` or ``uneven`` is set;
 - ``tied``, ``bits``: of the model: tied embeddings; 64 (default) or 32 bits;
+- ``unfit``: indices of pairs that cannot be used;
 - ``lora``: put a fresh adapter on it;
 - ``evaluate``: pairs to evaluate on;
 - ``score_only``: evaluate, and be refused training afterwards;
 - ``resume``: go on from this step of the run of this name: ``[NAME, STEP]``;
+- ``damage``: change a byte of this file in the checkpoints of these steps, once copied: ``[FILE, [STEP, ...]]``;
 - ``save``: write the final model;
+- ``spoil``: ``[RANK, WHAT, STEP]``, see tests.ranks.spoil: training must end in an error;
 - ``garbage``: every rank but the first begins with weights of its own, as where only the first loads them;
 - ``out_of_step``: break what is tested: rows without an image are left so.
 """
@@ -28,8 +31,9 @@ import torch
 from torch import distributed
 
 import tests.conftest  # noqa: F401  torchvision and threads, before anything else
-from tests.ranks import family_trainer, full_weights, make_trainer, sharded_on_cpu
-from vlmpo.errors import RunError
+from tests.ranks import family_trainer, full_weights, make_trainer, sharded_on_cpu, spoil
+from tests.training import AfterSteps
+from vlmpo.errors import RunError, VlmpoError
 from vlmpo.train import rank_sync
 from vlmpo.train.trainer import MPOTrainer
 
@@ -51,6 +55,8 @@ def main() -> None:
 def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
     """Train, and say what this rank knows afterwards."""
     resume, save, score_only = run.pop("resume", None), run.pop("save", False), run.pop("score_only", False)
+    damaged, steps = run.pop("damage", ("", []))
+    spoilt = run.pop("spoil", None)
     if run.pop("out_of_step", False):
         rank_sync.append_dummy = lambda row, tree: row  # type: ignore[assignment]
     if run.pop("garbage", False) and os.environ["RANK"] != "0":
@@ -59,10 +65,19 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
     made = make(folder / name, *([run.pop("family")] if "family" in run else []), ddp_backend="gloo", **run)
     if resume is not None and made.accelerator.is_main_process:
         _cut_back(folder / resume[0], folder / name, resume[1])
+        for step in steps:
+            _damage(folder / name / f"checkpoint-{step}" / damaged)
     made.accelerator.wait_for_everyone()
     if score_only:
         return _scores(made)
-    made.train(resume_from_checkpoint=True if resume else None)
+    if spoilt is not None:
+        return _stopped(made, *spoilt)
+    try:
+        made.train(resume_from_checkpoint=True if resume else None)
+    except RunError as error:
+        if not damaged:
+            raise
+        return {"rank": made.accelerator.process_index, "refused": str(error)}
     if save:
         made.save_model(str(folder / name / "final"))
     sampler = made.get_train_dataloader().pair_sampler
@@ -90,12 +105,32 @@ def _scores(made: MPOTrainer) -> dict[str, Any]:
     return {"rank": made.accelerator.process_index, "metrics": metrics, "refused": refused}
 
 
+def _stopped(made: MPOTrainer, rank: int, what: str, step: int) -> dict[str, Any]:
+    """Train, with numbers that go bad on one rank; return the error, and whether the weights moved in that step."""
+    weights = {}
+    made.add_callback(AfterSteps(lambda at: weights.update({at: full_weights(made.model)})))
+    if made.accelerator.process_index == rank:
+        spoil(made, what, step)
+    try:
+        made.train()
+    except VlmpoError as error:
+        moved = not torch.equal(full_weights(made.model), weights[max(weights)])
+        return {"rank": made.accelerator.process_index, "error": str(error), "met_by": error.met_by, "moved": moved}
+    return {"rank": made.accelerator.process_index, "error": "", "met_by": "", "moved": True}
+
+
 def _cut_back(source: Path, target: Path, step: int) -> None:
     """A copy of a finished run, as if it had been stopped after ``step``."""
     shutil.copytree(source, target, dirs_exist_ok=True)
     for folder in target.glob("checkpoint-*"):
         if int(folder.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(folder)
+
+
+def _damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 if __name__ == "__main__":

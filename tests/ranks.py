@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,6 +76,38 @@ def sharded_on_cpu() -> None:
     Trainer.create_accelerator_and_postprocess = with_fsdp
 
 
+def spoil(made: MPOTrainer, what: str, step: int, origin: str | None = None) -> None:
+    """Make a number NaN in optimizer step ``step`` of this rank.
+
+    ``policy`` or ``reference``: the log-prob of the chosen response of the pair of ``origin``, or of every pair;
+    ``loss``: the sigmoid term; ``gradient``: of one weight.
+    """
+    due = lambda: made.state.global_step + 1 == step  # noqa: E731
+    if what == "gradient":
+        weight = [p for p in made.model.parameters() if p.requires_grad][-1]
+        weight.register_hook(lambda grad: grad * float("nan") if due() else grad)
+    elif what == "loss":
+        plain_loss = made._loss
+
+        def loss(*args: Any) -> Any:
+            output = plain_loss(*args)
+            nan = output.loss * float("nan")
+            return replace(output, loss=nan, terms={**output.terms, "sigmoid": nan.detach()}) if due() else output
+
+        made._loss = loss  # type: ignore[method-assign]
+    else:
+        plain_logps = made._response_logps
+
+        def logps(model: Any, part: Any, with_router: bool = False) -> Any:
+            policy, reference, router = plain_logps(model, part, with_router)
+            hit = [origin in (None, other) for other in part.origins]
+            at = part.chosen[torch.tensor(hit, dtype=torch.bool)]
+            mask = torch.zeros_like(policy).index_fill(0, at, float("nan") if due() else 0.0)
+            return (policy + mask, reference, router) if what == "policy" else (policy, reference + mask, router)
+
+        made._response_logps = logps  # type: ignore[method-assign]
+
+
 def make_trainer(
     folder: Any,
     count: int,
@@ -85,6 +118,7 @@ def make_trainer(
     bits: int = 64,
     lora: bool = False,
     evaluate: int = 0,
+    unfit: Sequence[int] = (),
     model_seed: int = 0,
     **settings: Any,
 ) -> MPOTrainer:
@@ -101,7 +135,8 @@ def make_trainer(
     model = tiny_model(model_seed, size=replace(SIZE, tie_word_embeddings=tied), dtype=dtype)
     torch.manual_seed(3)  # the adapter's random half
     make = pairs if mixed else uneven_pairs if uneven else skewed_pairs
-    return trainer(folder, make(count), model=model, **settings)
+    made = [replace(pair, rejected=pair.chosen) if at in unfit else pair for at, pair in enumerate(make(count))]
+    return trainer(folder, made, model=model, **settings)
 
 
 def family_trainer(folder: Any, name: str, **settings: Any) -> MPOTrainer:

@@ -17,7 +17,8 @@ SOURCE = REPO / "src" / "vlmpo"
 # A module imports from its own floor and lower ones, and no two packages need each other. `vlmpo/__init__.py` only
 # gathers the public names: it is the top floor, and no other module imports from it.
 FLOORS = [
-    {"compat", "errors", "fileio", "hashing", "log", "recipe", "recipe_yaml", "settings", "stats", "torchvision_shim"},
+    {"compat", "errors", "fileio", "hashing", "interrupt", "log", "recipe", "recipe_yaml", "settings", "stats"}
+    | {"torchvision_shim"},
     {"data", "verifiers", "loss"},
     {"models"},
     {"tree"},

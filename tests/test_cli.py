@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -49,11 +52,13 @@ def raising(error: BaseException):
 
 def test_train_gets_the_parsed_recipe(recipe, stage):
     seen = []
-    stage("vlmpo.commands.train", "train", seen.append)
+    stage("vlmpo.commands.train", "train", lambda parsed, allowed: seen.append((parsed, allowed)))
     result = call("train", recipe, "loss.beta=0.2", "training.max_steps=-1")
     assert result.exit_code == 0
-    assert seen[0].loss.beta == 0.2
-    assert seen[0].training == {"max_steps": -1, "output_dir": "runs/r"}
+    assert call("train", recipe, "--allow-changes", "loss.beta,data.files").exit_code == 0
+    assert seen[0][0].loss.beta == 0.2
+    assert seen[0][0].training == {"max_steps": -1, "output_dir": "runs/r"}
+    assert [allowed for _, allowed in seen] == [[], ["loss.beta", "data.files"]]
 
 
 def test_inspect_and_demo_get_their_options(recipe, stage):
@@ -96,6 +101,69 @@ def test_our_own_faults_exit_1_with_a_traceback(recipe, stage):
         assert result.exit_code == 1
         assert "Traceback" in result.stderr
         assert f"{type(error).__name__}: ours" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(28, "No space left on device", "/data/run/x"),
+            "/data/run/x: No space left on device; free some space",
+        ),
+        (PermissionError(13, "Permission denied", "/data/x"), "/data/x: Permission denied; check its permissions"),
+        (FileNotFoundError(2, "No such file or directory", "gone.png"), "gone.png: No such file or directory"),
+        (OSError("cannot reach the Hub\nsee https://..."), "cannot reach the Hub"),
+        (RuntimeError("I/O error: Read-only file system (os error 30)"), "Read-only file system; "),
+    ],
+)
+def test_errors_of_the_system_are_one_line(recipe, stage, error, line):
+    stage("vlmpo.commands.train", "train", raising(error))
+    result = call("train", recipe)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {line}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_control_characters_in_messages_and_tracebacks_are_shown(recipe, stage):
+    for error, code in ((RecordError("bad", "a\x1b[2J:1", "no \u202e"), 2), (ValueError("ours\x1b[2J"), 1)):
+        stage("vlmpo.commands.train", "train", raising(error))
+        result = call("train", recipe)
+        assert result.exit_code == code
+        assert "\x1b" not in result.stderr
+        assert r"\x1b[2J" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_with_its_code(recipe, stage, number, code):
+    def sleep(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    stage("vlmpo.commands.train", "train", sleep)
+    stage("vlmpo.commands.sample", "sample", sleep)
+    for command, further in (("train", True), ("sample", False)):
+        result = call(command, recipe)
+        assert result.exit_code == code
+        assert result.stderr.startswith(f"interrupted by {number.name}; to go on: vlmpo {command} {recipe}")
+        assert ("training.resume_from_checkpoint=true" in result.stderr) == further
+    given = (
+        "training.max_steps=3",
+        "training.resume_from_checkpoint=runs/a/checkpoint-1",
+        "--allow-changes",
+        "seed,lr",
+    )
+    on = "training.max_steps=3 training.resume_from_checkpoint=true --allow-changes seed,lr\n"
+    assert call("train", recipe, *given).stderr.endswith(f"{recipe} {on}")
+
+
+def test_a_lost_rank_is_one_line(recipe, stage, monkeypatch):
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5")
+    stage("vlmpo.commands.train", "train", raising(error))
+    assert call("train", recipe).exit_code == 1  # alone it is no rank
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = call("train", recipe)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: another rank has ended (")
 
 
 def test_interrupting_exits_130(recipe, stage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -342,7 +343,8 @@ def test_every_setting_of_the_recipe_is_a_field_of_mpo_config():
     added = {field.name for field in dataclasses.fields(MPOConfig)} - training_argument_names()
     settings = parse_recipe(MINIMAL + "training: {learning_rate: 1e-6}\n").trainer_settings()
     assert settings.pop("learning_rate") == 1e-6
-    assert set(settings) | set(EXTRA_TRAINING_KEYS) == added
+    by_option = {"allow_changes"}  # --allow-changes: of one start of a run, not of the run
+    assert set(settings) | set(EXTRA_TRAINING_KEYS) | by_option == added
 
 
 def test_the_verifiers_a_recipe_may_name_are_those_there_are():
@@ -352,3 +354,71 @@ def test_the_verifiers_a_recipe_may_name_are_those_there_are():
     from vlmpo.verifiers.verifiers import VERIFIERS
 
     assert set(get_args(Verifier)) == set(VERIFIERS)
+
+
+# ---- hostile recipes ----
+
+_LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+)
+_MERGES = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("training: {a: !!python/object/apply:os.system [x]}", "values with a tag"),
+        ("training: {a: !!binary aGk=}", "!!binary: values with a tag"),
+        ("training: {a: !!bool maybe}", "values with a tag"),
+        ("training: {a: !mine x}", "!mine: values with a tag"),
+        ("training: {a: !!set {x, y}}", "values with a tag"),
+        (_LAUGHS, "more than 20000 values"),
+        (_MERGES, "more than 20000 values"),
+        ("training: &t {again: *t}", "more than 20000 values"),
+        ("training: {a: " + "[" * 100_000, "nested more than 32 levels"),
+        ("training: {a: " + "[" * 40 + "]" * 40 + "}", "nested more than 32 levels"),
+        ('training: {output_dir: "a\\0b"}', "training.output_dir: 'a\\x00b' holds a NUL character"),
+        ('training: {run_name: "\\ud800"}', "half of a character"),
+        ("training: {learning_rate: .nan}", "training.learning_rate: expected a finite number, got nan"),
+        ("training: {output_dir: " + "a" * 300 + "}", "File name too long"),
+        ("evaluate: {questions: " + "a/" * 3000 + "}", "File name too long"),
+    ],
+)
+def test_hostile_recipes_get_one_line(tmp_path, line, message):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {path: some/model}\ndata: {train: [pairs.jsonl]}\n" + line)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(file)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 500
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path, message in (
+        (tmp_path / "fifo", "a FIFO, a device"),
+        ("/dev/zero", "a FIFO, a device"),
+        (tmp_path, "director"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+    (tmp_path / "long.yaml").write_text("#" * 300_000)
+    for path, message in ((tmp_path / "long.yaml", "256 KiB"), ("x" * 300, "too long"), ("a\0b", "NUL")):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+    (tmp_path / "r.yaml").write_text("model: {path: some/model}\ndata: {train: [pairs.jsonl]}\n")
+    for override in (f"data.train=[{tmp_path}/fifo]", "model.path=/dev/null", f"data.eval=[{{path: {tmp_path}/fifo}}]"):
+        with pytest.raises(RecipeError, match="expected a file or a folder, this is a FIFO"):
+            load_recipe(tmp_path / "r.yaml", [override])
+
+
+def test_anchors_and_merges_of_a_usual_size_are_fine(tmp_path):
+    text = "data:\n  train: [&a {path: a.jsonl, repeat: 2}, {<<: *a, path: b.jsonl}]\nmodel: {path: m}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    assert [(source.path, source.repeat) for source in load_recipe(tmp_path / "r.yaml").data.train] == [
+        ("a.jsonl", 2.0),
+        ("b.jsonl", 2.0),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         self.steps.append(torch.cat([grad.flatten().double() for grad in grads]).clone())
+
+
+class AfterSteps(TrainerCallback):
+    """Calls a function with the number of each optimizer step once it is made."""
+
+    def __init__(self, call: Callable[[int], Any]) -> None:
+        self.call = call
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.call(state.global_step)
 
 
 def pairs(count: int, first: int = 0) -> list:

@@ -1,16 +1,17 @@
 """The command line. Parses the recipe first; imports the command, and torch with it, only then.
 
-Exit codes: 0 done; 2 the recipe, the data or the arguments are wrong (one message, no traceback); 130 interrupted; 1
-any other error.
+Exit codes: 0 done; 2 the recipe, the data, the arguments or the disk are at fault (one message, no traceback); 130 and
+143 interrupted by Ctrl-C and by SIGTERM; 1 any other error.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from vlmpo.errors import VlmpoError
+from vlmpo.errors import RunError, VlmpoError, first_line
+from vlmpo.fileio import disk_problem
+from vlmpo.interrupt import SIGNALS, Interrupted, ignore_signals, watching
+from vlmpo.log import print_error, shown
 from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import load_recipe
 
@@ -63,15 +65,25 @@ def _root(
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    allow_changes: Annotated[
+        str,
+        typer.Option(metavar="KEY[,KEY]", help="Keys that may differ from those of the run that is resumed."),
+    ] = "",
+) -> None:
     """Train a model.
 
-    The run folder is the recipe's training.output_dir, runs/<name of the recipe> by default.
+    The run folder is the recipe's training.output_dir, runs/<name of the recipe> by default. With
+    training.resume_from_checkpoint=true the same command starts a run, goes on with it, and leaves it once finished.
     """
-    with _parsed(recipe, overrides) as parsed:
+    allowed = [key for key in allow_changes.split(",") if key]
+    go_on = [_RESUME, *(["--allow-changes", ",".join(allowed)] if allowed else [])]
+    with _parsed("train", recipe, overrides, go_on) as parsed:
         from vlmpo.commands.train import train as run
 
-        run(parsed)
+        run(parsed, allowed)
 
 
 @app.command()
@@ -80,7 +92,7 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     For recipes with reference.kind: cache. Training then reads them and loads no reference model.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("cache", recipe, overrides) as parsed:
         from vlmpo.commands.train import cache as run
 
         run(parsed)
@@ -92,7 +104,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     The recipe's evaluate section names the model, a model to compare it with, and the questions.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("evaluate", recipe, overrides) as parsed:
         from vlmpo.commands.evaluate import evaluate as run
 
         run(parsed)
@@ -108,7 +120,7 @@ def inspect(
 
     Scored tokens are marked. Also lists lengths and tiles, and the pairs that are dropped, with the reason.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("inspect", recipe, overrides) as parsed:
         from vlmpo.commands.inspect import inspect as run
 
         run(parsed, pairs)
@@ -121,7 +133,7 @@ def sample(recipe: RecipePath, overrides: Overrides = None) -> None:
     Reads the recipe's build section; writes responses.jsonl in build.output_dir, runs/<name of the recipe>/build by
     default. Started again after a stop, it samples only the responses that are missing.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("sample", recipe, overrides) as parsed:
         from vlmpo.commands.sample import sample as run
 
         run(parsed)
@@ -138,7 +150,7 @@ def pair_correctness(recipe: RecipePath, overrides: Overrides = None) -> None:
     Reads the responses in build.output_dir; writes there the pairs, and the questions whose responses are all correct
     (easy) or all wrong (hard).
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("pair correctness", recipe, overrides) as parsed:
         from vlmpo.commands.pair import correctness as run
 
         run(parsed)
@@ -150,7 +162,7 @@ def pair_dropout_ntp(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     For questions without a checkable answer. Started again after a stop, it generates only what is missing.
     """
-    with _parsed(recipe, overrides) as parsed:
+    with _parsed("pair dropout-ntp", recipe, overrides) as parsed:
         from vlmpo.commands.pair import dropout_ntp as run
 
         run(parsed)
@@ -190,30 +202,92 @@ def demo(
         run(output, seed)
 
 
+_RESUME = "training.resume_from_checkpoint=true"
+
+
 @contextmanager
-def _parsed(recipe: Path, overrides: list[str] | None) -> Iterator[Recipe]:
-    """Yield the recipe; see :func:`_exit_codes`."""
-    with _exit_codes():
+def _parsed(command: str, recipe: Path, overrides: list[str] | None, go_on: Sequence[str] = ()) -> Iterator[Recipe]:
+    """Yield the recipe; see :func:`_exit_codes`. ``go_on`` is what an interrupted command goes on with."""
+    key = _RESUME.partition("=")[0]
+    kept = [override for override in overrides or [] if override.partition("=")[0] != key or not go_on]
+    with _exit_codes(f"vlmpo {command} {shlex.join([str(recipe), *kept, *go_on])}"):
         yield load_recipe(recipe, overrides or [])
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turn an exception into its message and exit code; at the end leave the process group."""
+def _exit_codes(go_on: str | None = None) -> Iterator[None]:
+    """Turn an exception or a signal into its message and exit code; at the end leave the process group.
+
+    Args:
+        go_on: the command by which this one goes on after an interruption, if it can.
+    """
+    with watching():  # to the end: a launcher sends signals while messages are printed
+        try:
+            with _one_line():
+                yield
+                _leave_process_group(destroy=True)
+        except Interrupted as stop:
+            _say_how_to_go_on(stop, go_on)
+            _leave_process_group(destroy=False)
+            raise typer.Exit(128 + stop.signum) from None
+        except VlmpoError as error:
+            _complain(error)
+            _leave_process_group(destroy=False)  # other ranks may be within a collective
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise  # `vlmpo inspect ... | head`: typer closes down quietly
+        except Exception:
+            sys.stderr.write(shown(traceback.format_exc()))
+            raise typer.Exit(1) from None
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn errors of the system, and of a rank that has ended, into errors for the user."""
     try:
         yield
-        _leave_process_group(destroy=True)
-    except VlmpoError as error:
-        _complain(error)
-        _leave_process_group(destroy=False)  # other ranks may be within a collective
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        raise  # `vlmpo inspect ... | head`: typer closes down quietly
-    except Exception:
-        traceback.print_exc()
-        raise typer.Exit(1) from None
+    except (VlmpoError, BrokenPipeError):
+        raise
+    except Exception as error:
+        found = _for_the_user(error)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _for_the_user(error: Exception) -> BaseException | None:
+    """Return the one line that an error of the system is worth; None for our own fault, which has a traceback."""
+    found: RunError | None = None
+    if (problem := disk_problem(error)) is not None or isinstance(error, OSError):
+        place = getattr(error, "filename", None)
+        reason = problem or getattr(error, "strerror", None) or first_line(error)
+        found = RunError(f"{os.fsdecode(place)}: {reason}" if isinstance(place, str | bytes) else reason)
+    elif isinstance(error, RuntimeError) and _is_lost_rank(error):
+        found = RunError(
+            f"another rank has ended ({first_line(error)[:200]}); its own message says why. No checkpoint was written"
+        )
+    if found is not None:
+        found.met_by = "rank"
+    return found
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """Return whether a collective failed. gloo raises plain RuntimeErrors."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return False
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout", "NCCL")
+    return type(error).__name__.startswith("Dist") or any(word in str(error) for word in words)
+
+
+def _say_how_to_go_on(stop: Interrupted, go_on: str | None) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(1.0)  # the launcher ends the job when the first rank exits: let the one that prints finish
+        return
+    launcher = ", by the launcher that started this run" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    reached = "" if stop.step is None else f" after step {stop.step}, whose checkpoint is written"
+    print_error(f"{stop}", f"{reached}; to go on{launcher}: {go_on}" if go_on else reached)
 
 
 def _leave_process_group(*, destroy: bool) -> None:
@@ -230,10 +304,14 @@ def _complain(error: VlmpoError) -> None:
     if not (rank == "0" or error.met_by == "rank" or (error.met_by == "node" and first_of_node)):
         time.sleep(1.0)  # the launcher ends the job when the first rank exits: let the one that prints finish
         return
-    heading = "error: " if rank == "0" else f"error on rank {rank}: "
-    Console(stderr=True).print(Text.assemble((heading, "bold red"), str(error)), soft_wrap=True)
+    print_error("error: " if rank == "0" else f"error on rank {rank}: ", str(error))
 
 
 def main() -> None:
     """Run the ``vlmpo`` command."""
-    app(prog_name="vlmpo")
+    try:
+        app(prog_name="vlmpo")
+    except SystemExit as end:
+        if end.code in {128 + number for number in SIGNALS}:
+            ignore_signals()  # taking the interpreter down takes seconds: a launcher's repetition finds the code set
+        raise

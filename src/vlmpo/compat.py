@@ -80,9 +80,12 @@ def replace_settings_merger(processor: Any, merge: Callable[..., Any]) -> None:
 # Methods of transformers.Trainer that MPOTrainer overrides, with their parameters in transformers 5.23.
 TRAINER_OVERRIDES = {
     "_determine_best_metric": "(self, metrics, trial)",
+    "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_learning_rate": "(self)",
+    "_get_output_dir": "(self, trial)",
     "_load_best_model": "(self)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
+    "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_prepare_inputs": "(self, inputs)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
     "_save_checkpoint": "(self, model, trial)",
@@ -104,17 +107,30 @@ TRAINER_OVERRIDES = {
         "(self, commit_message='End of training', blocking=True, token=None, revision=None, private=None, **kwargs)"
     ),
     "save_model": "(self, output_dir=None, _internal_call=False)",
+    "set_initial_training_values": "(self, args, dataloader)",
     "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
     "training_step": "(self, model, inputs, num_items_in_batch=None)",
 }
 
-# Private methods of transformers.Trainer that are called, likewise.
-TRAINER_USED = {"_get_output_dir": "(self, trial)"}
+
+def loss_sums(trainer: Any) -> dict[str, float]:
+    """Return what ``trainer`` has added up of the training loss in this session, on this rank.
+
+    ``total`` is the sum over optimizer steps up to the last log (``_total_loss_scalar``), ``since_log`` the sum since
+    then (``_tr_loss``), ``logged`` the step of that log (``_globalstep_last_logged``).
+    """
+    return {
+        "total": float(trainer._total_loss_scalar),
+        "since_log": float(trainer._tr_loss),
+        "logged": int(trainer._globalstep_last_logged),
+    }
 
 
-def output_folder(trainer: Any, trial: Any) -> str:
-    """Return the folder that ``trainer`` writes its checkpoints into (``_get_output_dir``)."""
-    return str(trainer._get_output_dir(trial))
+def restore_loss_sums(trainer: Any, total: float, since_log: float, logged: float) -> None:
+    """Set what :func:`loss_sums` returns; once training has begun, which sets all to 0."""
+    trainer._total_loss_scalar = total
+    trainer._tr_loss.fill_(since_log)
+    trainer._globalstep_last_logged = int(logged)
 
 
 def batch_size_per_device(trainer: Any) -> int:
@@ -162,6 +178,11 @@ def is_prepared(model: Any) -> bool:
 
 
 # ---- torch ----
+
+
+def set_last_rates(scheduler: Any, rates: list[float]) -> None:
+    """Set the rates that a torch scheduler reports as its last ones (``_last_lr``), by group."""
+    scheduler._last_lr = rates
 
 
 def is_dropout(module: Any) -> bool:

@@ -7,7 +7,7 @@ prints it without a traceback and exits with 2.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class VlmpoError(Exception):
@@ -21,12 +21,22 @@ class VlmpoError(Exception):
     met_by = "node"
 
 
+def met_by_all(error: VlmpoError) -> VlmpoError:
+    """Mark an error that all ranks raise, so that it is printed once; return it."""
+    error.met_by = "all"
+    return error
+
+
 class RecipeError(VlmpoError, ValueError):
     """A recipe, an override or an argument is wrong."""
 
 
 class DataError(VlmpoError, ValueError):
     """A data set cannot be read: a missing annotation file, a malformed meta.json, an unknown format."""
+
+
+class FileChangedError(DataError):
+    """A data file is not the one any more that was opened: what is known of its records does not hold."""
 
 
 class RecordError(VlmpoError, ValueError):
@@ -91,12 +101,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def first_records(errors: Iterable[RecordError], count: int = 3) -> str:
-    """Join the messages of the first ``count`` errors, and of the first under each other reason, a line each."""
+def first_records(examples: Mapping[str, Iterable[str]], count: int = 3) -> str:
+    """Join the first ``count`` messages of ``examples`` by reason, and the first of each other reason, a line each."""
     shown: dict[str, str] = {}  # message: reason
-    for error in errors:
-        if len(shown) < count or error.reason not in shown.values():
-            shown[str(error)] = error.reason
+    for reason, messages in examples.items():
+        for message in messages:
+            if len(shown) < count or reason not in shown.values():
+                shown[message] = reason
     return "\n  ".join(shown)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,12 +21,25 @@ _LOG_EVERY = 30.0
 _REDRAW_EVERY = 0.1
 _DELAY = 3.0
 
+# What a terminal obeys, or what hides or reorders text: C0 and C1 but for tab and newline, invisible and bidirectional
+# format characters, tags; and halves of surrogate pairs, which cannot be written at all.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u3164\ud800-\udfff\ufeff\uffa0\ufff9-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
+
+
+def shown(text: object) -> str:
+    """Return ``text`` with control characters written out: ESC as ``\\x1b``. All that comes from data passes here."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
+
 
 class _AboveProgressBars(logging.Handler):
     """Writes to stderr, above any progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(shown(self.format(record)), file=sys.stderr)
 
 
 logger = logging.getLogger("vlmpo")
@@ -37,17 +51,28 @@ if not logger.handlers:
 
 
 def print_line(text: str | Text, style: str | None = None) -> None:
-    """Print ``text`` on stdout as it is: no markup is interpreted and no long line is wrapped."""
-    Console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Print ``text`` on stdout: no markup is interpreted, no control character is sent, no long line is wrapped.
+
+    A ``Text`` must have been through :func:`shown`.
+    """
+    line = text if isinstance(text, Text) else Text(shown(text))  # a Text is not searched for markup or emoji
+    Console().print(line, style=style, highlight=False, soft_wrap=True)
+
+
+def print_error(heading: str, text: str) -> None:
+    """Print an error on stderr, like :func:`print_line`."""
+    line = Text.assemble((heading, "bold red"), shown(text))
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def print_table(title: str, rows: Sequence[Sequence[object]]) -> None:
     """Print ``rows`` (the first is the header) in aligned columns that are never wrapped or cut."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [[shown(cell).replace("\n", "\\n") for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     print_line(f"\n{title}", style="bold")
-    for name, *numbers in rows:
-        cells = [f"{cell!s:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True)]
-        print_line("  ".join([f"  {name!s:<{widths[0]}}", *cells]))
+    for name, *numbers in lines:
+        cells = [f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True)]
+        print_line("  ".join([f"  {name:<{widths[0]}}", *cells]))
 
 
 class Progress:
@@ -68,7 +93,7 @@ class Progress:
         self._done = 0
         self._started = self._shown = time.monotonic()
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -116,4 +141,4 @@ class Progress:
 
     def notice(self, text: str) -> None:
         """Print one line above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(Text(shown(text)), highlight=False, soft_wrap=True)

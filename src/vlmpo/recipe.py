@@ -64,6 +64,8 @@ class ModelSection(_Section):
         lora: fields of ``peft.LoraConfig``; None trains the whole model.
         quantize: keep the frozen base under an adapter in 4 or 8 bits (QLoRA).
         attention: ``separate`` gives every response its own row instead of sharing the prompt.
+        trust_remote_code: run the Python files that come with the model, with all your rights. Only if you have read
+            them.
     """
 
     path: NonEmpty
@@ -73,6 +75,7 @@ class ModelSection(_Section):
     lora: dict[str, Any] | None = None
     quantize: Literal["4bit", "8bit"] | None = None
     attention: settings.Attention = "auto"
+    trust_remote_code: bool = False
 
 
 class ReferenceSection(_Section):
@@ -121,6 +124,7 @@ class DataSection(_Section):
             allows one image.
         video_frames: frames read from one video at most.
         on_bad_record: ``skip`` (and count) or ``fail`` on a record that cannot be used.
+        max_bad_share: share of records whose media may fail while training; more end the run.
         over_long: ``drop`` or ``cut`` pairs above ``max_length``.
         group_by_prompt: how many pairs of one prompt may share it at most; 0 does not group.
         balance_ranks: distribute the pairs of a step over ranks by the work they need.
@@ -133,6 +137,7 @@ class DataSection(_Section):
     max_tiles: int | None = Field(default=None, ge=1)
     video_frames: int = Field(default=8, ge=1)
     on_bad_record: settings.OnBadRecord = "skip"
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
     over_long: settings.OverLong = "drop"
     group_by_prompt: int = Field(default=0, ge=0)
     balance_ranks: bool = True

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import math
 import os
 import re
+import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from vlmpo.errors import RecipeError
+from vlmpo.errors import RecipeError, first_line
 from vlmpo.recipe import SECTIONS, Recipe, nearest
 from vlmpo.settings import MPO_WEIGHTS
 
@@ -37,14 +41,12 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         RecipeError: the message names the file, the dotted key, the value and what was expected.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"cannot read the recipe {path}: {reason}") from None
-    raw = _read_mapping(text, str(path))
+    raw = _read_mapping(_read_file(path), str(path))
+    _check_values(raw, str(path))
     _anchor_paths(raw, path.parent)
     overridden = [_override(raw, override) for override in overrides]
+    _check_values(raw, "command line")
+    _check_places(raw)
     if isinstance(training := raw.setdefault("training", {}), dict):
         training.setdefault("output_dir", os.path.join("runs", path.stem))
     if isinstance(build := raw.get("build"), dict) and build.get("output_dir") is None:
@@ -59,9 +61,65 @@ def dump_recipe(recipe: Recipe) -> str:
 
 # ---- YAML ----
 
+# Far more than any recipe needs; what exceeds them is no recipe, or made to exhaust whoever reads it.
+_MAX_BYTES = 256 << 10
+_MAX_DEPTH = 32
+_MAX_VALUES = 20_000  # with every alias counted as what it stands for
+
+
+def _read_file(path: Path) -> str:
+    """Return the text of the recipe file, which must be one: a FIFO would be waited for, a device never ends."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # reading a folder says what it is
+            reason = "it is a FIFO, a device or a socket, and no file"
+        elif status.st_size > _MAX_BYTES:
+            reason = f"it has more than {_MAX_BYTES >> 10} KiB"
+        else:
+            return path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+    except ValueError:
+        reason = "its name holds a NUL character"
+    raise RecipeError(f"cannot read the recipe {path}: {reason}")
+
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice (YAML silently keeps the last one)."""
+    """SafeLoader that refuses what no recipe needs: a key written twice (YAML silently keeps the last one), tags, which
+    make other types than JSON has, deep nesting, and aliases that stand for more and more.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            problem = f"{event.tag.replace('tag:yaml.org,2002:', '!!')}: values with a tag are not read here"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested more than {_MAX_DEPTH} levels deep", problem_mark=event.start_mark
+            )
+        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self.depth -= 1
+        return node  # type: ignore[no-any-return]
+
+    def compose_document(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().compose_document()  # type: ignore[no-untyped-call]
+        left = _MAX_VALUES
+        waiting = [node]
+        while waiting:
+            one = waiting.pop()
+            if isinstance(one, yaml.CollectionNode):
+                children = [part for item in one.value for part in (item if isinstance(item, tuple) else (item,))]
+                left -= len(children)
+                waiting += children
+            if left < 0:
+                raise yaml.MarkedYAMLError(problem=f"more than {_MAX_VALUES} values, aliases written out")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -95,8 +153,8 @@ def _read_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{where}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number that YAML recognises and Python cannot make
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a number that YAML knows and Python cannot make
+        raise RecipeError(f"{where}: not valid YAML: {first_line(error)}") from None
 
 
 def _read_mapping(text: str, where: str) -> dict[str, Any]:
@@ -109,6 +167,32 @@ def _read_mapping(text: str, where: str) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if value is not None}
 
 
+def _check_values(value: Any, where: str) -> None:
+    """Raise RecipeError for a value that no setting can have: a text that is none, a number without end."""
+    waiting: list[tuple[str, Any]] = [("", value)]
+    while waiting:
+        key, one = waiting.pop()
+        if key.count(".") > _MAX_DEPTH:
+            raise RecipeError(f"{where}: {key[:80]}...: nested more than {_MAX_DEPTH} levels deep")
+        if isinstance(one, dict):
+            waiting += [(f"{key}.{name}" if key else str(name), part) for name, part in one.items()]
+            waiting += [(key, name) for name in one]
+        elif isinstance(one, list):
+            waiting += [(f"{key}.{number}", part) for number, part in enumerate(one)]
+        elif isinstance(one, str) and ("\0" in one or (not one.isascii() and not _is_text(one))):
+            raise RecipeError(f"{where}: {key or 'a key'}: {one!r:.80} holds a NUL character or half of a character")
+        elif isinstance(one, float) and not math.isfinite(one):
+            raise RecipeError(f"{where}: {key}: expected a finite number, got {one}")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
 # ---- overrides and paths ----
 
 
@@ -116,7 +200,7 @@ def _override(raw: dict[str, Any], override: str) -> str:
     """Set one ``a.b=value`` in ``raw`` and return ``a.b``."""
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > _MAX_DEPTH:
         raise RecipeError(f"override {override!r}: expected key=value, e.g. loss.beta=0.2")
     value = _read_yaml(text, f"override {override!r}")
     if keys[:2] == ["loss", "weights"] and len(keys) > 2:
@@ -160,8 +244,43 @@ def _anchored(value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or not value:
         return value
     beside = folder / os.path.expanduser(value)
-    matches = glob.has_magic(str(beside)) and any(glob.iglob(str(beside), recursive=True))
-    return os.path.abspath(beside) if beside.exists() or matches else os.path.expanduser(value)
+    with suppress(OSError):  # a name that is too long: _check_places reports it
+        matches = glob.has_magic(str(beside)) and any(glob.iglob(str(beside), recursive=True))
+        if beside.exists() or matches:
+            return os.path.abspath(beside)
+    return os.path.expanduser(value)
+
+
+_OUTPUT_KEYS = {"training": ("output_dir",), "reference": ("cache_dir",), "build": ("output_dir",)}
+
+
+def _check_places(raw: dict[str, Any]) -> None:
+    """Raise RecipeError for a path that no system call takes, or that leads to what is neither a file nor a folder."""
+    places = [(section, key) for table in (_PATH_KEYS, _OUTPUT_KEYS) for section, keys in table.items() for key in keys]
+    values = {f"{section}.{key}": _get(raw, section, key) for section, key in [*places, ("evaluate", "output_dir")]}
+    for part in ("train", "eval"):
+        sources = _get(raw, "data", part)
+        for number, source in enumerate(sources if isinstance(sources, list) else []):
+            named = source if isinstance(source, dict) else {"path": source}
+            values |= {f"data.{part}.{number}.{key}": named.get(key) for key in _SOURCE_PATH_KEYS}
+    for key, value in values.items():
+        if not isinstance(value, str):
+            continue
+        try:
+            mode = os.stat(value).st_mode
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise RecipeError(
+                    f"{key}: {value[:80]!r}{'...' if len(value) > 80 else ''}: {error.strerror}"
+                ) from None
+            continue  # a Hub name, or a path whose reader says what is wrong
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise RecipeError(f"{key}: {value}: expected a file or a folder, this is a FIFO, a device or a socket")
+
+
+def _get(raw: dict[str, Any], section: str, key: str) -> Any:
+    found = raw.get(section)
+    return found.get(key) if isinstance(found, dict) else None
 
 
 # ---- validation and its messages ----

@@ -264,8 +264,155 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_told_apart(tmp_path: P
     again = call("train", recipe)
     assert again.exit_code == 2
     assert "has not reached its first checkpoint" in again.output
-    assert "resume_from_checkpoint" not in again.output
+    assert "resume_from_checkpoint=true, which starts it anew" in again.output
     assert (tmp_path / "run" / "manifest.json").read_text() == '{"status": "running"}'
+
+
+RESUME = "training.resume_from_checkpoint=true"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_one_command_any_number_of_times(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, killed before the first checkpoint, killed before the model is saved, finished, more steps."""
+    from vlmpo.train.trainer import MPOTrainer
+
+    write_data(tmp_path, records(8))
+    recipe = write_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2, "max_steps": 3})
+    run = tmp_path / "run"
+    for method in ("training_step", "save_model", "save_average", "create_model_card"):
+        failing = killed_at_the_end(MPOTrainer.save_model) if method == "save_model" else lambda *_, **__: 1 / 0
+        with monkeypatch.context() as patched:
+            patched.setattr(MPOTrainer, method, failing)
+            assert call("train", recipe, RESUME, "training.ema_decay=0.9").exit_code == 1
+        assert manifest(tmp_path)["status"] == "failed"
+        assert manifest(tmp_path)["history"][-1]["error"]
+    done = call("train", recipe, RESUME, "training.ema_decay=0.9")
+    assert done.exit_code == 0, done.output
+    straight = call("train", recipe, f"training.output_dir={tmp_path / 'straight'}", "training.ema_decay=0.9")
+    assert straight.exit_code == 0
+    for name in ("model.safetensors", "ema/model.safetensors", "checkpoint-3/optimizer.pt"):
+        assert (run / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    before = contents(run)
+    for _ in range(2):
+        again = call("train", recipe, RESUME, "training.ema_decay=0.9")
+        assert again.exit_code == 0
+        assert "finished: the run in" in again.output
+        assert contents(run) == before
+    more = call("train", recipe, RESUME, "training.ema_decay=0.9", "training.max_steps=4")
+    assert more.exit_code == 0, more.output
+    assert [line["step"] for line in logged(run)] == [1, 2, 3, 4]
+    written = manifest(tmp_path)
+    assert (written["status"], written["steps"]) == ("finished", 4)
+    assert written["history"][-1]["changes"] == {"training.max_steps": [3, 4]}
+    assert written["data"]["sets"]["noise"]["not_reached"] == 0
+
+
+def killed_at_the_end(real: Any) -> Any:
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if output_dir == self.args.output_dir:
+            raise ZeroDivisionError
+        real(self, output_dir, _internal_call)
+
+    return save_model
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_recipes(tmp_path: Path, checkpoint: Path) -> None:
+    write_data(tmp_path, records(8))
+    recipe = write_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2})
+    assert call("train", recipe, "training.max_steps=2").exit_code == 0
+    annotation = tmp_path / "set" / "pairs.jsonl"
+    text = annotation.read_text()
+    lines = text.splitlines(keepends=True)
+    for other, key in (("".join(lines[::-1]), "data.train.files"), ("".join(lines[:6]), "data.train.pairs: 8 -> 6")):
+        annotation.write_text(other)
+        refused = call("train", recipe, RESUME)
+        assert refused.exit_code == 2, refused.output
+        assert key in refused.output
+        assert "--allow-changes data.train.files" in refused.output
+    allowed = call("train", recipe, RESUME, "--allow-changes", "data.train.files,data.train.pairs")
+    assert allowed.exit_code == 0, allowed.output
+    changes = manifest(tmp_path)["history"][-1]["changes"]
+    assert changes["data.train.pairs"] == [8, 6]
+    assert manifest(tmp_path)["data"]["sets"]["noise"]["not_reached"] >= 0
+    annotation.write_text(text)
+    for override, key in (("data.hold_out=0.5", "data.hold_out"), ("model.freeze=[vision_tower]", "model.freeze")):
+        refused = call("train", recipe, RESUME, override)
+        assert (refused.exit_code, f"{key}: " in refused.output) == (2, True), refused.output
+
+
+FOREIGN = {
+    "config.json": "holds config.json, which no run of vlmpo wrote",
+    "model-00001-of-00002.safetensors": "holds model-00001-of-00002.safetensors, which no run of vlmpo wrote",
+    "README.md": "holds README.md, which no run of vlmpo wrote",
+    "checkpoint-7/weights.pt": "holds checkpoint-7, which no run of vlmpo wrote",
+    "manifest.json": "is not of a run of vlmpo",
+}
+
+
+@pytest.mark.parametrize("resume", [(), (RESUME,)], ids=["", "resume"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_not_written_over(tmp_path: Path, checkpoint: Path, name: str, resume: tuple) -> None:
+    write_data(tmp_path, records(2))
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    result = call("train", write_recipe(tmp_path, checkpoint), *resume)
+    assert (result.exit_code, FOREIGN[name] in result.output) == (2, True), result.output
+    assert contents(tmp_path / "run") == {name: b"{}"}
+
+
+@pytest.mark.parametrize("change", [{"model": {"path": "elsewhere"}}, {"data": {"hashes": {"a.jsonl": "00"}}}, {}])
+def test_a_run_of_another_is_not_started_anew(tmp_path: Path, checkpoint: Path, change: dict[str, Any]) -> None:
+    write_data(tmp_path, records(2))
+    before = {"status": "running", "model": {"path": str(checkpoint)}, "data": {"hashes": {}}, **change}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(before))
+    result = call("train", write_recipe(tmp_path, checkpoint), RESUME)
+    assert result.exit_code == 2, result.output
+    assert "holds a run of another model or other data" in result.output
+
+
+@pytest.mark.parametrize("resume", [(), (RESUME,)], ids=["", "resume"])
+@pytest.mark.parametrize("link", [False, True])
+def test_the_model_is_never_the_output(tmp_path: Path, checkpoint: Path, resume: tuple, link: bool) -> None:
+    import shutil
+
+    write_data(tmp_path, records(2))
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    (model / "manifest.json").write_text('{"status": "finished"}')  # the final model of an earlier run
+    output = tmp_path / "link" if link else model
+    if link:
+        output.symlink_to(model)
+    before = contents(model)
+    result = call("train", write_recipe(tmp_path, model), f"training.output_dir={output}", *resume)
+    assert result.exit_code == 2, result.output
+    assert "is where model.path lies" in result.output
+    assert contents(model) == before
+
+
+LORA_TYPOS = {
+    "target_modules: [q_proj, v_prj]": "lora.target_modules: the model has nothing that 'v_prj' names; did you mean v",
+    "modules_to_save: [projektor]": "modules_to_save: the model has nothing that 'projektor' names",
+    "target_modules: '.*q_prj'": "target_modules: the model has nothing that '.*q_prj' names",
+    "exclude_modules: [visoin_tower]": "exclude_modules: the model has nothing that 'visoin_tower' names; did",
+    "rank_pattern: {k_prj: 2}": "rank_pattern: the model has nothing that 'k_prj' names; did you mean k_proj",
+    "target_modules: [q_proj, lm_head], exclude_modules: [lm_head]": "all that 'lm_head' names is excluded",
+}
+
+
+@pytest.mark.parametrize("lora", LORA_TYPOS)
+def test_lora_entries_that_name_nothing_are_refused(tmp_path: Path, checkpoint: Path, lora: str) -> None:
+    write_data(tmp_path, records(2))
+    result = call("train", write_recipe(tmp_path, checkpoint), f"model.lora={{r: 4, {lora}}}")
+    assert result.exit_code == 2, result.output
+    assert LORA_TYPOS[lora] in result.output
+    assert "Traceback" not in result.output
 
 
 @pytest.mark.slow
@@ -304,7 +451,7 @@ def test_frozen_parts_do_not_move(tmp_path: Path, checkpoint: Path) -> None:
         ("model.freeze=[visual_tower]", "model.freeze: the model has no part 'visual_tower'"),
         ("model.path=no/such/model", "model.path: no"),
         ("data.train=[no/such.jsonl]", "no/such.jsonl"),
-        ("training.resume_from_checkpoint=true", "no complete checkpoint"),
+        ("training.resume_from_checkpoint=no/such/checkpoint-3", "there is no folder no/such/checkpoint-3"),
     ],
 )
 def test_mistakes_get_one_message(tmp_path: Path, checkpoint: Path, override: str, words: str) -> None:

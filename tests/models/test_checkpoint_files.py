@@ -67,7 +67,10 @@ def refusals(path: Path | str) -> list[str]:
         ({"model_type": "internvl_chat", "architectures": None}, "original layout"),
         ({"model_type": "intern_something", "architectures": ["InternVLChatModel"]}, "-HF"),
         ({"model_type": "minicpmv", "architectures": ["MiniCPMV"], "auto_map": AUTO_MAP}, "'minicpmv'"),
-        ({"model_type": "ovis", "architectures": ["Ovis"], "auto_map": AUTO_MAP}, "(auto_map), which vlmpo does not"),
+        (
+            {"model_type": "ovis", "architectures": ["Ovis"], "auto_map": AUTO_MAP},
+            "set model.trust_remote_code: true",
+        ),
         ({"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}, "no model of type 'llava_llama'"),
     ],
 )

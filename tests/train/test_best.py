@@ -131,9 +131,22 @@ def test_no_number_no_best_and_it_is_said(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_metric_that_is_not_finite_is_never_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture, value: float
+) -> None:
+    """As the first one NaN would stay the best for ever: nothing is above it."""
+    run = scripted(tmp_path, value, 0.4, 0.2)
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert f"eval_answers/accuracy is {value} at step 1: it is not the best" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_best_survives_a_resume(tmp_path: Path) -> None:
     scripted(tmp_path, 0.9, 0.5, 0.6, save_total_limit=2).train()
-    resumed = scripted(tmp_path, 0.1, 0.2, 0.3, 0.4, num_train_epochs=1, save_total_limit=2)  # one step more: 0.1
+    more = {"save_total_limit": 2, "allow_changes": ["data.train"]}
+    resumed = scripted(tmp_path, 0.1, 0.2, 0.3, 0.4, num_train_epochs=1, **more)  # one pair and step more: 0.1
     resumed.train(resume_from_checkpoint=True)
     assert resumed.final_step == 1
     final = flat_weights(resumed.model)

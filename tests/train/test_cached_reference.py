@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from vlmpo.errors import RunError
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import lay_out, response_keys
 from vlmpo.train.cached_reference import CachedReference
+from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import PromptTree
 
@@ -315,3 +317,48 @@ def test_only_a_recipe_with_a_cache_is_filled(tmp_path: Path, checkpoint: Path) 
     result = call("cache", write_recipe(tmp_path, checkpoint))
     assert result.exit_code == 2
     assert "reference.kind: set it to cache" in result.output
+
+
+def without_sense(monkeypatch: pytest.MonkeyPatch, value: float, at: int = 0) -> None:
+    """From now on the reference model gives ``value`` for response ``at`` of every micro-batch."""
+    plain = CopyReference.response_logps
+
+    def spoilt(self: CopyReference, micro_batch: Any) -> torch.Tensor:
+        logps = plain(self, micro_batch).clone()
+        logps[at] = value
+        return logps
+
+    monkeypatch.setattr(CopyReference, "response_logps", spoilt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_log_prob_that_is_not_finite_is_never_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    with monkeypatch.context() as spoilt:
+        without_sense(spoilt, value)
+        with pytest.raises(RunError, match=r"log-probs of the reference are not finite in [12] of its 2 pairs"):
+            cached(tmp_path, pairs(2), "one").train()
+        filling = cached(tmp_path, pairs(2), "filled")
+        with pytest.raises(RunError, match=r"reference's log-probs are not finite for memory:\d.*they are not stored"):
+            filling.precompute_reference()
+    again = cached(tmp_path, pairs(2), "again")
+    again.train()
+    assert again.reference.misses > 0
+    assert all(math.isfinite(score.logp) for score in again.reference.store._written.values())
+    same_lines(tmp_path / "again", online_run(tmp_path), 1e-5)
+
+
+def online_run(folder: Path) -> Path:
+    trainer(folder / "online", pairs(2)).train()
+    return folder / "online"
+
+
+def test_what_an_older_store_holds_that_is_not_finite_is_computed_anew(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path)
+    store.put([b"a" * 16, b"b" * 16], [Scored(math.nan, 3), Scored(-2.0, 4)])
+    reference = CachedReference(store, "", lambda: "", None, bool)
+    assert reference._stored(b"a" * 16) is None
+    assert reference._stored(b"b" * 16) == Scored(-2.0, 4)
+    assert reference._stored(b"c" * 16) is None

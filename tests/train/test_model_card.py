@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -202,6 +203,40 @@ def test_odd_names_stay_in_their_cells() -> None:
     assert "Dropped of a\\|b c: 1 bad_json." in body
     assert table(body, "evaluation set") == [["x\\|y", "all", "2", "0.5000", "", ""]]
     assert table(body, "setting") == [["adapter", "a\\|b"]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        'x")\nimport os  # ```',
+        "```\n# Injected\n<script>alert(1)</script>",
+        "[click](http://evil) ![i](x) `code`",
+        "a\x1b[31m\u202etxt",
+    ],
+)
+def test_hostile_names_break_out_of_nothing(name: str) -> None:
+    data = {name: {"used": 2, "dropped": {"bad_json": 1}}}
+    run = summary(
+        title=name,
+        location=name,
+        base_model=f"/models/{name}",
+        data=data,
+        best_by=(name, 1.0),
+        adapter=True,
+        results={"eval": {"eval_pairs": 2, "eval_loss": 0.5, f"eval_pairs/{name}": 1, "eval_pairs/b": 1}},
+    )
+    _, body = split(model_card(run, {}))
+    lines = body.splitlines()
+    assert [line for line in lines if line.startswith("```")] == ["```python", "```"]
+    assert [line for line in lines if line.startswith("# ")] == [lines[next(i for i, x in enumerate(lines) if x)]]
+    prose = body.split("```")[0] + body.split("```")[2]
+    assert "<script" not in prose.replace("\\<script", "")
+    assert not {"\x1b", "\u202e"} & set(body)
+    code = body.split("```python\n")[1].split("```")[0]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert len(calls) == 3
+    assert ast.literal_eval(calls[-1].args[0]) == name
+    assert "import os" not in [line.strip() for line in code.splitlines()]
 
 
 @pytest.mark.slow

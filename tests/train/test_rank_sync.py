@@ -184,9 +184,18 @@ def test_work_adds_up_and_errors_are_told_to_all() -> None:
     assert total.chosen_tokens == sum(int(encoder().encode(PAIRS[i]).chosen_ids.numel()) for i in (0, 1, 2, 3, 6, 7))
     assert total.micro_batches == (mine.micro_batches[0], 1)
     assert total.error is error
+    assert (total.records, total.failed) == (7, 0)
     with pytest.raises(RecordError, match="too long") as raised:
         rank_sync(processes=1).all_reduce([micro_batch(2)], error)
     assert raised.value.met_by == "all"
+
+
+@pytest.mark.parametrize("reason", ["missing_image", "undecodable_image", "undecodable_video", "file_changed"])
+def test_files_that_fail_are_counted_over_ranks_and_other_faults_are_not(reason: str) -> None:
+    lost = Batch([lay_out([])], [Unusable(RecordError(reason, "a.jsonl:4", "gone"), "a")] * 2)
+    long = Batch([lay_out([])], [Unusable(RecordError("over_long", "a.jsonl:5", "too long"), "a")])
+    total = StepInfo.merge([StepInfo.of([lost, micro_batch(0)]), StepInfo.of([long, lost])])
+    assert (total.pairs, total.records, total.failed) == (1, 6, 4)
 
 
 def test_videos_under_a_sharding_wrapper_are_refused() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from tests.commands.test_train import checkpoint, records, write_data, write_recipe  # noqa: F401
 from tests.paths import REPO
@@ -63,9 +65,30 @@ EXACT: dict[str, dict[str, Any]] = {
     "ddp_uneven": UNEVEN,
     "fsdp_uneven": {**UNEVEN, "fsdp": True},
     "ddp_in_order": {**UNEVEN, "balance_ranks": False},
+    # No rank has a pair in the second step: no weight decay, no momentum.
+    "ddp_empty_step": {"count": 18, "unfit": [4, 5, 6, 7], "weight_decay": 0.1},
+    "fsdp_empty_step": {"count": 18, "unfit": [4, 5, 6, 7], "weight_decay": 0.1, "fsdp": True},
     "fsdp_sft": {"count": 18, "loss_weights": {"nll": 1.0}, "fsdp": True},
     "fsdp_one_loads": {"count": 18, "fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}, "garbage": True},
     "fsdp_scored_at_start": {"count": 18, "fsdp": True, **EVALUATED, "eval_on_start": True},
+}
+IN_BF16 = {"bits": 32, "bf16": True}
+# What goes bad on which rank, and in which step.
+SPOILT: dict[str, dict[str, Any]] = {
+    "ddp": {"count": 12, "spoil": [1, "policy", 2]},
+    "ddp_none": {"count": 12, "reward_shift": "none", "max_grad_norm": 0.0, "spoil": [0, "gradient", 2]},
+    "ddp_accumulated": {"count": 16, "mixed": True, **ACCUMULATED, **IN_BF16, "spoil": [1, "loss", 3]},
+    "ddp_lora": {"count": 12, "lora": True, "spoil": [1, "reference", 2]},
+    "fsdp": {"count": 12, "fsdp": True, "max_grad_norm": 0.5, "spoil": [1, "policy", 2]},
+    "fsdp_sft": {
+        "count": 12,
+        "fsdp": True,
+        "loss_weights": {"nll": 1.0},
+        "bits": 32,
+        "bf16": True,
+        "spoil": [0, "policy", 2],
+    },
+    "fsdp_lora_accumulated": {"count": 16, "lora": True, "fsdp": True, **ACCUMULATED, "spoil": [1, "reference", 2]},
 }
 SCORED = {"count": 2, "fsdp": True, "evaluate": 7, "score_only": True}
 WORKER_ONLY = ("fsdp", "fsdp_config", "ddp_find_unused_parameters", "garbage")
@@ -110,6 +133,31 @@ def in_one_process(folder: Path, run: dict[str, Any]) -> tuple[MPOTrainer, float
     before = flat_weights(single.model).clone()
     single.train()
     return single, float((flat_weights(single.model) - before).norm())
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return two_processes(tmp_path_factory.mktemp("spoilt"), SPOILT)
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_number_that_is_not_finite_on_one_rank_ends_all_with_one_message(spoilt: Ranks, name: str) -> None:
+    first, second = spoilt[name]
+    _, what, step = SPOILT[name]["spoil"]
+    assert first["error"] == second["error"]
+    assert (first["met_by"], second["met_by"]) == ("all", "all")
+    assert (first["moved"], second["moved"]) == (False, False)
+    head, *lines = first["error"].splitlines()
+    assert head.startswith(f"step {step}: ")
+    told = {
+        "policy": "log-probs of the policy are not finite in",
+        "reference": "log-probs of the reference are not finite in",
+        "loss": "the loss is not finite (loss, sigmoid)",
+        "gradient": "the gradient is not finite, though loss and log-probs are",
+    }
+    assert told[what] in head
+    named = [line.split(":")[1] for line in lines if line.startswith("  memory:")]
+    assert len(set(named)) == len(named) >= 3  # of both ranks (one pair of the skewed ones is too long)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -299,3 +347,82 @@ def test_a_bad_record_on_one_rank_ends_the_job(tmp_path: Path, checkpoint: Path)
     assert "vlmpo/cli.py" not in done.stderr  # no traceback of ours; torchrun's own comes after
     root_cause = done.stderr.partition("Root Cause")[2]
     assert "exitcode  : 2 " in root_cause  # torchrun's own code is always 1
+
+
+# What is damaged in the newest checkpoint or in all, of which a rank's own file is one.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": True},
+    "shards": {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+}
+DAMAGED = {"ddp": "rng_state_1.pth", "fsdp": "optimizer.bin", "shards": "pytorch_model_fsdp_0/__1_0.distcp"}
+
+
+def test_one_damaged_shard_is_found_by_all_ranks(tmp_path: Path) -> None:
+    """The sound checkpoint before it is used; without one every rank has the same error."""
+    runs: dict[str, dict[str, Any]] = {}
+    for name, wrapper in LAYOUTS.items():
+        run = {"count": 8, "save_strategy": "steps", "save_steps": 1, **wrapper}
+        runs |= {name: run}
+        for kind, steps in (("newest", [2]), ("all", [1, 2])):
+            runs[f"{name}_{kind}"] = {**run, "resume": [name, 2], "damage": [DAMAGED[name], steps]}
+    found = two_processes(tmp_path, runs)
+    said = (tmp_path / "stderr.txt").read_text()
+    for name, file in DAMAGED.items():
+        for whole, resumed in zip(found[name], found[f"{name}_newest"], strict=True):
+            assert resumed["steps"] == 1
+            assert torch.equal(whole["weights"], resumed["weights"])
+        newest = tmp_path / f"{name}_newest" / "checkpoint-2"
+        assert said.count(f"{newest} is damaged: {file} has changed. Going on from") == 1
+        first, second = (rank["refused"] for rank in found[f"{name}_all"])
+        assert first == second
+        assert all(f"checkpoint-{step} is damaged: {file} has changed" in first for step in (1, 2))
+
+
+def test_ranks_that_find_no_sound_checkpoint_end_with_one_message(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+    write_data(tmp_path, records(4))
+    training = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1}
+    recipe = write_recipe(tmp_path, checkpoint, training=training)
+    command = ("vlmpo", "train", recipe, "training.resume_from_checkpoint=true")
+    started = torchrun(*command, timeout=120)
+    assert started.returncode == 0, started.stderr[-3000:]
+    run = tmp_path / "run"
+    (run / "checkpoint-1" / "rng_state_1.pth").write_bytes(b"")
+    done = torchrun(*command, "training.max_steps=2", timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert f"can be gone on from: {run / 'checkpoint-1'} is damaged: rng_state_1.pth has 0 bytes" in done.stderr
+    assert "error on rank" not in done.stderr
+    assert "vlmpo/cli.py" not in done.stderr
+    assert "exitcode  : 2 " in done.stderr.partition("Root Cause")[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.learning_rate=1e12", "step 2: log-probs of the policy are not finite in 4 of its 4 pairs"),
+        ("data.max_length=20", "nothing to train on: none of the 8 pairs can be used (8 over_long)"),
+        ("model.path=damaged", "weight lm_head.weight has 1 non-finite values"),
+    ],
+)
+def test_what_ends_a_run_ends_all_ranks_with_one_message(
+    tmp_path: Path,
+    checkpoint: Path,  # noqa: F811
+    override: str,
+    told: str,
+) -> None:
+    write_data(tmp_path, records(8))
+    recipe = write_recipe(tmp_path, checkpoint, training={"ddp_backend": "gloo"})
+    if "damaged" in override:
+        shutil.copytree(checkpoint, tmp_path / "damaged")
+        weights = load_file(tmp_path / "damaged" / "model.safetensors")
+        next(weight for name, weight in weights.items() if name.endswith("lm_head.weight"))[0, 0] = math.nan
+        save_file(weights, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+        override = f"model.path={tmp_path / 'damaged'}"
+    done = torchrun("vlmpo", "train", recipe, override, timeout=120)
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert told in done.stderr
+    assert "error on rank" not in done.stderr
+    assert "vlmpo/cli.py" not in done.stderr
+    assert "exitcode  : 2 " in done.stderr.partition("Root Cause")[2]
+    assert not list((tmp_path / "run").glob("*.safetensors"))

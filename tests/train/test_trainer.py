@@ -265,14 +265,6 @@ def test_a_dropped_pair_leaves_the_loss_of_the_others(tmp_path: Path) -> None:
     assert relative(steps[0], steps[1]) < 1e-5
 
 
-def test_a_step_that_lost_all_its_pairs_is_survived(tmp_path: Path) -> None:
-    run = trainer(tmp_path, [BAD["identical"], BAD["empty_response"]], per_device_train_batch_size=2)
-    before = flat_weights(run.model)
-    run.train()
-    assert logged(tmp_path)[0]["loss"] == 0.0
-    assert torch.equal(flat_weights(run.model), before)
-
-
 def test_workers_read_the_same(tmp_path: Path) -> None:
     weights = []
     for name, workers in (("none", 0), ("two", 2)):

@@ -23,6 +23,7 @@ from vlmpo.train.config import MPOConfig
 from vlmpo.train.trainer import MPOTrainer
 
 RESULTS_FILE = "results.json"
+MARK_FILE = "demo.json"  # in a folder that a demo has begun to fill
 # What is trained from the warm-up, in the order of the table.
 ARMS: dict[str, dict[str, float]] = {
     "sft_on_chosen": {"nll": 1.0},
@@ -77,11 +78,13 @@ def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> d
     the metrics of each training stage. Runs on the CPU, for the same results on every machine.
 
     Raises:
-        RecipeError: ``output`` is a file.
+        RecipeError: ``output`` is a file, or holds a folder of others where the demo would write.
     """
     if output.exists() and not output.is_dir():
         raise RecipeError(f"--output {output} is a file; name a folder, or one that does not exist yet")
     output.mkdir(parents=True, exist_ok=True)
+    _refuse_to_overwrite(output)
+    replace_json(output / MARK_FILE, {"seed": seed})
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
@@ -92,6 +95,13 @@ def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> d
     show(results)
     print_line(f"Models, logs and {RESULTS_FILE} are in {output}")
     return results
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    written = ("warm_up", "model", "logs", RESULTS_FILE, *ARMS)
+    taken = sorted(name for name in written if (output / name).exists())
+    if taken and not (output / MARK_FILE).exists() and not {"warm_up", "logs", RESULTS_FILE} <= set(taken):
+        raise RecipeError(f"--output {output} holds {', '.join(taken)}, which no demo wrote; name a new folder")
 
 
 class DemoRun:

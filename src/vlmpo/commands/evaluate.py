@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vlmpo.commands.config import evaluation_config
+from vlmpo.commands.guard import output_folder
 from vlmpo.commands.run_data import open_eval, open_run_data, overlaps_with_training
 from vlmpo.data.encode.processors import tokenizer_of
 from vlmpo.data.readers.questions import QuestionSet, read_questions
 from vlmpo.data.records import Question
-from vlmpo.errors import DataError, RecipeError, first_records
+from vlmpo.errors import DataError, RecipeError, examples_by_reason, first_records
 from vlmpo.evaluate import FIGURES, Answer, answer_questions, compare, short_name, summarise
 from vlmpo.fileio import replace_json, replace_json_lines
 from vlmpo.generate.base import Sampling
@@ -37,14 +38,20 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         VlmpoError: the recipe, the data or a model cannot be used.
     """
     section = recipe.evaluate or EvaluateSection()
+    folder = Path(section.output_dir or Path(str(recipe.training["output_dir"])) / "evaluation")
+    written = (RESULTS_FILE, ANSWERS_FILE, f"against_{ANSWERS_FILE}")
+    with output_folder(recipe, folder, "evaluate", "evaluate.output_dir", written):
+        return _evaluate(recipe, section, folder)
+
+
+def _evaluate(recipe: Recipe, section: EvaluateSection, folder: Path) -> dict[str, Any]:
+    """Do what :func:`evaluate` does, in a folder that this process holds."""
     data = open_run_data(recipe) if recipe.data.train else None
     pairs = data.evaluation if data is not None else {"eval": open_eval(recipe)[0]} if recipe.data.eval else {}
     if not pairs and section.questions is None:
         raise RecipeError("nothing to evaluate on: give data.eval, data.hold_out or evaluate.questions")
-    output_dir = str(recipe.training["output_dir"])
-    folder = Path(section.output_dir or Path(output_dir) / "evaluation")
-    path = section.model or output_dir
-    model, processor = load_model(path, recipe.model.dtype), load_processor(path)
+    path = section.model or str(recipe.training["output_dir"])
+    model, processor = _load(recipe, path)
     results: dict[str, Any] = {"model": path, "pairs": {}, "questions": {}}
     questions: Sequence[Question] = ()
     if pairs:
@@ -57,7 +64,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         replace_json_lines(folder / ANSWERS_FILE, [answer.to_json() for answer in answers])
         results["questions"] = {"dropped": question_set.counts(), "models": models}
         if section.against is not None:
-            model, processor = load_model(section.against, recipe.model.dtype), load_processor(section.against)
+            model, processor = _load(recipe, section.against)
             others, models[section.against] = _ask(recipe, section, model, processor, questions, check=True)
             replace_json_lines(folder / f"against_{ANSWERS_FILE}", [answer.to_json() for answer in others])
             results["questions"]["comparison"] = compare(answers, others)
@@ -96,13 +103,20 @@ def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
     trainer.extra_evaluations.append(answer)
 
 
+def _load(recipe: Recipe, path: str, *, processor: bool = True) -> tuple[Any, Any]:
+    """Return the model at ``path`` and its processor."""
+    trusted = recipe.model.trust_remote_code
+    model = load_model(path, recipe.model.dtype, trust_remote_code=trusted)
+    return model, load_processor(path, trust_remote_code=trusted) if processor else None
+
+
 def _evaluate_pairs(
     recipe: Recipe, section: EvaluateSection, model: Any, processor: Any, pairs: dict[str, Any], folder: Path
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of each set of pairs, by name."""
     reference = None
     if needs_reference(recipe.loss.weights):
-        reference = load_model(section.reference or recipe.model.path, recipe.model.dtype)
+        reference, _ = _load(recipe, section.reference or recipe.model.path, processor=False)
     args = evaluation_config(recipe)
     args.output_dir = str(folder)
     trainer = MPOTrainer(model=model, ref_model=reference, args=args, processing_class=processor)
@@ -119,7 +133,7 @@ def _read_questions(section: EvaluateSection) -> QuestionSet:
     question_set = read_questions(section.questions, section.image_root, split=section.split)
     for reason, count in question_set.counts().items():
         logger.info(f"note: {count} evaluation questions dropped as {reason}")
-    first = first_records(question_set.dropped)
+    first = first_records(examples_by_reason(question_set.dropped))
     if not question_set.questions:
         raise DataError(
             f"{section.questions}: of {len(question_set.dropped)} questions none can be asked; the first: {first}"

@@ -20,7 +20,7 @@ from vlmpo.commands.run_data import RunData, none_left, open_run_data, show_exam
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import image_token_id, tokenizer_of
 from vlmpo.errors import RecipeError, RecordError, printable, shorten
-from vlmpo.log import Progress, print_line, print_table
+from vlmpo.log import Progress, print_line, print_table, shown
 from vlmpo.loss import needs_reference
 from vlmpo.models.adapters import named_base
 from vlmpo.models.families import support_for
@@ -71,7 +71,6 @@ class Encoded:
     Attributes:
         sizes: sizes of the pairs that can be used, in order.
         dropped: counts of the pairs that the processor or a limit refused.
-        errors: why, pair by pair.
         samples: a few encoded pairs, spread over the data.
         notices: remarks on the data and on the chat template.
         end_id: token with which the model ends its turn.
@@ -79,7 +78,6 @@ class Encoded:
 
     sizes: list[PairSize] = field(default_factory=list)
     dropped: PairCounts = field(default_factory=PairCounts)
-    errors: list[RecordError] = field(default_factory=list)
     samples: list[EncodedPair] = field(default_factory=list)
     notices: Sequence[str] = ()
     end_id: int = -1
@@ -95,7 +93,7 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
     check_training_keys(recipe)
     per_device = positive_setting(recipe, "per_device_train_batch_size")
     positive_setting(recipe, "gradient_accumulation_steps")  # refuse it before minutes of encoding
-    processor = load_processor(recipe.model.path)
+    processor = load_processor(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     data = open_run_data(recipe)
     encoded = encode_pairs(recipe, data, processor, num_samples=pairs)
 
@@ -122,7 +120,7 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
         show_examples(data.eval_screened)
 
     if not encoded.sizes:
-        raise none_left("data.train", num_encoded, "train", encoded.dropped, encoded.errors)
+        raise none_left("data.train", num_encoded, "train", encoded.dropped)
     show_sizes(encoded.sizes)
     for line in describe_steps(recipe, len(data.train), encoded.sizes, is_shared(recipe)):
         print_line(line)
@@ -159,7 +157,6 @@ def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int
                 if recipe.data.on_bad_record == "fail":
                     raise
                 encoded.dropped.drop(data.train.source(index), error)
-                encoded.errors.append(error)
                 continue
             encoded.sizes.append(PairSize.of(pair))
             if len(encoded.samples) < num_samples and position * num_samples >= len(encoded.samples) * len(indices):
@@ -193,7 +190,7 @@ def describe(pair: EncodedPair, processor: Any, end_id: int) -> Text:
     """
     tokenizer = tokenizer_of(processor)
     size = PairSize.of(pair)
-    text = Text(f"{pair.source}, {pair.origin}\n")
+    text = Text(shown(f"{pair.source}, {pair.origin}").replace("\n", "\\n") + "\n")
     text.append(f"{size.prompt} prompt tokens, {size.image_tokens} of them from images in {size.tiles} tiles\n")
     text.append("prompt, not scored:\n", style="bold")
     text.append(_indented(collapse_images(pair.prompt_ids.tolist(), processor)))
@@ -225,7 +222,7 @@ def collapse_images(ids: Sequence[int], processor: Any) -> str:
 
 
 def _decode(ids: list[int], tokenizer: Any) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return shown(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _indented(text: str) -> str:
@@ -269,7 +266,7 @@ def read_config(recipe: Recipe) -> Any | None:
     """Return the model's config; None if it cannot be read: a processor alone is enough to inspect the data."""
     path = recipe.model.path
     try:
-        return AutoConfig.from_pretrained(named_base(path) or path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(named_base(path) or path, trust_remote_code=recipe.model.trust_remote_code)
     except (OSError, ValueError):
         return None
 

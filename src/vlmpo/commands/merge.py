@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmpo.errors import ModelError, RunError
+from vlmpo.fileio import writing
 from vlmpo.log import print_line
 from vlmpo.models.adapters import is_adapter
 from vlmpo.models.merge import write_merged
@@ -27,7 +28,8 @@ def merge(adapter: Path, output: Path, base: str | None = None, dtype: str = "fl
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise RunError(f"{output} is not empty; name a new folder for the merged model")
     _check_adapter(adapter)
-    write_merged(adapter, output, base, dtype)
+    with writing(output):
+        write_merged(adapter, output, base, dtype)
     print_line(f"model and processor: {output}")
 
 

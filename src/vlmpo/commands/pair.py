@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmpo.commands.guard import output_folder
 from vlmpo.commands.sample import build_section, open_engine, sampling_settings
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.errors import DataError
@@ -16,11 +17,15 @@ from vlmpo.pairs.correctness import pair_correctness
 from vlmpo.pairs.dropout_ntp import pair_dropout_ntp
 from vlmpo.pairs.records import Record, question_record
 from vlmpo.pairs.report import PairingReport
-from vlmpo.recipe import Recipe
+from vlmpo.recipe import BuildSection, Recipe
 
 CORRECTNESS_PAIRS, CORRECTNESS_REPORT = "pairs_correctness.jsonl", "pair_report.json"
 DROPOUT_PAIRS, DROPOUT_REPORT = "pairs_dropout_ntp.jsonl", "dropout_ntp_report.json"
 CONTINUATIONS_FILE = "continuations.jsonl"
+_WRITTEN = (
+    *("easy.jsonl", "hard.jsonl", CORRECTNESS_PAIRS, CORRECTNESS_REPORT),
+    *(DROPOUT_PAIRS, DROPOUT_REPORT, CONTINUATIONS_FILE),
+)
 
 
 def correctness(recipe: Recipe) -> PairingReport:
@@ -35,6 +40,11 @@ def correctness(recipe: Recipe) -> PairingReport:
     """
     build = build_section(recipe)
     folder = Path(str(build.output_dir))
+    with output_folder(recipe, folder, "pair", "build.output_dir", _WRITTEN):
+        return _correctness(build, folder)
+
+
+def _correctness(build: BuildSection, folder: Path) -> PairingReport:
     questions = read_questions(build.questions, build.image_root, split=build.split)
     records, report = pair_correctness(
         questions.questions,
@@ -64,6 +74,11 @@ def dropout_ntp(recipe: Recipe) -> PairingReport:
     """
     build = build_section(recipe)
     folder = Path(str(build.output_dir))
+    with output_folder(recipe, folder, "pair", "build.output_dir", _WRITTEN):
+        return _dropout_ntp(recipe, build, folder)
+
+
+def _dropout_ntp(recipe: Recipe, build: BuildSection, folder: Path) -> PairingReport:
     questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
     responses = read_responses(folder / RESPONSES_FILE)
     engine = open_engine(recipe)

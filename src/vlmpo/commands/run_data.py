@@ -14,11 +14,11 @@ from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, find_overlaps
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Question
-from vlmpo.errors import DataError, RecipeError, RecordError, first_records
+from vlmpo.errors import DataError, RecipeError, RecordError
 from vlmpo.log import Progress, logger, print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.recipe import Recipe, Source
-from vlmpo.train.counts import PairCounts
+from vlmpo.train.counts import PairCounts, nothing_left
 
 
 @dataclass
@@ -61,7 +61,7 @@ def open_run_data(recipe: Recipe) -> RunData:
         raise RecipeError("data.train: names no data set to train on; give at least one")
     seed = _seed(recipe)
     pairs = _open(recipe, recipe.data.train, seed)
-    kept, screened, read, errors = _screen(recipe, pairs)
+    kept, screened, read = _screen(recipe, pairs)
     notices = list(pairs.notices)
     evaluation: dict[str, PairDataset] = {}
     eval_screened = PairCounts()
@@ -74,7 +74,7 @@ def open_run_data(recipe: Recipe) -> RunData:
         evaluation["held_out"] = pairs.select(split_off)
         held_out.update(pairs.source(int(index)) for index in split_off)
     if len(kept) == 0:
-        raise none_left("data.train", len(pairs), "train", screened, errors)
+        raise none_left("data.train", len(pairs), "train", screened)
     notices = list(dict.fromkeys(notices))  # all data sets repeat the one of the cache
     return RunData(pairs.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
 
@@ -87,17 +87,16 @@ def open_eval(recipe: Recipe) -> tuple[PairDataset, PairCounts]:
         RecordError: the first bad record, under ``data.on_bad_record: fail``.
     """
     data = _open(recipe, recipe.data.eval, _seed(recipe))
-    kept, screened, _, errors = _screen(recipe, data)
+    kept, screened, _ = _screen(recipe, data)
     if len(kept) == 0:
-        raise none_left("data.eval", len(data), "evaluate", screened, errors)
+        raise none_left("data.eval", len(data), "evaluate", screened)
     return data.select(kept), screened
 
 
-def none_left(key: str, total: int, purpose: str, counts: PairCounts, errors: Sequence[RecordError]) -> DataError:
-    """Return the error for data of which nothing can be used; it names the first records and the cause of each."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
-    first = f"; the first: {first_records(errors)}" if errors else ""
-    return DataError(f"{key}: of {total} pairs none is left to {purpose} on ({reasons or 'all held out'}){first}")
+def none_left(key: str, total: int, purpose: str, counts: PairCounts) -> DataError:
+    """Return the error for data of which nothing can be used."""
+    held_out = "" if counts.num_dropped else " (all held out)"
+    return nothing_left(f"{key}: of {total} pairs none is left to {purpose} on{held_out}", counts)
 
 
 def _seed(recipe: Recipe) -> int:
@@ -111,21 +110,19 @@ def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:
     return open_pairs(specs, seed=seed, need_rejected=needs_reference(recipe.loss.weights))
 
 
-def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, Counter[str], list[RecordError]]:
+def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, Counter[str]]:
     """Return the indices of the usable pairs, counts of the dropped ones, pairs read by data set, and why each fell."""
     with Progress("reading records", 0, "records", transient=True) as progress:
         screening = screen(data, progress=progress.update, waiting=_report_waiting)
     pair_counts = PairCounts()
-    errors = []
     for drop in screening.dropped:
         error = RecordError(drop.reason, drop.origin, drop.detail)
         if recipe.data.on_bad_record == "fail":
             error.met_by = "node"  # every rank reads the same files
             raise error
         pair_counts.drop(data.source(drop.index), error)
-        errors.append(error)
     read = Counter({name: count for name, count in screening.read.items() if count})
-    return screening.kept, pair_counts, read, errors
+    return screening.kept, pair_counts, read
 
 
 def _report_waiting(path: str) -> None:
@@ -162,7 +159,7 @@ def show_pair_counts(data: RunData, counts: PairCounts, *, trained: bool = True)
     for source, read in data.read.items():
         removed = [data.held_out[source], *(dropped.dropped[source, reason] for reason in reasons)]
         kept, used = read - sum(removed), counts.used[source]
-        rows.append([source, read, used, *removed, kept - used] if trained else [source, read, kept, *removed])
+        rows.append([source, read, used, *removed, max(0, kept - used)] if trained else [source, read, kept, *removed])
     print_table("training pairs", rows)
     show_examples(dropped)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vlmpo.commands.guard import output_folder
 from vlmpo.data.encode.processors import own_tiles
 from vlmpo.data.readers.questions import read_questions
 from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason, first_records
@@ -39,11 +40,17 @@ def sample(recipe: Recipe) -> SampleReport:
         RunError: the folder contains responses sampled otherwise, or the server does not answer.
     """
     build = build_section(recipe)
+    folder = Path(str(build.output_dir))
+    with output_folder(recipe, folder, "sample", "build.output_dir", (RESPONSES_FILE, MANIFEST_FILE)):
+        return _sample(recipe, build, folder)
+
+
+def _sample(recipe: Recipe, build: BuildSection, folder: Path) -> SampleReport:
+    """Do what :func:`sample` does, in a folder that this process holds."""
     questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
     if questions.unread:
         print_line(f"note: {questions.unread_notice()}")
     report = SampleReport(read=len(questions.questions) + len(questions.dropped), dropped=list(questions.dropped))
-    folder = Path(str(build.output_dir))
     engine = None if build.engine == "local" else open_engine(recipe)
     name = recipe.model.path if engine is None else engine.name
     settings = sampling_settings(recipe)
@@ -69,7 +76,7 @@ def sample(recipe: Recipe) -> SampleReport:
     replace_json(folder / MANIFEST_FILE, {**manifest, "status": "finished", **report.to_json()})
     _show(report, build, file.path)
     if not file.done:
-        first = f"; the first: {first_records(report.dropped)}" if report.dropped else ""
+        first = f"; the first: {first_records(examples_by_reason(report.dropped))}" if report.dropped else ""
         raise DataError(f"{build.questions}: of {report.read} questions none could be asked{first}")
     return report
 
@@ -105,8 +112,8 @@ def open_engine(recipe: Recipe) -> Engine:
             video_frames=recipe.data.video_frames,
         )
     path = recipe.model.path
-    processor = load_processor(path)
-    model = load_model(path, recipe.model.dtype)
+    processor = load_processor(path, trust_remote_code=recipe.model.trust_remote_code)
+    model = load_model(path, recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         model.to(device)

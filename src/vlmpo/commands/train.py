@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 from vlmpo.commands.adapter_settings import check_adapter_settings, lora_config, quantization
 from vlmpo.commands.config import training_config
 from vlmpo.commands.evaluate import add_questions, show_pair_metrics
+from vlmpo.commands.guard import end_noted, training_folder
 from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_pair_counts
+from vlmpo.commands.run_folder import MANIFEST, same_run
+from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RecipeError, RunError
-from vlmpo.fileio import replace_json
+from vlmpo.fileio import replace_json, replace_text, writing
 from vlmpo.log import logger, print_line
 from vlmpo.loss import needs_reference
 from vlmpo.models.adapters import is_peft
@@ -24,37 +27,59 @@ from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import dump_recipe
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
+from vlmpo.train.checkpoint_io import checkpoints_in
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import AVERAGE_FOLDER
 from vlmpo.train.metrics import length_warning, without_set_name
 from vlmpo.train.model_card import package_versions
+from vlmpo.train.provenance import identity, utc_now
 from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 
 
-def train(recipe: Recipe) -> MPOTrainer:
+def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
     """Train as the recipe says, evaluate the final model, and fill the run folder, ``training.output_dir``.
+
+    With ``training.resume_from_checkpoint`` a run that was begun goes on, one without a checkpoint starts, and one that
+    is finished is left as it is.
+
+    Args:
+        recipe: the recipe.
+        allow_changes: recipe keys that may differ from what the checkpoint was made by that is resumed from.
 
     Raises:
         VlmpoError: the recipe, the data, the model or the run folder cannot be used.
     """
     args = training_config(recipe)
+    args.allow_changes = list(allow_changes)
+    with training_folder(recipe, args) as before:
+        return _train(recipe, args, before)
+
+
+def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MPOTrainer:
+    """Do what :func:`train` does, in a folder that this run holds and that has the manifest ``before``."""
     folder = Path(args.output_dir)
-    if not args.resume_from_checkpoint:
-        _refuse_to_overwrite(folder)
     data, overlaps = _open_data(recipe)
     trainer = _build_trainer(recipe, args, data)
     if recipe.evaluate is not None and recipe.evaluate.questions is not None:
         add_questions(trainer, recipe)
     trainer.settle_best_metric()  # a wrong name is refused before anything is written
     manifest = _manifest(recipe, trainer, data, overlaps)
+    newest = args.resume_from_checkpoint is True  # the user who names a checkpoint wants its steps made again
+    if before is not None and newest and _is_finished(folder, before, manifest, trainer):
+        return trainer
+    checkpoint = trainer.checkpoints.choose(args.resume_from_checkpoint or None)
+    known = (before or {}).get("history") or []
+    manifest["history"] = [*known, *(entry for entry in trainer.checkpoints.history if entry not in known)]
+    if before is not None and checkpoint is not None:
+        manifest["started"] = before.get("started", manifest["started"])
     if trainer.accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        replace_json(folder / "manifest.json", {**manifest, "status": "running"})
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
-    _finish(recipe, trainer, data, manifest)
+        replace_json(folder / MANIFEST, {**manifest, "status": "running"})
+        replace_text(folder / "recipe.yaml", dump_recipe(recipe))
+    with end_noted(folder) if trainer.accelerator.is_main_process else nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint)
+        _finish(recipe, trainer, data, manifest)
     return trainer
 
 
@@ -69,7 +94,8 @@ def cache(recipe: Recipe) -> None:
     args = training_config(recipe)
     data, _ = _open_data(recipe)
     trainer = _build_trainer(recipe, args, data)
-    counts = trainer.precompute_reference()
+    with writing(args.reference_cache_dir or cache_folder() / "reference"):
+        counts = trainer.precompute_reference()
     assert isinstance(trainer.reference, CachedReference)
     pair_counts = trainer.all_pair_counts()
     if trainer.accelerator.is_main_process:
@@ -84,20 +110,55 @@ def cache(recipe: Recipe) -> None:
 # ---- before training ----
 
 
-def _refuse_to_overwrite(folder: Path) -> None:
-    """Raise RunError if there is a run in ``folder``."""
-    manifest = folder / "manifest.json"
-    if not manifest.exists():
-        return
-    if json.loads(manifest.read_text()).get("status") == "running" and last_complete_checkpoint(folder) is None:
+def _is_finished(folder: Path, before: dict[str, Any], now: dict[str, Any], trainer: MPOTrainer) -> bool:
+    """Return whether the run in ``folder`` has made all the steps of the recipe; say so.
+
+    Raises:
+        RunError: the manifest ``before`` is of another run, or the run has no checkpoint to make more steps from.
+    """
+    has_checkpoint = last_complete_checkpoint(folder) is not None
+    if not has_checkpoint and not same_run(before, now):
         raise RunError(
-            f"{folder} already holds a run, which has not reached its first checkpoint: there is nothing to resume "
-            "from. If it is no longer running, remove the folder, or name another one in training.output_dir"
+            f"{folder} holds a run of another model or other data ({folder / MANIFEST}); name another folder in "
+            "training.output_dir"
         )
-    raise RunError(
-        f"{folder} already holds a run; set training.resume_from_checkpoint=true to resume it, "
-        "or name another folder in training.output_dir"
-    )
+    if before["status"] != "finished":
+        return False
+    done = before.get("steps") or (before.get("final_model") or {}).get("step") or 0
+    planned = trainer.planned_steps()
+    if done >= planned:
+        if isinstance(settings := before.get("settings"), dict):
+            trainer.checkpoints.check_settings(settings, str(folder / MANIFEST))
+        logger.info(f"finished: the run in {folder} has made all its {done} steps; nothing is left to train")
+        return True
+    if not has_checkpoint and not checkpoints_in(folder):
+        raise RunError(
+            f"{folder} holds a run of {done} steps that is finished, without a checkpoint to make the recipe's "
+            f"{planned} from; start a new run in another training.output_dir"
+        )
+    return False
+
+
+def _given_settings(recipe: Recipe, trainer: MPOTrainer, data: RunData, hashes: dict[str, str]) -> dict[str, Any]:
+    """Return what the run is made by and the trainer does not know, by recipe key."""
+    sources = [source.model_dump(exclude={"path"}) for source in recipe.data.train]
+    for source in sources:
+        source["image_root"] = source["image_root"] and os.path.realpath(source["image_root"])
+    settings = {
+        "data.train.sources": sources,
+        "data.train.files": list(hashes.values()),
+        "data.train.pairs": len(data.train),
+        "data.hold_out": recipe.data.hold_out,
+        "model.dtype": recipe.model.dtype,
+        "model.freeze": sorted(recipe.model.freeze),
+        "model.quantize": recipe.model.quantize,
+        "data.eval": recipe.model_dump(mode="json")["data"]["eval"],
+        "evaluate": recipe.model_dump(mode="json")["evaluate"],
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    if trainer.reference is None:  # else the reference's hash tells
+        settings["model.path"] = os.path.realpath(recipe.model.path)
+    return settings
 
 
 def _open_data(recipe: Recipe) -> tuple[RunData, dict[str, Any]]:
@@ -111,7 +172,7 @@ def _open_data(recipe: Recipe) -> tuple[RunData, dict[str, Any]]:
 
 def _build_trainer(recipe: Recipe, args: MPOConfig, data: RunData) -> MPOTrainer:
     """Return the trainer, with its processor, model, reference and data sets."""
-    processor = load_processor(recipe.model.path)
+    processor = load_processor(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     _ = args.device  # sets up the process group; without it ZeRO-3 and FSDP cannot shard weights as they are loaded
     model = _load_policy(recipe)
     if args.dataloader_num_workers:
@@ -145,7 +206,9 @@ def _load_policy(recipe: Recipe) -> Any:
         ModelError: there is no model, or its checkpoint lacks weights.
         RecipeError: a part that ``model.freeze`` names does not exist.
     """
-    model = load_model(recipe.model.path, recipe.model.dtype, quantization(recipe))
+    model = load_model(
+        recipe.model.path, recipe.model.dtype, quantization(recipe), trust_remote_code=recipe.model.trust_remote_code
+    )
     if recipe.model.dtype == "bfloat16" and recipe.model.lora is None and not is_peft(model):
         logger.info(
             "weights are kept in bfloat16: at learning rates near 1e-6 most updates round away (model.dtype: float32)"
@@ -161,13 +224,15 @@ def _load_partitioned_reference(recipe: Recipe, model: Any) -> Any:
         return None
     if has_adapter and recipe.reference.kind != "copy":
         return None
-    return load_model(recipe.model.path, recipe.model.dtype)
+    return load_model(recipe.model.path, recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData, overlaps: dict[str, Any]) -> dict[str, Any]:
-    """Return what identifies the run: versions, seeds, hashes of the reference and of the data files."""
+    """Return what identifies the run: versions, seeds, settings, hashes of the reference and of the data files."""
+    hashes = {path: _file_hash(path) for path in data.train.paths}
+    trainer.given_settings |= _given_settings(recipe, trainer, data, hashes)
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": utc_now(),
         "versions": package_versions(),
         "seed": trainer.args.seed,
         "data_seed": trainer.args.data_seed,
@@ -179,11 +244,12 @@ def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData, overlaps: dict
         },
         "reference_hash": None if trainer.reference is None else trainer.reference.weights_hash(),
         "data": {
-            "hashes": {path: _file_hash(path) for path in data.train.paths},
+            "hashes": hashes,
             "formats": {name: [asdict(info) for info in infos] for name, infos in data.formats().items()},
             **_data_counts(data, PairCounts()),
         },
         "overlap": overlaps,
+        "settings": identity(trainer.settings()),
     }
 
 
@@ -214,9 +280,10 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
         "data": manifest["data"]["sets"],
     }
     if trainer.accelerator.is_main_process:
-        final = {"final_model": trainer.final_model(), "evaluation": results}
-        replace_json(folder / "manifest.json", {**manifest, "status": "finished", **final})
+        steps = trainer.state.global_step
+        final = {"steps": steps, "final_model": trainer.final_model(), "evaluation": results}
         trainer.create_model_card()
+        replace_json(folder / MANIFEST, {**manifest, "status": "finished", **final})  # last: the folder is whole
         show_pair_counts(data, trainer.trained_pairs)
         show_pair_metrics(results)
         print_line(f"model and processor: {folder}")
@@ -236,6 +303,8 @@ def _data_counts(data: RunData, trained: PairCounts) -> dict[str, Any]:
             "used": used,
             "held_out": held_out,
             "dropped": reasons,
-            "not_reached": read - used - held_out - sum(reasons.values()),
+            # A pair used before a resume may be one that is dropped since: its image is gone.
+            "not_reached": max(0, read - used - held_out - sum(reasons.values())),
         }
-    return {"sets": sets, "examples": dropped.examples, "eval_dropped": data.eval_screened.to_json()["dropped"]}
+    eval_dropped = data.eval_screened.to_json()["dropped"]
+    return {"sets": sets, "examples": dropped.examples, "eval_dropped": eval_dropped, **trained.mishaps()}

@@ -7,11 +7,13 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vlmpo.data.records import Response
 from vlmpo.errors import DataError, RunError
+from vlmpo.fileio import append
 from vlmpo.generate.base import Generated
 
 RESPONSES_FILE = "responses.jsonl"
@@ -58,7 +60,7 @@ def open_responses(path: Path, model: str, settings: dict[str, Any]) -> Iterator
         DataError: a line is not a response.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -75,7 +77,7 @@ class ResponseFile:
         repaired: bytes removed because a kill had cut off their line.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, model: str, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, file: FileIO, model: str, settings: dict[str, Any]) -> None:
         self.path = path
         self.model = model
         self.settings = settings
@@ -140,9 +142,15 @@ class ResponseFile:
         ]
         lines = [json.dumps(response.to_json(), ensure_ascii=False) + "\n" for response in new]
         # A server's JSON may contain half of a surrogate pair, which has no UTF-8 encoding.
-        self._file.write("".join(lines).encode("utf-8", "replace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        content = "".join(lines).encode("utf-8", "replace")
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            append(self._file.fileno(), content)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(size)  # whole questions only, also on a disk that is full
+            error.filename = str(self.path)
+            raise
         for response in new:
             self._note(str(self.path), response)
         return len(new)

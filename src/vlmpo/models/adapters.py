@@ -10,10 +10,13 @@ import copy
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -116,7 +119,7 @@ def _as_model_error(what: str) -> Iterator[None]:
     """Turn whatever PEFT raises over files and weights that do not fit into one line for the user."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{what}: {first_line(error)}") from error
 
 
@@ -220,6 +223,7 @@ def put_adapter_on(model: Any, peft_config: Any) -> Any:
 
     Raises:
         ModelError: it carries an adapter already, or the config fits no part of it.
+        RecipeError: an entry of the config names no module.
     """
     from peft import get_peft_model
 
@@ -231,10 +235,84 @@ def put_adapter_on(model: Any, peft_config: Any) -> Any:
         logger.info(f"lora_dropout {peft_config.lora_dropout} forced to 0: the rewards would be noise at the start")
         peft_config.lora_dropout = 0.0
     check_init(peft_config)
+    check_targets(model, peft_config)
     try:
         return get_peft_model(model, peft_config)
     except (ValueError, TypeError) as error:
         raise ModelError(f"the adapter cannot be put on the model (model.lora): {first_line(error)}") from error
+
+
+def check_targets(model: Any, config: Any) -> None:
+    """Raise RecipeError for entries of a LoRA config that match no module: PEFT ignores them if another one does.
+
+    Each kind is matched as PEFT matches it.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
+    parameters = [name for name, _ in model.named_parameters()]
+    replaced = _entries(config, "modules_to_save")
+    excluded = _entries(config, "exclude_modules")
+    free = [name for name in modules if not any(map(_names(name), excluded)) and not any(map(name.endswith, replaced))]
+    wrong = [
+        *_unmatched("target_modules", _entries(config, "target_modules"), modules, _names),
+        *_unmatched("target_parameters", _entries(config, "target_parameters"), parameters, _names),
+        *_unmatched("exclude_modules", excluded, modules, _names),
+        *_unmatched("modules_to_save", replaced, modules, lambda name: name.endswith),
+        *_unmatched("rank_pattern", _entries(config, "rank_pattern"), modules, _ends_in),
+        *_unmatched("alpha_pattern", _entries(config, "alpha_pattern"), modules, _ends_in),
+    ]
+    if not wrong:
+        frozen = [
+            entry for entry in _entries(config, "target_modules") if not any(_names(name)(entry) for name in free)
+        ]
+        wrong = [f"target_modules: all that {entry!r} names is excluded or frozen or trained whole" for entry in frozen]
+    if wrong:
+        raise RecipeError("; ".join(f"model.lora.{message}" for message in wrong))
+
+
+class _Pattern(str):
+    """A regular expression for whole names, where others are names or their endings."""
+
+
+def _entries(config: Any, field: str) -> list[str]:
+    """Return the entries of a field of a LoRA config, which may be a pattern, names, or a mapping by names."""
+    value = getattr(config, field, None) or ()
+    if isinstance(value, str):
+        return [] if value.lower() == "all-linear" else [_Pattern(value)]
+    return sorted(map(str, value))
+
+
+def _names(name: str) -> Callable[[str], bool]:
+    """Return whether an entry names the module ``name``: by itself, by its ending, or by a pattern."""
+
+    def is_named_by(entry: str) -> bool:
+        if isinstance(entry, _Pattern):
+            return re.fullmatch(entry, name) is not None
+        return name == entry or name.endswith(f".{entry}")
+
+    return is_named_by
+
+
+def _ends_in(name: str) -> Callable[[str], bool]:
+    return lambda entry: re.match(rf"(.*\.)?({entry})$", name) is not None
+
+
+def _unmatched(
+    field: str, entries: Sequence[str], names: Sequence[str], named_by: Callable[[str], Callable[[str], Any]]
+) -> list[str]:
+    """Return a message for each entry that names none of ``names``."""
+    endings = sorted({name.rpartition(".")[2] for name in names} - {str(number) for number in range(len(names))})
+    messages = []
+    for entry in entries:
+        try:
+            if any(named_by(name)(entry) for name in names):
+                continue
+        except re.error as error:
+            messages.append(f"{field}: {entry!r} is no regular expression: {error}")
+            continue
+        near = get_close_matches(entry.rpartition(".")[2], endings, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(endings[:12])}, among others"
+        messages.append(f"{field}: the model has nothing that {entry!r} names; {hint}")
+    return messages
 
 
 def prepare_policy_adapter(model: Any, reentrant_checkpointing: bool) -> None:

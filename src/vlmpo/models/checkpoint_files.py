@@ -20,14 +20,16 @@ _OF_TOKENIZERS = frozenset({"tokenizer.json", "tokenizer.model", "tokenizer_conf
 _OF_IMAGE_PROCESSORS = frozenset({"processor_config.json", "preprocessor_config.json"})
 _SHOWN = 5  # files of a folder that a message names
 INTERNVL_CHAT = "InternVLChatModel"  # the class of checkpoints that bring their own code
+_NEEDS_CODE = "it needs code that comes with it, which is not run unless you set model.trust_remote_code: true"
 
 
-def why_unloadable(path: str, processor_only: bool = False) -> str | None:
+def why_unloadable(path: str, *, processor_only: bool = False, trust_remote_code: bool = False) -> str | None:
     """Return why the checkpoint at ``path`` cannot be loaded, and what to do; None if nothing speaks against it.
 
     Args:
         path: a folder that holds no adapter, or a hub name.
         processor_only: whether a processor without a model is enough.
+        trust_remote_code: whether code that comes with the checkpoint may run.
     """
     if os.path.isdir(path):
         files = sorted(os.listdir(path))
@@ -39,15 +41,18 @@ def why_unloadable(path: str, processor_only: bool = False) -> str | None:
     elif os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1:
         return "there is no such folder"
     config = _read_config(path)
-    return config if isinstance(config, str) else why_foreign(config)
+    return config if isinstance(config, str) else why_foreign(config, trust_remote_code=trust_remote_code)
 
 
-def why_foreign(config: dict[str, Any]) -> str | None:
-    """Return why transformers has no model for the values of a config.json, and what to do; None if it has one."""
+def why_foreign(config: dict[str, Any], *, trust_remote_code: bool = False) -> str | None:
+    """Return why there is no model for the values of a config.json, and what to do; None if there is one.
+
+    It is transformers' or, if ``trust_remote_code`` allows that, in code that comes with the checkpoint.
+    """
     kind = config.get("model_type")
     if not kind:
         return f"its {_CONFIG} names no model_type, so it is not a model's"
-    if kind in CONFIG_MAPPING:
+    if kind in CONFIG_MAPPING or (trust_remote_code and config.get("auto_map")):
         return None
     if kind == "internvl_chat" or INTERNVL_CHAT in (config.get("architectures") or ()):
         return (
@@ -56,13 +61,18 @@ def why_foreign(config: dict[str, Any]) -> str | None:
         )
     if config.get("auto_map"):
         return (
-            f"it needs code that comes with it (auto_map), which vlmpo does not run, and transformers has no model of "
-            f"type {kind!r}; take a checkpoint converted to transformers' layout, if there is one"
+            f"{_NEEDS_CODE}, as transformers has no model of type {kind!r}; or take a checkpoint converted to "
+            "transformers' layout, if there is one"
         )
     return (
         f"transformers has no model of type {kind!r}, which its {_CONFIG} names; take a checkpoint in transformers' "
         "layout, or a newer transformers"
     )
+
+
+def why_refused(error: Exception) -> str:
+    """Return why transformers does not load a checkpoint, in one line."""
+    return _NEEDS_CODE if "trust_remote_code" in str(error) else first_line(error)
 
 
 def what_processor_lacks(path: str) -> str | None:

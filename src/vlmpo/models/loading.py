@@ -17,27 +17,30 @@ from transformers import (
 )
 
 from vlmpo import compat
-from vlmpo.errors import ModelError, RecipeError, first_line
+from vlmpo.errors import ModelError, RecipeError
 from vlmpo.models.adapters import is_adapter, load_adapter, named_base
-from vlmpo.models.checkpoint_files import what_processor_lacks, why_unloadable
+from vlmpo.models.checkpoint_files import what_processor_lacks, why_refused, why_unloadable
+from vlmpo.models.finite import refuse_non_finite
 
 
-def load_processor(path: str) -> Any:
+def load_processor(path: str, *, trust_remote_code: bool = False) -> Any:
     """Load a model's processor, from a folder or the hub; a text-only model's is its tokenizer.
 
-    An adapter's is the one saved with it, or else its base model's.
+    An adapter's is the one saved with it, or else its base model's. Code that comes with it runs only if
+    ``trust_remote_code`` is set; left open, transformers would ask on the terminal.
 
     Raises:
         ModelError: it cannot be loaded, or lacks its tokenizer; or the model beside it can never be loaded.
     """
-    if not is_adapter(path) and (reason := why_unloadable(path, processor_only=True)):
+    trusted = {"trust_remote_code": trust_remote_code}
+    if not is_adapter(path) and (reason := why_unloadable(path, processor_only=True, **trusted)):
         raise ModelError(f"model.path: no processor can be loaded from {path}: {reason}")
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)  # None would ask on the terminal
+        processor = AutoProcessor.from_pretrained(path, **trusted)
     except (OSError, ValueError, ImportError) as error:
         if base := named_base(path):
-            return _base_of_adapter(path, base, load_processor)
-        reason = what_processor_lacks(path) or first_line(error)
+            return _base_of_adapter(path, base, functools.partial(load_processor, trust_remote_code=trust_remote_code))
+        reason = what_processor_lacks(path) or why_refused(error)
         raise ModelError(f"model.path: no processor can be loaded from {path}: {reason}") from error
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):  # but a part of one
         raise ModelError(
@@ -47,41 +50,48 @@ def load_processor(path: str) -> Any:
     return processor
 
 
-def load_model(path: str, dtype: str = "float32", quantized: dict[str, Any] | None = None) -> Any:
+def load_model(
+    path: str, dtype: str = "float32", quantized: dict[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> Any:
     """Load a model, text-only or not, on the CPU; load a PEFT adapter on its base model, trainable.
 
     Args:
         path: a folder or a hub name.
         dtype: dtype of the weights.
         quantized: further arguments of ``from_pretrained``, which quantise the weights.
+        trust_remote_code: run the code that comes with the model.
 
     Raises:
-        ModelError: no model there, or weights missing in the checkpoint, which transformers would fill with noise.
+        ModelError: no model there, weights missing in the checkpoint, which transformers would fill with noise, or
+            weights that are not finite.
     """
     if base := named_base(path):
-        return load_adapter(
-            _base_of_adapter(path, base, functools.partial(load_model, dtype=dtype, quantized=quantized)), path
-        )
-    if reason := why_unloadable(path):
+        load = functools.partial(load_model, dtype=dtype, quantized=quantized, trust_remote_code=trust_remote_code)
+        adapted = load_adapter(_base_of_adapter(path, base, load), path)
+        refuse_non_finite(adapted, f"adapter {path}")
+        return adapted
+    if reason := why_unloadable(path, trust_remote_code=trust_remote_code):
         raise ModelError(f"model.path: no model can be loaded from {path}: {reason}")
     try:
-        has_images = compat.is_image_text_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        has_images = compat.is_image_text_config(config)
         model_class: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
         model, info = model_class.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             **(quantized or {}),
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(f"model.path: no model can be loaded from {path}: {first_line(error)}") from error
+        raise ModelError(f"model.path: no model can be loaded from {path}: {why_refused(error)}") from error
     absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
     if absent:
         raise ModelError(
             f"model.path: {path} lacks {len(absent)} of the model's weights ({', '.join(absent[:3])}, ...); "
             "they would be random"
         )
+    refuse_non_finite(model, f"model {path}")
     if quantized:
         from peft import prepare_model_for_kbit_training
 

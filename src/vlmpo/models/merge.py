@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ def write_merged(adapter: Path, output: Path, base: str | None = None, dtype: st
             raise
         processor = loading.load_processor(base)
     merged = merged_model(adapter, base).to(getattr(torch, dtype))
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(partial, output)
+    output = output.resolve()  # a link to an empty folder stays one
+    partial = output.with_name(f"{output.name}.{uuid.uuid4().hex}.partial")
+    try:
+        merged.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def merged_model(adapter: Path, base: str | None) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class CachedReference:
         """
         context = self.context()
         keys = [content_key(context, key) for key in micro_batch.keys]
-        stored = [self.store.get(key) for key in keys]
+        stored = [self._stored(key) for key in keys]
         missing = stored.count(None)
         self.misses += missing
         self.hits += len(keys) - missing
@@ -112,7 +113,9 @@ class CachedReference:
         if self._any_rank(missing > 0):
             logps = self.load().response_logps(micro_batch).double()
             if missing:  # dummy responses, the last ones, have no key
-                self.store.put(keys, map(Scored, logps.tolist(), lengths[: len(keys)]))
+                scored = zip(keys, map(Scored, logps.tolist(), lengths), strict=False)
+                sound = {key: score for key, score in scored if math.isfinite(score.logp)}
+                self.store.put(list(sound), sound.values())
             return logps
         scores = [score for score in stored if score is not None]
         if any(score.tokens != length for score, length in zip(scores, lengths, strict=False)):
@@ -120,6 +123,11 @@ class CachedReference:
         dummies = [0.0] * (micro_batch.num_responses - len(scores))
         logps_or_zeros = [*(score.logp for score in scores), *dummies]
         return torch.tensor(logps_or_zeros, dtype=torch.float64, device=micro_batch.chosen.device)
+
+    def _stored(self, key: bytes) -> Scored | None:
+        """Return what the store has for ``key``; a log-prob that is not finite counts as missing."""
+        score = self.store.get(key)
+        return None if score is None or not math.isfinite(score.logp) else score
 
     def stop_sharing(self) -> None:
         """Read every response in a row of its own from now on; a model loaded later does so anyway."""
@@ -247,9 +255,11 @@ def open_cached_reference(
     config = config_hash(base.config)
     dtype = str(base.dtype).removeprefix("torch.")
     name = compat.name_or_path(base.config)
+    ran_code = type(base).__module__.startswith("transformers_modules.")  # the user allowed the model's own code
 
     def reload() -> Reference:  # holds no model
-        return CopyReference(prepare_frozen(accelerator, freeze(load_model(str(name), dtype), shared())))
+        model = load_model(str(name), dtype, trust_remote_code=ran_code)
+        return CopyReference(prepare_frozen(accelerator, freeze(model, shared())))
 
     def any_rank(value: bool) -> bool:
         return any(all_gather_object(accelerator, value)) if passes_are_shared(accelerator) else value
@@ -287,14 +297,36 @@ def precompute(
 
     Returns:
         How many responses were ``known`` and how many ``computed``, and evaluation pairs ``dropped``, on this rank.
+
+    Raises:
+        RunError: a log-prob is not finite.
     """
     dropped = 0
+
+    def read(batch: Batch) -> None:
+        for micro_batch in batch.micro_batches:
+            _refuse_non_finite(micro_batch, reference.response_logps(prepare(micro_batch)))
+
     with torch.no_grad():
         for batch in training:
-            for micro_batch in batch.micro_batches:
-                reference.response_logps(prepare(micro_batch))
+            read(batch)
         for batch in evaluation:
             dropped += len(batch.dropped)
-            for micro_batch in batch.micro_batches:
-                reference.response_logps(prepare(micro_batch))
+            read(batch)
     return {"known": reference.hits, "computed": reference.misses, "dropped": dropped}
+
+
+def _refuse_non_finite(micro_batch: MicroBatch, logps: Tensor) -> None:
+    """Raise RunError if the log-prob of a pair's response, of ``[responses]``, is not finite; name the pairs."""
+    bad = ~torch.isfinite(logps.cpu())
+    of_pair = bad[micro_batch.chosen.cpu()]
+    if micro_batch.rejected is not None:
+        of_pair = of_pair | bad[micro_batch.rejected.cpu()]
+    origins = [micro_batch.origins[at] for at in torch.nonzero(of_pair).flatten().tolist()]
+    if origins:
+        error = RunError(
+            f"the reference's log-probs are not finite for {', '.join(origins[:8])}; they are not stored. Look at "
+            "these records, and at the reference's weights and dtype (model.path, model.dtype)"
+        )
+        error.met_by = "rank"
+        raise error

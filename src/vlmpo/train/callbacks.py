@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+from vlmpo.fileio import dump_json, replace_text
 from vlmpo.log import logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -54,24 +56,42 @@ class ShortPrinter(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to ``metrics.jsonl``, with unrounded numbers."""
+    """Appends every log to ``metrics.jsonl``, with unrounded numbers; those not finite are null, and named.
+
+    Attributes:
+        kept: lines that a resumed run keeps at most: those there were when its checkpoint was written; None: all up to
+            the checkpoint's step.
+    """
 
     def __init__(self, output_dir: str) -> None:
         self.file = Path(output_dir) / METRICS_FILE
+        self.kept: int | None = None
+
+    def count_lines(self) -> int:
+        """Return the number of lines written so far."""
+        return len(self.file.read_bytes().splitlines()) if self.file.exists() else 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Empty the file; a resumed run keeps the lines up to its checkpoint, as later steps are run again."""
         if not state.is_world_process_zero:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.exists() and state.global_step else []
-        kept = [line for line in lines if _step_of(line) <= state.global_step]
-        self.file.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in lines if _step_of(line) <= state.global_step][: self.kept]
+        replace_text(self.file, "".join(line + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with self.file.open("a") as out:
-                out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                out.write(metrics_line(state.global_step, logs) + "\n")
+
+
+def metrics_line(step: int, logs: dict[str, Any]) -> str:
+    """Return a log as one JSON object.
+
+    JSON has no NaN and no infinity: such values are null, and ``not_finite`` says what they were.
+    """
+    odd = {name: str(value) for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)}
+    return dump_json({"step": step, **logs, **({"not_finite": odd} if odd else {})}, ensure_ascii=True)
 
 
 def _step_of(line: str) -> float:

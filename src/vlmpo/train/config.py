@@ -64,10 +64,14 @@ class MPOConfig(TrainingArguments):
             Without effect on one process, under ``train_sampling_strategy: sequential``, and under ``reward_shift:
             running``, as there the order of micro-batches decides how delta moves.
         on_bad_record: ``skip`` a bad record and count it, or ``fail``.
+        max_bad_share: share of the records read while training whose images, videos or data files may fail under
+            ``skip``, once 1,000 are read; more end the run. 1: any.
         num_train_epochs, learning_rate: as in TrainingArguments, with the defaults 1 and 1e-6.
         learning_rates: learning rates of the parts ``vision``, ``projector`` and ``text``; a part without one takes
             ``learning_rate``.
         ema_decay: decay of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: no average.
+        allow_changes: recipe keys, e.g. ``loss.beta``, that may differ from what the checkpoint was made by that is
+            resumed from; the change is noted in the run's history.
         attention: ``auto`` shares prompts if the model family allows it; ``separate`` reads each response in a row of
             its own.
     """
@@ -87,9 +91,11 @@ class MPOConfig(TrainingArguments):
     group_by_prompt: int = 0
     balance_ranks: bool = True
     on_bad_record: str = "skip"
+    max_bad_share: float = 0.05
     attention: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
+    allow_changes: list[str] | None = field(default=None)
     # The published recipes: one epoch, small steps (transformers' 3 epochs at 5e-5 would ruin an SFT checkpoint).
     num_train_epochs: float = 1.0
     learning_rate: float = 1e-6
@@ -127,6 +133,8 @@ class MPOConfig(TrainingArguments):
             raise ValueError("label_smoothing_factor is not MPO's; set label_smoothing (loss.label_smoothing)")
         if not 0.0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            raise ValueError(f"max_bad_share must be in [0, 1], not {self.max_bad_share}")
         check_values(self.learning_rates or {})
         decay = self.ema_decay
         if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1):

@@ -33,11 +33,16 @@ class WeightAverage(TrainerCallback):
 
     Args:
         decay: in (0, 1); near ``1 - 1/n`` it averages over about n steps.
+
+    Attributes:
+        averages: by name of the parameter.
+        paused: whether the step under way moves no weight, and does not count either.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.averages: dict[str, Tensor] = {}
+        self.paused = False
         self._checkpoint: str | os.PathLike[str] | None = None
 
     @classmethod
@@ -78,7 +83,7 @@ class WeightAverage(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Update the average with the weights of one step."""
-        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+        if not self.paused and not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             for name, weight in _trained(model):
                 self.averages[name].mul_(self.decay).add_(weight.to(wide(weight.dtype)), alpha=1.0 - self.decay)
 

@@ -14,11 +14,13 @@ from torch import nn
 from transformers import TrainingArguments
 
 from vlmpo import compat
+from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.formats import as_pairs
 from vlmpo.errors import ModelError, RecipeError
 from vlmpo.models import loading
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.checkpoint_files import INTERNVL_CHAT, why_foreign
+from vlmpo.models.fit import limits_of
 from vlmpo.train.config import MPOConfig
 
 _UNUSED = {
@@ -51,6 +53,19 @@ def check_arguments(args: Any, peft_config: Any) -> None:
             f"MPOTrainer: peft_config is of type {type(peft_config).__name__}; pass a configuration of PEFT, e.g. "
             "peft.LoraConfig(r=16)"
         )
+
+
+def encoder_for(args: MPOConfig, processor: Any, need_rejected: bool, *models: Any) -> PairEncoder:
+    """Return what turns pairs into what all of ``models`` can read; those that are None count for nothing."""
+    return PairEncoder(
+        processor,
+        max_length=args.max_length,
+        over_long=args.over_long,  # type: ignore[arg-type]
+        max_tiles=args.max_tiles,
+        need_rejected=need_rejected,
+        video_frames=args.video_frames,
+        **limits_of(*(model for model in models if model is not None)),
+    )
 
 
 def refuse_shared_weights(model: Any, ref_model: Any | None) -> None:

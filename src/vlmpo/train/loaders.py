@@ -8,6 +8,7 @@ import torch
 
 from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
 from vlmpo.errors import RecipeError
+from vlmpo.interrupt import ignore_in_worker
 from vlmpo.log import logger
 from vlmpo.train.batching import Collator
 from vlmpo.train.config import MPOConfig
@@ -128,6 +129,7 @@ class LoaderFactory:
             ),
             collate_fn=self.collator,
             num_workers=num_workers,
+            worker_init_fn=ignore_in_worker,
             generator=torch.Generator(),  # its own: reading data must not change the random state of training
             persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,

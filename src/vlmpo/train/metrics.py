@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -96,6 +97,23 @@ def add_up(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return dict(total)
 
 
+def carried_on(window: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the sums with which ``rank`` of ``ranks`` goes on: of the loss, and behind the next log.
+
+    What is averaged over ranks is the same on each; of other numbers of ranks, the first carries on all other sums.
+
+    Args:
+        window: both sums of every rank that wrote the checkpoint, as ``loss`` and ``sums``; null is no finite number.
+    """
+    known = [{part: {k: math.nan if v is None else v for k, v in of[part].items()} for part in of} for of in window]
+    if len(known) == ranks:
+        return known[rank]["loss"], known[rank]["sums"]
+    since_log = sum(of["loss"]["since_log"] for of in known) / len(known)
+    added = add_up([of["sums"] for of in known]) if rank == 0 else {}
+    steps = {name: known[0]["sums"].get(name, 0.0) for name in ("steps", "empty_steps")}
+    return {**known[0]["loss"], "since_log": since_log}, {**added, **steps}
+
+
 def training_metrics(total: Mapping[str, float], steps: float) -> dict[str, float]:
     """Return the logged metrics of ``steps`` optimizer steps: means of the terms over steps, of the rest over pairs.
 
@@ -128,12 +146,25 @@ def window_metrics(ranks: Sequence[Mapping[str, float]], seconds: float) -> dict
     total = add_up(ranks)
     waited = total.pop("data_wait", 0.0) / len(ranks)
     steps = max(total.pop("steps", 0.0) / len(ranks), 1.0)
-    metrics = {**training_metrics(total, steps), "step_seconds": seconds / steps}
+    empty = total.pop("empty_steps", 0.0) / len(ranks)
+    metrics = {**training_metrics(total, max(steps - empty, 1.0)), "step_seconds": seconds / steps}
+    if empty:
+        metrics |= {"empty_steps": empty, "steps": steps}
     if seconds > 0:
         metrics["data_wait_share"] = waited / seconds
         metrics["pairs_per_second"] = total.get("pairs", 0.0) / seconds
         metrics["tokens_per_second"] = total.get("tokens", 0.0) / seconds
     return metrics
+
+
+def leave_out_empty_steps(logs: dict[str, float]) -> None:
+    """Make the loss the mean over the steps that had a pair; remove it if none had one: it is not 0, there is none."""
+    empty, steps = logs.get("empty_steps", 0.0), logs.pop("steps", 0.0)
+    if empty and empty < steps:
+        logs["loss"] *= steps / (steps - empty)
+    elif empty:
+        for name in [name for name in logs if name == "loss" or name.startswith("loss/")]:
+            del logs[name]
 
 
 def start_loss(logs: Mapping[str, float], weights: Mapping[str, float], router_coefficient: float | None) -> float:

@@ -19,6 +19,7 @@ import jinja2
 import yaml
 
 from vlmpo import compat
+from vlmpo.log import shown
 from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.train.reference import AdapterReference
 
@@ -113,7 +114,7 @@ def model_card(run: RunSummary, given: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "name": _name, "code": _code, "literal": _literal}
     template = environment.from_string(files("vlmpo.train").joinpath("model_card.md.jinja").read_text(encoding="utf-8"))
     logs = [entry for entry in run.log_history if "loss" in entry] or [{}]
     first, last = logs[0], logs[-1]
@@ -157,7 +158,12 @@ def _result_rows(name: str, metrics: Mapping[str, float]) -> Iterator[list[str]]
     sources = [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]
     for label, suffix in [("all", ""), *((source, f"/{source}") for source in sources)]:
         loss = metrics.get(f"{name}_loss{suffix}")
-        row = [name, label, str(int(metrics[f"{name}_pairs{suffix}"])), "" if loss is None else f"{loss:.4f}"]
+        row = [
+            _name(name),
+            _name(label),
+            str(int(metrics[f"{name}_pairs{suffix}"])),
+            "" if loss is None else f"{loss:.4f}",
+        ]
         for metric, form in _INTERVALS:
             values = [metrics.get(f"{name}_{metric}{bound}{suffix}") for bound in ("", "_low", "_high")]
             row.append("" if None in values else form.format(*values))
@@ -172,7 +178,24 @@ def _answers(run: RunSummary) -> Mapping[str, Any] | None:
 
 def _cell(value: Any) -> str:
     """Put ``value`` on one line of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return shown(" ".join(str(value).split())).replace("|", "\\|")
+
+
+def _name(value: Any) -> str:
+    """Put a name from data on one line, none of it read as Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]<>|&~]|^[#+-])", r"\\\1", shown(" ".join(str(value).split())))
+
+
+def _code(value: Any) -> str:
+    """Put a name on one line as inline code; one with backticks as escaped text, since a line may begin with it."""
+    text = shown(" ".join(str(value).split()))
+    return _name(value) if "`" in text else f"`{text}`"
+
+
+def _literal(value: Any) -> str:
+    """Write a name as a Python string, on one line and without a backtick, which could end a block of code."""
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("`", "\\x60")
+    return f'"{shown(escaped)}"'
 
 
 # ---- fields of the summary ----

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.records import IMAGE_PLACEHOLDER, Message, PreferencePair
-from vlmpo.errors import ModelError, RecordError, RunError, VlmpoError
+from vlmpo.errors import ModelError, RecordError, RunError, met_by_all
 from vlmpo.train.batching import Batch, Collator, MicroBatch, lay_out
+from vlmpo.train.data_watch import MEDIA_REASONS
 from vlmpo.train.sharding import all_gather_object, passes_are_shared
 from vlmpo.tree.dummies import append_dummy, dummy_row
 from vlmpo.tree.layout import PromptTree
@@ -39,8 +40,11 @@ class StepInfo:
     Attributes:
         pairs, chosen_tokens: the denominators; of all ranks: the sums.
         micro_batches: for each batch its number of micro-batches with rows; of all ranks: the largest.
+        records: pairs and records that cannot be used.
+        failed: of the latter, those whose media or data file cannot be read any more.
         images, videos: whether any row has some.
         error: of a bad record that ends the run, if there is one.
+        signum: the signal after which the run is to end, 0 if none has come; of all ranks: of any of them.
     """
 
     pairs: int
@@ -49,18 +53,26 @@ class StepInfo:
     images: bool
     videos: bool
     error: RecordError | None = None
+    records: int = 0
+    failed: int = 0
+    signum: int = 0
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
+    def of(cls, batches: Sequence[Batch], error: RecordError | None = None, signum: int = 0) -> StepInfo:
         """Describe this rank's part in an optimizer step."""
         rows = [row for batch in batches for micro_batch in batch.micro_batches for row in micro_batch.rows]
+        dropped = [unusable for batch in batches for unusable in batch.dropped]
+        pairs = sum(len(batch) for batch in batches)
         return cls(
-            pairs=sum(len(batch) for batch in batches),
+            pairs=pairs,
             chosen_tokens=sum(batch.num_chosen_tokens for batch in batches),
             micro_batches=tuple(sum(bool(part.rows) for part in batch.micro_batches) for batch in batches),
             images=any(row.vision for row in rows),
             videos=any(_VIDEO_TENSORS in row.vision for row in rows),
             error=error,
+            records=pairs + len(dropped),
+            failed=sum(unusable.error.reason in MEDIA_REASONS for unusable in dropped),
+            signum=signum,
         )
 
     @classmethod
@@ -73,6 +85,9 @@ class StepInfo:
             images=any(info.images for info in ranks),
             videos=any(info.videos for info in ranks),
             error=next((info.error for info in ranks if info.error is not None), None),
+            records=sum(info.records for info in ranks),
+            failed=sum(info.failed for info in ranks),
+            signum=max(info.signum for info in ranks),
         )
 
 
@@ -111,18 +126,20 @@ class RankSync:
         summed = self.accelerator.reduce(torch.tensor(values, dtype=kind, device=device), reduction="sum")
         return [float(value) for value in summed]
 
-    def all_reduce(self, batches: Sequence[Batch], error: RecordError | None = None) -> StepInfo:
+    def all_reduce(self, batches: Sequence[Batch], error: RecordError | None = None, signum: int = 0) -> StepInfo:
         """Return what all ranks will read in the step of ``batches``; called before any forward.
+
+        ``signum`` is a signal that has come to this rank.
 
         Raises:
             RecordError: some rank gave an ``error``; all of them raise it.
             RunError: videos under a wrapper that shares every pass.
         """
-        info = StepInfo.merge(self.all_gather(StepInfo.of(batches, error)))
+        info = StepInfo.merge(self.all_gather(StepInfo.of(batches, error, signum)))
         if info.error is not None:
-            raise _met_by_all(info.error)
+            raise met_by_all(info.error)
         if info.videos and self.share_passes:
-            raise _met_by_all(
+            raise met_by_all(
                 RunError(
                     "videos cannot be trained on under FSDP or DeepSpeed: ranks with and without one would wait for "
                     "each other for ever; use DDP (leave training.fsdp and training.deepspeed out)"
@@ -207,9 +224,3 @@ class RankSync:
             response = pair.chosen_ids[:1]
             self._dummy_trees[image] = PromptTree(pair.prompt_ids, (response,), pair.vision, pair.token_types)
         return self._dummy_trees[image]
-
-
-def _met_by_all(error: VlmpoError) -> VlmpoError:
-    """Mark an error that all ranks raise, so that it is printed once."""
-    error.met_by = "all"
-    return error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,35 +15,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vlmpo import compat
-from vlmpo.data.encode.encoder import EncodedPairs, PairEncoder
+from vlmpo import compat, interrupt
+from vlmpo.data.encode.encoder import EncodedPairs
 from vlmpo.data.encode.processors import with_tiles
-from vlmpo.errors import RecipeError, RecordError, RunError, first_line
+from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.families import support_for
-from vlmpo.models.fit import check_features, check_processor, limits_of
+from vlmpo.models.fit import check_features, check_processor
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.checkpoint import (
-    check_rates,
-    last_complete_checkpoint,
     load_weights,
     read_state,
     restore_state,
-    write_state,
+    settings_as_given,
+    steps_done,
 )
+from vlmpo.train.checkpoint_io import TRAINER_FILE, rotate
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
-from vlmpo.train.inputs import check_arguments, load_named, pairs_of, refuse_shared_weights, refuse_unused
+from vlmpo.train.hub import hub_errors
+from vlmpo.train.inputs import check_arguments, encoder_for, load_named, pairs_of, refuse_shared_weights, refuse_unused
+from vlmpo.train.launcher import refuse_unseen_ranks
 from vlmpo.train.loaders import LoaderFactory
-from vlmpo.train.metrics import StepSums, settle_best_metric, start_loss, window_metrics
+from vlmpo.train.metrics import (
+    StepSums,
+    carried_on,
+    leave_out_empty_steps,
+    settle_best_metric,
+    start_loss,
+    window_metrics,
+)
 from vlmpo.train.model_card import (
     CARD_FILE,
     RunSummary,
@@ -51,21 +63,27 @@ from vlmpo.train.model_card import (
     training_settings,
 )
 from vlmpo.train.param_groups import PartRates, count_by_part
+from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.reference import (
     Reference,
     online_reference,
     switch_dropout_off,
 )
+from vlmpo.train.resume import refuse_damaged_best
+from vlmpo.train.run_checkpoints import RunCheckpoints
+from vlmpo.train.run_watch import RunWatch
 from vlmpo.train.sampler import PairLoader
 from vlmpo.train.sharding import (
     compute_dtype,
     configure_fsdp,
+    full_tensor,
     no_gradient_sync,
     prepare_to_score,
     whole_state_dict,
 )
 from vlmpo.train.start_check import shared_rows_hold
+from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
@@ -97,13 +115,17 @@ class MPOTrainer(Trainer):
         extra_evaluations: called at every evaluation without a data set of its own; return further metrics.
         trained_pairs: what became of the pairs of all ranks, once training is over.
         card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
+        given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
+        checkpoints: finds and writes them; knows the run's history.
+        watch: ends the run if its data or numbers are good for nothing.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model, or an argument is of the wrong kind.
         ModelError: the processor has no chat template or is another model's, or a checkpoint does not fit.
         DataError: records of no known format, or a streaming data set, which has no length.
         RecordError: a bad record under ``on_bad_record="fail"``.
-        RunError: a checkpoint is incomplete, or was trained against another reference.
+        RunError: a checkpoint is incomplete, or was trained against another reference; a loss, a log-prob or a gradient
+            is not finite.
     """
 
     # The loss is divided by the global batch's own denominators; Trainer must not divide it by accumulation steps.
@@ -140,15 +162,7 @@ class MPOTrainer(Trainer):
         install(unwrap_peft(model), shared)
         self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
-        self.encoder = PairEncoder(
-            processing_class,
-            max_length=args.max_length,
-            over_long=args.over_long,  # type: ignore[arg-type]
-            max_tiles=args.max_tiles,
-            need_rejected=self.with_preferences,
-            video_frames=args.video_frames,
-            **limits_of(*(known for known in (model, ref_model) if known is not None)),
-        )
+        self.encoder = encoder_for(args, processing_class, self.with_preferences, model, ref_model)
         probe = check_processor(model, self.encoder)
         if ref_model is not None:
             check_processor(ref_model, self.encoder)
@@ -157,28 +171,43 @@ class MPOTrainer(Trainer):
         self.sums = StepSums()
         self._step_rewards = [0.0, 0.0]  # sum and count in the optimizer step under way, on this rank
         self.clock = StepClock()
+        self.metrics_file = MetricsFile(args.output_dir)
         self.pair_counts = PairCounts()
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self.card_fields: dict[str, Any] = {}
         self.trained_pairs = PairCounts()
+        self.given_settings: Settings = {}
+        self._steps_before = 0  # steps of the checkpoint that is resumed from
+        self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=Collator(
-                args.max_tokens_per_row, shared, keyed=args.reference_kind == "cache", group=args.group_by_prompt
-            ),
-            train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
-            eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
-            processing_class=with_tiles(processing_class, args.max_tiles),  # as it is saved with the model
-            callbacks=[*(callbacks or []), self.clock, MetricsFile(args.output_dir)],
-            optimizers=optimizers,
-        )
+        with without_jit_checkpoint(args):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=Collator(
+                    args.max_tokens_per_row, shared, keyed=args.reference_kind == "cache", group=args.group_by_prompt
+                ),
+                train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
+                eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
+                processing_class=with_tiles(processing_class, args.max_tiles),  # as it is saved with the model
+                callbacks=[*(callbacks or []), self.clock, self.metrics_file],
+                optimizers=optimizers,
+            )
         self.pop_callback(PrinterCallback)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they may hold parts of the weights only
             check_features(self.model, processing_class, probe)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.ranks = RankSync(self.accelerator, self.encoder, self.data_collator)
+        self.watch = RunWatch(args, self.ranks, counts=self.all_pair_counts, deepspeed=self.is_deepspeed_enabled)
+        self.checkpoints = RunCheckpoints(
+            args,
+            self.ranks,
+            made_by=self.settings,
+            reference_hash=self._reference_hash,
+            deepspeed=self.is_deepspeed_enabled,
+        )
+        self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
+        self.add_callback(self.stopping)
         every, trained = count_by_part(self.model), count_by_part(self.model, trained_only=True)
         self.parameter_counts = {part: (count, trained.get(part, 0)) for part, count in every.items()}
         self.part_rates = PartRates.for_run(
@@ -211,7 +240,11 @@ class MPOTrainer(Trainer):
     # ---- set-up ----
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Do as transformers does; refuse wrappers that cannot be exact, and use one GPU a process."""
+        """Do as transformers does; refuse wrappers that cannot be exact, and use one GPU a process.
+
+        Raises:
+            RecipeError: FSDP of version 1, or a launcher whose processes do not see each other.
+        """
         if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
             logger.info(
                 f"one of {self.args.n_gpu} GPUs is used; to use all, start with "
@@ -219,6 +252,7 @@ class MPOTrainer(Trainer):
             )
             compat.use_one_gpu(self.args)
         super().create_accelerator_and_postprocess()
+        refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
         configure_fsdp(self.accelerator, self.model)
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
@@ -272,6 +306,9 @@ class MPOTrainer(Trainer):
             prepare=self._prepare_inputs,
             half=self.args.bf16 or self.args.fp16,
             wrapped=self.model_wrapped if self.ranks.share_passes else None,
+            reference=getattr(self.reference, "model", None),
+            fail_on_bad=self._fail_on_bad,
+            gather=self.ranks.all_gather,
         )
         if not hold:
             self.data_collator.shared = False
@@ -300,7 +337,13 @@ class MPOTrainer(Trainer):
         self.clock.start()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.clock.fetched()
-        info = self.ranks.all_reduce(batches, self._count_pairs(batches))
+        self.watch.numbers.start()
+        info = self.ranks.all_reduce(batches, self._count_pairs(batches), interrupt.requested())
+        self.stopping.agree(info.signum)
+        done = self.state.epoch or 0.0
+        self.watch.see_data(info, self.pair_counts, step=self.state.global_step + 1, epoch=done)
+        if self.average is not None:
+            self.average.paused = self.watch.step_is_empty
         counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
         empty = not all(part.rows for batch in batches for part in batch.micro_batches)
         if empty or self.accelerator.num_processes > 1:
@@ -312,15 +355,10 @@ class MPOTrainer(Trainer):
         first_epoch = (self.state.epoch or 0.0) < 1.0  # every pair comes once an epoch
         for batch in batches:
             self.encoder.add_notices(batch.notices)
-            for unusable in batch.dropped:
-                if self._fail_on_bad:
-                    return unusable.error
-                if self.pair_counts.add_example(unusable.error.reason, str(unusable.error)):
-                    logger.info(f"dropped: {unusable.error}")
-                if first_epoch:
-                    self.pair_counts.drop(unusable.source, unusable.error)
-            if first_epoch:
-                self.pair_counts.used.update(source for part in batch.micro_batches for source in part.sources)
+            if self._fail_on_bad and batch.dropped:
+                return batch.dropped[0].error
+            for error in self.pair_counts.count(batch, first_epoch=first_epoch):
+                logger.info(f"dropped: {error}")
         return None
 
     # ---- one step ----
@@ -385,9 +423,11 @@ class MPOTrainer(Trainer):
                 coefficient=self.router_coefficient,
                 num_pairs=counts.get("pairs"),
             )
+        loss = output.loss
         if model.training:
             self._record(micro_batch, policy.detach(), output)
-        loss = output.loss * self.accelerator.num_processes
+            loss = self.watch.numbers.guarded(micro_batch, policy, reference, output)
+        loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
     def _response_logps(
@@ -425,7 +465,13 @@ class MPOTrainer(Trainer):
         responses = torch.cat([micro_batch.chosen, micro_batch.rejected])
         rewards = self.args.beta * (policy.detach() - reference)[responses]
         mean_and_count = [float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0]
-        self.reward_shift.observe(*self.ranks.sum_over_ranks(mean_and_count, self.args.device))
+        self._observe(mean_and_count)
+
+    def _observe(self, sum_and_count: list[float]) -> None:
+        """Let rewards of all ranks enter delta, unless they are not finite: delta would never be finite again."""
+        total, count = self.ranks.sum_over_ranks(sum_and_count, self.args.device)
+        if math.isfinite(total):
+            self.reward_shift.observe(total, count)
 
     def _record(self, micro_batch: MicroBatch, policy: Tensor, output: LossOutput) -> None:
         """Add a micro-batch to the sums behind the log and behind delta."""
@@ -444,10 +490,29 @@ class MPOTrainer(Trainer):
     def _end_step(self) -> None:
         """Move delta, once, by the rewards of all ranks: the optimizer step's losses are all computed."""
         if self.reward_shift.mode == "previous" and self.reference is not None:
-            self.reward_shift.observe(*self.ranks.sum_over_ranks(self._step_rewards, self.args.device))
+            self._observe(self._step_rewards)
         self.reward_shift.step()
         self._step_rewards = [0.0, 0.0]
         self.sums.values["steps"] += 1
+        self.sums.values["empty_steps"] += self.watch.step_is_empty
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradient, and let nothing move the weights that should not.
+
+        transformers calls this between the backward pass and the optimizer's step, whether it clips or not.
+
+        Raises:
+            RunError: the norm, a loss or a log-prob is not finite; all ranks raise it.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, Tensor):
+            norm = full_tensor(norm)
+        if not self.watch.may_move(0.0 if norm is None else float(norm), self.state.global_step + 1):
+            # Without a gradient an optimizer leaves weights and moments as they are: of zeros it would take momentum
+            # and weight decay. (DeepSpeed has stepped already.)
+            for parameter in model.parameters():
+                parameter.grad = None
+        return norm
 
     # ---- log and evaluation ----
 
@@ -457,10 +522,18 @@ class MPOTrainer(Trainer):
             seconds, waited = self.clock.take()
             logs |= window_metrics(self.ranks.all_gather({**self.sums.values, "data_wait": waited}), seconds)
             self.sums = StepSums()
+            leave_out_empty_steps(logs)
             if self.reference is not None:
                 logs["reward_shift"] = self.reward_shift.value
-                if self.state.global_step == 1:
+                if self.state.global_step == 1 and "loss" in logs:
                     logs["start/expected_loss"] = start_loss(logs, self.args.weights, self.router_coefficient)
+            self.watch.see_log(self.state.global_step, logs)
+        if "train_loss" in logs:  # transformers divides the loss of this session by its steps
+            steps = self.state.global_step - self.all_pair_counts().empty_steps
+            if self._loss_known and steps:
+                logs["train_loss"] = compat.loss_sums(self)["total"] / steps
+            elif self.state.global_step == self._steps_before:
+                del logs["train_loss"]
         if "learning_rate" in logs and self.part_rates is not None:
             logs |= self.part_rates.latest
         super().log(logs, start_time)
@@ -476,6 +549,10 @@ class MPOTrainer(Trainer):
             RecordError: some rank met a bad record under ``on_bad_record="fail"``; all of them raise it.
             RunError: the wrapper of the run cannot score before training.
         """
+        with interrupt.at_once():
+            return self._evaluate_sets(eval_dataset, metric_key_prefix)
+
+    def _evaluate_sets(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         given = pairs_of(eval_dataset, self.with_preferences, "eval_dataset")
         data = self.eval_dataset if given is None else given
         sets = {f"_{name}": part for name, part in data.items()} if isinstance(data, dict) else {"": data}
@@ -519,6 +596,8 @@ class MPOTrainer(Trainer):
 
         Raises:
             RecipeError: the reference has no store.
+            DataError: no pair can be used.
+            RunError: a log-prob is not finite.
         """
         if not isinstance(self.reference, CachedReference):
             raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
@@ -533,6 +612,9 @@ class MPOTrainer(Trainer):
             evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
             prepare=self._prepare_inputs,
         )
+        pair_counts = self.all_pair_counts()
+        if not pair_counts.used.total():
+            raise self.watch.nothing_left("nothing to train on: none of the pairs can be used")
         self.completeness.reach()
         ranks = self.ranks.all_gather(counts)
         return {name: sum(rank[name] for rank in ranks) for name in counts}
@@ -583,6 +665,9 @@ class MPOTrainer(Trainer):
         if name not in metrics:
             given = ", ".join(sorted(metrics))
             raise RunError(f"training.metric_for_best_model: this evaluation gave no {name}; it gave {given}")
+        if not math.isfinite(metrics[name]):  # no later one would be better than NaN
+            logger.info(f"{name} is {metrics[name]} at step {self.state.global_step}: it is not the best")
+            return False
         if self.args.load_best_model_at_end and self.args.save_strategy != "best" and not self.control.should_save:
             return False
         return super()._determine_best_metric(metrics, trial)
@@ -610,21 +695,18 @@ class MPOTrainer(Trainer):
     # ---- checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train. ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint of the output folder.
+        """Train. ``resume_from_checkpoint=True`` goes on from the newest sound checkpoint of the output folder.
+
+        If there is none yet the run starts; if all its steps are done nothing is trained.
 
         Raises:
-            RunError: no complete checkpoint, one of another reference, average or rates, or a model that FSDP has
-                sharded to evaluate it.
+            RunError: no sound checkpoint, one of another reference, average, rates or settings, or a model that FSDP
+                has sharded to evaluate it; a loss, a log-prob or a gradient is not finite.
+            DataError: there is nothing, or too little, to train on.
+            Interrupted: SIGTERM or Ctrl-C ended it, after a checkpoint; only under ``vlmpo train``, or if
+                ``enable_jit_checkpoint`` is set.
         """
-        if resume_from_checkpoint is True:
-            newest = last_complete_checkpoint(self.args.output_dir)
-            if newest is None:
-                raise RunError(
-                    f"there is no complete checkpoint in {self.args.output_dir} to resume from; "
-                    "leave training.resume_from_checkpoint out to start anew"
-                )
-            resume_from_checkpoint = str(newest)
-        checkpoint = resume_from_checkpoint or None
+        checkpoint = self.checkpoints.choose(resume_from_checkpoint or None)
         if checkpoint and self.is_deepspeed_enabled:  # its engine loads the weights by itself
             self._load_state(checkpoint)
         if self.is_fsdp_enabled and self._scored_model is not None:
@@ -640,45 +722,98 @@ class MPOTrainer(Trainer):
         self.settle_best_metric()
         if self.average is not None:
             self.average.start_from(checkpoint)
+        self._steps_before, self._loss_known = 0, True
         if checkpoint:
-            check_rates(checkpoint, self.args.learning_rates)
-        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            state = read_state(checkpoint)
+            self._steps_before = steps_done(checkpoint) or 0
+            self.metrics_file.kept = state.get("metrics_lines")
+            self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
+        self.watch.start()
+        with self.stopping.watched(self.args.enable_jit_checkpoint):
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self.checkpoints.forget_choice()
+        self.watch.end_data(self.state.epoch or 0.0)
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
             logger.info(
                 f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
                 f"The model is that of the last step, {self.state.global_step}."
             )
-        return output
+        return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
+
+    def settings(self) -> Settings:
+        """Return what the run is made by: JSON values by recipe key."""
+        if "data.train.pairs" not in self.given_settings and self.train_dataset is not None:
+            self.given_settings["data.train.pairs"] = pairs_hash(self.train_dataset)
+        return run_settings(self.args, self.model, self.given_settings)
+
+    def planned_steps(self) -> int:
+        """Return the optimizer steps of the whole run."""
+        return int(super().set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Do as transformers does; leave no epoch to a run whose steps are done: it would make one more."""
+        values = list(super().set_initial_training_values(args, dataloader))
+        if 0 < values[-1] <= self._steps_before:
+            logger.info(f"finished: all {values[-1]} steps are done; nothing is left to train")
+            values[0] = min(values[0], self._steps_before // values[1])
+        return tuple(values)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Go on with the sums behind the next log and the final loss; log, save and evaluate as often as set now."""
+        self.state.compute_steps(self.args, self.state.max_steps)
+        window = state.get("window")
+        self._loss_known = bool(window)
+        if window:
+            loss, sums = carried_on(window, self.args.process_index, self.args.world_size)
+            compat.restore_loss_sums(self, **loss)
+            self.sums.values.update(sums)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model whole, also if checkpoints hold shards: of those transformers would write nothing."""
+        """Write the model whole, also if checkpoints hold shards: of those transformers would write nothing.
+
+        Raises:
+            RunError: a weight is not finite; nothing is written.
+        """
+        self.watch.check_weights(self.model, self.state.global_step)
         folder = Path(output_dir or self.args.output_dir)
         checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         with contextlib.nullcontext() if checkpoint else whole_state_dict(self.accelerator):
             super().save_model(output_dir, _internal_call)
+        if not checkpoint and self.args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no reader of a model needs
 
     def all_pair_counts(self) -> PairCounts:
         """Return what became of the pairs of the first epoch so far, over all ranks."""
         return PairCounts.merged(self.ranks.all_gather(self.pair_counts))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self._save_state(f"{compat.output_folder(self, trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the run folder; while a checkpoint is written, the folder beside in which it is."""
+        return self.checkpoints.partial or super()._get_output_dir(trial)
 
-    def _save_state(self, checkpoint: str) -> None:
-        """Write our own part of a checkpoint, the file that marks it complete last."""
-        reference_hash, pair_counts = self._reference_hash(), self.all_pair_counts()
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside; put it in its place when it is whole; only then remove older ones."""
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.checkpoints.written_beside(checkpoint) as partial:  # there transformers finds nothing to remove
+            super()._save_checkpoint(model, trial)
+        self.checkpoints.note_best(self.state, folder)
         if self.args.should_save:
+            self.state.save_to_json(os.fspath(partial / TRAINER_FILE))
             if self.average is not None:
-                self.average.save(checkpoint)
-            write_state(
-                checkpoint,
-                reward_shift=self.reward_shift,
-                reference_hash=reference_hash,
-                pair_counts=pair_counts,
-                learning_rates=self.args.learning_rates,
-            )
+                self.average.save(partial)
+        window = self.ranks.all_gather({"loss": compat.loss_sums(self), "sums": dict(self.sums.values)})
+        self.checkpoints.complete(
+            checkpoint,
+            reward_shift=self.reward_shift,
+            pair_counts=self.all_pair_counts(),
+            window=window if self._loss_known else None,
+            metrics_lines=self.metrics_file.count_lines(),
+        )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.fspath(checkpoint))
+        if self.args.should_save:
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _reference_hash(self) -> str | None:
         return None if self.reference is None else self.reference.weights_hash()
@@ -691,37 +826,46 @@ class MPOTrainer(Trainer):
             load_weights(self.model if model is None else model, resume_from_checkpoint)
         self._share_frozen_tower()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer's moments and the schedule's count of steps; rates and decay stay as they are set now."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with settings_as_given(self.optimizer, self.lr_scheduler, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_state(self, checkpoint: str) -> None:
         """Restore delta and pair counts; raise RunError if the checkpoint was trained against another reference."""
-        first_hash = self.ranks.all_gather(self._reference_hash())[0]
+        first_hash = self.checkpoints.first_reference_hash()
         pair_counts = restore_state(checkpoint, reward_shift=self.reward_shift, reference_hash=first_hash)
         if self.accelerator.is_main_process:  # one rank carries the counts on, so that they add up
             self.pair_counts = pair_counts
 
     def _load_best_model(self) -> None:
-        self.accelerator.wait_for_everyone()  # the first rank may still be writing the last checkpoint
+        best = self.state.best_model_checkpoint
+        refuse_damaged_best(best, self.checkpoints.damage_in(Path(best), to_resume=False))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            load_weights(self.model, self.state.best_model_checkpoint)
+            load_weights(self.model, best)
         # Delta as it was then: the evaluation of these weights comes out as it did.
-        self.reward_shift.load_state_dict(read_state(self.state.best_model_checkpoint)["reward_shift"])
+        self.reward_shift.load_state_dict(read_state(best)["reward_shift"])
 
     # ---- the Hub ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Do as transformers does. Raises RunError if the Hub cannot be reached or refuses."""
-        with _hub_errors(" (log in with `hf auth login`, or set HF_TOKEN)"):
+        with hub_errors(" (log in with `hf auth login`, or set HF_TOKEN)"):
             super().init_hf_repo(token=token, private=private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint, once our own part of it is there too: without it nobody could resume from the Hub."""
-        self._save_state(checkpoint_folder)
-        super()._push_from_checkpoint(checkpoint_folder)
+        """Push a checkpoint once it is whole and in its place: transformers asks for it before."""
+        if self.checkpoints.partial is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
         """Upload the run folder, its model card in it. Raises RunError if that fails; the folder is whole."""
-        with _hub_errors(f"; the model is in {self.args.output_dir}, push it from there"):
+        with hub_errors(f"; the model is in {self.args.output_dir}, push it from there"):
             return super().push_to_hub(commit_message, **kwargs)
 
     def create_model_card(
@@ -776,11 +920,3 @@ def _shares_prompts(args: MPOConfig, model: Any) -> bool:
     if args.attention == "auto" and not support.shared:
         logger.info(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
     return args.attention == "auto" and support.shared
-
-
-@contextlib.contextmanager
-def _hub_errors(remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"training.push_to_hub: {first_line(error)}{remedy}") from error

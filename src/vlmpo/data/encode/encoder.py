@@ -31,7 +31,7 @@ from vlmpo.data.encode.prompt_cache import EncodedPrompt, PromptCache
 from vlmpo.data.encode.response_tokens import response_tokenizer
 from vlmpo.data.encode.videos import DEFAULT_FRAMES, with_frames
 from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair
-from vlmpo.errors import RecipeError, RecordError
+from vlmpo.errors import FileChangedError, RecipeError, RecordError
 
 # The processor's tensors for the prompt's text; packed rows have others.
 _TEXT_KEYS = ("input_ids", "attention_mask", "position_ids")
@@ -405,6 +405,10 @@ class EncodedPairs(Dataset[Any]):
             return self.encoder.encode(pair)
         except RecordError as error:
             return Unusable(error, source)
+        except FileChangedError as error:  # counted, so that the run knows how much it loses
+            origin_of = getattr(self.pairs, "origin", None)
+            origin = origin_of(index) if callable(origin_of) else ""
+            return Unusable(RecordError("file_changed", origin, str(error)), source)
 
 
 def _tensors(encoded: Any) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from vlmpo.data.index.columns import to_arrow, to_numpy
 from vlmpo.data.index.store import Cache, Stamp
 from vlmpo.data.records import BOM, json_kind
-from vlmpo.errors import DataError, RecordError, shorten
+from vlmpo.errors import DataError, FileChangedError, RecordError, shorten
 
 # An array is read whole to find its records, once if the cache can be written to.
 MAX_ARRAY_BYTES = 2 << 30
@@ -92,7 +92,8 @@ class JsonRecords:
         try:
             with open(path, "rb") as content:
                 refuse_other_encodings(path, content.read(8))
-            self._size = os.path.getsize(path)
+            status = os.stat(path)
+            self._size, self._written = status.st_size, status.st_mtime_ns
             self._load_places()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
@@ -128,8 +129,16 @@ class JsonRecords:
         return f"{self.path}:{self._lines[index]}"
 
     def record(self, index: int) -> dict[str, Any]:
-        """Read record ``index``. Raises RecordError ``bad_json``, or ``ambiguous_field`` for a key given twice."""
+        """Read record ``index``.
+
+        Raises:
+            RecordError: ``bad_json``, or ``ambiguous_field`` for a key given twice.
+            FileChangedError: the file has changed since it was opened.
+        """
         file = self._file or self._open()
+        status = os.fstat(file.fileno())
+        if status.st_size != self._size:
+            raise FileChangedError(f"{self.path}: {self._size} bytes when opened, {status.st_size} now; start again")
         start = int(self._starts[index])
         content = os.pread(file.fileno(), int(self._ends[index]) - start, start)
         unit, remedy = ("record", "write a JSON object") if self._is_array else ("line", "write one JSON object a line")
@@ -139,6 +148,8 @@ class JsonRecords:
         except RepeatedKeyError as error:
             raise RecordError("ambiguous_field", self.origin(index), str(error)) from error
         except (ValueError, RecursionError) as error:
+            if status.st_mtime_ns != self._written:
+                raise FileChangedError(f"{self.path}: written to since it was opened; start again") from error
             if not self._is_array and _is_part_of_an_object(content, error):
                 remedy = _SEVERAL_LINES
             detail = f"the {unit} is not valid JSON in UTF-8 ({shorten(error)}); {remedy}"
@@ -153,11 +164,8 @@ class JsonRecords:
     def _open(self) -> FileIO:
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115  closed with this object
-            size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise DataError(f"{self.path}: could be read before, not any more ({error})") from error
-        if size != self._size:
-            raise DataError(f"{self.path}: {self._size} bytes when opened, {size} now; start again")
+            raise FileChangedError(f"{self.path}: could be read before, not any more ({error})") from error
         self._file = file
         return file
 
