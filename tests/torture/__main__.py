@@ -94,7 +94,7 @@ def _needed(kind: str, number: str) -> str:
 
 
 def _run_whole(scene: Scene, what: str) -> None:
-    folder = scene.folder / "whole" / f"{what}.folder"
+    folder = scene.folder / "whole" / f"{what} folder"
     if what in BUILDS:
         BUILDS[what].prepare(scene, folder)
         start = BUILDS[what].start(scene, folder)

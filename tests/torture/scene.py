@@ -68,10 +68,14 @@ class Scene:
 
     def build(self) -> None:
         """Write the model, the data and the recipes."""
-        from tests.tiny_models import model, noise_image, processor, random_pair
+        from tests.tiny_models import model, noise_image, processor, random_pair, tokenizer
 
-        model().save_pretrained(self.folder / "model")
-        processor().save_pretrained(self.folder / "model")
+        made = model()
+        made.save_pretrained(self.folder / "model")
+        made.generation_config.eos_token_id = list(range(0, len(tokenizer()), 8))  # so that random words come to an end
+        made.save_pretrained(self.folder / "writer")
+        for name in ("model", "writer"):
+            processor().save_pretrained(self.folder / name)
         for seed in range(IMAGES):
             noise_image(60 + 20 * seed, 60, seed).save(self.folder / f"{seed}.png")
         pairs = [random_pair(seed) for seed in range(PAIRS + 6)]
@@ -124,11 +128,11 @@ class Scene:
         build = {
             "questions": str(self.folder / "questions.jsonl"),
             "samples": 2,
-            "max_new_tokens": 12,
+            "max_new_tokens": 24,
             "batch_size": 1,
             "prompt": "direct",
         }
-        return {"model": {"path": str(self.folder / "model")}, "data": {"max_tiles": 2}, "build": build}
+        return {"model": {"path": str(self.folder / "writer")}, "data": {"max_tiles": 2}, "build": build}
 
     def _write_responses(self) -> None:
         """Responses to pair: half of them right."""

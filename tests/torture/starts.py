@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import resource
 import signal
 import socket
@@ -80,24 +81,34 @@ class Ended:
             found.append(f"hangs: nothing after {PATIENCE:.0f} s")
         elif not self.killed and self.code not in (0, 2):
             found.append(f"exit {self.code}")
-        if "Traceback (most recent call last)" in self.output:
-            found.append(f"traceback: {self.last_line()}")
+        if tracebacks := self.tracebacks():
+            found.append(f"traceback: {tracebacks[0]}")
         if len(self.messages()) > 1:
             found.append(f"{len(self.messages())} messages instead of one")
         return found
 
+    def lines(self) -> list[str]:
+        """The lines that were printed; a progress bar's states count as lines."""
+        return [line for line in self.output.replace("\r", "\n").splitlines() if line.strip()]
+
     def messages(self) -> list[str]:
-        lines = self.output.replace("\r", "\n").splitlines()
-        return [line for line in lines if line.startswith(("error: ", "error on rank"))]
+        return [line for line in self.lines() if line.startswith(("error: ", "error on rank"))]
+
+    def tracebacks(self) -> list[str]:
+        """The exceptions whose tracebacks were printed, without torchrun's own, which ends each of its failures."""
+        found, inside = [], False
+        for line in self.lines():
+            line = re.sub(r"^\[rank\d+\]: ?", "", line)
+            if line.startswith("Traceback (most recent call last)"):
+                inside = True
+            elif inside and not line.startswith(" "):
+                inside = False
+                found.append(line[:200])
+        return [line for line in found if not line.startswith("torch.distributed.elastic.")]
 
     def last_line(self) -> str:
-        """The message, or the line that ends the traceback, shortened."""
-        lines = [line for line in self.output.replace("\r", "\n").splitlines() if line.strip()]
-        if not self.messages() and "Traceback (most recent call last)" in self.output:
-            first = max(at for at, line in enumerate(lines) if line.startswith("Traceback"))
-            lines = [line for line in lines[first + 1 :] if not line.startswith(" ")] or lines
-            return lines[0][:200]
-        return (self.messages() or lines or ["no output"])[-1][:200]
+        """The message, the exception, or the last line that was printed; shortened."""
+        return (self.messages() or self.tracebacks() or self.lines() or ["no output"])[-1][:200]
 
 
 @dataclass
@@ -262,6 +273,9 @@ def _call(start: Start) -> int:
 
 def load_libraries() -> None:
     """Import what commands import, so that forked starts have it. Computes nothing: threads survive no fork."""
+    from vlmpo.torchvision_shim import ensure_torchvision
+
+    ensure_torchvision()
     import peft  # noqa: F401
 
     import tests.ranks
