@@ -25,6 +25,7 @@ from tests.paths import REPO
 
 WORKERS = 2
 STUCK = 60.0  # seconds on one input, after which a worker is killed
+STARTS = 300.0  # seconds it may take to start
 _NAMES = list(READERS)
 
 
@@ -77,15 +78,15 @@ class Worker:
         }
         self.output = folder / f"output-{share}"
         self.errors = folder / f"errors-{share}"
-        Path(self.task["position"]).write_bytes(POSITION.pack(-1, -1))
         self.output.touch()
         self._read = 0
         self._start()
 
     def _start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}{os.pathsep}{REPO}"}
-        environment["VLMPO_CACHE"] = f"{self.task['folder']}/cache"
+        environment |= {"VLMPO_CACHE": f"{self.task['folder']}/cache", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "tests.fuzz.worker", json.dumps(self.task)]
+        Path(self.task["position"]).write_bytes(POSITION.pack(-1, -1))  # not yet anywhere
         with open(self.output, "ab") as output, open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=output, stderr=errors)
         self._moved = time.monotonic()
@@ -108,7 +109,8 @@ class Worker:
             self._before, self._moved = now, time.monotonic()
         if over == 0:
             return True
-        if over is None and time.monotonic() - self._moved < STUCK:
+        patience = STARTS if now[0] < 0 else STUCK
+        if over is None and time.monotonic() - self._moved < patience:
             return False
         self._bury(results, f"the worker died ({over})" if over is not None else "the worker was stuck")
         return self.task["readers"] == []

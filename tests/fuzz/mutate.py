@@ -28,7 +28,7 @@ ODD_TEXTS = (
     ),
     *("<image>", "<video>", "<image>\n<image>", "<|im_end|>", "<IMG_CONTEXT>", "{question}", "{{ 7 }}", "${HOME}"),
     *("file://[bad", "file://h/x", "http://[::1", "http://\0", "data:image/png;base64,!", "~", "~nobody/x", "/", "."),
-    *("../../../etc/passwd", "/dev/zero", "a" * 300, "a/" * 3000, "x\0y.png", "\udcff.png", "[", "[!", "[]x", "CON"),
+    *("../../../etc/passwd", "/dev/null", "a" * 300, "a/" * 3000, "x\0y.png", "\udcff.png", "[", "[!", "[]x", "CON"),
     *("nan", "-inf", "1e999", "0x10", "1_000", "٣", "½", "²", "１２", "1/0", "0/0", "9" * 400, "1e-400", "-", "+"),
     *("null", "true", "no", "!!python/object/apply:os.getcwd []", "&a [*a]", "<<: x", "? y", "- - - z", "2026-01-31"),
     *("\\frac{1}{0}", "\\sqrt{" * 30, "$" * 50, "x^" * 40 + "2", "(((((" * 20, "10^{10^{10}}", "\\boxed{", "9!!!!"),
@@ -43,7 +43,7 @@ class Raw(str):
 
 
 def _nested(rng: random.Random) -> Raw:
-    depth = rng.choice((5, 50, 500, 990, 3000, 100_000))
+    depth = rng.choice((5, 5, 5, 50, 50, 200, 500, 990, 3000)) if rng.random() < 0.95 else 100_000
     opening, closing = rng.choice((("[", "]"), ('{"a":', "}")))
     return Raw(opening * depth + ("" if opening == "[" else "1") + closing * depth)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from peft import LoraConfig
 
 from tests.fuzz import examples
 from tests.fuzz.mutate import dumps, file_content, mutated, mutated_bytes, mutated_text, noise, odd_text, odd_value
+from vlmpo.commands.adapter_settings import lora_config  # and, first of all, the stand-in for torchvision
+from vlmpo.commands.config import training_config
 from vlmpo.data.dataset import open_pairs
 from vlmpo.data.formats import RecordContext
 from vlmpo.data.formats.detect import FORMATS
@@ -23,6 +27,7 @@ from vlmpo.generate.responses import open_responses, read_responses
 from vlmpo.loss import RewardShift
 from vlmpo.recipe_yaml import load_recipe
 from vlmpo.train.checkpoint import STATE_FILE, check_rates, restore_state
+from vlmpo.train.config import MPOConfig
 from vlmpo.verifiers.answer import parse_final_answer
 from vlmpo.verifiers.verifiers import VERIFIERS, verify
 
@@ -30,6 +35,8 @@ _PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a4944415478da63f80f00010101"
     "00ff5e2f1b0000000049454e44ae426082"
 )
+_TRAINING = [field.name for field in dataclasses.fields(MPOConfig)]
+_LORA = [field.name for field in dataclasses.fields(LoraConfig)]
 
 
 class Reader(NamedTuple):
@@ -50,6 +57,7 @@ def prepare(folder: Path) -> None:
     (folder / examples.IMAGE).write_bytes(_PIXEL)
     (folder / "pairs.jsonl").write_text(_lines(examples.RECORDS["mmpr"][:2]))
     (folder / "base.yaml").write_text(examples.RECIPE)
+    (folder / "plain.yaml").write_text("model: {path: some/model}\ndata: {train: [pairs.jsonl]}\n")
 
 
 def _lines(records: list[Any]) -> str:
@@ -211,6 +219,22 @@ def _read_overrides(overrides: list[str], folder: Path) -> None:
     load_recipe(folder / "base.yaml", overrides)
 
 
+def _make_library_keys(rng: random.Random) -> list[str]:
+    """Keys that belong to other libraries, which a recipe hands on: TrainingArguments' and LoraConfig's."""
+    made = []
+    for _ in range(rng.choice((1, 1, 2))):
+        section, keys = rng.choice((("training", _TRAINING), ("training", _TRAINING), ("model.lora", _LORA)))
+        value = odd_value(rng) if rng.random() < 0.8 else rng.choice(("steps", 1, 0.5, True, "a.json", ["q_proj"]))
+        made.append(f"{section}.{rng.choice(keys)}={dumps(value, ascii_only=False)}")
+    return made
+
+
+def _read_library_keys(overrides: list[str], folder: Path) -> None:
+    recipe = load_recipe(folder / "plain.yaml", [*overrides, "training.use_cpu=true"])
+    training_config(recipe)
+    lora_config(recipe)
+
+
 # ---- checkpoints ----
 
 
@@ -236,6 +260,7 @@ READERS: dict[str, Reader] = {
     "meta": Reader(_make_source, _read_source),
     "recipe": Reader(_make_recipe, _read_recipe),
     "overrides": Reader(_make_overrides, _read_overrides),
+    "library-keys": Reader(_make_library_keys, _read_library_keys),
     "verifier": Reader(_make_answer, _read_answer),
     "state": Reader(_make_state, _read_state),
 }

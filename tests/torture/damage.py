@@ -34,9 +34,9 @@ def damage_case(scene: Scene, name: str, number: int, rng: random.Random) -> Out
         return found
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     turn = sum(TURNS[before % len(TURNS)] == recipe for before in range(number))  # earlier cases of this recipe
-    others = [len(TURNS) - 1 - at for at, other in enumerate(reversed(TURNS)) if other == recipe]
-    file = files[(turn + others[0]) % len(files)]
-    kind = DAMAGES[(turn + turn // len(files) + number // len(TURNS)) % len(DAMAGES)]
+    vital, other = ([path for path in files if _is_vital(path) == wanted] for wanted in (True, False))
+    file = other[turn // 3 % len(other)] if turn % 3 == 2 else vital[(turn - turn // 3) % len(vital)]
+    kind = rng.choice(DAMAGES)
     if number % 20 == 3:
         file, kind = newest / STATE_FILE, NAN
     _damage(file, kind, rng, scene.whole(recipe))
@@ -49,6 +49,11 @@ def _is_stopped_at(here: Path, limited: bool) -> bool:
     """The second checkpoint is whole, and is the only one if just one is kept."""
     names = [path.name for path in checkpoints(here)]
     return f"checkpoint-{STOP}" in names and (not limited or len(names) == 1)
+
+
+def _is_vital(file: Path) -> bool:
+    """Whether a file holds weights or a state of the training: two thirds of the damage is done to these."""
+    return file.suffix in (".safetensors", ".pt", ".pth", ".distcp") or file.name in (STATE_FILE, "trainer_state.json")
 
 
 def _damage(file: Path, kind: str, rng: random.Random, whole: Path) -> None:

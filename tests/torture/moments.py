@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.torture.scene import STEPS
 
 Moment = Callable[[], bool]
+_CLOCK_LAG = 10_000_000  # ns by which the times of files may lag behind the clock
 
 
 def after(seconds: float) -> Moment:
@@ -58,7 +59,7 @@ def writing(run: Path, files: int) -> Moment:
     since: list[int] = []
 
     def reached() -> bool:
-        since.append(time.time_ns()) if not since else None
+        since.append(time.time_ns() - _CLOCK_LAG) if not since else None
         written = {name for name, _, changed in checkpoint_files(run) if changed >= since[0]}
         return len(written) >= files
 

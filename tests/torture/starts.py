@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,6 +245,8 @@ def _fork(start: Start, pipe: int, rank: int, count: int, port: int) -> int:
             os.dup2(source, descriptor)
         os.chdir(start.folder)
         code = _call(start)
+    except BaseException:  # DCP's CheckpointException is no Exception
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -273,9 +276,6 @@ def _call(start: Start) -> int:
 
 def load_libraries() -> None:
     """Import what commands import, so that forked starts have it. Computes nothing: threads survive no fork."""
-    from vlmpo.torchvision_shim import ensure_torchvision
-
-    ensure_torchvision()
     import peft  # noqa: F401
 
     import tests.ranks
