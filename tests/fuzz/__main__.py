@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.figures import fill, machine
 from tests.fuzz.readers import READERS, make_input
 from tests.fuzz.worker import POSITION, shown
 from tests.paths import REPO
@@ -187,6 +188,7 @@ def main() -> int:
     parser.add_argument("--reader", nargs="+", choices=_NAMES, default=_NAMES, metavar="NAME", help=", ".join(_NAMES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--figures", help="page whose block of figures is written anew")
     parser.add_argument("--show", metavar="READER:INDEX", help="read this one input, and let its exception through")
     options = parser.parse_args()
     if options.show:
@@ -202,7 +204,13 @@ def main() -> int:
     if options.json:
         readers = {name: vars(found) for name, found in results.readers.items()}
         content = {"seed": options.seed, "seconds": round(seconds), "readers": readers, "faults": results.examples}
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
+    if options.figures:
+        head = (
+            f"Seed {options.seed}, {options.count:,} inputs for each reader, {seconds / 60:.0f} minutes; {machine()}."
+        )
+        fill(Path(options.figures), "figures of make fuzz", f"{head}\n\n{table(results)}")
     return int(bool(results.examples))
 
 

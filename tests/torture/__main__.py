@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.figures import fill, machine
 from tests.torture.builds import BUILDS, build_case
 from tests.torture.damage import TURNS as DAMAGED
 from tests.torture.damage import damage_case
@@ -55,6 +56,10 @@ def main() -> int:
     print(f"\n{table(outcomes)}\n{time.monotonic() - started:.0f} s")
     if options.json:
         write(Path(options.json), outcomes, options.seed, time.monotonic() - started)
+    if options.figures:
+        minutes = (time.monotonic() - started) / 60
+        head = f"Seed {options.seed}, {minutes:.0f} minutes; {machine()}."
+        fill(Path(options.figures), "figures of make torture", f"{head}\n\n{table(outcomes)}")
     if not options.keep and not options.folder:
         shutil.rmtree(scene.folder, ignore_errors=True)
     return int(any(outcome.faults for outcome in outcomes))
@@ -69,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="names of cases, separated by commas")
     parser.add_argument("--json", help="file for all outcomes")
+    parser.add_argument("--figures", help="page whose block of figures is written anew")
     parser.add_argument("--folder", help="folder for everything; by default one that is removed afterwards")
     parser.add_argument("--keep", action="store_true", help="keep the folders of all cases, not of faulty ones only")
     return parser.parse_args()

@@ -80,4 +80,5 @@ def write(path: Path, outcomes: Sequence[Outcome], seed: int, seconds: float) ->
         "faults": groups(outcomes),
         "cases": [outcome.to_json() for outcome in outcomes],
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
