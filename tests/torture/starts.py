@@ -80,8 +80,11 @@ class Ended:
         found = []
         if self.hung:
             found.append(f"hangs: nothing after {PATIENCE:.0f} s")
-        elif not self.killed and self.code not in (0, 2):
-            found.append(f"exit {self.code}")
+        else:
+            # Of a launcher that lost a rank the code is its own; ranks that were not killed answer for theirs.
+            codes = self.codes if not self.killed or len(self.codes) > 1 else []
+            known = (0, 2, -signal.SIGKILL) if self.killed else (0, 2)
+            found += [f"exit {code}" for code in dict.fromkeys(codes) if code not in known]
         if tracebacks := self.tracebacks():
             found.append(f"traceback: {tracebacks[0]}")
         if len(self.messages()) > 1:
