@@ -26,6 +26,7 @@ from tests.fuzz.shrink import shrink
 from vlmpo.errors import VlmpoError
 
 SLOW = 1.0  # seconds an input may take
+BUSY = 5.0  # times as long it may take by the clock: other processes want the cores too
 MEMORY = 500 << 20  # bytes of address space that an input may take
 REST = 500  # inputs, after which what the worker itself has taken is left out of account again
 _HANGS = 8.0  # CPU seconds, after which an input is interrupted
@@ -85,7 +86,7 @@ def _read_share(reader: str, number: int, task: dict[str, Any], first: int, posi
 
 
 def attempt(reader: str, case: Any) -> tuple[float, tuple[str, str] | None, bool]:
-    """Read an input; seconds, fault as (what and where, message), and whether it was refused as it should be."""
+    """Read an input; seconds of work, fault as (what and where, message), and whether it was refused, as it may be."""
     seconds, fault, refused = _once(reader, case)
     for _ in range(2):  # a busy machine makes anything slow once
         if fault is None and seconds > SLOW:
@@ -97,7 +98,7 @@ def attempt(reader: str, case: Any) -> tuple[float, tuple[str, str] | None, bool
 
 def _once(reader: str, case: Any) -> tuple[float, tuple[str, str] | None, bool]:
     fault, refused = None, False
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     signal.setitimer(signal.ITIMER_VIRTUAL, _HANGS)
     try:
         READERS[reader].read(case, Path())
@@ -109,7 +110,8 @@ def _once(reader: str, case: Any) -> tuple[float, tuple[str, str] | None, bool]:
         fault = (f"{type(error).__name__} at {_place(error)}", str(error)[:300])
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    return time.perf_counter() - started, fault, refused
+    seconds = max(time.process_time() - worked, (time.perf_counter() - started) / BUSY)
+    return seconds, fault, refused
 
 
 def _interrupt(_signum: int, _frame: FrameType | None) -> None:
