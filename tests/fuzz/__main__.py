@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class Worker:
         self.errors = folder / f"errors-{share}"
         self.output.touch()
         self._read = 0
+        self._told: Counter[str] = Counter()
         self._start()
 
     def _start(self) -> None:
@@ -104,7 +105,10 @@ class Worker:
             output.seek(self._read)
             for line in output.read().split(b"\n")[:-1]:
                 self._read += len(line) + 1
-                results.add(json.loads(line))
+                told = json.loads(line)
+                if "inputs" in told:
+                    self._told[told["reader"]] += told["inputs"]
+                results.add(told)
         now = self._position()
         if now != self._before:
             self._before, self._moved = now, time.monotonic()
@@ -127,7 +131,9 @@ class Worker:
         example = shown(make_input(reader, self.task["seed"], index))
         last = (self.errors.read_text(errors="replace").strip().splitlines() or [""])[-1]
         results.add({"fault": how, "message": last, "reader": reader, "index": index, "example": example})
-        results.add({"reader": reader, "inputs": 1, "refused": 0, "slowest": 0.0, "faults": {how: 1}})
+        untold = index // WORKERS + 1 - self._told[reader]  # what it read since it last told
+        self._told[reader] += untold
+        results.add({"reader": reader, "inputs": untold, "refused": 0, "slowest": 0.0, "faults": {how: 1}})
         left = [name for name in self.task["readers"] if _NAMES.index(name) > number]
         following = index + WORKERS
         if following < self.task["count"]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 def shrink(case: Any, fails: Callable[[Any], bool]) -> Any:
