@@ -36,6 +36,9 @@ ODD_TEXTS = (
 )
 
 
+_HUGE = 40 << 20  # bytes of a text that one file in 20,000 ends with
+
+
 class Raw(str):
     """JSON that is written as it is: what ``json.dumps`` would not write."""
 
@@ -188,4 +191,6 @@ def file_content(records: list[Any], rng: random.Random, write: Callable[[list[A
     if chance > 0.7:
         for _ in range(rng.choice((1, 1, 3))):
             content = mutated_bytes(content, rng)
+    if chance > 0.99995:
+        content += b'{"image": "' + b"a" * _HUGE + b'"}\n'
     return content
