@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: install demo test test-fast test-all lint bench accept format clean
+.PHONY: install demo test test-fast test-all lint bench accept torture fuzz format clean
 
 install: $(READY)
 
@@ -45,6 +45,14 @@ bench: $(READY)
 # The long runs on real pairs, about a quarter of an hour. They read ../shared/data and are skipped if it is absent.
 accept: $(READY)
 	$(BIN)/python -m pytest -q -s -m long tests/acceptance
+
+# Kills runs, damages checkpoints, fills disks, and compares how each ends with an uninterrupted run; some twenty minutes.
+torture: $(READY)
+	$(BIN)/python -m tests.torture --figures docs/reliability.md --json runs/torture.json
+
+# Broken input for every reader, 100,000 each; some twenty minutes.
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --figures docs/reliability.md --json runs/fuzz.json
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
