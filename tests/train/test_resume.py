@@ -211,7 +211,7 @@ OTHER = {
     "weights": ({"loss_weights": {"sigmoid": 1.0}}, 'loss.weights: {"sigmoid": 0.8'),
     "batch": ({"per_device_train_batch_size": 2}, "training.per_device_train_batch_size: 1 -> 2"),
     "accumulation": ({"gradient_accumulation_steps": 3}, "training.gradient_accumulation_steps: 1 -> 3"),
-    "tiles": ({"max_tiles": 3}, "data.max_tiles: 12 -> 3"),
+    "tiles": ({"max_tiles": 3}, "data.max_tiles: none -> 3"),
     "optimizer": ({"optim": "sgd"}, "training.optim: adamw_torch"),
     "order": ({"train_sampling_strategy": "sequential"}, "training.train_sampling_strategy: random -> sequential"),
     "adapter": (
