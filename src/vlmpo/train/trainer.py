@@ -194,19 +194,7 @@ class MPOTrainer(Trainer):
             check_features(self.model, processing_class, probe)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.ranks = RankSync(self.accelerator, self.encoder, self.data_collator)
-        self.delta = DeltaUpdates(
-            self.reward_shift, self.ranks, beta=args.beta, device=args.device, with_rewards=self.with_preferences
-        )
-        self.watch = RunWatch(args, self.ranks, counts=self.all_pair_counts, deepspeed=self.is_deepspeed_enabled)
-        self.checkpoints = RunCheckpoints(
-            args,
-            self.ranks,
-            made_by=self.settings,
-            reference_hash=self._reference_hash,
-            deepspeed=self.is_deepspeed_enabled,
-        )
-        self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
-        self.add_callback(self.stopping)
+        self._compose(args)
         every, trained = count_by_part(self.model), count_by_part(self.model, trained_only=True)
         self.parameter_counts = {part: (count, trained.get(part, 0)) for part, count in every.items()}
         self.part_rates = PartRates.for_run(
@@ -230,6 +218,22 @@ class MPOTrainer(Trainer):
             self.loaders.check_steps(len(self.train_dataset), compat.batch_size_per_device(self))
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
+
+    def _compose(self, args: MPOConfig) -> None:
+        """Make what watches a run, moves delta, stops at signals, and keeps checkpoints, on all ranks together."""
+        self.delta = DeltaUpdates(
+            self.reward_shift, self.ranks, beta=args.beta, device=args.device, with_rewards=self.with_preferences
+        )
+        self.watch = RunWatch(args, self.ranks, counts=self.all_pair_counts, deepspeed=self.is_deepspeed_enabled)
+        self.checkpoints = RunCheckpoints(
+            args,
+            self.ranks,
+            made_by=self.settings,
+            reference_hash=self._reference_hash,
+            deepspeed=self.is_deepspeed_enabled,
+        )
+        self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
+        self.add_callback(self.stopping)
 
     @property
     def shared(self) -> bool:
