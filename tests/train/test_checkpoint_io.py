@@ -236,6 +236,23 @@ def test_old_checkpoints_are_removed(tmp_path: Path, limit: int | None, best: in
     assert [checkpoint_io.step_of(path) for path in checkpoints_in(tmp_path)] == kept
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.5, {"loss": -float("inf")}]])
+def test_a_state_with_numbers_that_are_not_finite_is_sound(tmp_path: Path, value: object) -> None:
+    """As the loss of a step that fp16's scaler skips: JSON has null for it, and the checksum is of what is written."""
+    counts = PairCounts(empty_steps=2)
+    write_state(
+        tmp_path,
+        reward_shift=RewardShift("previous"),
+        reference_hash=None,
+        pair_counts=counts,
+        learning_rates=None,
+        window=value,
+    )
+    state = read_state(tmp_path)
+    assert state["window"] in (None, [1.5, {"loss": None}])
+    assert PairCounts.from_json(state["accounts"]) == counts
+
+
 # ---- a final model ----
 
 

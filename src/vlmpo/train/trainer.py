@@ -677,6 +677,7 @@ class MPOTrainer(Trainer):
                 ``enable_jit_checkpoint`` is set.
         """
         checkpoint = self.checkpoints.choose(resume_from_checkpoint or None)
+        self.checkpoints.forget_choice()  # the run will write others
         if checkpoint and self.is_deepspeed_enabled:  # its engine loads the weights by itself
             self._load_state(checkpoint)
         if self.is_fsdp_enabled and self._scored_model is not None:
@@ -701,7 +702,6 @@ class MPOTrainer(Trainer):
         self.watch.start()
         with self.stopping.watched(self.args.enable_jit_checkpoint):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        self.checkpoints.forget_choice()
         self.watch.end_data(self.state.epoch or 0.0)
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
