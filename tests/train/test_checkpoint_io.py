@@ -234,3 +234,68 @@ def test_old_checkpoints_are_removed(tmp_path: Path, limit: int | None, best: in
         write(tmp_path / f"checkpoint-{step}", step=step)
     rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
     assert [checkpoint_io.step_of(path) for path in checkpoints_in(tmp_path)] == kept
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.5, {"loss": -float("inf")}]])
+def test_a_state_with_numbers_that_are_not_finite_is_sound(tmp_path: Path, value: object) -> None:
+    """As the loss of a step that fp16's scaler skips: JSON has null for it, and the checksum is of what is written."""
+    counts = PairCounts(empty_steps=2)
+    write_state(
+        tmp_path,
+        reward_shift=RewardShift("previous"),
+        reference_hash=None,
+        pair_counts=counts,
+        learning_rates=None,
+        window=value,
+    )
+    state = read_state(tmp_path)
+    assert state["window"] in (None, [1.5, {"loss": None}])
+    assert PairCounts.from_json(state["accounts"]) == counts
+
+
+# ---- a final model ----
+
+
+@pytest.mark.parametrize("killed_at", range(4))
+def test_a_model_is_replaced_by_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int) -> None:
+    """A kill while it is written leaves the old model; one while it is put in place leaves no file cut short."""
+    old = {"config.json": "old", "model.safetensors": "old weights", "notes.txt": "mine", "training_args.bin": "pickle"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    new = {"config.json": "new", "model.safetensors": "new weights", "sub/adapter.json": "{}"}
+
+    def replace(source: Path, place: Path) -> None:
+        nonlocal killed_at
+        if killed_at == 1:
+            raise InterruptedError
+        killed_at -= 1
+        real(source, place)
+
+    def write() -> None:
+        with checkpoint_io.model_beside(tmp_path, writes=True) as partial:
+            for name, text in {**new, "training_args.bin": "pickle"}.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_text(text)
+            if killed_at == 0:
+                raise InterruptedError
+
+    real = os.replace
+    (tmp_path / checkpoint_io.PARTIAL_MODEL).mkdir()
+    (tmp_path / checkpoint_io.PARTIAL_MODEL / "model-00001-of-00002.safetensors").write_text("of an earlier kill")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with pytest.raises(InterruptedError):
+            write()
+    for name, text in old.items():
+        assert (tmp_path / name).read_text() in {text, new.get(name)}
+    killed_at = -1
+    write()
+    found = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {**new, "notes.txt": "mine"}
+
+
+def test_a_rank_that_does_not_write_moves_nothing(tmp_path: Path) -> None:
+    with checkpoint_io.model_beside(tmp_path, writes=False) as partial:
+        partial.mkdir()
+        (partial / "config.json").write_text("the first rank's")
+    assert (partial / "config.json").exists()

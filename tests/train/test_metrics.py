@@ -13,6 +13,7 @@ from vlmpo.train.metrics import (
     ScoredPair,
     StepSums,
     add_up,
+    carried_on,
     evaluation_metrics,
     length_warning,
     reward_metrics,
@@ -151,3 +152,32 @@ def test_a_warning_if_length_may_decide() -> None:
     told = length_warning({**metrics, "eval_lengths/rejected": 19.0}, "eval")
     assert told is not None
     assert told.startswith("eval: chosen responses have 30 tokens, rejected ones 19 on average")
+
+
+# ---- what a resumed run carries on ----
+
+
+def test_the_same_number_of_ranks_goes_on_as_it_was() -> None:
+    window = [{"loss": {"total": 3.0, "since_log": r, "logged": 4}, "sums": {"steps": 2.0, "pairs": r}} for r in (1, 2)]
+    for rank in (0, 1):
+        assert carried_on(window, rank, 2) == (window[rank]["loss"], window[rank]["sums"])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_on_other_ranks_nothing_counts_twice(ranks: int) -> None:
+    """Sums add up to what they were; a step is one step, however many ranks make it."""
+    sums = [{"steps": 2.0, "empty_steps": 1.0, "pairs": pairs, "loss/nll": 0.5} for pairs in (3.0, 4.0)]
+    window = [{"loss": {"total": 3.0, "since_log": 1.0 + n, "logged": 4}, "sums": of} for n, of in enumerate(sums)]
+    found = [carried_on(window, rank, ranks) for rank in range(ranks)]
+    assert all(loss == {"total": 3.0, "since_log": 1.5, "logged": 4} for loss, _ in found)
+    total = add_up([of for _, of in found])
+    assert (total["pairs"], total["loss/nll"]) == (7.0, 1.0)
+    assert (total["steps"], total["empty_steps"]) == (2.0 * ranks, 1.0 * ranks)
+
+
+def test_a_sum_that_was_not_finite_stays_so() -> None:
+    """JSON has no word for it: it is null there."""
+    loss, sums = carried_on([{"loss": {"total": None, "logged": 4}, "sums": {"loss/nll": None, "pairs": 2.0}}], 0, 1)
+    assert math.isnan(loss["total"])
+    assert math.isnan(sums["loss/nll"])
+    assert (loss["logged"], sums["pairs"]) == (4, 2.0)

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from tests.tiny_models import model as tiny_model
 from tests.training import flat_weights, logged, pairs, trainer
 from vlmpo.errors import ModelError, RecipeError, RunError
+from vlmpo.train import run_checkpoints
 from vlmpo.train import trainer as trainer_module
 from vlmpo.train.checkpoint import STATE_FILE, damage, last_complete_checkpoint, load_weights
 
@@ -212,7 +213,7 @@ OTHER = {
     "weights": ({"loss_weights": {"sigmoid": 1.0}}, 'loss.weights: {"sigmoid": 0.8'),
     "batch": ({"per_device_train_batch_size": 2}, "training.per_device_train_batch_size: 1 -> 2"),
     "accumulation": ({"gradient_accumulation_steps": 3}, "training.gradient_accumulation_steps: 1 -> 3"),
-    "tiles": ({"max_tiles": 3}, "data.max_tiles: 12 -> 3"),
+    "tiles": ({"max_tiles": 3}, "data.max_tiles: none -> 3"),
     "optimizer": ({"optim": "sgd"}, "training.optim: adamw_torch"),
     "order": ({"train_sampling_strategy": "sequential"}, "training.train_sampling_strategy: random -> sequential"),
     "adapter": (
@@ -359,7 +360,7 @@ def test_a_kill_while_the_only_checkpoint_is_followed(tmp_path: Path, moment: st
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "per_device_train_batch_size": 1}
     trainer(tmp_path / "whole", pairs(4), **settings).train()
     run = trainer(tmp_path / "cut", pairs(4), **settings)
-    owner = trainer_module if hasattr(trainer_module, moment) else type(run)
+    owner = next(o for o in (trainer_module, run_checkpoints, type(run)) if hasattr(o, moment))
     real = getattr(owner, moment)
 
     def killed(*arguments, **keywords):

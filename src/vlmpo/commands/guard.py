@@ -57,7 +57,7 @@ def _own(recipe: Recipe, folder: Path, resume: str | bool | None) -> Iterator[di
     with ExitStack() as stack:
         with writing(folder):
             refuse_inputs(read_paths(recipe, "train"), folder, _KEY, WRITTEN, whole=True)
-            check_run_folder(folder, resume)  # not even a lock is put into a folder of others
+            check_run_folder(folder, resume=True)  # not even a lock is put into a folder of others
             stack.enter_context(locked(folder, "train", _KEY))
             manifest = check_run_folder(folder, resume)  # as the last holder left it
         yield manifest

@@ -152,6 +152,7 @@ def _given_settings(recipe: Recipe, trainer: MPOTrainer, data: RunData, hashes: 
         "model.dtype": recipe.model.dtype,
         "model.freeze": sorted(recipe.model.freeze),
         "model.quantize": recipe.model.quantize,
+        "model.trust_remote_code": recipe.model.trust_remote_code,
         "data.eval": recipe.model_dump(mode="json")["data"]["eval"],
         "evaluate": recipe.model_dump(mode="json")["evaluate"],
         "recipe": recipe.model_dump(mode="json"),

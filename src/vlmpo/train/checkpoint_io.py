@@ -13,9 +13,11 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 from vlmpo.errors import first_line
@@ -24,6 +26,7 @@ from vlmpo.fileio import sync_folder
 STATE_FILE = "vlmpo_state.json"  # written last: a checkpoint that has it is complete
 TRAINER_FILE = "trainer_state.json"  # of transformers
 PARTIAL_FOLDER = "_checkpoint.partial"  # the underscore keeps it out of what Trainer uploads
+PARTIAL_MODEL = "_model.partial"  # likewise, of a final model
 _PIECE = 16 << 20  # bytes that are read at once
 
 # Files that a rank writes by itself: random states, shards of FSDP, shards of DeepSpeed's optimizer. The number is the
@@ -106,6 +109,31 @@ def clear_partial(folder: str | os.PathLike[str]) -> None:
         if (partial / STATE_FILE).is_file() and not (checkpoint / STATE_FILE).is_file():
             publish(partial, checkpoint)
     shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def model_beside(folder: Path, writes: bool) -> Iterator[Path]:
+    """Yield the folder into which the body is to write a model; put its files in ``folder`` then, each of them whole.
+
+    Args:
+        folder: the place of the model.
+        writes: whether this rank writes it.
+    """
+    partial = folder / PARTIAL_MODEL
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    if not writes:
+        return
+    (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no reader of a model needs
+    for name in files_in(partial):
+        with (partial / name).open("rb") as file:
+            os.fsync(file.fileno())
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / name, folder / name)
+    shutil.rmtree(partial, ignore_errors=True)
+    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # of vlmpo 0.1
+    sync_folder(folder)
 
 
 def rotate(folder: str | os.PathLike[str], limit: int | None, best: str | None) -> None:

@@ -17,9 +17,11 @@ from vlmpo import compat
 from vlmpo.data.encode.encoder import PairEncoder
 from vlmpo.data.formats import as_pairs
 from vlmpo.errors import ModelError, RecipeError
+from vlmpo.log import logger
 from vlmpo.models import loading
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.checkpoint_files import INTERNVL_CHAT, why_foreign
+from vlmpo.models.families import support_for
 from vlmpo.models.fit import limits_of
 from vlmpo.train.config import MPOConfig
 
@@ -66,6 +68,14 @@ def encoder_for(args: MPOConfig, processor: Any, need_rejected: bool, *models: A
         video_frames=args.video_frames,
         **limits_of(*(model for model in models if model is not None)),
     )
+
+
+def shares_prompts(args: MPOConfig, model: Any) -> bool:
+    """Return whether the responses to a prompt are to share a row; log it if ``model`` does not allow that."""
+    support = support_for(model.config)
+    if args.attention == "auto" and not support.shared:
+        logger.info(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
+    return args.attention == "auto" and support.shared
 
 
 def refuse_shared_weights(model: Any, ref_model: Any | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmpo.errors import RecipeError
+from vlmpo.errors import RecipeError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, expected_start, mpo_loss, needs_reference
 from vlmpo.stats import mean_interval, wilson
@@ -355,6 +355,22 @@ def greater_is_better(metric: str) -> bool | None:
     transformers takes a higher value for the better one unless the name ends in "loss".
     """
     return next((higher for pattern, higher in _DIRECTIONS if re.search(pattern, metric)), None)
+
+
+def may_be_best(name: str | None, metrics: Mapping[str, float], step: int) -> bool:
+    """Return whether an evaluation after ``step`` may be the best by the metric ``name``: never by one that is NaN.
+
+    Raises:
+        RunError: it gave no such metric.
+    """
+    if name is None:
+        return False
+    if name not in metrics:
+        given = ", ".join(sorted(metrics))
+        raise RunError(f"training.metric_for_best_model: this evaluation gave no {name}; it gave {given}")
+    if not math.isfinite(metrics[name]):  # no later one would be better than NaN
+        logger.info(f"{name} is {metrics[name]} at step {step}: it is not the best")
+    return math.isfinite(metrics[name])
 
 
 def settle_best_metric(args: Any, eval_dataset: Any, extra_evaluations: Sequence[Any]) -> None:

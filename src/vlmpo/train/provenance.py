@@ -27,7 +27,7 @@ _KEYS = {
     "loss_weights": "loss.weights",
     **{name: f"loss.{name}" for name in ("beta", "reward_shift", "nll_reduction", "label_smoothing")},
     **{name: f"data.{name}" for name in ("max_length", "over_long", "max_tiles", "video_frames", "group_by_prompt")},
-    **{name: f"data.{name}" for name in ("on_bad_record", "balance_ranks")},
+    **{name: f"data.{name}" for name in ("on_bad_record", "max_bad_share", "balance_ranks")},
     "reference_kind": "reference.kind",
     "reference_cache_dir": "reference.cache_dir",
     "attention": "model.attention",

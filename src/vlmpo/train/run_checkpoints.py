@@ -99,7 +99,7 @@ class RunCheckpoints:
         return self._chosen[1]
 
     def forget_choice(self) -> None:
-        """Look again at the next call of :meth:`choose`: the run has written checkpoints since."""
+        """Look again at the next call of :meth:`choose`."""
         self._chosen = None
 
     def damage_in(self, checkpoint: Path, to_resume: bool = True) -> list[str]:

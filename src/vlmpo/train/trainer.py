@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat, interrupt
@@ -25,31 +23,34 @@ from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
-from vlmpo.models.families import support_for
 from vlmpo.models.fit import check_features, check_processor
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
-from vlmpo.train.checkpoint import (
-    load_weights,
-    read_state,
-    restore_state,
-    settings_as_given,
-    steps_done,
-)
-from vlmpo.train.checkpoint_io import TRAINER_FILE, rotate
+from vlmpo.train.checkpoint import load_weights, read_state, restore_state, settings_as_given, steps_done
+from vlmpo.train.checkpoint_io import TRAINER_FILE, model_beside, rotate
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
+from vlmpo.train.delta import DeltaUpdates
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.hub import hub_errors
-from vlmpo.train.inputs import check_arguments, encoder_for, load_named, pairs_of, refuse_shared_weights, refuse_unused
+from vlmpo.train.inputs import (
+    check_arguments,
+    encoder_for,
+    load_named,
+    pairs_of,
+    refuse_shared_weights,
+    refuse_unused,
+    shares_prompts,
+)
 from vlmpo.train.launcher import refuse_unseen_ranks
 from vlmpo.train.loaders import LoaderFactory
 from vlmpo.train.metrics import (
     StepSums,
     carried_on,
     leave_out_empty_steps,
+    may_be_best,
     settle_best_metric,
     start_loss,
     window_metrics,
@@ -65,11 +66,7 @@ from vlmpo.train.model_card import (
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
-from vlmpo.train.reference import (
-    Reference,
-    online_reference,
-    switch_dropout_off,
-)
+from vlmpo.train.reference import Reference, online_reference, switch_dropout_off
 from vlmpo.train.resume import refuse_damaged_best
 from vlmpo.train.run_checkpoints import RunCheckpoints
 from vlmpo.train.run_watch import RunWatch
@@ -158,7 +155,7 @@ class MPOTrainer(Trainer):
         dropouts = switch_dropout_off(model)
         if dropouts:
             logger.info(f"dropout switched off in {len(dropouts)} modules: policy and reference must read alike")
-        shared = _shares_prompts(args, unwrap_peft(model))
+        shared = shares_prompts(args, unwrap_peft(model))
         install(unwrap_peft(model), shared)
         self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
@@ -169,7 +166,6 @@ class MPOTrainer(Trainer):
         self.loader_encoder = self.encoder.for_loader()
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
-        self._step_rewards = [0.0, 0.0]  # sum and count in the optimizer step under way, on this rank
         self.clock = StepClock()
         self.metrics_file = MetricsFile(args.output_dir)
         self.pair_counts = PairCounts()
@@ -198,16 +194,7 @@ class MPOTrainer(Trainer):
             check_features(self.model, processing_class, probe)
         self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
         self.ranks = RankSync(self.accelerator, self.encoder, self.data_collator)
-        self.watch = RunWatch(args, self.ranks, counts=self.all_pair_counts, deepspeed=self.is_deepspeed_enabled)
-        self.checkpoints = RunCheckpoints(
-            args,
-            self.ranks,
-            made_by=self.settings,
-            reference_hash=self._reference_hash,
-            deepspeed=self.is_deepspeed_enabled,
-        )
-        self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
-        self.add_callback(self.stopping)
+        self._compose(args)
         every, trained = count_by_part(self.model), count_by_part(self.model, trained_only=True)
         self.parameter_counts = {part: (count, trained.get(part, 0)) for part, count in every.items()}
         self.part_rates = PartRates.for_run(
@@ -232,6 +219,22 @@ class MPOTrainer(Trainer):
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
 
+    def _compose(self, args: MPOConfig) -> None:
+        """Make what watches a run, moves delta, stops at signals, and keeps checkpoints, on all ranks together."""
+        self.delta = DeltaUpdates(
+            self.reward_shift, self.ranks, beta=args.beta, device=args.device, with_rewards=self.with_preferences
+        )
+        self.watch = RunWatch(args, self.ranks, counts=self.all_pair_counts, deepspeed=self.is_deepspeed_enabled)
+        self.checkpoints = RunCheckpoints(
+            args,
+            self.ranks,
+            made_by=self.settings,
+            reference_hash=self._reference_hash,
+            deepspeed=self.is_deepspeed_enabled,
+        )
+        self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
+        self.add_callback(self.stopping)
+
     @property
     def shared(self) -> bool:
         """Whether a prompt is read once for its responses."""
@@ -246,10 +249,8 @@ class MPOTrainer(Trainer):
             RecipeError: FSDP of version 1, or a launcher whose processes do not see each other.
         """
         if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
-            logger.info(
-                f"one of {self.args.n_gpu} GPUs is used; to use all, start with "
-                f"torchrun --nproc_per_node {self.args.n_gpu} (docs/distributed.md)"
-            )
+            use_all = f"torchrun --nproc_per_node {self.args.n_gpu} (docs/distributed.md)"
+            logger.info(f"one of {self.args.n_gpu} GPUs is used; to use all, start with {use_all}")
             compat.use_one_gpu(self.args)
         super().create_accelerator_and_postprocess()
         refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
@@ -378,7 +379,9 @@ class MPOTrainer(Trainer):
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.ranks.drop_dummy_gradients(model)
-            self._end_step()
+            self.delta.end_step()  # the losses of the optimizer step are all computed
+            self.sums.values["steps"] += 1
+            self.sums.values["empty_steps"] += self.watch.step_is_empty
         return total
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
@@ -411,8 +414,8 @@ class MPOTrainer(Trainer):
         """
         micro_batch, counts = inputs, num_items_in_batch or {}
         policy, reference, router_losses = self._response_logps(model, micro_batch, with_router=model.training)
-        if self.reward_shift.mode == "running" and model.training:
-            self._observe_running(micro_batch, policy, reference)
+        if model.training:
+            self.delta.before_loss(micro_batch, policy, reference)
         output = self._loss(micro_batch, policy, reference, counts)
         if router_losses is not None and self.router_coefficient is not None:
             output = add_router_loss(
@@ -458,21 +461,6 @@ class MPOTrainer(Trainer):
             **self.args.loss_settings,
         )
 
-    def _observe_running(self, micro_batch: MicroBatch, policy: Tensor, reference: Tensor | None) -> None:
-        """Let the micro-batch's mean reward, averaged over the ranks that have one, enter delta before the loss."""
-        if reference is None or micro_batch.rejected is None:
-            return
-        responses = torch.cat([micro_batch.chosen, micro_batch.rejected])
-        rewards = self.args.beta * (policy.detach() - reference)[responses]
-        mean_and_count = [float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0]
-        self._observe(mean_and_count)
-
-    def _observe(self, sum_and_count: list[float]) -> None:
-        """Let rewards of all ranks enter delta, unless they are not finite: delta would never be finite again."""
-        total, count = self.ranks.sum_over_ranks(sum_and_count, self.args.device)
-        if math.isfinite(total):
-            self.reward_shift.observe(total, count)
-
     def _record(self, micro_batch: MicroBatch, policy: Tensor, output: LossOutput) -> None:
         """Add a micro-batch to the sums behind the log and behind delta."""
         with_rejected = micro_batch.rejected is not None and self.with_preferences
@@ -483,18 +471,7 @@ class MPOTrainer(Trainer):
             sources=micro_batch.sources,
             num_tokens=micro_batch.num_tokens,
         )
-        if output.chosen_rewards is not None and output.rejected_rewards is not None:
-            self._step_rewards[0] += float(output.chosen_rewards.sum()) + float(output.rejected_rewards.sum())
-            self._step_rewards[1] += 2.0 * len(micro_batch)
-
-    def _end_step(self) -> None:
-        """Move delta, once, by the rewards of all ranks: the optimizer step's losses are all computed."""
-        if self.reward_shift.mode == "previous" and self.reference is not None:
-            self._observe(self._step_rewards)
-        self.reward_shift.step()
-        self._step_rewards = [0.0, 0.0]
-        self.sums.values["steps"] += 1
-        self.sums.values["empty_steps"] += self.watch.step_is_empty
+        self.delta.add(output)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, and let nothing move the weights that should not.
@@ -659,14 +636,7 @@ class MPOTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Do as transformers does, for evaluations whose weights are kept: one that is not saved cannot be loaded."""
-        name = self.args.metric_for_best_model
-        if name is None:
-            return False
-        if name not in metrics:
-            given = ", ".join(sorted(metrics))
-            raise RunError(f"training.metric_for_best_model: this evaluation gave no {name}; it gave {given}")
-        if not math.isfinite(metrics[name]):  # no later one would be better than NaN
-            logger.info(f"{name} is {metrics[name]} at step {self.state.global_step}: it is not the best")
+        if not may_be_best(self.args.metric_for_best_model, metrics, self.state.global_step):
             return False
         if self.args.load_best_model_at_end and self.args.save_strategy != "best" and not self.control.should_save:
             return False
@@ -707,6 +677,7 @@ class MPOTrainer(Trainer):
                 ``enable_jit_checkpoint`` is set.
         """
         checkpoint = self.checkpoints.choose(resume_from_checkpoint or None)
+        self.checkpoints.forget_choice()  # the run will write others
         if checkpoint and self.is_deepspeed_enabled:  # its engine loads the weights by itself
             self._load_state(checkpoint)
         if self.is_fsdp_enabled and self._scored_model is not None:
@@ -731,7 +702,6 @@ class MPOTrainer(Trainer):
         self.watch.start()
         with self.stopping.watched(self.args.enable_jit_checkpoint):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        self.checkpoints.forget_choice()
         self.watch.end_data(self.state.epoch or 0.0)
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
@@ -772,16 +742,20 @@ class MPOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model whole, also if checkpoints hold shards: of those transformers would write nothing.
 
+        It is written beside and put in its place file by file, so that none is ever cut short.
+
         Raises:
             RunError: a weight is not finite; nothing is written.
         """
         self.watch.check_weights(self.model, self.state.global_step)
         folder = Path(output_dir or self.args.output_dir)
-        checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        with contextlib.nullcontext() if checkpoint else whole_state_dict(self.accelerator):
+        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             super().save_model(output_dir, _internal_call)
-        if not checkpoint and self.args.should_save:
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no reader of a model needs
+            return
+        with whole_state_dict(self.accelerator), model_beside(folder, self.args.should_save) as partial:
+            super().save_model(os.fspath(partial), _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def all_pair_counts(self) -> PairCounts:
         """Return what became of the pairs of the first epoch so far, over all ranks."""
@@ -913,10 +887,3 @@ class MPOTrainer(Trainer):
             "data": self.trained_pairs.by_source(),
         }
         return RunSummary(**{**objective_fields(self.args), **known, **self.card_fields, **fields})
-
-
-def _shares_prompts(args: MPOConfig, model: Any) -> bool:
-    support = support_for(model.config)
-    if args.attention == "auto" and not support.shared:
-        logger.info(f"NOT sharing the prompt between responses: {support.reason}. Each is read in a row of its own.")
-    return args.attention == "auto" and support.shared
