@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,12 +74,14 @@ class Encoded:
         dropped: counts of the pairs that the processor or a limit refused.
         samples: a few encoded pairs, spread over the data.
         notices: remarks on the data and on the chat template.
+        forms: in how many pairs of each data set images and videos are given in each form, kept or dropped here.
     """
 
     sizes: list[PairSize] = field(default_factory=list)
     dropped: PairCounts = field(default_factory=PairCounts)
     samples: list[EncodedPair] = field(default_factory=list)
     notices: Sequence[str] = ()
+    forms: dict[str, Counter[str]] = field(default_factory=dict)
 
 
 def inspect(recipe: Recipe, pairs: int = 1) -> None:
@@ -100,6 +103,8 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
         for info in infos:
             print_line(f"  {info.name}: {info.records} records, {info.container}, {info.title}: {info.why}")
     show_unread_keys(data)
+    for line in describe_media(data, encoded.forms):
+        print_line(line)
     for notice in [*data.notices, *encoded.notices]:
         print_line(f"note: {notice}", style="yellow")
     for number, pair in enumerate(encoded.samples, start=1):
@@ -148,6 +153,7 @@ def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int
         for position, index in enumerate(indices):
             progress.advance(1)
             try:
+                encoded.forms.setdefault(data.train.source(index), Counter()).update(data.train.forms(index))
                 pair = encoder.encode(data.train[index])
             except RecordError as error:
                 if recipe.data.on_bad_record == "fail":
@@ -174,6 +180,20 @@ def show_unread_keys(data: RunData) -> None:
                 )
                 line = f"  data.{name}, {scanned.name}: keys not read nor shown to the model: {listed}"
                 print_line(printable(line))
+
+
+def describe_media(data: RunData, forms: Mapping[str, Counter[str]]) -> Iterator[str]:
+    """Yield a line for each data set: in how many of the pairs looked at its images are given in which form.
+
+    Paths that leave the image root are counted among all its records.
+    """
+    outside = data.screened.dropped
+    for source in data.read:
+        given = [f"{form} (in {count})" for form, count in sorted(forms.get(source, Counter()).items())]
+        if count := outside[source, "outside_image_root"]:
+            given.append(f"outside the image root, dropped (in {count})")
+        if given:
+            yield f"  data.train, {source}: images and videos given as {', '.join(given)}"
 
 
 # ---- one pair ----

@@ -35,7 +35,7 @@ def correctness(recipe: Recipe) -> PairingReport:
     """
     build = build_section(recipe)
     folder = Path(str(build.output_dir))
-    questions = read_questions(build.questions, build.image_root, split=build.split)
+    questions = read_questions(build.questions, build.image_root, split=build.split, confine=recipe.data.confine)
     records, report = pair_correctness(
         questions.questions,
         read_responses(folder / RESPONSES_FILE),
@@ -64,7 +64,9 @@ def dropout_ntp(recipe: Recipe) -> PairingReport:
     """
     build = build_section(recipe)
     folder = Path(str(build.output_dir))
-    questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
+    questions = read_questions(
+        build.questions, build.image_root, split=build.split, need_answer=False, confine=recipe.data.confine
+    )
     responses = read_responses(folder / RESPONSES_FILE)
     engine = open_engine(recipe)
     with open_responses(folder / CONTINUATIONS_FILE, engine.name, sampling_settings(recipe)) as file:

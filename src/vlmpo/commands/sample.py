@@ -39,7 +39,9 @@ def sample(recipe: Recipe) -> SampleReport:
         RunError: the folder contains responses sampled otherwise, or the server does not answer.
     """
     build = build_section(recipe)
-    questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
+    questions = read_questions(
+        build.questions, build.image_root, split=build.split, need_answer=False, confine=recipe.data.confine
+    )
     if questions.unread:
         print_line(f"note: {questions.unread_notice()}")
     report = SampleReport(read=len(questions.questions) + len(questions.dropped), dropped=list(questions.dropped))
