@@ -12,6 +12,8 @@ from vlmpo.errors import RecordError, VlmpoError, shorten
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 BOM = b"\xef\xbb\xbf"  # UTF-8 byte order mark, which a JSON file may begin with
+# How files of images and videos begin, in base64: PNG, JPEG, GIF, RIFF (WebP, AVI), TIFF, BMP, Matroska, MP4.
+BASE64_START = r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|GkXfo|AAAA.GZ0eX"
 # A JSON parser takes up to 30 times the memory of what it reads, a tokenizer 80 times.
 MAX_LINE_BYTES = 16 << 20  # of a record in JSON, the images and videos embedded in it not counted
 MAX_TEXT = 1_000_000  # characters of a prompt or a response

@@ -16,7 +16,7 @@ from PIL import Image
 from vlmpo.data.formats.arrays import array_images, is_array, refuse_numbers
 from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.paths import EMBEDDED, local_path
-from vlmpo.data.records import MAX_ENCODED_BYTES
+from vlmpo.data.records import BASE64_START, MAX_ENCODED_BYTES
 from vlmpo.errors import shorten
 
 MEDIA_KEYS = ("image", "images", "video", "videos")
@@ -25,8 +25,7 @@ _FORMS = "a path, encoded bytes, {bytes, path}, base64, or a list of these"
 # Other names of the same thing, written in any case and with any separators: image_path, imageUrl, IMG_FILES.
 _OTHER_NAMES = re.compile(r"(image|img|picture|photo|video)s?(?:(?:path|url|uri|file|filename|base64|b64)s?|bytes)?")
 _NO_WORD = re.compile(r"[\W_]+")
-# How files of images and videos begin, in base64: PNG, JPEG, GIF, RIFF (WebP, AVI), TIFF, BMP, Matroska, MP4.
-_BASE64_START = re.compile(r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|GkXfo|AAAA.GZ0eX")
+_BASE64_START = re.compile(BASE64_START)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 _MIN_BASE64 = 48
 _STANDARD = str.maketrans("-_", "+/")  # from the alphabet of web addresses

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vlmpo.data.index.columns import to_arrow, to_numpy
 from vlmpo.data.index.store import Cache, Stamp
-from vlmpo.data.records import BOM, MAX_ENCODED_BYTES, MAX_LINE_BYTES, json_kind
+from vlmpo.data.records import BASE64_START, BOM, MAX_ENCODED_BYTES, MAX_LINE_BYTES, json_kind
 from vlmpo.errors import DataError, RecordError, shorten
 
 # An array is read whole to find its records, once if the cache can be written to.
@@ -31,6 +31,7 @@ _CHUNK = 8 << 20
 # A line may hold one image or video of the greatest size, in base64, and MAX_LINE_BYTES beside it.
 _MAX_WHOLE_LINE = MAX_LINE_BYTES + MAX_ENCODED_BYTES * 4 // 3
 _BLOCK = 64 << 10
+_MEDIUM_START = re.compile(rb'"(data:(image|video)|' + BASE64_START.replace("/", r"\\?/").encode() + rb")")
 _BASE64_BYTES = bytes(range(ord("a"), ord("z") + 1)) + bytes(range(ord("A"), ord("Z") + 1)) + b"0123456789+/-_=\\"
 _NEWLINE = 10
 _WHITESPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
@@ -142,7 +143,7 @@ class JsonRecords:
         size = int(self._ends[index]) - start
         unit, remedy = ("record", "write a JSON object") if self._is_array else ("line", "write one JSON object a line")
         content = os.pread(file.fileno(), size, start) if size <= _MAX_WHOLE_LINE else b""
-        if size > MAX_LINE_BYTES and size - _base64_bytes(content) > MAX_LINE_BYTES:
+        if size > MAX_LINE_BYTES and size - _media_bytes(content) > MAX_LINE_BYTES:
             detail = (
                 f"the {unit} takes {size / 1e6:.1f} MB, at most {MAX_LINE_BYTES >> 20} MiB are read, beside one "
                 f"embedded image or video of {MAX_ENCODED_BYTES >> 20} MiB; shorten it, or save what it embeds as files"
@@ -177,10 +178,18 @@ class JsonRecords:
         return file
 
 
-def _base64_bytes(content: bytes) -> int:
-    """Return how many bytes of a line can only be in base64 texts, in whole blocks: an array needs a comma or two."""
-    blocks = (content[start : start + _BLOCK] for start in range(0, len(content), _BLOCK))
-    return sum(len(block) for block in blocks if not block.translate(None, _BASE64_BYTES))
+def _media_bytes(content: bytes) -> int:
+    """Return how many bytes of a line are in images and videos written as base64, as far as they fill whole blocks."""
+    total, counts, quote = 0, False, 0
+    for start in range(0, len(content), _BLOCK):
+        block = content[start : start + _BLOCK]
+        if block.translate(None, _BASE64_BYTES):
+            counts = False
+            quote = start + block.rfind(b'"')  # of the text that reaches into the next block
+        elif counts or _MEDIUM_START.match(content, quote):
+            counts = True
+            total += len(block)
+    return total
 
 
 _PART_OF_AN_OBJECT = re.compile(rb'\s*(?:[\]}]+,?\s*$|"(?:[^"\\]|\\.)*"\s*(?::|,?\s*$))')
