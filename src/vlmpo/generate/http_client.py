@@ -43,7 +43,7 @@ class Answer:
     def json(self) -> Any:
         """Return the body's value. Raises ValueError if it is not JSON: NaN is not, nor is what is nested too deep."""
         try:
-            return json.loads(self.body, parse_constant=_refuse_constant)
+            return json.loads(self.body.decode("utf-8"), parse_constant=_refuse_constant)
         except RecursionError:
             raise ValueError("it is nested too deep") from None
 

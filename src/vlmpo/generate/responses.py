@@ -55,7 +55,7 @@ def _parse(path: Path, file: BinaryIO) -> Iterator[tuple[str, Response, int]]:
         if not line.endswith(b"\n"):
             return
         try:
-            response = _checked(decode_json(line.decode("utf-8")), origin)
+            response = _checked(decode_json(line[:-1].decode("utf-8")), origin)
         except (ValueError, RecursionError) as error:
             detail = error.detail if isinstance(error, RecordError) else shorten(error)
             raise DataError(f"{origin}: not a response ({detail}); remove the line") from error

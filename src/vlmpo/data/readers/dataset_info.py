@@ -68,7 +68,7 @@ def read_entry(entry: Any, where: str, notices: list[str]) -> InfoEntry:
         given = ", ".join(f"`{key}`" for key in _PLACES if key in values) or "no place"
         raise DataError(f"{where}: has {given}; vlmpo reads `file_name` and `hf_hub_url`: fetch it and name the file")
     formatting = values.get("formatting", "alpaca")
-    if formatting not in _FORMATS:
+    if not isinstance(formatting, str) or formatting not in _FORMATS:
         raise DataError(f"{where}: formatting {formatting!r:.80} is not known; known are {', '.join(_FORMATS)}")
     ranking = values.get("ranking", False)
     if not isinstance(ranking, bool):
@@ -122,5 +122,6 @@ def _column_map(values: Mapping[str, Any], where: str, notices: list[str]) -> Co
 def _text(values: Mapping[str, Any], key: str, where: str) -> str:
     value = values[key]
     if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: {key} must be a text, not {json_kind(value)}")
+        what = json_kind(value) if value != "" else "an empty one"
+        raise DataError(f"{where}: {key} must be a text, not {what}")
     return value

@@ -84,7 +84,7 @@ def read_questions(
     first_seen: dict[str, str] = {}
     splits: Counter[str] = Counter()
     lines = JsonRecords(path, numbers_as_written=True)
-    paths = PathRules(absolute_in=(), confine=True) if confine else PathRules()
+    paths = PathRules(confine=confine)
     for number in range(len(lines)):
         origin = lines.origin(number)
         try:

@@ -28,9 +28,9 @@ _DATA_FILES = (*_EXTENSIONS, ".arrow", ".csv", ".tsv", ".txt", ".yaml", ".md", "
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAX_REPEAT = 1_000_000
-_MAX_TILES = 10_000
+_MAX_TILES = 1000
 _META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
-_KINDS = {"file": "regular file (a pipe, a device?)", "folder": "folder"}
+_KINDS = {"file": "regular file", "folder": "folder"}
 _META_SHAPE = 'must be one JSON object, {"name": {"root": "...", "annotation": "....jsonl", "repeat_time": 1}, ...}'
 
 
@@ -148,7 +148,7 @@ def _path_rules(spec: SourceSpec, is_hub: bool, info_folder: str | None = None) 
     MMPR ``meta.json`` do, unless an image root is given.
     """
     if spec.confine:
-        return PathRules(absolute_in=(), confine=True)
+        return PathRules(confine=True)
     above = None if info_folder is None or spec.image_root is not None else os.path.dirname(info_folder)
     return PathRules(within=above, absolute_in=download_folders() if is_hub else None)
 
@@ -160,14 +160,14 @@ def _image_root(spec: SourceSpec, default: str) -> str:
     return root
 
 
-def _find_kind(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
-    """Return what is at ``path``, and the files if it is Parquet."""
+def _find_kind(written: str, path: str, patterns: bool = True) -> tuple[Kind, tuple[str, ...]]:
+    """Return what is at ``path``, which may be a pattern of file names, and the files if it is Parquet."""
     if os.path.isdir(path):
         _refuse_special_files(path)
         is_saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
         return ("saved" if is_saved else "folder"), ()
     extension = os.path.splitext(path)[1].lower()
-    if not os.path.exists(path) and glob.has_magic(written):
+    if patterns and not os.path.exists(path) and glob.has_magic(written):
         files = tuple(sorted(glob.glob(path, recursive=True)))
         if not files:
             raise DataError(f"{written}: no file matches {path}")
@@ -199,9 +199,10 @@ def _find_kind(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
 def _require_regular(path: str, written: str) -> None:
     """Raise DataError unless ``path`` is a file: reading a pipe or a device would wait, or never end."""
     if not os.path.exists(path):
-        raise DataError(f"{written}: no such file; looked for {path}")
+        raise DataError(f"{written}: no such file; looked for {shorten_path(path)}")
     if not os.path.isfile(path):
-        raise DataError(f"{written}: {path} is not a regular file (a pipe, a device?); name one")
+        what = "it" if written == path else path
+        raise DataError(f"{written}: {what} is not a regular file but a pipe, a device or the like; name one")
 
 
 def _refuse_special_files(folder: str) -> None:
@@ -302,7 +303,7 @@ def _info_specs(
             place = os.path.join(os.path.dirname(path), entry.place)
             _confine(place, os.path.dirname(path), where, spec.confine)
             try:
-                kind, files = _find_kind(glob.escape(place), place)  # a pattern could walk all disks
+                kind, files = _find_kind(shorten_path(place), place, patterns=False)  # one could walk all disks
             except DataError as error:
                 raise DataError(f"{where}: {error}; to read other entries, name each under `subset`") from error
             if kind == "meta":
