@@ -35,6 +35,7 @@ from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import pack
 
 MAX_ENCODED = 2000  # pairs encoded for lengths and tiles; of more pairs a seeded sample is encoded
+SHOWN_KEYS = 50  # of those that nothing reads
 _QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
@@ -176,8 +177,10 @@ def show_unread_keys(data: RunData) -> None:
             if counts:
                 by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
                 listed = ", ".join(
-                    f"{shorten(key)} (in {'all' if count == total else count})" for key, count in by_count
+                    f"{shorten(key)} (in {'all' if count == total else count})" for key, count in by_count[:SHOWN_KEYS]
                 )
+                if (more := len(by_count) - SHOWN_KEYS) > 0:
+                    listed += f", and {more} more"
                 line = f"  data.{name}, {scanned.name}: keys not read nor shown to the model: {listed}"
                 print_line(printable(line))
 

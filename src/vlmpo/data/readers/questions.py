@@ -22,6 +22,8 @@ from vlmpo.hashing import content_hash
 
 _KEYS = frozenset({"id", "question", "answer", "verifier", "split", *CHOICE_KEYS})
 
+_SHOWN_KEYS = 50  # of those that nothing reads
+
 
 @dataclass(frozen=True)
 class QuestionSet:
@@ -43,7 +45,9 @@ class QuestionSet:
 
     def unread_notice(self) -> str:
         """Return one line for the user on ``unread``."""
-        listed = ", ".join(f"{shorten(key)} ({count})" for key, count in self.unread.most_common())
+        listed = ", ".join(f"{shorten(key)} ({count})" for key, count in self.unread.most_common(_SHOWN_KEYS))
+        if (more := len(self.unread) - _SHOWN_KEYS) > 0:
+            listed += f", and {more} more"
         return printable(f"keys of the questions that are not read nor shown to the model: {listed}")
 
 
