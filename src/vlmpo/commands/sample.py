@@ -160,8 +160,8 @@ def _check_weights(manifest_file: Path, manifest: dict[str, Any], file: Response
         weights = dict(json.loads(manifest_file.read_text(encoding="utf-8"))).get("weights")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(
-            f"{manifest_file} cannot be read ({shorten(error)}), so the weights that the responses beside it were sampled "
-            "from are not known; name another folder in build.output_dir, or remove the file if they are the same"
+            f"{manifest_file} cannot be read ({shorten(error)}), so the weights that the responses beside it were "
+            "sampled from are not known; name another folder in build.output_dir, or remove the file if they are the same"
         ) from error
     if weights != manifest["weights"]:
         raise RunError(
