@@ -74,7 +74,7 @@ def open_run_data(recipe: Recipe) -> RunData:
         evaluation["held_out"] = pairs.select(split_off)
         held_out.update(pairs.source(int(index)) for index in split_off)
     if len(kept) == 0:
-        raise _none_left("data.train", len(pairs), "train", screened, errors)
+        raise none_left("data.train", len(pairs), "train", screened, errors)
     notices = list(dict.fromkeys(notices))  # all data sets repeat the one of the cache
     return RunData(pairs.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
 
@@ -89,11 +89,11 @@ def open_eval(recipe: Recipe) -> tuple[PairDataset, PairCounts]:
     data = _open(recipe, recipe.data.eval, _seed(recipe))
     kept, screened, _, errors = _screen(recipe, data)
     if len(kept) == 0:
-        raise _none_left("data.eval", len(data), "evaluate", screened, errors)
+        raise none_left("data.eval", len(data), "evaluate", screened, errors)
     return data.select(kept), screened
 
 
-def _none_left(key: str, total: int, purpose: str, counts: PairCounts, errors: Sequence[RecordError]) -> DataError:
+def none_left(key: str, total: int, purpose: str, counts: PairCounts, errors: Sequence[RecordError]) -> DataError:
     """Return the error for data of which nothing can be used; it names the first records and the cause of each."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
     first = f"; the first: {first_records(errors)}" if errors else ""

@@ -161,7 +161,7 @@ def _check_weights(manifest_file: Path, manifest: dict[str, Any], file: Response
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(
             f"{manifest_file} cannot be read ({shorten(error)}), so the weights that the responses beside it were "
-            "sampled from are not known; name another folder in build.output_dir, or remove the file if they are the same"
+            "sampled from are not known; name another folder in build.output_dir, or remove it if they are the same"
         ) from error
     if weights != manifest["weights"]:
         raise RunError(

@@ -133,5 +133,5 @@ def test_what_holds_no_records_is_told_what_to_pass(data, kind):
 
 
 def test_what_has_no_items_by_number_is_told_what_to_pass():
-    with pytest.raises(DataError, match="train_dataset: Series has no items by number; pass a datasets.Dataset"):
+    with pytest.raises(DataError, match=r"train_dataset: Series has no items by number; pass a datasets\.Dataset"):
         as_pairs(pd.Series([PAIR], index=["x"]))
