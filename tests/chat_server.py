@@ -75,7 +75,7 @@ def chat_server(answer: Callable[[Seen, int], Reply]) -> Iterator[ChatServer]:
             """Silence on stderr."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield ChatServer(f"http://127.0.0.1:{server.server_port}", seen)

@@ -6,7 +6,6 @@ other libraries: :func:`check_keys` compares them with the known ones once those
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
@@ -41,8 +40,8 @@ def _check_prompt(prompt: str) -> str:
 
 
 def _check_engine(engine: str) -> str:
-    if engine != "local" and not re.match(r"https?://[^/]", engine):
-        raise ValueError(f"expected local or the http(s) URL of a chat server, got {engine!r}")
+    if engine != "local":
+        settings.check_server_url(engine)
     return engine
 
 
@@ -114,7 +113,7 @@ class Source(_Section):
 
 
 class DataSection(_Section):
-    """The pairs. All fields but ``train``, ``eval`` and ``hold_out`` are fields of MPOConfig.
+    """The pairs. All fields but ``train``, ``eval``, ``hold_out`` and ``confine`` are fields of MPOConfig.
 
     Attributes:
         train, eval: data sets to train and to evaluate on.
@@ -128,6 +127,7 @@ class DataSection(_Section):
         over_long: ``drop`` or ``cut`` pairs above ``max_length``.
         group_by_prompt: how many pairs of one prompt may share it at most; 0 does not group.
         balance_ranks: distribute the pairs of a step over ranks by the work they need.
+        confine: refuse every image and video outside the image root of its data set, a link out of it too.
     """
 
     train: tuple[Source, ...] = Field(default=(), strict=False)
@@ -141,6 +141,7 @@ class DataSection(_Section):
     over_long: settings.OverLong = "drop"
     group_by_prompt: int = Field(default=0, ge=0)
     balance_ranks: bool = True
+    confine: bool = False
 
 
 class LossSection(_Section):
@@ -258,7 +259,7 @@ class Recipe(_Section):
         """Return the values of the fields of :class:`vlmpo.train.config.MPOConfig`, ``training`` among them."""
         return {
             **self.training,
-            **self.data.model_dump(exclude={"train", "eval", "hold_out"}),
+            **self.data.model_dump(exclude={"train", "eval", "hold_out", "confine"}),
             **self.loss.model_dump(exclude={"weights"}),
             "loss_weights": dict(self.loss.weights),
             "reference_kind": self.reference.kind,

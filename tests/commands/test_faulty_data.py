@@ -11,6 +11,7 @@ import pytest
 
 from tests.commands.test_train import call, write_recipe
 from tests.data.formats.test_formats import said
+from tests.data.formats.test_media import png
 from tests.paths import SHARED
 from tests.tiny_models import noise_image, processor
 
@@ -43,6 +44,10 @@ FAULTS = [
     ({**PAIR, "image": "half \ud83d.png"}, "missing_image", r"half \ud83d.png does not exist"),
     ({**PAIR, "image": "data:image/png;base64,A*"}, "undecodable_image", "is not valid base64"),
     ({**PAIR, "image": [[1, 2], [3, 4]]}, "array_image", "an image in nested lists of numbers"),
+    ({**PAIR, "image": "../0.png"}, "outside_image_root", "leads out of"),
+    ({**PAIR, "chosen": "x" * 1_000_001}, "too_large", "`chosen` has 1000001 characters, at most 1000000 are read"),
+    ({**PAIR, "more": "x" * (17 << 20)}, "too_large", "the line takes 17.8 MB, at most 16 MiB are read"),
+    (json.dumps(PAIR)[:-1] + f', "x": {"[" * 900}{"]" * 900}}}', "unreadable_record", "it raised RecursionError"),
     ({**PAIR, "rejected_complete": "no"}, "missing_field", "`rejected_complete` must be true or false"),
     ("{", "bad_json", "an object written over several lines?"),
 ]
@@ -77,8 +82,8 @@ def test_when_none_is_left_the_first_records_are_named(tmp_path: Path, processor
     ):
         assert result.exit_code == 2, result.output
         purpose = "train" if name == "train" else "evaluate"
-        assert f"error: data.{name}: of 9 pairs none is left to {purpose} on (" in result.output
-        for number in (1, 2, 3, 4, 6, 7, 8, 9):  # the first three, and the first of every other reason
+        assert f"error: data.{name}: of 13 pairs none is left to {purpose} on (" in result.output
+        for number in (1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13):  # the first three, and the first of every other reason
             assert f"{file}:{number}: " in result.output
         assert f"{file}:5: " not in result.output
         assert "Traceback" not in result.output
@@ -98,6 +103,50 @@ def test_keys_that_nothing_reads_are_listed(tmp_path: Path, processor_folder: Pa
     assert f"  data.train, p: {listed}\n" in result.output
     assert f"  data.eval, p: {listed}\n" in result.output
     assert result.output.count("keys not read") == 2
+
+
+@pytest.mark.parametrize("count", [50, 51, 3000])
+def test_a_flood_of_keys_is_cut_short(tmp_path: Path, processor_folder: Path, count: int) -> None:
+    file = write(tmp_path / "p.jsonl", {**PAIR, **{f"key{number:04}": 1 for number in range(count)}})
+    (line,) = [line for line in inspected(tmp_path, processor_folder, file).output.splitlines() if "keys not" in line]
+    assert line.endswith("key0049 (in all)" if count == 50 else f"key0049 (in all), and {count - 50} more")
+
+
+def test_the_forms_of_images_are_counted_once(tmp_path: Path, processor_folder: Path) -> None:
+    encoded = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+    (tmp_path / "set").mkdir()
+    file = write(
+        tmp_path / "set" / "p.jsonl",
+        *({**PAIR, "question": f"{number}?", "image": "0.png"} for number in range(5)),
+        *({**PAIR, "image": str(tmp_path / "set" / "0.png")}, {**PAIR, "image": f"file://{tmp_path}/set/0.png"}),
+        {**PAIR, "question": "<image><image>", "images": ["0.png", encoded]},
+        *({**PAIR, "image": "../0.png"}, {**PAIR, "image": "x/../../0.png"}, PAIR),
+    )
+    other = write(tmp_path / "o.jsonl", PAIR)
+    result = inspected(tmp_path, processor_folder, file, other)
+    given = "absolute paths (in 1), embedded (in 1), file:// addresses (in 1), relative paths (in 6)"
+    outside = "outside the image root, dropped (in 2)"
+    assert f"  data.train, p: images and videos given as {given}, {outside}\n" in result.output
+    assert result.output.count("images and videos given as") == 1
+    assert f"  outside_image_root: {file}:9: `image` leads out of {tmp_path}/set: ../0.png; name the" in result.output
+
+
+def test_confined_data_take_nothing_from_outside(tmp_path: Path, processor_folder: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "other.jsonl", PAIR)
+    file = write(tmp_path / "set" / "p.jsonl", *({**PAIR, "image": name} for name in ("0.png", "link.png", "a.png")))
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "0.png")
+    (tmp_path / "set" / "a.png").symlink_to(tmp_path / "set" / "0.png")
+    write(tmp_path / "set" / "q.jsonl", {**PAIR, "image": str(tmp_path / "0.png")})
+    assert "outside_image_root" not in inspected(tmp_path, processor_folder, file).output
+    result = inspected(tmp_path, processor_folder, file, confine=True)
+    words = f"{file}:2: `image` leads out of {tmp_path}/set, and data.confine is true: link.png"
+    assert (result.exit_code, words in result.output) == (0, True), result.output
+    result = inspected(tmp_path, processor_folder, file, confine=True, on_bad_record="fail")
+    assert (result.exit_code, words in result.output) == (2, True), result.output
+    result = inspected(tmp_path, processor_folder, file, str(tmp_path / "set" / "q.jsonl"), confine=True)
+    assert "given as relative paths (in 2), outside the image root, dropped (in 1)\n" in result.output
+    assert "data.train, q: images and videos given as outside the image root, dropped (in 1)\n" in result.output
 
 
 def test_pixels_are_the_same_by_any_name_and_in_base64(tmp_path: Path, processor_folder: Path) -> None:

@@ -57,7 +57,7 @@ def _evaluate(recipe: Recipe, section: EvaluateSection, folder: Path) -> dict[st
     if pairs:
         results["pairs"] = _evaluate_pairs(recipe, section, model, processor, pairs, folder)
     if section.questions is not None:
-        question_set = _read_questions(section)
+        question_set = _read_questions(recipe, section)
         questions = question_set.questions
         answers, figures = _ask(recipe, section, model, processor, questions, check=True)
         models = {path: figures}
@@ -90,7 +90,7 @@ def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
     """
     section = recipe.evaluate
     assert section is not None
-    questions = _read_questions(section).questions
+    questions = _read_questions(recipe, section).questions
     model, processor = trainer.model, trainer.encoder.processor  # not the one that is saved
 
     def answer() -> dict[str, float]:
@@ -128,9 +128,11 @@ def _evaluate_pairs(
     return results
 
 
-def _read_questions(section: EvaluateSection) -> QuestionSet:
+def _read_questions(recipe: Recipe, section: EvaluateSection) -> QuestionSet:
     assert section.questions is not None
-    question_set = read_questions(section.questions, section.image_root, split=section.split)
+    question_set = read_questions(
+        section.questions, section.image_root, split=section.split, confine=recipe.data.confine
+    )
     for reason, count in question_set.counts().items():
         logger.info(f"note: {count} evaluation questions dropped as {reason}")
     first = first_records(examples_by_reason(question_set.dropped))

@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import pack
 
 MAX_ENCODED = 2000  # pairs encoded for lengths and tiles; of more pairs a seeded sample is encoded
+SHOWN_KEYS = 50  # of those that nothing reads
 _QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
@@ -73,6 +75,7 @@ class Encoded:
         dropped: counts of the pairs that the processor or a limit refused.
         samples: a few encoded pairs, spread over the data.
         notices: remarks on the data and on the chat template.
+        forms: in how many pairs of each data set images and videos are given in each form, kept or dropped here.
         end_id: token with which the model ends its turn.
     """
 
@@ -80,6 +83,7 @@ class Encoded:
     dropped: PairCounts = field(default_factory=PairCounts)
     samples: list[EncodedPair] = field(default_factory=list)
     notices: Sequence[str] = ()
+    forms: dict[str, Counter[str]] = field(default_factory=dict)
     end_id: int = -1
 
 
@@ -102,6 +106,8 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
         for info in infos:
             print_line(f"  {info.name}: {info.records} records, {info.container}, {info.title}: {info.why}")
     show_unread_keys(data)
+    for line in describe_media(data, encoded.forms):
+        print_line(line)
     for notice in [*data.notices, *encoded.notices]:
         print_line(f"note: {notice}", style="yellow")
     for number, pair in enumerate(encoded.samples, start=1):
@@ -152,6 +158,7 @@ def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int
         for position, index in enumerate(indices):
             progress.advance(1)
             try:
+                encoded.forms.setdefault(data.train.source(index), Counter()).update(data.train.forms(index))
                 pair = encoder.encode(data.train[index])
             except RecordError as error:
                 if recipe.data.on_bad_record == "fail":
@@ -174,10 +181,26 @@ def show_unread_keys(data: RunData) -> None:
             if counts:
                 by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
                 listed = ", ".join(
-                    f"{shorten(key)} (in {'all' if count == total else count})" for key, count in by_count
+                    f"{shorten(key)} (in {'all' if count == total else count})" for key, count in by_count[:SHOWN_KEYS]
                 )
+                if (more := len(by_count) - SHOWN_KEYS) > 0:
+                    listed += f", and {more} more"
                 line = f"  data.{name}, {scanned.name}: keys not read nor shown to the model: {listed}"
                 print_line(printable(line))
+
+
+def describe_media(data: RunData, forms: Mapping[str, Counter[str]]) -> Iterator[str]:
+    """Yield a line for each data set: in how many of the pairs looked at its images are given in which form.
+
+    Paths that leave the image root are counted among all its records.
+    """
+    outside = data.screened.dropped
+    for source in data.read:
+        given = [f"{form} (in {count})" for form, count in sorted(forms.get(source, Counter()).items())]
+        if count := outside[source, "outside_image_root"]:
+            given.append(f"outside the image root, dropped (in {count})")
+        if given:
+            yield f"  data.train, {source}: images and videos given as {', '.join(given)}"
 
 
 # ---- one pair ----

@@ -41,11 +41,11 @@ def correctness(recipe: Recipe) -> PairingReport:
     build = build_section(recipe)
     folder = Path(str(build.output_dir))
     with output_folder(recipe, folder, "pair", "build.output_dir", _WRITTEN):
-        return _correctness(build, folder)
+        return _correctness(recipe, build, folder)
 
 
-def _correctness(build: BuildSection, folder: Path) -> PairingReport:
-    questions = read_questions(build.questions, build.image_root, split=build.split)
+def _correctness(recipe: Recipe, build: BuildSection, folder: Path) -> PairingReport:
+    questions = read_questions(build.questions, build.image_root, split=build.split, confine=recipe.data.confine)
     records, report = pair_correctness(
         questions.questions,
         read_responses(folder / RESPONSES_FILE),
@@ -79,7 +79,9 @@ def dropout_ntp(recipe: Recipe) -> PairingReport:
 
 
 def _dropout_ntp(recipe: Recipe, build: BuildSection, folder: Path) -> PairingReport:
-    questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
+    questions = read_questions(
+        build.questions, build.image_root, split=build.split, need_answer=False, confine=recipe.data.confine
+    )
     responses = read_responses(folder / RESPONSES_FILE)
     engine = open_engine(recipe)
     with open_responses(folder / CONTINUATIONS_FILE, engine.name, sampling_settings(recipe)) as file:

@@ -106,7 +106,7 @@ def _seed(recipe: Recipe) -> int:
 
 
 def _open(recipe: Recipe, sources: Sequence[Source], seed: int) -> PairDataset:
-    specs = [SourceSpec(**source.model_dump()) for source in sources]
+    specs = [SourceSpec(**source.model_dump(), confine=recipe.data.confine) for source in sources]
     return open_pairs(specs, seed=seed, need_rejected=needs_reference(recipe.loss.weights))
 
 

@@ -13,7 +13,7 @@ import torch
 from vlmpo.commands.guard import output_folder
 from vlmpo.data.encode.processors import own_tiles
 from vlmpo.data.readers.questions import read_questions
-from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason, first_records
+from vlmpo.errors import DataError, RecipeError, RunError, examples_by_reason, first_records, shorten
 from vlmpo.fileio import replace_json
 from vlmpo.generate.base import Engine, Sampling
 from vlmpo.generate.local import LocalEngine
@@ -47,7 +47,9 @@ def sample(recipe: Recipe) -> SampleReport:
 
 def _sample(recipe: Recipe, build: BuildSection, folder: Path) -> SampleReport:
     """Do what :func:`sample` does, in a folder that this process holds."""
-    questions = read_questions(build.questions, build.image_root, split=build.split, need_answer=False)
+    questions = read_questions(
+        build.questions, build.image_root, split=build.split, need_answer=False, confine=recipe.data.confine
+    )
     if questions.unread:
         print_line(f"note: {questions.unread_notice()}")
     report = SampleReport(read=len(questions.questions) + len(questions.dropped), dropped=list(questions.dropped))
@@ -161,7 +163,14 @@ def _check_weights(manifest_file: Path, manifest: dict[str, Any], file: Response
     """Raise RunError if the responses were sampled from other weights under the same path."""
     if not file.done or not manifest_file.exists():
         return
-    if json.loads(manifest_file.read_text(encoding="utf-8")).get("weights") != manifest["weights"]:
+    try:
+        weights = dict(json.loads(manifest_file.read_text(encoding="utf-8"))).get("weights")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{manifest_file} cannot be read ({shorten(error)}), so the weights that the responses beside it were "
+            "sampled from are not known; name another folder in build.output_dir, or remove it if they are the same"
+        ) from error
+    if weights != manifest["weights"]:
         raise RunError(
             f"the responses in {file.path} were sampled from other weights than {manifest['model']} has now; "
             "name another folder in build.output_dir"

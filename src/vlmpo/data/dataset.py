@@ -25,9 +25,11 @@ from vlmpo.data.index.store import Cache, ignore
 from vlmpo.data.readers.arrow import TableRecords, load_named, open_parquet, open_saved
 from vlmpo.data.readers.json import JsonRecords
 from vlmpo.data.readers.spec import FileSpec, SourceSpec, file_specs
-from vlmpo.data.records import PreferencePair
-from vlmpo.errors import DataError, RecordError
+from vlmpo.data.records import PreferencePair, one_record
+from vlmpo.errors import DataError, RecordError, shorten
 from vlmpo.hashing import content_hash, stable_hash
+
+MAX_PAIRS = 1 << 28  # repeats included; the number of each takes 8 bytes
 
 # Both are picklable, and each process opens the files for itself.
 Records = JsonRecords | TableRecords
@@ -84,6 +86,7 @@ class _Source:
         self.need_rejected = need_rejected
         self.path = spec.path
         self.image_root = spec.image_root
+        self.paths = spec.paths
         self.max_tiles = spec.max_tiles
         self.columns = spec.columns
         self._cache = cache
@@ -96,7 +99,7 @@ class _Source:
         self.stamp = self.records.stamp
         self.can_fork = isinstance(self.records, JsonRecords)  # Arrow has threads of its own, which no fork survives
         read_as = (spec.kind, spec.path, spec.split, spec.subset, spec.image_root, spec.folder, repr(spec.columns))
-        self.settings = (*read_as, self.recognised.format.name, need_rejected)
+        self.settings = (*read_as, repr(spec.paths), self.recognised.format.name, need_rejected)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -106,11 +109,21 @@ class _Source:
 
     def pair(self, index: int) -> PreferencePair:
         """Read pair ``index``. Raises RecordError."""
+        return self._read(index)[0]
+
+    def forms(self, index: int) -> set[str]:
+        """Return the forms in which pair ``index`` gives its images and videos. Raises RecordError."""
+        return self._read(index)[1]
+
+    def _read(self, index: int) -> tuple[PreferencePair, set[str]]:
         record, origin = self.records.record(index), self.records.origin(index)
-        context = RecordContext(origin, self.name, self.image_root, self.max_tiles, self.need_rejected)
-        if self.columns is not None:
-            record = self.columns.renamed(record, context)
-        return self.recognised.format.parse(record, context)
+        context = RecordContext(
+            origin, self.name, self.image_root, self.max_tiles, self.need_rejected, paths=self.paths
+        )
+        with one_record(origin):
+            if self.columns is not None:
+                record = self.columns.renamed(record, context)
+            return self.recognised.format.parse(record, context), context.forms
 
     def index(self, records: Indices, progress: Progress, waiting: Callable[[], None]) -> RecordIndex:
         """Return an index of at least ``records``, ascending."""
@@ -201,6 +214,11 @@ class PairDataset:
         """Return the name of the source of pair ``index``, without reading it."""
         return self._locate(index)[0].name
 
+    def forms(self, index: int) -> set[str]:
+        """Read in which forms pair ``index`` gives its images and videos. Raises RecordError."""
+        file, record = self._locate(index)
+        return file.forms(record)
+
     def select(self, indices: NDArray[Any] | Sequence[int]) -> PairDataset:
         """Return a view of the pairs at ``indices``, in that order."""
         return PairDataset(self._files, self._rows[np.asarray(indices, np.int64)], self._notices, self._cache)
@@ -272,11 +290,12 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
     for spec in itertools.chain.from_iterable(file_specs(source, notices, need_rejected) for source in specs):
         file = _Source(spec, _free_name(spec.name, {file.name for file in files}), need_rejected, cache)
         if spec.declared_length is not None and spec.declared_length != len(file):
-            notices.append(f"{file.name}: meta.json says length {spec.declared_length}, {file.path} has {len(file)}")
+            said = shorten(repr(spec.declared_length))
+            notices.append(f"{file.name}: meta.json says length {said}, {file.path} has {len(file)}")
         repeat = spec.repeat
         if spec.num_samples is not None and len(file):
             repeat *= spec.num_samples / len(file)
-        drawn = _repeated(len(file), repeat, f"{seed}:{file.name}")
+        drawn = _repeated(file.name, len(file), repeat, seed)
         if not len(drawn):
             notices.append(f"{file.name}: adds no pair ({len(file)} records in {file.path}, repeat {repeat:g})")
         files.append(file)
@@ -297,10 +316,12 @@ def _free_name(name: str, taken: set[str]) -> str:
     return free
 
 
-def _repeated(records: int, repeat: float, seed: str) -> Indices:
+def _repeated(name: str, records: int, repeat: float, seed: int) -> Indices:
     """Return record numbers for ``repeat`` passes: whole ones, then a seeded subset in file order for the fraction."""
     total = round(records * repeat)
+    if total > MAX_PAIRS:
+        raise DataError(f"{name}: repeat {repeat:g} makes {total} pairs of {records} records, at most {MAX_PAIRS}")
     whole, rest = divmod(total, records) if records else (0, 0)
-    generator = np.random.default_rng(stable_hash(seed))
+    generator = np.random.default_rng(stable_hash(f"{seed}:{name}"))
     subset = np.sort(generator.choice(records, rest, replace=False)) if rest else np.empty(0, np.int64)
     return np.concatenate([np.tile(np.arange(records, dtype=np.int64), whole), subset])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from vlmpo.errors import RecordError
+from vlmpo.errors import RecordError, VlmpoError, shorten
 
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 BOM = b"\xef\xbb\xbf"  # UTF-8 byte order mark, which a JSON file may begin with
+# How files of images and videos begin, in base64: PNG, JPEG, GIF, RIFF (WebP, AVI), TIFF, BMP, Matroska, MP4.
+BASE64_START = r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|GkXfo|AAAA.GZ0eX"
+# A JSON parser takes up to 30 times the memory of what it reads, a tokenizer 80 times.
+MAX_LINE_BYTES = 16 << 20  # of a record in JSON, the images and videos embedded in it not counted
+MAX_TEXT = 1_000_000  # characters of a prompt or a response
+MAX_ENCODED_BYTES = 64 << 20  # of an embedded image or video
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +163,36 @@ def text_field(record: Mapping[str, Any], key: str, origin: str) -> str:
 
 
 def checked_text(value: str, key: str, origin: str) -> str:
-    """Return ``value``. Raises RecordError ``bad_json`` if it holds half of a surrogate pair."""
+    """Return ``value``. Raises RecordError ``bad_json`` if it holds half of a surrogate pair, or ``too_large``."""
+    check_length(len(value), f"`{key}`", origin)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud83d" alone is JSON, but no tokenizer takes it
         detail = f"`{key}` holds half of a surrogate pair at character {error.start}; write the whole character"
         raise RecordError("bad_json", origin, detail) from error
     return value
+
+
+def check_length(characters: int, what: str, origin: str) -> None:
+    """Raise RecordError ``too_large`` if a text has more than MAX_TEXT characters."""
+    if characters > MAX_TEXT:
+        detail = f"{what} has {characters} characters, at most {MAX_TEXT} are read; shorten it or take the record out"
+        raise RecordError("too_large", origin, detail)
+
+
+@contextmanager
+def one_record(origin: str, action: str = "reading") -> Iterator[None]:
+    """Raise RecordError ``unreadable_record``, which names the kind of exception, for one that is not vlmpo's.
+
+    One record, of which nobody foresaw what it holds, ends no run. For the work on the content of one record only.
+    """
+    try:
+        yield
+    except (VlmpoError, MemoryError):
+        raise
+    except Exception as error:
+        detail = f"{action} it raised {type(error).__name__} ({shorten(error)}); mend the record or take it out"
+        raise RecordError("unreadable_record", origin, detail) from error
 
 
 def json_kind(value: Any) -> str:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from vlmpo.data.records import Response
-from vlmpo.errors import DataError, RunError
+from vlmpo.data.readers.json import decode_json
+from vlmpo.data.records import MAX_LINE_BYTES, Response, checked_text, json_kind
+from vlmpo.errors import DataError, RecordError, RunError, shorten
 from vlmpo.fileio import append
 from vlmpo.generate.base import Generated
 
 RESPONSES_FILE = "responses.jsonl"
 PROMPT_HASH = "prompt_hash"  # the one setting that differs from question to question
 IN_THOUGHT = "in_thought"  # stored with a response that is all thought; see Generated
+_MAX_SAMPLES = 1 << 31
 # Recipe keys of what a response was generated with; every other setting is a key of `build`.
 _RECIPE_KEYS = {"model": "model.path or build.model", "max_tiles": "data.max_tiles", "dtype": "model.dtype"}
 
@@ -29,20 +33,55 @@ def read_responses(path: str | os.PathLike[str]) -> list[Response]:
     Raises:
         DataError: the file does not exist, or a line is not a response.
     """
+    _refuse_special(path)
     try:
         with open(path, "rb") as file:
-            return [response for _, response in _parse(Path(path), file.read())]
+            return [response for _, response, _ in _parse(Path(path), file)]
     except OSError as error:
         raise DataError(f"cannot read responses from {path} ({error.strerror}); run vlmpo sample first") from error
 
 
-def _parse(path: Path, content: bytes) -> Iterator[tuple[str, Response]]:
-    """Yield ``file:line`` and the response of every whole line."""
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+def _refuse_special(path: str | os.PathLike[str]) -> None:
+    """Raise DataError for a pipe, a device or a folder: the first two would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{path} is not a regular file; name another folder in build.output_dir")
+
+
+def _parse(path: Path, file: BinaryIO) -> Iterator[tuple[str, Response, int]]:
+    """Yield ``file:line``, the response and the length in bytes of every whole line."""
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE_BYTES + 1)
+        origin = f"{path}:{number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(f"{origin}: not a response (more than {MAX_LINE_BYTES >> 20} MiB); remove the line")
+        if not line.endswith(b"\n"):
+            return
         try:
-            yield f"{path}:{number}", Response.from_json(json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a response ({error}); remove the line") from error
+            response = _checked(decode_json(line[:-1].decode("utf-8")), origin)
+        except (ValueError, RecursionError) as error:
+            detail = error.detail if isinstance(error, RecordError) else shorten(error)
+            raise DataError(f"{origin}: not a response ({detail}); remove the line") from error
+        yield origin, response, len(line)
+
+
+_KINDS: dict[str, type] = {field.name: str for field in fields(Response)} | {"sample_index": int, "settings": dict}
+
+
+def _checked(record: Any, origin: str) -> Response:
+    """Return the response that a line holds. Raises ValueError, which may be a RecordError, if it holds none."""
+    if not isinstance(record, dict):
+        raise ValueError(f"it holds {json_kind(record)}")
+    for key, kind in _KINDS.items():
+        value = record.get(key, {} if key == "settings" else None)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"`{key}` is {json_kind(value) if key in record else 'missing'}")
+        if isinstance(value, str):
+            checked_text(value, key, origin)
+    if unknown := record.keys() - _KINDS.keys():
+        raise ValueError(f"`{shorten(min(unknown))}` is not a key of a response")
+    if not 0 <= record["sample_index"] < _MAX_SAMPLES:
+        raise ValueError("`sample_index` is not the number of a sample")
+    return Response.from_json(record)
 
 
 @contextmanager
@@ -60,6 +99,7 @@ def open_responses(path: Path, model: str, settings: dict[str, Any]) -> Iterator
         DataError: a line is not a response.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_special(path)
     with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,14 +124,15 @@ class ResponseFile:
         self.done: dict[str, set[int]] = {}
         self.prompt_hashes: dict[str, str | None] = {}
         self._file = file
-        file.seek(0)
-        content = file.read()
-        self.repaired = len(content) - (content.rfind(b"\n") + 1)
+        whole = 0  # bytes of whole lines
+        with open(path, "rb") as content:  # `file` has no buffer
+            for origin, response, length in _parse(path, content):
+                self._check_settings(origin, response)
+                self._note(origin, response)
+                whole += length
+        self.repaired = file.seek(0, os.SEEK_END) - whole
         if self.repaired:
-            file.truncate(len(content) - self.repaired)
-        for origin, response in _parse(path, content):
-            self._check_settings(origin, response)
-            self._note(origin, response)
+            file.truncate(whole)
 
     def _check_settings(self, origin: str, response: Response) -> None:
         now = {"model": self.model, **self.settings}
@@ -109,8 +150,8 @@ class ResponseFile:
         indices = self.done.setdefault(response.question_id, set())
         if response.sample_index in indices:
             raise RunError(
-                f"{origin}: response {response.sample_index} to question {response.question_id!r} appears twice; "
-                "remove one of the lines"
+                f"{origin}: response {response.sample_index} to question {shorten(repr(response.question_id))} appears "
+                "twice; remove one of the lines"
             )
         indices.add(response.sample_index)
         self.prompt_hashes[response.question_id] = response.settings.get(PROMPT_HASH)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import http.client
 import io
-import json
-import os
 import random
+import reprlib
 import threading
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,13 +16,15 @@ from typing import Any
 from vlmpo.data.encode.chat_template import check_placeholders, content_of
 from vlmpo.data.encode.images import open_image
 from vlmpo.data.encode.videos import DEFAULT_FRAMES, with_frames
-from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair
-from vlmpo.errors import RecordError, RunError
+from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair, check_length, json_kind
+from vlmpo.errors import RecipeError, RecordError, RunError, shorten
 from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
+from vlmpo.generate.http_client import QUOTED, Answer, exchange, visible
 from vlmpo.hashing import content_hash
+from vlmpo.settings import API_KEY_VARIABLE, check_server_url
 
-API_KEY_VARIABLE = "VLMPO_API_KEY"
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0  # seconds between tries
+_MAX_NAME = 500  # characters of a model's name, which every response is stored with
 _RETRIED = {408, 409, 425, 429}  # and all of 500 and above
 # Statuses that concern this one request, e.g. because it is longer than the server's context.
 _REFUSED = {400, 413, 422}
@@ -56,17 +55,21 @@ class ServerEngine:
     whether the prompt opened it, cannot be told. Special tokens of a response (of thoughts, tools, grounding) are asked
     for by ``skip_special_tokens``; of a server that does not take it, a notice says that they may be missing.
 
+    A server is not trusted: its answers are bounded in size and time, no redirect is followed, and a response that is
+    not a text is dropped.
+
     Args:
         url: of the server, with or without ``/v1``.
         model: name of the model at the server; None: the only one it has.
         sampling: how tokens are drawn.
         concurrency: number of samples under way at a time.
-        timeout: seconds without a byte after which a try has failed.
+        timeout: seconds after which a try has failed, unless the whole answer is there.
         retries: further tries after a connection error, a time-out, status 408, 409, 425, 429 or 5xx, with delays of
             about 1, 2, 4, ... seconds, at most 60, or of about the server's Retry-After.
         video_frames: most images that a video becomes.
 
     Raises:
+        RecipeError: ``url`` is none, or holds a name and password.
         RunError: ``model`` is None, and the server cannot be reached or does not have exactly one.
     """
 
@@ -81,6 +84,10 @@ class ServerEngine:
         *,
         video_frames: int = DEFAULT_FRAMES,
     ) -> None:
+        try:
+            check_server_url(url)
+        except ValueError as error:
+            raise RecipeError(f"build.engine: {error}") from None
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._sampling = sampling
         self._concurrency = concurrency
@@ -155,16 +162,20 @@ class ServerEngine:
         try:
             choice = reply["choices"][0]
             message = choice["message"]
-            text, reason = message.get("content") or "", choice.get("finish_reason") or "stop"
+            text, reason = message.get("content"), choice.get("finish_reason") or "stop"
         except (TypeError, KeyError, IndexError, AttributeError):
-            raise RunError(
-                f"{self._base} is not an OpenAI-compatible chat server: it answered {reply!r:.200}"
-            ) from None
+            said = visible(shorten(reprlib.repr(reply), QUOTED))
+            raise RunError(f"{self._base} is not an OpenAI-compatible chat server: it answered {said}") from None
         if message.get("reasoning_content") or message.get("reasoning"):
             raise RunError(
                 f"{self._base} returns the reasoning apart from the response, and what the model wrote between them "
                 "cannot be told; start the server without a reasoning parser"
             )
+        for name, value in {"content": text, "finish_reason": reason}.items():
+            if not isinstance(value, str):
+                detail = f"the `{name}` of a response of {self._base} is {json_kind(value)}, not a text"
+                raise RecordError("bad_response", origin, detail)
+        check_length(len(text), f"a response of {self._base}", origin)
         return Generated(text, reason)
 
     def _leave_out(self, extra: dict[str, Any]) -> None:
@@ -178,11 +189,12 @@ class ServerEngine:
 
     def _only_model(self) -> str:
         try:
-            names = [str(entry["id"]) for entry in self._call("models", None, threading.Event())["data"]]
+            names = [entry["id"] for entry in self._call("models", None, threading.Event())["data"]]
         except (TypeError, KeyError, _RefusalError):
             names = []
+        names = [name for name in names if isinstance(name, str) and 0 < len(name) <= _MAX_NAME]
         if len(names) != 1:
-            have = f"it has {', '.join(names[:8])}" if names else "it names none"
+            have = f"it has {visible(shorten(', '.join(names[:8]), QUOTED))}" if names else "it names none"
             raise RunError(f"which model of {self._base}? {have}; set build.model")
         return names[0]
 
@@ -202,19 +214,17 @@ class ServerEngine:
         )
 
     def _try(self, url: str, payload: dict[str, Any] | None) -> Any:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := os.environ.get(API_KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        body = None if payload is None else json.dumps(payload).encode()
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=self._timeout) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            raise _status_error(url, error) from None
+            answer = exchange(url, payload, self._timeout)
         except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out
-            raise _TransientError(str(error) or type(error).__name__) from None
+            raise _TransientError(visible(str(error)[:QUOTED]) or type(error).__name__) from None
+        if not 200 <= answer.status < 300:
+            raise _status_error(url, answer)
+        try:
+            return answer.json()
         except ValueError as error:
-            raise RunError(f"{url} does not answer in JSON ({error}); is build.engine the chat server's URL?") from None
+            cause = visible(str(error)[:QUOTED]) if answer.body.strip() else "its answer is empty"
+            raise RunError(f"{url} does not answer in JSON ({cause}); is build.engine the chat server's URL?") from None
 
 
 def _collect(samples: list[Future[Generated]] | RecordError) -> Result:
@@ -265,16 +275,12 @@ def _delay(attempt: int, wait: float | None) -> float:
     return min(_FIRST_DELAY * 2 ** (attempt - 1), _LONGEST_DELAY) * random.uniform(0.75, 1.25)
 
 
-def _status_error(url: str, error: urllib.error.HTTPError) -> Exception:
-    try:
-        body = error.read(2000).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        body = ""
-    cause = f"status {error.code}: {' '.join(body.split())[:300] or error.reason}"
-    if error.code in _RETRIED or error.code >= 500:
-        after = error.headers.get("Retry-After", "")
+def _status_error(url: str, answer: Answer) -> Exception:
+    cause = f"status {answer.status}: {answer.quoted()}"
+    if answer.status in _RETRIED or answer.status >= 500:
+        after = answer.headers.get("Retry-After", "")
         return _TransientError(cause, float(after) if after.isdecimal() else None)
-    if error.code in _REFUSED:
+    if answer.status in _REFUSED:
         return _RefusalError(cause)
     hints = {401: API_KEY_VARIABLE, 403: API_KEY_VARIABLE, 404: "build.engine and build.model"}
-    return RunError(f"{url}: {cause}; check {hints.get(error.code, 'build.engine')}")
+    return RunError(f"{url}: {cause}; check {hints.get(answer.status, 'build.engine')}")

@@ -246,7 +246,7 @@ def test_too_much_base64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media_module, "MAX_ENCODED_BYTES", len(png()) - 1)
     for value in (text, f"data:image/png;base64,{text}", {"bytes": text}):
         error = fault({**PAIR, "image": value})
-        assert (error.reason, "are decoded; save it as a file" in error.detail) == ("undecodable_image", True)
+        assert (error.reason, "are read; save it as a file" in error.detail) == ("too_large", True)
 
 
 @pytest.mark.parametrize("value", ["data:image/png;base64,A*", {"bytes": "b'\\x89PNG'"}, {"base64": "no base64!"}])

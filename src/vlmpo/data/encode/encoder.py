@@ -30,7 +30,7 @@ from vlmpo.data.encode.processors import (
 from vlmpo.data.encode.prompt_cache import EncodedPrompt, PromptCache
 from vlmpo.data.encode.response_tokens import response_tokenizer
 from vlmpo.data.encode.videos import DEFAULT_FRAMES, with_frames
-from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair
+from vlmpo.data.records import IMAGE_PLACEHOLDER, PreferencePair, one_record
 from vlmpo.errors import FileChangedError, RecipeError, RecordError
 
 # The processor's tensors for the prompt's text; packed rows have others.
@@ -180,6 +180,10 @@ class PairEncoder:
             RecordError: the pair cannot be trained on; its ``reason`` is the name under which it is counted.
             DataError: the pair holds a video, and the library that reads videos is not installed.
         """
+        with one_record(pair.origin, "encoding"):
+            return self._encode(pair)
+
+    def _encode(self, pair: PreferencePair) -> EncodedPair:
         if pair.videos:
             pair = with_frames(pair, self.video_frames)
         responses = self._check_texts(pair)

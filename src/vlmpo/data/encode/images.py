@@ -72,6 +72,8 @@ def size_in_header(source: str | os.PathLike[str] | bytes | Image.Image) -> tupl
     try:
         if isinstance(source, Image.Image):
             size = source.size
+        elif not isinstance(source, bytes) and not os.path.isfile(source):  # a pipe would never end
+            return None
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 size = image.size
@@ -98,6 +100,8 @@ def _decode(image: Image.Image) -> tuple[Image.Image, int]:
     """Return the picture in RGB, not yet upright, and its EXIF orientation (1 if it has none that can be read)."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are read: shrink it")
+    if image.format == "EPS":
+        raise ValueError("an EPS file is a program, which is not run: save it as PNG")
     image.load()
     # Only now: Pillow turns TIFF files upright while loading and then removes the tag.
     orientation = _orientation(image)

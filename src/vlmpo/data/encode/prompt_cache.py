@@ -61,6 +61,6 @@ def _file_version(image: Any) -> tuple[str, int, int] | None:
         return None
     try:
         status = os.stat(image)
-    except OSError:  # reported when the image is opened
+    except (OSError, ValueError):  # reported when the image is opened
         return None
     return os.fspath(image), status.st_mtime_ns, status.st_size

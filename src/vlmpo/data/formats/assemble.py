@@ -9,7 +9,15 @@ from vlmpo.data.formats.base import RecordContext
 from vlmpo.data.formats.media import is_empty, read_media
 from vlmpo.data.formats.turns import Turn, is_message, read_turns, text_turn
 from vlmpo.data.formats.unread import refuse_unread_media
-from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Message, PreferencePair, json_kind, text_field
+from vlmpo.data.records import (
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    Message,
+    PreferencePair,
+    check_length,
+    json_kind,
+    text_field,
+)
 
 # If no placeholder is written: `all` puts every image before the first user's text, `one` does so for a single image.
 Lead = Literal["all", "one"]
@@ -51,7 +59,8 @@ def preference_pair(
 
     Raises:
         RecordError: ``placeholder_mismatch``, ``bad_conversation``, ``missing_field``, ``ambiguous_field``,
-            ``empty_response``, ``identical``, ``unread_media``, or see :func:`vlmpo.data.formats.media.read_media`.
+            ``empty_response``, ``identical``, ``unread_media``, ``too_large``, or see
+            :func:`vlmpo.data.formats.media.read_media`.
     """
     _refuse_two_responses(record, context)
     turns = with_system(turns, record, context)
@@ -68,6 +77,7 @@ def preference_pair(
     # Videos before images, so that the image comes first if both lead.
     videos = place(texts, [turn.videos for turn in turns], videos, "video", lead, first_user, context)
     images = place(texts, [turn.images for turn in turns], images, "image", lead, first_user, context)
+    check_length(sum(map(len, texts)), "the prompt", context.origin)
     if not texts[-1].strip() and not images and not videos:
         raise context.error("missing_field", "the prompt is empty and there is no image: nothing to answer")
     if not chosen.strip():

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
+
+
+@dataclass(frozen=True)
+class PathRules:
+    """Says which paths of images and videos leave the image root of a data set and are taken nevertheless.
+
+    Attributes:
+        within: folder that relative paths may not leave; None: the image root.
+        absolute_in: folders in which absolute paths may be, beside the image root; None: anywhere.
+        confine: refuse whatever leaves the image root, a link out of it too.
+    """
+
+    within: str | None = None
+    absolute_in: tuple[str, ...] | None = None
+    confine: bool = False
+
+
+_ANY_ABSOLUTE = PathRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +38,8 @@ class RecordContext:
         image_root: folder that relative paths of images and videos are below; "" is the working directory.
         max_tiles: tiles per pair its data set allows; None leaves it to the recipe.
         need_rejected: False in supervised fine-tuning, which does not look at the rejected response.
+        paths: which paths may leave ``image_root``.
+        forms: in which forms the images and videos read so far are given; see :mod:`vlmpo.data.formats.paths`.
     """
 
     origin: str
@@ -27,6 +47,8 @@ class RecordContext:
     image_root: str = ""
     max_tiles: int | None = None
     need_rejected: bool = True
+    paths: PathRules = _ANY_ABSOLUTE
+    forms: set[str] = field(default_factory=set, compare=False)
 
     def error(self, reason: str, detail: str) -> RecordError:
         """Return an error that names this record, to be raised."""

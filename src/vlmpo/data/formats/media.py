@@ -9,23 +9,23 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
 from vlmpo.data.formats.arrays import array_images, is_array, refuse_numbers
 from vlmpo.data.formats.base import RecordContext
+from vlmpo.data.formats.paths import EMBEDDED, local_path
+from vlmpo.data.records import BASE64_START, MAX_ENCODED_BYTES
 from vlmpo.errors import shorten
 
 MEDIA_KEYS = ("image", "images", "video", "videos")
-MAX_ENCODED_BYTES = 64 << 20  # of an image or video written as base64
 
 _FORMS = "a path, encoded bytes, {bytes, path}, base64, or a list of these"
 # Other names of the same thing, written in any case and with any separators: image_path, imageUrl, IMG_FILES.
 _OTHER_NAMES = re.compile(r"(image|img|picture|photo|video)s?(?:(?:path|url|uri|file|filename|base64|b64)s?|bytes)?")
 _NO_WORD = re.compile(r"[\W_]+")
-# How files of images and videos begin, in base64: PNG, JPEG, GIF, RIFF (WebP, AVI), TIFF, BMP, Matroska, MP4.
-_BASE64_START = re.compile(r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|GkXfo|AAAA.GZ0eX")
+_BASE64_START = re.compile(BASE64_START)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 _MIN_BASE64 = 48
 _STANDARD = str.maketrans("-_", "+/")  # from the alphabet of web addresses
@@ -76,7 +76,8 @@ def media_of(record: Mapping[str, Any], kind: str, context: RecordContext) -> tu
     Raises:
         RecordError: ``missing_field`` for an unknown form, ``missing_image`` or ``missing_video`` for a web address,
             ``undecodable_image`` or ``undecodable_video`` for bad base64, ``array_image`` for numbers that are no 8-bit
-            image, ``ambiguous_field`` if both keys hold something.
+            image, ``ambiguous_field`` if both keys hold something, ``too_large`` for more than MAX_ENCODED_BYTES, or
+            see :func:`vlmpo.data.formats.paths.local_path`.
     """
     one, several = (_items(record.get(key), kind, key, context) for key in (kind, f"{kind}s"))
     if one and several:
@@ -125,10 +126,11 @@ def medium(value: Any, kind: str, key: str, context: RecordContext) -> Any:
         encoded = next((value[name] for name in ("bytes", "base64", "data") if not is_empty(value.get(name))), None)
         if isinstance(encoded, str):
             return _decoded(encoded.rpartition(",")[2], kind, key, context)
-        if isinstance(encoded, bytes):
-            return encoded
-        value = value.get("path") or value.get("url") or value
+        value = encoded if isinstance(encoded, bytes) else value.get("path") or value.get("url") or value
+    if isinstance(value, bytes):
+        _check_size(len(value), key, context)
     if isinstance(value, bytes) or (kind == "image" and isinstance(value, Image.Image)):
+        context.forms.add(EMBEDDED)
         return value
     if kind == "image" and is_array(value):
         images = array_images(value, key, context)
@@ -150,7 +152,7 @@ def _of_text(value: str, kind: str, key: str, context: RecordContext) -> Any:
         return _decoded(payload, kind, key, context, in_base64=head.endswith(";base64"))
     if is_base64(value):
         return _decoded(value, kind, key, context)
-    return os.path.join(context.image_root, _local(value, kind, key, context))
+    return local_path(value, kind, key, context)
 
 
 def is_base64(text: str) -> bool:
@@ -160,10 +162,8 @@ def is_base64(text: str) -> bool:
 
 def _decoded(text: str, kind: str, key: str, context: RecordContext, in_base64: bool = True) -> bytes:
     """Return the bytes that base64 (either alphabet, line breaks and padding as they are) or %-escapes stand for."""
-    size = len(text) * 3 // 4 if in_base64 else len(text)
-    if size > MAX_ENCODED_BYTES:
-        what = f"about {size / 1e6:.0f} MB, at most {MAX_ENCODED_BYTES >> 20} MiB are decoded"
-        raise context.error(f"undecodable_{kind}", f"`{key}` embeds {what}; save it as a file and name that")
+    _check_size(len(text) * 3 // 4 if in_base64 else len(text), key, context)
+    context.forms.add(EMBEDDED)
     if not in_base64:
         return unquote_to_bytes(text)
     compact = "".join(text.split()).translate(_STANDARD).rstrip("=")
@@ -174,18 +174,8 @@ def _decoded(text: str, kind: str, key: str, context: RecordContext, in_base64: 
         raise context.error(f"undecodable_{kind}", detail) from error
 
 
-def _local(path: str, kind: str, key: str, context: RecordContext) -> str:
-    if path.startswith("file://"):
-        try:
-            address = urlsplit(path)
-        except ValueError as error:
-            detail = f"`{key}` is not a file address ({error}): {shorten(path)}; write the path"
-            raise context.error(f"missing_{kind}", detail) from error
-        if address.netloc not in ("", "localhost"):
-            detail = f"`{key}` names the host {shorten(address.netloc)}: {shorten(path)}; write the path"
-            raise context.error(f"missing_{kind}", detail)
-        return unquote(address.path)
-    if path.startswith(("http://", "https://")):
-        detail = f"`{key}` is a web address ({shorten(path)}); save it as a file and name that, or embed its bytes"
-        raise context.error(f"missing_{kind}", detail)
-    return path
+def _check_size(size: int, key: str, context: RecordContext) -> None:
+    """Raise RecordError ``too_large`` for an embedded image or video above MAX_ENCODED_BYTES."""
+    if size > MAX_ENCODED_BYTES:
+        what = f"about {size / 1e6:.0f} MB, at most {MAX_ENCODED_BYTES >> 20} MiB are read"
+        raise context.error("too_large", f"`{key}` embeds {what}; save it as a file and name that")

@@ -11,7 +11,7 @@ from vlmpo.data.formats.arrays import plain
 from vlmpo.data.formats.base import Format, RecordContext
 from vlmpo.data.formats.detect import AUTO, HEAD, recognise
 from vlmpo.data.readers.arrow import raw_rows
-from vlmpo.data.records import PreferencePair
+from vlmpo.data.records import PreferencePair, one_record
 from vlmpo.errors import DataError, RecordError
 
 _REMEDY = "pass a datasets.Dataset, a DataFrame, or a list of dicts or of PreferencePairs"
@@ -43,7 +43,8 @@ class RecordPairs:
         if not isinstance(item, Mapping):
             raise RecordError("bad_json", origin, f"must be a mapping of keys or a PreferencePair, not {item!r:.60}")
         context = RecordContext(origin, self.source_name, need_rejected=self.need_rejected)
-        return self.format.parse(item, context)
+        with one_record(origin):
+            return self.format.parse(item, context)
 
     def origin(self, index: int) -> str:
         """Return e.g. ``train_dataset[17]``, without reading it."""

@@ -169,7 +169,7 @@ def _shared(arrays: Sequence[NDArray[Any]], other_arrays: Sequence[NDArray[Any]]
 
 def _size_of(path: str) -> int:
     try:
-        return os.path.getsize(path)
+        return os.path.getsize(path) if os.path.isfile(path) else _ABSENT  # a pipe is never read
     except (OSError, ValueError):
         return _ABSENT
 

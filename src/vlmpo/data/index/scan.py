@@ -24,7 +24,7 @@ from vlmpo.data.index.record_index import (
     words_hash,
 )
 from vlmpo.data.index.store import Cache, Stamp
-from vlmpo.data.records import PreferencePair
+from vlmpo.data.records import PreferencePair, one_record
 from vlmpo.errors import RecordError
 from vlmpo.hashing import content_hash, stable_hash
 
@@ -139,14 +139,16 @@ def _read_records(source: Readable, records: Indices) -> pa.RecordBatch:
     rows = []
     for record in records.tolist():
         try:
-            pair = source.pair(record)
+            with one_record(""):
+                rows.append(_row(record, source.pair(record)))
         except RecordError as error:
             rows.append(Row(record, words=0, prompt=0, fault=encode_fault(error)))
-        else:
-            texts = [message.text for message in pair.prompt]
-            media = [Medium.of(image) for image in pair.images]
-            media += [Medium.of(video, "video") for video in pair.videos]
-            prompt = stable_hash("text:" + "\n".join(texts))
-            unread = encode_keys(unread_keys(pair))
-            rows.append(Row(record, words_hash(" ".join(texts)), prompt, media, unread))
     return index_batch(rows)
+
+
+def _row(record: int, pair: PreferencePair) -> Row:
+    texts = [message.text for message in pair.prompt]
+    media = [Medium.of(image) for image in pair.images]
+    media += [Medium.of(video, "video") for video in pair.videos]
+    prompt = stable_hash("text:" + "\n".join(texts))
+    return Row(record, words_hash(" ".join(texts)), prompt, media, encode_keys(unread_keys(pair)))

@@ -14,7 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vlmpo.data.index.store import Stamp
-from vlmpo.errors import DataError
+from vlmpo.data.records import one_record
+from vlmpo.errors import DataError, RecordError
+
+# Of one row, with all that is embedded in it.
+MAX_ROW_BYTES = 256 << 20
 
 _Result = TypeVar("_Result")
 
@@ -49,8 +53,13 @@ class TableRecords:
         return f"{self._labels[part]}:row {index - int(self._bounds[part])}"
 
     def record(self, index: int) -> dict[str, Any]:
-        """Read record ``index``."""
-        return self._rows[index]
+        """Read record ``index``. Raises RecordError ``too_large``, or ``unreadable_record`` for broken content."""
+        with one_record(self.origin(index)):
+            row = self._rows.row(index)
+            if row.nbytes > MAX_ROW_BYTES:
+                detail = f"the row takes {row.nbytes / 1e6:.0f} MB, at most {MAX_ROW_BYTES >> 20} MiB are read"
+                raise RecordError("too_large", self.origin(index), f"{detail}; save what is embedded as files")
+            return self._rows.values(row)
 
 
 class RawRows:
@@ -66,8 +75,15 @@ class RawRows:
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._table[index].to_pylist()[0]
-        return self._features.decode_example(row)
+        return self.values(self.row(index))
+
+    def row(self, index: int) -> Any:
+        """Return a row as an Arrow table, which copies nothing."""
+        return self._table[index]
+
+    def values(self, row: Any) -> dict[str, Any]:
+        """Return a row as plain values."""
+        return self._features.decode_example(row.to_pylist()[0])
 
 
 def raw_rows(dataset: Any) -> Any:
@@ -145,6 +161,14 @@ def load_named(
     container = "folder" if is_folder else "Hub data set"
     kind = f"{container}{'' if subset is None else f', subset {subset}'}, split {split}"
     return TableRecords(rows, kind, [(label, len(rows))], [file["filename"] for file in rows.cache_files])
+
+
+def download_folders() -> tuple[str, ...]:
+    """Return the folders into which ``datasets`` downloads: where the files of a Hub data set are."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    return str(config.DOWNLOADED_DATASETS_PATH), str(config.EXTRACTED_DATASETS_PATH), constants.HF_HUB_CACHE
 
 
 def _choose_split(split: str | None, known: Sequence[str], where: str) -> str:

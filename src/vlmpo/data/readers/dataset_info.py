@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vlmpo.data.formats.columns import COLUMNS, TAGS, ColumnMap
 from vlmpo.data.records import json_kind
-from vlmpo.errors import DataError
+from vlmpo.errors import DataError, shorten
 
 _PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _KEYS = (*_PLACES, "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags")
+_MAX_SAMPLES = 1_000_000_000
+_SHOWN_KEYS = 8
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "sharegpt"}
 
 
@@ -64,15 +68,19 @@ def read_entry(entry: Any, where: str, notices: list[str]) -> InfoEntry:
         given = ", ".join(f"`{key}`" for key in _PLACES if key in values) or "no place"
         raise DataError(f"{where}: has {given}; vlmpo reads `file_name` and `hf_hub_url`: fetch it and name the file")
     formatting = values.get("formatting", "alpaca")
-    if formatting not in _FORMATS:
-        raise DataError(f"{where}: formatting {formatting!r} is not known; known are {', '.join(_FORMATS)}")
+    if not isinstance(formatting, str) or formatting not in _FORMATS:
+        raise DataError(f"{where}: formatting {formatting!r:.80} is not known; known are {', '.join(_FORMATS)}")
     ranking = values.get("ranking", False)
     if not isinstance(ranking, bool):
         raise DataError(f"{where}: ranking must be true or false, not {json_kind(ranking)}")
     samples = values.get("num_samples")
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise DataError(f"{where}: num_samples must be a whole number from 1 up, not {samples!r:.80}")
+    if samples is not None and samples > _MAX_SAMPLES:
+        raise DataError(f"{where}: num_samples must be at most {_MAX_SAMPLES}")
     texts = {key: _text(values, key, where) for key in (place, "subset", "split", "folder") if key in values}
+    if place == "hf_hub_url" and _HUB_NAME.fullmatch(texts[place]) is None:
+        raise DataError(f"{where}: hf_hub_url must be a name org/name, not {shorten(repr(texts[place]))}")
     return InfoEntry(
         place=texts.pop(place),
         is_hub=place == "hf_hub_url",
@@ -87,11 +95,13 @@ def read_entry(entry: Any, where: str, notices: list[str]) -> InfoEntry:
 def unknown_keys(entry: Mapping[str, Any], known: Collection[str], where: str) -> list[str]:
     """Return a remark on each key of ``entry`` that is not known."""
     remarks = []
-    for key in entry:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            remarks.append(f"{where}: key {key!r} is not known and has no effect{meant}")
+    unknown = [key for key in entry if key not in known]
+    for key in unknown[:_SHOWN_KEYS]:
+        near = difflib.get_close_matches(key, known, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        remarks.append(f"{where}: key {shorten(repr(key))} is not known and has no effect{meant}")
+    if (more := len(unknown) - _SHOWN_KEYS) > 0:
+        remarks.append(f"{where}: {more} more keys are not known and have no effect")
     return remarks
 
 
@@ -112,5 +122,6 @@ def _column_map(values: Mapping[str, Any], where: str, notices: list[str]) -> Co
 def _text(values: Mapping[str, Any], key: str, where: str) -> str:
     value = values[key]
     if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: {key} must be a text, not {json_kind(value)}")
+        what = json_kind(value) if value != "" else "an empty one"
+        raise DataError(f"{where}: {key} must be a text, not {what}")
     return value

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,18 @@ from numpy.typing import NDArray
 
 from vlmpo.data.index.columns import to_arrow, to_numpy
 from vlmpo.data.index.store import Cache, Stamp
-from vlmpo.data.records import BOM, json_kind
+from vlmpo.data.records import BASE64_START, BOM, MAX_ENCODED_BYTES, MAX_LINE_BYTES, json_kind
 from vlmpo.errors import DataError, FileChangedError, RecordError, shorten
 
 # An array is read whole to find its records, once if the cache can be written to.
 MAX_ARRAY_BYTES = 2 << 30
 
 _CHUNK = 8 << 20
+# A line may hold one image or video of the greatest size, in base64, and MAX_LINE_BYTES beside it.
+_MAX_WHOLE_LINE = MAX_LINE_BYTES + MAX_ENCODED_BYTES * 4 // 3
+_BLOCK = 64 << 10
+_MEDIUM_START = re.compile(rb'"(data:(image|video)|' + BASE64_START.replace("/", r"\\?/").encode() + rb")")
+_BASE64_BYTES = bytes(range(ord("a"), ord("z") + 1)) + bytes(range(ord("A"), ord("Z") + 1)) + b"0123456789+/-_=\\"
 _NEWLINE = 10
 _WHITESPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
 _skip_spaces = re.compile(r"[ \t\r\n]*").match
@@ -132,7 +137,7 @@ class JsonRecords:
         """Read record ``index``.
 
         Raises:
-            RecordError: ``bad_json``, or ``ambiguous_field`` for a key given twice.
+            RecordError: ``bad_json``, ``ambiguous_field`` for a key given twice, or ``too_large``.
             FileChangedError: the file has changed since it was opened.
         """
         file = self._file or self._open()
@@ -140,8 +145,15 @@ class JsonRecords:
         if status.st_size != self._size:
             raise FileChangedError(f"{self.path}: {self._size} bytes when opened, {status.st_size} now; start again")
         start = int(self._starts[index])
-        content = os.pread(file.fileno(), int(self._ends[index]) - start, start)
+        size = int(self._ends[index]) - start
         unit, remedy = ("record", "write a JSON object") if self._is_array else ("line", "write one JSON object a line")
+        content = os.pread(file.fileno(), size, start) if size <= _MAX_WHOLE_LINE else b""
+        if size > MAX_LINE_BYTES and size - _media_bytes(content) > MAX_LINE_BYTES:
+            detail = (
+                f"the {unit} takes {size / 1e6:.1f} MB, at most {MAX_LINE_BYTES >> 20} MiB are read, beside one "
+                f"embedded image or video of {MAX_ENCODED_BYTES >> 20} MiB; shorten it, or save what it embeds as files"
+            )
+            raise RecordError("too_large", self.origin(index), detail)
         decode = decode_json_as_written if self._numbers_as_written else decode_json
         try:
             record = decode(content.decode("utf-8"))
@@ -168,6 +180,20 @@ class JsonRecords:
             raise FileChangedError(f"{self.path}: could be read before, not any more ({error})") from error
         self._file = file
         return file
+
+
+def _media_bytes(content: bytes) -> int:
+    """Return how many bytes of a line are in images and videos written as base64, as far as they fill whole blocks."""
+    total, counts, quote = 0, False, 0
+    for start in range(0, len(content), _BLOCK):
+        block = content[start : start + _BLOCK]
+        if block.translate(None, _BASE64_BYTES):
+            counts = False
+            quote = start + block.rfind(b'"')  # of the text that reaches into the next block
+        elif counts or _MEDIUM_START.match(content, quote):
+            counts = True
+            total += len(block)
+    return total
 
 
 _PART_OF_AN_OBJECT = re.compile(rb'\s*(?:[\]}]+,?\s*$|"(?:[^"\\]|\\.)*"\s*(?::|,?\s*$))')
@@ -221,15 +247,29 @@ def find_lines(path: str) -> pa.Table:
         file.seek(offset)
         line = 1
         while chunk := file.read(_CHUNK):
-            chunk += file.readline()  # so that every chunk holds whole lines
+            chunk += file.readline(_MAX_WHOLE_LINE)  # so that every chunk holds whole lines
             starts, ends = _chunk_lines(chunk)
+            skipped = 0 if chunk.endswith(b"\n") else _skip_line(file)
             begins_blank = np.flatnonzero(np.isin(np.frombuffer(chunk, np.uint8)[starts], _WHITESPACE)).tolist()
             blank = [index for index in begins_blank if not chunk[starts[index] : ends[index]].strip()]
+            if skipped and blank[-1:] == [len(ends) - 1]:  # who knows what follows so many spaces
+                blank.pop()
+            ends[-1] += skipped
             kept = np.delete(np.arange(len(starts)), blank)
             parts.append(_places(starts[kept] + offset, ends[kept] + offset, kept + line))
-            offset += len(chunk)
+            offset += len(chunk) + skipped
             line += len(starts)
     return pa.concat_tables(parts).combine_chunks()
+
+
+def _skip_line(file: BufferedReader) -> int:
+    """Skip the rest of a line that is too long to be read, and return its bytes; 0 at the end of the file."""
+    skipped = 0
+    while rest := file.readline(_CHUNK):
+        skipped += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _places(starts: Any, ends: Any, lines: Any) -> pa.Table:

@@ -10,17 +10,19 @@ from typing import Any
 
 from vlmpo.data.encode.images import missing_file
 from vlmpo.data.formats.assemble import place
-from vlmpo.data.formats.base import RecordContext
+from vlmpo.data.formats.base import PathRules, RecordContext
 from vlmpo.data.formats.media import is_empty, read_media
 from vlmpo.data.formats.turns import text_turn
 from vlmpo.data.formats.unread import refuse_unread_media
 from vlmpo.data.readers.choices import CHOICE_KEYS, answer_in_letters, read_choices, with_choices
 from vlmpo.data.readers.json import JsonRecords, WrittenNumber
-from vlmpo.data.records import Question, json_kind, text_field
+from vlmpo.data.records import Question, check_length, json_kind, one_record, text_field
 from vlmpo.errors import DataError, RecordError, printable, shorten
 from vlmpo.hashing import content_hash
 
 _KEYS = frozenset({"id", "question", "answer", "verifier", "split", *CHOICE_KEYS})
+
+_SHOWN_KEYS = 50  # of those that nothing reads
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class QuestionSet:
 
     def unread_notice(self) -> str:
         """Return one line for the user on ``unread``."""
-        listed = ", ".join(f"{shorten(key)} ({count})" for key, count in self.unread.most_common())
+        listed = ", ".join(f"{shorten(key)} ({count})" for key, count in self.unread.most_common(_SHOWN_KEYS))
+        if (more := len(self.unread) - _SHOWN_KEYS) > 0:
+            listed += f", and {more} more"
         return printable(f"keys of the questions that are not read nor shown to the model: {listed}")
 
 
@@ -53,6 +57,7 @@ def read_questions(
     *,
     split: str | None = None,
     need_answer: bool = True,
+    confine: bool = False,
 ) -> QuestionSet:
     """Read a JSON Lines file of ``{id?, image?, question, choices?, answer, verifier?, split?}``.
 
@@ -68,6 +73,7 @@ def read_questions(
         image_root: folder that image names are relative to; default: the file's own.
         split: reads only the records with this ``split``.
         need_answer: False if no response is verified; a missing answer is then "".
+        confine: refuse images and videos outside ``image_root``, links followed.
 
     Raises:
         DataError: no such file or folder, no record at all, or none of ``split``.
@@ -82,6 +88,7 @@ def read_questions(
     first_seen: dict[str, str] = {}
     splits: Counter[str] = Counter()
     lines = JsonRecords(path, numbers_as_written=True)
+    paths = PathRules(confine=confine)
     for number in range(len(lines)):
         origin = lines.origin(number)
         try:
@@ -89,7 +96,8 @@ def read_questions(
             splits[str(record.get("split"))] += 1
             if split is not None and record.get("split") != split:
                 continue
-            question, unread = _question(record, RecordContext(origin, image_root=root), need_answer)
+            with one_record(origin):
+                question, unread = _question(record, RecordContext(origin, image_root=root, paths=paths), need_answer)
             if question.id in first_seen:
                 first = first_seen[question.id]
                 remedy = "give every question an id of its own, or none"
@@ -122,6 +130,7 @@ def _question(record: dict[str, Any], context: RecordContext, need_answer: bool)
     texts = [turn.text]
     videos = place(texts, [turn.videos], videos, "video", "one", 0, context)
     images = place(texts, [turn.images], images, "image", "one", 0, context)
+    check_length(len(texts[0]), "the question", origin)
     answer = _answer(record, origin, need_answer)
     if answer:
         answer = answer_in_letters(answer, not isinstance(record["answer"], str), choices, origin)

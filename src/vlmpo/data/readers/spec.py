@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import glob
 import json
-import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from vlmpo.data.formats.base import PathRules
 from vlmpo.data.formats.columns import ColumnMap
+from vlmpo.data.formats.paths import is_below
+from vlmpo.data.readers.arrow import download_folders
 from vlmpo.data.readers.dataset_info import is_dataset_info, read_entry, unknown_keys
 from vlmpo.data.readers.json import refuse_other_encodings
-from vlmpo.data.records import BOM, json_kind
-from vlmpo.errors import DataError
+from vlmpo.data.records import BOM, MAX_LINE_BYTES, json_kind
+from vlmpo.errors import DataError, shorten_path
 
 # JSON Lines, an array of records, an MMPR meta.json, Parquet files, a folder that save_to_disk wrote, any other folder,
 # a data set of the Hub.
 Kind = Literal["lines", "array", "meta", "parquet", "saved", "folder", "hub"]
 
 _EXTENSIONS = (".jsonl", ".json", ".parquet")
+_DATA_FILES = (*_EXTENSIONS, ".arrow", ".csv", ".tsv", ".txt", ".yaml", ".md", ".tar", ".zip")
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MAX_REPEAT = 1_000_000
+_MAX_TILES = 1000
 _META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
+_KINDS = {"file": "regular file", "folder": "folder"}
 _META_SHAPE = 'must be one JSON object, {"name": {"root": "...", "annotation": "....jsonl", "repeat_time": 1}, ...}'
 
 
@@ -44,6 +50,8 @@ class SourceSpec:
         format: the format of its records; ``auto`` detects it from the first few.
         split: part of a folder's or Hub data set; may be left out if there is only one.
         subset: configuration of a Hub data set, or of a folder laid out as one; one entry of a ``dataset_info.json``.
+        confine: refuse images and videos outside ``image_root``, and files outside the folder above the ``meta.json``
+            or ``dataset_info.json`` that names them, links followed.
     """
 
     path: str
@@ -54,6 +62,7 @@ class SourceSpec:
     format: str = "auto"
     split: str | None = None
     subset: str | None = None
+    confine: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class FileSpec(SourceSpec):
         columns: what a dataset_info.json says of the keys of the records.
         num_samples: how many records it says are used, before ``repeat``; None for all.
         folder: folder of a Hub data set's files.
+        paths: which paths of images and videos may leave the image root.
     """
 
     image_root: str = ""
@@ -78,6 +88,7 @@ class FileSpec(SourceSpec):
     columns: ColumnMap | None = None
     num_samples: int | None = None
     folder: str | None = None
+    paths: PathRules = field(default_factory=PathRules)
 
 
 def file_specs(spec: SourceSpec, notices: list[str], need_rejected: bool = True) -> list[FileSpec]:
@@ -124,8 +135,22 @@ def file_specs(spec: SourceSpec, notices: list[str], need_rejected: bool = True)
             subset=spec.subset,
             kind=kind,
             files=files,
+            paths=_path_rules(spec, kind == "hub"),
         )
     ]
+
+
+def _path_rules(spec: SourceSpec, is_hub: bool, info_folder: str | None = None) -> PathRules:
+    """Return which paths may leave the image root of a data set.
+
+    A data set of the Hub names no other files of this machine than what ``datasets`` has downloaded. Relative paths of
+    the files that LLaMA-Factory's ``dataset_info.json`` lists may reach into the folder above its own, as those of an
+    MMPR ``meta.json`` do, unless an image root is given.
+    """
+    if spec.confine:
+        return PathRules(confine=True)
+    above = None if info_folder is None or spec.image_root is not None else os.path.dirname(info_folder)
+    return PathRules(within=above, absolute_in=download_folders() if is_hub else None)
 
 
 def _image_root(spec: SourceSpec, default: str) -> str:
@@ -135,19 +160,21 @@ def _image_root(spec: SourceSpec, default: str) -> str:
     return root
 
 
-def _find_kind(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
-    """Return what is at ``path``, and the files if it is Parquet."""
+def _find_kind(written: str, path: str, patterns: bool = True) -> tuple[Kind, tuple[str, ...]]:
+    """Return what is at ``path``, which may be a pattern of file names, and the files if it is Parquet."""
     if os.path.isdir(path):
+        _refuse_special_files(path)
         is_saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
         return ("saved" if is_saved else "folder"), ()
     extension = os.path.splitext(path)[1].lower()
-    if not os.path.exists(path) and glob.has_magic(written):
+    if patterns and not os.path.exists(path) and glob.has_magic(written):
         files = tuple(sorted(glob.glob(path, recursive=True)))
         if not files:
             raise DataError(f"{written}: no file matches {path}")
         for file in files:
             if not file.lower().endswith(".parquet"):
                 raise DataError(f"{written}: matches {file}; several files in one source must all be .parquet")
+            _require_regular(file, written)
         return "parquet", files
     if not os.path.exists(path) and _HUB_NAME.fullmatch(written) and extension not in _EXTENSIONS:
         return "hub", ()
@@ -157,8 +184,7 @@ def _find_kind(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
             f"{written}: no {', '.join(_EXTENSIONS)} file and no folder; {packed}name one of these, or a Hub data set "
             "org/name"
         )
-    if not os.path.isfile(path):
-        raise DataError(f"{written}: no such file; looked for {path}")
+    _require_regular(path, written)
     if extension == ".parquet":
         return "parquet", (path,)
     if extension == ".jsonl":
@@ -168,6 +194,23 @@ def _find_kind(written: str, path: str) -> tuple[Kind, tuple[str, ...]]:
     refuse_other_encodings(path, start)
     start = start.removeprefix(BOM).lstrip()
     return ("array" if start.startswith(b"[") else "meta"), ()
+
+
+def _require_regular(path: str, written: str) -> None:
+    """Raise DataError unless ``path`` is a file: reading a pipe or a device would wait, or never end."""
+    if not os.path.exists(path):
+        raise DataError(f"{written}: no such file; looked for {shorten_path(path)}")
+    if not os.path.isfile(path):
+        what = "it" if written == path else path
+        raise DataError(f"{written}: {what} is not a regular file but a pipe, a device or the like; name one")
+
+
+def _refuse_special_files(folder: str) -> None:
+    """Raise DataError if a folder of data holds something that ``datasets`` may open and never finish to read."""
+    for place, _, names in os.walk(folder):
+        for entry in (os.path.join(place, name) for name in names if name.lower().endswith(_DATA_FILES)):
+            if os.path.exists(entry):
+                _require_regular(entry, folder)
 
 
 def _default_name(path: str, kind: Kind, split: str | None) -> str:
@@ -202,12 +245,12 @@ def _meta_specs(
                 "(InternVL's trainer would degrade them by JPEG compression)"
             )
         notices += unknown_keys(entry, _META_KEYS, where)
-        annotation = _resolve(path, entry.get("annotation"), f"{where}: annotation", "file")
+        annotation = _resolve(path, entry.get("annotation"), f"{where}: annotation", "file", spec.confine)
         if not annotation.lower().endswith(".jsonl"):
             raise DataError(f"{where}: annotation {annotation} is not a .jsonl file, one JSON object a line")
         root = os.path.dirname(annotation)
         if entry.get("root") is not None:
-            root = _resolve(path, entry["root"], f"{where}: root", "folder")
+            root = _resolve(path, entry["root"], f"{where}: root", "folder", spec.confine)
         set_tiles = _checked_tiles(entry.get("max_dynamic_patch"), f"{where}: max_dynamic_patch")
         specs.append(
             FileSpec(
@@ -218,6 +261,7 @@ def _meta_specs(
                 max_tiles=set_tiles if max_tiles is None else max_tiles,
                 format=spec.format,
                 declared_length=entry.get("length"),
+                paths=_path_rules(spec, is_hub=False),
             )
         )
     return specs
@@ -229,8 +273,7 @@ def _info_in_folder(path: str) -> str | None:
     if not os.path.isfile(info) or os.path.isfile(os.path.join(path, "state.json")):
         return None
     try:
-        with open(info, encoding="utf-8-sig") as file:
-            entries = json.load(file)
+        entries = json.loads(_short_text(info))
     except (OSError, ValueError, RecursionError):
         return None
     return info if isinstance(entries, dict) and is_dataset_info(entries) else None
@@ -258,8 +301,9 @@ def _info_specs(
         files: tuple[str, ...] = ()
         if not entry.is_hub:
             place = os.path.join(os.path.dirname(path), entry.place)
+            _confine(place, os.path.dirname(path), where, spec.confine)
             try:
-                kind, files = _find_kind(place, place)
+                kind, files = _find_kind(shorten_path(place), place, patterns=False)  # one could walk all disks
             except DataError as error:
                 raise DataError(f"{where}: {error}; to read other entries, name each under `subset`") from error
             if kind == "meta":
@@ -281,6 +325,7 @@ def _info_specs(
                 columns=entry.columns,
                 num_samples=entry.num_samples,
                 folder=entry.folder,
+                paths=_path_rules(spec, entry.is_hub, os.path.dirname(path)),
             )
         )
     if not specs:
@@ -288,6 +333,14 @@ def _info_specs(
             f"{path}: no entry has `ranking`: true; only fine-tuning (loss.weights: {{nll: 1}}) needs no pairs"
         )
     return specs
+
+
+def _short_text(path: str) -> str:
+    """Return the text of a file that lists data sets. Raises ValueError if it is too large to be one."""
+    if (size := os.path.getsize(path)) > MAX_LINE_BYTES:
+        raise ValueError(f"it has {size / 1e6:.0f} MB, at most {MAX_LINE_BYTES >> 20} MiB are read")
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read()
 
 
 def _read_meta(path: str) -> dict[str, Any]:
@@ -298,8 +351,7 @@ def _read_meta(path: str) -> dict[str, Any]:
         return dict(items)
 
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            meta = json.load(file, object_pairs_hook=no_name_twice)
+        meta = json.loads(_short_text(path), object_pairs_hook=no_name_twice)
     except DataError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -310,7 +362,7 @@ def _read_meta(path: str) -> dict[str, Any]:
     return meta
 
 
-def _resolve(meta_path: str, value: Any, where: str, kind: Literal["file", "folder"]) -> str:
+def _resolve(meta_path: str, value: Any, where: str, kind: Literal["file", "folder"], confine: bool) -> str:
     """Find a path of a meta.json. MMPR's are relative to the folder above it; others' to its own folder or the cwd."""
     if not isinstance(value, str):
         raise DataError(f"{where}: must be a path, not {json_kind(value)}")
@@ -319,17 +371,33 @@ def _resolve(meta_path: str, value: Any, where: str, kind: Literal["file", "fold
     candidates = [os.path.join(base, value) for base in bases]
     for candidate in candidates:
         if os.path.isfile(candidate) if kind == "file" else os.path.isdir(candidate):
+            _confine(candidate, folder, where, confine)
             return candidate
-    raise DataError(f"{where}: no such {kind}; tried {', '.join(dict.fromkeys(candidates))}")
+    tried = ", ".join(shorten_path(candidate) for candidate in dict.fromkeys(candidates))
+    there = next((candidate for candidate in candidates if os.path.exists(candidate)), None)
+    what = f"no such {kind}" if there is None else f"{shorten_path(there)} is not a {_KINDS[kind]}"
+    raise DataError(f"{where}: {what}; tried {tried}")
+
+
+def _confine(path: str, folder: str, where: str, confine: bool) -> None:
+    """Raise DataError if ``confine`` is true and ``path`` leads out of the folder above ``folder``."""
+    above = os.path.dirname(folder)
+    if confine and not is_below(os.path.realpath(path), os.path.realpath(above)):
+        raise DataError(f"{where}: {path} leads out of {above}, and data.confine is true")
 
 
 def _checked_repeat(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise DataError(f"{where}: must be a number from 0 up, not {value!r}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not value >= 0:  # NaN is not
+        raise DataError(f"{where}: must be a number from 0 up, not {value!r:.80}")
+    if value > _MAX_REPEAT:
+        raise DataError(f"{where}: must be at most {_MAX_REPEAT}")
     return float(value)
 
 
 def _checked_tiles(value: Any, where: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise DataError(f"{where}: must be a whole number from 1 up, not {value!r}")
+        raise DataError(f"{where}: must be a whole number from 1 up, not {value!r:.80}")
+    if value is not None and value > _MAX_TILES:
+        raise DataError(f"{where}: must be at most {_MAX_TILES}")
     return value
