@@ -16,6 +16,9 @@ _TRAINING_ONLY = (
     *("push_to_hub", "learning_rates", "ema_decay", "resume_from_checkpoint"),
 )
 
+# Keys under which transformers takes settings, or the name of a JSON file with them.
+_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
+
 
 def training_config(recipe: Recipe) -> MPOConfig:
     """Return the MPOConfig of a recipe.
@@ -29,9 +32,12 @@ def training_config(recipe: Recipe) -> MPOConfig:
             "training.hub_token: a recipe is kept in the run folder and pushed with it; "
             "log in with `hf auth login`, or set HF_TOKEN"
         )
+    for key in _FILES:
+        if isinstance(recipe.training.get(key), bool | int | float):  # a number would be taken for an open file
+            raise RecipeError(f"training.{key}: expected settings or a JSON file, got {recipe.training[key]!r}")
     try:
         return MPOConfig(**recipe.trainer_settings())
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
         raise RecipeError(f"training: {error}") from error
 
 

@@ -27,6 +27,8 @@ def count_by_part(model: nn.Module, trained_only: bool = False) -> dict[str, int
 
 def check_values(rates: Mapping[str, Any]) -> None:
     """Raise ValueError unless ``rates`` maps names of PARTS to rates above 0."""
+    if not isinstance(rates, Mapping):
+        raise ValueError(f"learning_rates: expected a rate for each of some parts, {{text: 1e-6}}, got {rates!r:.80}")
     for part, rate in rates.items():
         if part not in PARTS:
             raise ValueError(f"learning_rates.{part}: no such part; there are {', '.join(PARTS)}")

@@ -109,13 +109,16 @@ def is_null(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and bool(value) and all(v is None for v in value.values()))
 
 
-def is_empty(value: Any) -> bool:
-    """Return whether ``value`` is null, or a text, bytes, list or mapping that holds nothing or only such values."""
+def is_empty(value: Any, levels: int = 8) -> bool:
+    """Return whether ``value`` is null, or a text, bytes, list or mapping that holds nothing or only such values.
+
+    What is nested deeper than ``levels`` is not empty.
+    """
     if value is None or isinstance(value, str | bytes):  # the usual ones first: this is asked of every value
         return not value
-    if isinstance(value, list | tuple):
-        return all(is_empty(item) for item in value)
-    return isinstance(value, Mapping) and all(is_empty(item) for item in value.values())
+    if levels == 0 or not isinstance(value, list | tuple | Mapping):
+        return False
+    return all(is_empty(item, levels - 1) for item in (value.values() if isinstance(value, Mapping) else value))
 
 
 def medium(value: Any, kind: str, key: str, context: RecordContext) -> Any:

@@ -44,16 +44,18 @@ def refuse_unread_media(record: Mapping[str, Any], read: Collection[str], contex
             raise context.error("unread_media", detail)
 
 
-def looks_like_media(value: Any) -> bool:
-    """Return whether a value may be an image or video: a path by its ending, an address, bytes, PIL, base64; nested."""
+def looks_like_media(value: Any, levels: int = 8) -> bool:
+    """Return whether a value may be an image or video: a path by its ending, an address, bytes, PIL, base64.
+
+    Lists and mappings are looked into, ``levels`` deep.
+    """
     if isinstance(value, str):
         if value.startswith(("data:image/", "data:video/")) or is_base64(value):
             return True
         return len(value) <= _MAX_PATH and _PATH.fullmatch(value.strip()) is not None
-    if isinstance(value, Mapping):
-        return any(looks_like_media(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(looks_like_media(item) for item in value)
+    if isinstance(value, list | tuple | Mapping):
+        items = value.values() if isinstance(value, Mapping) else value
+        return levels > 0 and any(looks_like_media(item, levels - 1) for item in items)
     if is_array(value):
         return value.ndim > 2 or "uint8" in str(value.dtype)
     return isinstance(value, Image.Image) or (isinstance(value, bytes) and bool(value))

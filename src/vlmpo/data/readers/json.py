@@ -301,7 +301,7 @@ def find_elements(path: str) -> pa.Table:
     starts: list[int] = []
     ends: list[int] = []
     lines: list[int] = []
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # a number that is none is its record's own fault
     line, counted = 1, 0
     try:
         at = _end_of_spaces(text, text.index("[") + 1)
