@@ -141,9 +141,13 @@ class ResponseFile:
             then.pop(of_one_response, None)
         for key in {**now, **then}:
             if now.get(key) != then.get(key):
+                name = _RECIPE_KEYS.get(key, f"build.{shorten(key)}")
+                before, after = (
+                    shorten(repr(settings.get(key)), 500) for settings in (then, now)
+                )  # a template is long
                 raise RunError(
-                    f"{origin} was sampled with {_RECIPE_KEYS.get(key, f'build.{key}')} {then.get(key)!r}, now it is "
-                    f"{now.get(key)!r}; restore the old value to continue, or name another folder in build.output_dir"
+                    f"{origin} was sampled with {name} {before}, now it is {after}; restore the old value to continue, "
+                    "or name another folder in build.output_dir"
                 )
 
     def _note(self, origin: str, response: Response) -> None:

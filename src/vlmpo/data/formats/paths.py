@@ -18,6 +18,14 @@ def is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
+def is_really_below(path: str, root: str) -> bool:
+    """Return whether a path is below a folder, or the folder itself, with all links followed."""
+    try:
+        return is_below(os.path.realpath(path), os.path.realpath(root))
+    except (OSError, ValueError):  # no file has such a name
+        return False
+
+
 def local_path(value: str, kind: str, key: str, context: RecordContext) -> str:
     """Return the path of the image or video that a record names; messages call it ``key``.
 
@@ -43,7 +51,7 @@ def local_path(value: str, kind: str, key: str, context: RecordContext) -> str:
         folder = rules.within or root
         is_inside, what = not root or os.pardir not in path or is_below(full, folder), f"leads out of {folder}"
     if is_inside and rules.confine:
-        is_inside, what = _is_really_below(full, root), f"leads out of {root}, and data.confine is true"
+        is_inside, what = is_really_below(full, root), f"leads out of {root}, and data.confine is true"
     if not is_inside:
         raise context.error("outside_image_root", f"`{key}` {what}: {shorten(value)}; {remedy}")
     return full
@@ -65,10 +73,3 @@ def _named(value: str, kind: str, key: str, context: RecordContext) -> str:
         detail = f"`{key}` is a web address ({shorten(value)}); save it as a file and name that, or embed its bytes"
         raise context.error(f"missing_{kind}", detail)
     return value
-
-
-def _is_really_below(path: str, root: str) -> bool:
-    try:
-        return is_below(os.path.realpath(path), os.path.realpath(root))
-    except (OSError, ValueError):  # no file has such a name
-        return False

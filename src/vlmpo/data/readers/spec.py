@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from vlmpo.data.formats.base import PathRules
 from vlmpo.data.formats.columns import ColumnMap
-from vlmpo.data.formats.paths import is_below
+from vlmpo.data.formats.paths import is_really_below
 from vlmpo.data.readers.arrow import download_folders
 from vlmpo.data.readers.dataset_info import is_dataset_info, read_entry, unknown_keys
 from vlmpo.data.readers.json import refuse_other_encodings
 from vlmpo.data.records import BOM, MAX_LINE_BYTES, json_kind
-from vlmpo.errors import DataError, shorten_path
+from vlmpo.errors import DataError, shorten, shorten_path
 
 # JSON Lines, an array of records, an MMPR meta.json, Parquet files, a folder that save_to_disk wrote, any other folder,
 # a data set of the Hub.
@@ -233,7 +233,7 @@ def _meta_specs(
 ) -> list[FileSpec]:
     specs = []
     for name, entry in entries.items():
-        where = f"{path}: set {name!r}"
+        where = f"{path}: set {shorten(repr(name))}"
         if not isinstance(entry, dict):
             remedy = "records belong in an array, or one a line in a file named .jsonl"
             raise DataError(
@@ -287,11 +287,12 @@ def _info_specs(
         raise DataError(f"{path}: format: dataset_info.json says it of each entry; leave out {spec.format!r}")
     if spec.subset is not None:
         if spec.subset not in entries:
-            raise DataError(f"{path}: subset: there is no entry {spec.subset!r}; its entries are {', '.join(entries)}")
+            known = shorten(", ".join(entries), 500)
+            raise DataError(f"{path}: subset: there is no entry {spec.subset!r}; its entries are {known}")
         entries = {spec.subset: entries[spec.subset]}
     specs = []
     for name, value in entries.items():
-        where = f"{path}: entry {name!r}"
+        where = f"{path}: entry {shorten(repr(name))}"
         entry = read_entry(value, where, notices)
         if need_rejected and not entry.is_ranking:
             notices.append(f"{where}: has no `ranking`, so no rejected responses, and is left out")
@@ -302,6 +303,8 @@ def _info_specs(
         if not entry.is_hub:
             place = os.path.join(os.path.dirname(path), entry.place)
             _confine(place, os.path.dirname(path), where, spec.confine)
+            if is_really_below(path, place):
+                raise DataError(f"{where}: {place} holds the dataset_info.json itself; name a file or folder in it")
             try:
                 kind, files = _find_kind(shorten_path(place), place, patterns=False)  # one could walk all disks
             except DataError as error:
@@ -347,7 +350,9 @@ def _read_meta(path: str) -> dict[str, Any]:
     def no_name_twice(items: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, times in Counter(name for name, _ in items).items():
             if times > 1:
-                raise DataError(f"{path}: {name!r} is given {times} times, and JSON keeps only the last; rename it")
+                raise DataError(
+                    f"{path}: {shorten(repr(name))} is given {times} times, and JSON keeps only the last; rename it"
+                )
         return dict(items)
 
     try:
@@ -382,8 +387,8 @@ def _resolve(meta_path: str, value: Any, where: str, kind: Literal["file", "fold
 def _confine(path: str, folder: str, where: str, confine: bool) -> None:
     """Raise DataError if ``confine`` is true and ``path`` leads out of the folder above ``folder``."""
     above = os.path.dirname(folder)
-    if confine and not is_below(os.path.realpath(path), os.path.realpath(above)):
-        raise DataError(f"{where}: {path} leads out of {above}, and data.confine is true")
+    if confine and not is_really_below(path, above):
+        raise DataError(f"{where}: {shorten_path(path)} leads out of {above}, and data.confine is true")
 
 
 def _checked_repeat(value: Any, where: str) -> float:
