@@ -71,7 +71,7 @@ def test_what_is_nested_deep_is_read_or_counted(tmp_path: Path, kind: str, depth
     pairs = open_pairs([SourceSpec(str(path))])
     drops = screen(pairs).dropped
     assert [drop.reason for drop in drops] in ([], ["bad_json"], ["unreadable_record"])
-    assert bool(drops) == (depth > 100)
+    assert bool(drops) == (depth > 900)
     assert {drop.origin for drop in drops} <= {f"{path}:2"}
     path.write_text(
         "\n".join([json.dumps(PAIR | {"answer": "a"})] * 2 + [nested(depth, kind)[:-1] + ', "answer": "a"}'])
