@@ -15,7 +15,5 @@ for level in 2_34 2_28 2_27 2_24 2_17 2_12 2_5; do tags+=(--platform "manylinux_
   transformers tokenizers huggingface_hub hf-xet httpx2 httpcore2 truststore h11 anyio idna \
   regex typer annotated-doc click shellingham rich markdown-it-py mdurl Pygments \
   pydantic pydantic_core annotated-types typing-inspection typing_extensions \
-  peft trl datasets dill multiprocess fsspec xxhash math-verify latex2sympy2_extended
-# No wheel of this one is published for every platform; it is plain Python.
-"$python" -m pip wheel --disable-pip-version-check -q --no-deps -c constraints.txt -w .wheels antlr4-python3-runtime
+  peft trl datasets dill multiprocess fsspec xxhash
 du -sh .wheels

@@ -119,6 +119,7 @@ def test_a_grouped_step_is_the_same_step(tmp_path: Path, shared: str) -> None:
             callbacks=[gradients],
             group_by_prompt=group,
             attention=shared,
+            max_tiles=12,
             per_device_train_batch_size=6,
             train_sampling_strategy="sequential",
             num_train_epochs=2,

@@ -37,7 +37,8 @@ TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_sh
 CLIPPED = {"count": 18, "max_grad_norm": 0.5}  # five steps, all clipped; in the last one rank 1 has no pair
 EVALUATED = {"evaluate": 7, "eval_strategy": "steps", "eval_steps": 1}
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "num_train_epochs": 2}
-UNEVEN = {"count": 37, "uneven": True, "gradient_accumulation_steps": 4, "num_train_epochs": 2}  # 16 + 16 + 5 pairs
+# 16 + 16 + 5 pairs
+UNEVEN = {"count": 37, "uneven": True, "max_tiles": 12, "gradient_accumulation_steps": 4, "num_train_epochs": 2}
 SUM_EACH = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 EXACT: dict[str, dict[str, Any]] = {
     "ddp": CLIPPED,

@@ -111,7 +111,7 @@ CASES = [
     ("exact", "red", F + "red, not blue", "c"),
     ("exact", "red", F + "not red", "w"),
     ("exact", "red", F + "red. I hope this helps!", "c"),
-    ("exact", "red", F + "red. No, wait: blue.", "w"),
+    ("exact", "red", F + "red. No, wait: blue.", "u"),
     ("exact", "a cat", F + "cat", "w"),
     ("exact", "red", "", "u"),
     ("exact", "red", "The picture has shapes. One of them is red.", "u"),
@@ -436,7 +436,7 @@ def test_a_truth_that_is_not_what_the_verifier_is_for_is_refused() -> None:
 
 
 def test_mathematics_outside_the_main_thread() -> None:
-    """math-verify's time limits are signals, which only the main thread can set."""
+    """Formulas are compared without signals, which only the main thread can set."""
     found = []
     thread = threading.Thread(target=lambda: found.append(verify("Final answer: (x+1)^2", "x^2+2x+1", "math").status))
     thread.start()

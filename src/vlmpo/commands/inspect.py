@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import AutoConfig
 
 from vlmpo.commands.config import check_training_keys
-from vlmpo.commands.run_data import RunData, open_run_data, show_examples, show_pair_counts
+from vlmpo.commands.run_data import RunData, none_left, open_run_data, show_examples, show_pair_counts
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import image_token_id, tokenizer_of
 from vlmpo.errors import RecipeError, RecordError, printable, shorten
@@ -73,20 +73,22 @@ class Encoded:
         dropped: counts of the pairs that the processor or a limit refused.
         samples: a few encoded pairs, spread over the data.
         notices: remarks on the data and on the chat template.
+        end_id: token with which the model ends its turn.
     """
 
     sizes: list[PairSize] = field(default_factory=list)
     dropped: PairCounts = field(default_factory=PairCounts)
     samples: list[EncodedPair] = field(default_factory=list)
     notices: Sequence[str] = ()
+    end_id: int = -1
 
 
 def inspect(recipe: Recipe, pairs: int = 1) -> None:
     """Print ``pairs`` pairs as the model reads them, drops by reason, lengths and tiles, pairs and rows of a step.
 
     Raises:
-        VlmpoError: the recipe, the data or the processor cannot be used; the first bad record under
-            ``data.on_bad_record: fail``.
+        VlmpoError: the recipe, the data or the processor cannot be used, or no pair is left to train on; the first bad
+            record under ``data.on_bad_record: fail``.
     """
     check_training_keys(recipe)
     per_device = positive_setting(recipe, "per_device_train_batch_size")
@@ -104,7 +106,7 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
         print_line(f"note: {notice}", style="yellow")
     for number, pair in enumerate(encoded.samples, start=1):
         print_line(f"\npair {number} of {len(encoded.samples)}", style="bold")
-        print_line(describe(pair, processor))
+        print_line(describe(pair, processor, encoded.end_id))
 
     show_pair_counts(data, encoded.dropped, trained=False)
     num_encoded = len(encoded.sizes) + encoded.dropped.num_dropped
@@ -117,6 +119,8 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
         print_line(f"eval: {data.eval_screened.num_dropped} pairs dropped")
         show_examples(data.eval_screened)
 
+    if not encoded.sizes:
+        raise none_left("data.train", num_encoded, "train", encoded.dropped)
     show_sizes(encoded.sizes)
     for line in describe_steps(recipe, len(data.train), encoded.sizes, is_shared(recipe)):
         print_line(line)
@@ -157,7 +161,7 @@ def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int
             encoded.sizes.append(PairSize.of(pair))
             if len(encoded.samples) < num_samples and position * num_samples >= len(encoded.samples) * len(indices):
                 encoded.samples.append(pair)
-    encoded.notices = encoder.notices
+    encoded.notices, encoded.end_id = encoder.notices, encoder.end_id
     return encoded
 
 
@@ -179,8 +183,11 @@ def show_unread_keys(data: RunData) -> None:
 # ---- one pair ----
 
 
-def describe(pair: EncodedPair, processor: Any) -> Text:
-    """Return ``pair`` as the model reads it: runs of image tokens as a count, scored tokens between ‹ and ›."""
+def describe(pair: EncodedPair, processor: Any, end_id: int) -> Text:
+    """Return ``pair`` as the model reads it: runs of image tokens as a count, scored tokens between ‹ and ›.
+
+    ``end_id`` is the token with which the model ends its turn; a response without it is called cut.
+    """
     tokenizer = tokenizer_of(processor)
     size = PairSize.of(pair)
     text = Text(shown(f"{pair.source}, {pair.origin}").replace("\n", "\\n") + "\n")
@@ -189,7 +196,8 @@ def describe(pair: EncodedPair, processor: Any) -> Text:
     text.append(_indented(collapse_images(pair.prompt_ids.tolist(), processor)))
     for name, ids, style in [("chosen", pair.chosen_ids, "green"), ("rejected", pair.rejected_ids, "red")]:
         if ids is not None:
-            text.append(f"{name}, {ids.numel()} tokens scored{', cut' if pair.cut else ''}:\n", style="bold")
+            is_cut = int(ids[-1]) != end_id
+            text.append(f"{name}, {ids.numel()} tokens scored{', cut' if is_cut else ''}:\n", style="bold")
             text.append(_indented(f"‹{_decode(ids.tolist(), tokenizer)}›"), style=style)
     text.right_crop()  # the last newline: printing adds one
     return text
@@ -226,9 +234,6 @@ def _indented(text: str) -> str:
 
 def show_sizes(sizes: Sequence[PairSize]) -> None:
     """Print quantiles of the lengths in tokens, and of the tiles."""
-    if not sizes:
-        print_line("no pair could be encoded")
-        return
     columns = {
         "prompt + longer response": [size.longer for size in sizes],
         "pair, prompt read once": [size.shared for size in sizes],

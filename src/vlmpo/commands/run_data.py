@@ -74,7 +74,7 @@ def open_run_data(recipe: Recipe) -> RunData:
         evaluation["held_out"] = pairs.select(split_off)
         held_out.update(pairs.source(int(index)) for index in split_off)
     if len(kept) == 0:
-        raise _none_left("data.train", len(pairs), "train", screened)
+        raise none_left("data.train", len(pairs), "train", screened)
     notices = list(dict.fromkeys(notices))  # all data sets repeat the one of the cache
     return RunData(pairs.select(kept), evaluation, read, held_out, screened, eval_screened, notices)
 
@@ -89,12 +89,12 @@ def open_eval(recipe: Recipe) -> tuple[PairDataset, PairCounts]:
     data = _open(recipe, recipe.data.eval, _seed(recipe))
     kept, screened, _ = _screen(recipe, data)
     if len(kept) == 0:
-        raise _none_left("data.eval", len(data), "evaluate", screened)
+        raise none_left("data.eval", len(data), "evaluate", screened)
     return data.select(kept), screened
 
 
-def _none_left(key: str, total: int, purpose: str, counts: PairCounts) -> DataError:
-    """Return the error for data of which nothing can be used."""
+def none_left(key: str, total: int, purpose: str, counts: PairCounts) -> DataError:
+    """Return the error for data of which nothing can be used; it names the first records and the cause of each."""
     held_out = "" if counts.num_dropped else " (all held out)"
     return nothing_left(f"{key}: of {total} pairs none is left to {purpose} on{held_out}", counts)
 

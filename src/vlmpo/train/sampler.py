@@ -224,6 +224,13 @@ class PairBatchSampler(Sampler[list[int]]):
         for step in self.steps():
             yield from self.split(step)[self.rank]
 
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is yielded next.
+
+        transformers calls it on a resume in the middle of an epoch, for which accelerate wraps this sampler.
+        """
+        self.epoch = epoch
+
     @property
     def global_batch(self) -> int:
         """Pairs in an optimizer step, over all ranks and micro-batches."""
@@ -280,4 +287,4 @@ class PairLoader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is yielded next."""
-        self.pair_sampler.epoch = epoch
+        self.pair_sampler.set_epoch(epoch)

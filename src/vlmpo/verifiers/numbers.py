@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import re
-import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 
-from vlmpo.verifiers.answer import tidy, unwrap_latex, word_set
+from vlmpo.verifiers.characters import plain_math
+from vlmpo.verifiers.languages import (
+    COUNTERS,
+    EAST_ASIAN,
+    LETTERS,
+    MAGNITUDES,
+    NUMBERS,
+    OTHER_LANGUAGES,
+    word_set,
+    words,
+)
+from vlmpo.verifiers.sentences import tidy
+from vlmpo.verifiers.units import PERCENT, UNITS
 
 _MOST_CHARACTERS, _MOST_DIGITS, _MOST_EXPONENT = 200, 60, 300
 
@@ -22,6 +34,10 @@ class Quantity:
         unit: kind of the unit ("length", "USD"); None if there is none or an unknown one.
         scale: the unit in base units of its kind.
         digits: whether it is written in plain digits alone, as years are.
+        noun: the words after the number, if they are no unit: "red circles".
+        variable: the left side of an equation: "x" of ``x = 3``.
+        otherwise: the value if the one point or comma in it means the other thing, as it does in some languages:
+            1234 for ``1.234``.
     """
 
     value: Fraction
@@ -29,42 +45,19 @@ class Quantity:
     unit: str | None = None
     scale: Fraction = Fraction(1)
     digits: bool = False
+    noun: str = ""
+    variable: str = ""
+    otherwise: Fraction | None = None
 
     @property
     def is_whole(self) -> bool:
         return self.value.denominator == 1
 
 
-_UNITS: dict[str, tuple[str, Fraction]] = {
-    name: (kind, Fraction(scale))
-    for kind, scale, names in [
-        ("length", "1/1000", "mm millimeter millimeters millimetre millimetres"),
-        ("length", "1/100", "cm centimeter centimeters centimetre centimetres"),
-        ("length", "1", "m meter meters metre metres"),
-        ("length", "1000", "km kilometer kilometers kilometre kilometres"),
-        ("length", "0.0254", "inch inches"),
-        ("length", "0.3048", "ft foot feet"),
-        ("mass", "1/1000", "mg milligram milligrams"),
-        ("mass", "1", "g gram grams"),
-        ("mass", "1000", "kg kilogram kilograms"),
-        ("time", "1/1000", "ms millisecond milliseconds"),
-        ("time", "1", "s sec second seconds"),
-        ("time", "60", "min minute minutes"),
-        ("time", "3600", "h hr hour hours"),
-        ("angle", "1", "° degree degrees deg"),
-        ("USD", "1", "$ usd us$ dollar dollars"),
-        ("EUR", "1", "€ eur euro euros"),
-        ("GBP", "1", "£ gbp pound pounds"),
-        ("JPY", "1", "¥ jpy yen"),
-        ("INR", "1", "₹ inr rupee rupees"),
-    ]
-    for name in names.split()
-}
-_PERCENT = frozenset({"%", "percent", "pct", "percentage"})
 _MAGNITUDES = {
     "hundred": 100, "thousand": 10**3, "million": 10**6, "mn": 10**6, "billion": 10**9, "bn": 10**9,
     "trillion": 10**12, "tn": 10**12, "lakh": 10**5, "crore": 10**7, "dozen": 12,
-}  # fmt: skip
+} | MAGNITUDES  # fmt: skip
 # Only right after the digits: "300 K" may be kelvin.
 _ATTACHED_MAGNITUDES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _ONES = (
@@ -78,23 +71,38 @@ NUMBER_WORDS = {"none": 0} | {w: i for i, w in enumerate(_ONES)} | {w: 20 + 10 *
 _NO_UNIT = word_set(
     "or and not no nor but than to of less more fewer over under minus plus times squared cubed half halves "
     "third thirds quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths "
-    "either neither maybe possibly perhaps if unless except point negative positive up down sqrt pi"
+    "either neither maybe possibly perhaps if unless except point negative positive up down sqrt pi factorial"
 )
 # Words that, in a parenthesis after a number, take it back: "3 (or 4)". Others explain: "3 (two red, one blue)".
 _OTHERWISE = word_set("or not maybe possibly perhaps if with without including excluding actually")
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
-_WORD = re.compile(r"[^\W\d_][\w'.-]*(?:[/^][^\W\d_]?[\w^-]*)*|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+")
+_WORD = re.compile(
+    rf"(?![\d_])[{LETTERS}{EAST_ASIAN}][{LETTERS}{EAST_ASIAN}'.-]*(?:[/^]\w[\w^-]*)*"
+    r"|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+"
+)
+_EAST_ASIAN = re.compile(f"[{EAST_ASIAN}]")
+_LIMITS = re.compile(
+    rf"{words('alternative', 'both', 'condition', 'but', 'contrast')}|(?<![{LETTERS}])(?:menos|más|mais|mehr|weniger"
+    r"|als|plus|moins|больше|меньше|более|менее|medi[oa]|demie?|halb\w*|fois|mal|veces|vezes|раза?)"
+    rf"(?![{LETTERS}])|以上|以下|倍|半|分之"
+)
+# Parts of words for thousands and millions in languages that are not read.
+_OTHER_MAGNITUDE = re.compile("mil[ijlay]|tys|tis[ií]|tus|duiz|bin$|ribu|juta|cent[oi]|hund|nghìn|triệu")
+_INLINE = re.compile(r"(?<!\\)\$((?=\S)[^$]*[^$\s])\$(?!\d)")
 _NO_LEAD = word_set("not no never neither nor if unless than least most between cannot can't isn't aren't or")
 # Left out at the beginning: how close is close enough is the verifier's matter.
-_APPROXIMATE = re.compile(
-    r"^(?:(?:about|approximately|approx\.?|around|roughly|nearly|almost|circa|ca\.|exactly|only|just|a total of|"
-    r"equal to|equals|≈|~|=)\s*)+",
-    re.IGNORECASE,
-)
+_APPROXIMATE = re.compile(rf"(?:(?:{words('about')}|≈|~|=)\s*)+", re.IGNORECASE)
 _LEAD = re.compile(
     r"(?P<lead>(?:[A-Za-z][A-Za-z'’-]*\s+){1,12}?)(?:is|are|was|were|has|have|shows|contains):?\s+(?=\S)"
 )
-_CURRENCY = r"(?:US\$|USD|EUR|GBP|INR|JPY|[$€£¥₹])"
+_EAST_ASIAN_MAGNITUDE = re.compile(
+    rf"\s*({'|'.join(sorted(filter(_EAST_ASIAN.match, MAGNITUDES), key=len, reverse=True))})"
+)
+_RAISED_UNIT = re.compile(
+    r"(?:(?P<square>square |sq\.? |平方|кв\. ?)|(?P<cube>cubic |立方|куб\. ?))?"
+    r"(?P<name>[^\s^\d]+)(?:\^?(?P<digit>\{?[23]\}?)|(?: squared)|)"
+)
+_CURRENCY = r"(?:R\$|US\$|USD|EUR|GBP|INR|JPY|[$€£¥₹])"
 _PLAIN = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _GROUPED = r"\d[\d.,' ]*\d(?!\d)|\.?\d+\.?"
 _SIGNED = re.compile(
@@ -120,6 +128,7 @@ _GROUPINGS = [
 ]  # fmt: skip
 
 
+@lru_cache(maxsize=1024)
 def read_quantity(text: str) -> Quantity | None:
     """Return the one quantity that ``text`` states; None if it states none, several, a range, a bound or a denial.
 
@@ -127,49 +136,50 @@ def read_quantity(text: str) -> Quantity | None:
     notation, number words, digits of any script, currency, magnitudes (``3.5M``, ``2 billion``), a unit or a few plain
     words after the number, "about", "There are ...", and what follows the last ``=``.
     """
-    side = _after_equals(_ascii(tidy(text))) if len(text) <= _MOST_CHARACTERS else None
-    if not side:
+    if len(text) > _MOST_CHARACTERS:
         return None
-    quantity = _stated(_APPROXIMATE.sub("", side))
+    equation = _equation(_ascii(tidy(text)))
+    if equation is None or not equation[1]:
+        return None
+    name, side = equation
+    quantity = _stated(_without_about(side))
     lead = _LEAD.match(side)
-    if quantity is None and lead and not _NO_LEAD & set(lead["lead"].lower().replace("’", "'").split()):
-        quantity = _stated(_APPROXIMATE.sub("", side[lead.end() :]))
-    return quantity
+    if quantity is None and lead and not _NO_LEAD & set(lead["lead"].lower().split()):
+        quantity = _stated(_without_about(side[lead.end() :]))
+    return replace(quantity, variable=name) if quantity and name else quantity
 
 
 def _ascii(text: str) -> str:
     """Write LaTeX, other scripts' digits, superscripts and vulgar fractions in plain characters."""
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: "^" + unicodedata.normalize("NFKC", m.group()), text)
-    text = "".join(
-        f" {unicodedata.normalize('NFKC', c)} " if unicodedata.decomposition(c).startswith("<fraction>") else c
-        for c in text
-    )
-    text = unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("٫", ".").replace("٬", ",")
-    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
-    text = re.sub("[−–—‒﹣]", "-", text).replace("’", "'").replace("٪", "%")
-    text = re.sub(r"\\[dtc]?frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}", r" \1/\2", text)
-    text = re.sub(r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2", text)
-    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", "°", text)
-    text = re.sub(r"\\(?:times|cdot|ast)\b|×|·|⋅|∗", "*", text).replace(r"\approx", "≈")
-    text = unwrap_latex(text)
-    text = re.sub(r"\\([%$])", r"\1", text.replace("{,}", ","))
-    text = re.sub(r"\\[,;:! ]|(?<=\d)~", " ", text)
-    return " ".join(text.split())
+    text = plain_math(_INLINE.sub(r"\1", text))
+    text = re.sub(r"\\frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}", r" \1/\2", text)
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r" \1/\2", text)
+    return " ".join(text.replace(r"\approx", "≈").split())
 
 
-def _after_equals(text: str) -> str | None:
-    """Return the right side of an equation, or ``text`` if it is none; None if there are several, or a bound."""
+def _without_about(text: str) -> str:
+    about = _APPROXIMATE.match(text)
+    return text[about.end() :] if about else text
+
+
+def _equation(text: str) -> tuple[str, str] | None:
+    """Return the variable ("" if there is none) and the right side of an equation; None if there are several."""
     equation = re.fullmatch(r"(.*)[=≈](.*)", text, re.DOTALL)
     if not equation or not equation[1].strip():
-        return text
-    if equation[1][-1] in "<>!~" or re.search(r"[,;]\s|\b(?:and|or|not|if)\b|[≠≤≥<>]", equation[1]):
+        return "", text
+    left = equation[1].strip()
+    if (
+        left[-1] in "<>!~"
+        or re.search(r"[,;]\s|\b(?:and|or|not|if)\b|[≠≤≥<>]|\\in\b", left)
+        or _LIMITS.search(left.lower())
+    ):
         return None
-    return equation[2].strip()
+    return (left if re.fullmatch(r"[A-Za-z]", left) else ""), equation[2].strip()
 
 
 def _stated(text: str) -> Quantity | None:
     """Read a quantity that begins where ``text`` does and is followed by nothing but its unit."""
-    if text.startswith("(") and text.endswith(")") and "(" not in text[1:]:
+    if text.startswith("(") and text.endswith(")") and not re.search("[(,;]", text[1:]):  # (12,5) is no 12.5
         text = text[1:-1].strip()
     signed = _SIGNED.match(text)
     assert signed is not None  # every part of it is optional
@@ -182,7 +192,8 @@ def _stated(text: str) -> Quantity | None:
         if match and (value := _value(match.groupdict())) is not None:
             rest = body[match.end() :]
             digits = match.group().isdigit() and not rest.strip() and not signed.group().strip()
-            return _with_unit(sign * value, rest, signed["currency"], digits)
+            quantity = _with_unit(sign * value, rest, signed["currency"], digits)
+            return quantity and replace(quantity, otherwise=_otherwise(match.group(), value, quantity))
     value, rest = _spelled(body)
     return None if value is None else _with_unit(sign * value, rest, signed["currency"], digits=False)
 
@@ -210,6 +221,9 @@ def _grouped(text: str) -> Fraction | None:
 def _spelled(text: str) -> tuple[Fraction | None, str]:
     """Return the number that the first words of ``text`` spell, and the text after them."""
     text = re.sub(r"(?i)\bhundred and (?=(\w+))", lambda m: "hundred " if m[1].lower() in NUMBER_WORDS else m[0], text)
+    foreign = re.match(r"[〇零一二两兩三四五六七八九十]+|[^\W\d_]+", text)
+    if foreign and foreign.group().lower() in NUMBERS:
+        return Fraction(NUMBERS[foreign.group().lower()]), text[foreign.end() :]
     total = current = end = 0
     last = ""
     for match in re.finditer(r"[A-Za-z]+", text):
@@ -228,39 +242,77 @@ def _spelled(text: str) -> tuple[Fraction | None, str]:
     return (Fraction(total + current), text[end:]) if last else (None, text)
 
 
+def _otherwise(number: str, value: Fraction, quantity: Quantity) -> Fraction | None:
+    """Return the value with the one point or comma before three digits read as the other sign."""
+    if not re.fullmatch(r"[1-9]\d{0,2}[.,]\d{3}", number):
+        return None
+    return quantity.value * (1000 if "." in number else Fraction(1, 1000))
+
+
 def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -> Quantity | None:
-    kind, scale = _UNITS[currency.lower()] if currency else (None, Fraction(1))
+    kind, scale = UNITS[currency.lower()] if currency else (None, Fraction(1))
     if aside := _ASIDE.search(rest):
-        if _OTHERWISE & set(re.findall(r"\w+", aside[1].lower())):
+        if _OTHERWISE & set(re.findall(r"\w+", aside[1].lower())) or _is_other_number(value, aside[1], rest):
             return None
         rest = rest[: aside.start()]
     if rest[:1] in _ATTACHED_MAGNITUDES and not rest[1:2].isalnum():
         value, rest = value * _ATTACHED_MAGNITUDES[rest[0]], rest[1:]
-    rest = re.sub(r"^\s*%", " % ", rest.replace("per cent", "percent"))
-    words = rest.strip().rstrip(".,;").split()
-    while words and words[0].lower() in _MAGNITUDES:
-        value *= _MAGNITUDES[words.pop(0).lower()]
-    percent = bool(words) and words[0].lower() in _PERCENT
+    while magnitude := _EAST_ASIAN_MAGNITUDE.match(rest):
+        value, rest = value * MAGNITUDES[magnitude[1]], rest[magnitude.end() :]
+    rest = re.sub(r"^\s*%", " % ", re.sub(r"^\s*(?:per cent|por ciento|por cento|pour cent)\b", " percent", rest))
+    if rest.lstrip().startswith("..") or (rest == "s" and value % 10 == 0 and value >= 1000):  # 0.333..., the 1990s
+        return None
+    names = rest.strip().rstrip(".,;。").split()
+    while names and names[0].lower() in _MAGNITUDES:
+        value *= _MAGNITUDES[names.pop(0).lower()]
+    percent = bool(names) and names[0].lower() in PERCENT
     if percent:
-        words = words[2:] if words[1:2] == ["of"] else words[1:]
-    known = _known_unit(words[0]) if len(words) == 1 else None
-    if not known and words and re.match(r"[^\W\d_]{1,2}(?![\w/^])", rest):  # 3x, 21st: a product, an ordinal
+        names = names[2:] if names[1:2] == ["of"] else names[1:]
+    known = known_unit(" ".join(names))
+    if known and kind and known[0] != kind:  # $3 cm
         return None
     if known:
-        kind, scale = known
-    elif not _plain_words(words):
+        return Quantity(value, percent, *known, digits)
+    is_plain = _plain_words(names) and (percent or _is_apart(rest))
+    return Quantity(value, percent, kind, scale, digits, " ".join(names).lower()) if is_plain else None
+
+
+def _is_other_number(value: Fraction, aside: str, rest: str) -> bool:
+    """Return whether a parenthesis holds another number: "3 (4)"; 1.23(4) is one with its uncertainty."""
+    number = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*%?\s*", aside)
+    return number is not None and (rest[:1] == "(" or Fraction(number[1]) != value)
+
+
+def _is_apart(rest: str) -> bool:
+    """Return whether the words after a number are no suffix of it, as in 21st, 3x, 3ème and 3割."""
+    if counter := re.match(rf"\s*(?:{COUNTERS})", rest):
+        return all(_EAST_ASIAN.match(sign) or sign in "の的 " for sign in rest[counter.end() :])
+    return not rest.strip() or (
+        rest[0] in " °/" and not _EAST_ASIAN.match(rest.strip()) and not re.match(r"\s+[^\W\d_]{1,2}(?![\w/^])", rest)
+    )
+
+
+def known_unit(name: str) -> tuple[str, Fraction] | None:
+    """Look a unit up, also its square or cube; a short one must have the right case: ``m`` is a metre, ``M`` is not."""
+    if found := _plain_unit(name):
+        return found
+    raised = _RAISED_UNIT.fullmatch(name)
+    unit = _plain_unit(raised["name"]) if raised else None
+    if raised is None or unit is None:
         return None
-    return Quantity(value, percent, kind, scale, digits)
+    power = 3 if raised["cube"] or "3" in (raised["digit"] or "") else 2
+    return f"{unit[0]}^{power}", unit[1] ** power
 
 
-def _known_unit(word: str) -> tuple[str, Fraction] | None:
-    """Look a unit up; a short one must have the right case: ``m`` is a metre, ``M`` is not."""
-    return _UNITS.get(word) or (_UNITS.get(word.lower()) if len(word) > 2 else None)
+def _plain_unit(name: str) -> tuple[str, Fraction] | None:
+    return UNITS.get(name) or (UNITS.get(name.lower()) if len(name) > 2 or name[:1] == "°" else None)
 
 
-def _plain_words(words: list[str]) -> bool:
+def _plain_words(names: list[str]) -> bool:
     """Return whether these are a few words, or a unit such as km/h, that leave the number before them as it is."""
-    plain = [word.lower().strip(".,") for word in words]
-    if len(plain) > 5 or words[:1] in [["K"], ["k"], ["M"], ["B"]]:  # "5 M": a magnitude or a unit?
+    plain = [name.lower().strip(".,") for name in names]
+    if len(plain) > 5 or names[:1] in [["K"], ["k"], ["M"], ["B"]]:  # "5 M": a magnitude or a unit?
         return False
-    return all(_WORD.fullmatch(word) and word not in _NO_UNIT and word not in NUMBER_WORDS for word in plain)
+    if _LIMITS.search(" ".join(plain)) or OTHER_LANGUAGES & set(plain) or any(map(_OTHER_MAGNITUDE.match, plain)):
+        return False
+    return all(_WORD.fullmatch(name) and name not in _NO_UNIT and name not in NUMBER_WORDS for name in plain)

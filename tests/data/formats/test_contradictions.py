@@ -29,20 +29,21 @@ def whole(name: str, **more: Any) -> dict[str, Any]:
     """A record whose conversation is whole, with answers "good" and "bad"."""
     good, bad = said("assistant", "good"), said("assistant", "bad")
     return {
+        "trl": {"chosen": [*TURNS, good], "rejected": [*TURNS, bad]},
         "trl_implicit": {"chosen": [*TURNS, good], "rejected": [*TURNS, bad]},
         "sharegpt": {"conversations": TURNS, "chosen": good, "rejected": bad},
         "swift": {"messages": [*TURNS, good], "rejected_response": "bad"},
     }[name] | more
 
 
-@pytest.mark.parametrize("name", ["trl_implicit", "sharegpt", "swift"])
+@pytest.mark.parametrize("name", ["trl", "trl_implicit", "sharegpt", "swift"])
 def test_a_prompt_that_agrees_is_fine(name: str) -> None:
     expected = FORMATS[name].parse(whole(name), CONTEXT)
     for prompt in (None, "", "Q?", " And?\n", "<image>\nQ?", TURNS, TURNS[1:], "Q? And?", "Be brief.\nQ?\nHm?\nAnd?"):
         assert FORMATS[name].parse(whole(name, prompt=prompt), CONTEXT) == expected
 
 
-@pytest.mark.parametrize("name", ["trl_implicit", "sharegpt", "swift"])
+@pytest.mark.parametrize("name", ["trl", "trl_implicit", "sharegpt", "swift"])
 @pytest.mark.parametrize(
     "prompt", ["other thing entirely", "Hm?", TURNS[:2], [said("user", "Why?")], said("user", "Why?"), "Q"]
 )

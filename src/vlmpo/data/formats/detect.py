@@ -15,7 +15,7 @@ from vlmpo.data.formats.media import MEDIA_KEYS, is_empty, is_null, kind_of_key
 from vlmpo.data.formats.question import parse_question, parse_question_in_text
 from vlmpo.data.formats.swift import parse_swift
 from vlmpo.data.formats.trl import parse_explicit, parse_implicit
-from vlmpo.data.formats.turns import is_conversation, is_message, message_list
+from vlmpo.data.formats.turns import holds_prompt, is_conversation, is_message
 from vlmpo.errors import DataError, shorten
 
 HEAD = 8  # records looked at
@@ -95,7 +95,7 @@ def _match(sample: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str] | None
     if "conversations" in sample:
         remark = "" if chosen is not None else _LAST_TURN
         return "sharegpt", ("conversations", "system", "chosen", "rejected"), remark
-    if is_conversation(chosen) and _holds_prompt(chosen):
+    if is_conversation(chosen) and holds_prompt(chosen):
         return "trl_implicit", ("system", "chosen", "rejected"), ""
     if "prompt" in sample and ("completion" in sample or chosen is not None):
         remark = "the prompt is put as the user's turn" if isinstance(sample["prompt"], str) else ""
@@ -117,12 +117,6 @@ def _match(sample: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str] | None
         remark = "the words both begin with are the prompt, put as the user's turn"
         return "trl_implicit", ("chosen", "rejected"), remark
     return None
-
-
-def _holds_prompt(conversation: Any) -> bool:
-    """Return whether a user speaks in it, and no assistant first: it is then more than the assistant's answer."""
-    speakers = [message.get("role") or message.get("from") for message in message_list(conversation) or []]
-    return speakers[0] not in ("assistant", "gpt") and any(speaker in ("user", "human") for speaker in speakers)
 
 
 def _kind(value: Any) -> str:

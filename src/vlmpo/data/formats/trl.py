@@ -9,7 +9,17 @@ from typing import Any
 
 from vlmpo.data.formats.assemble import preference_pair, refuse_unsupported, require_agreeing_prompt
 from vlmpo.data.formats.base import RecordContext
-from vlmpo.data.formats.turns import Turn, key_or, read_turns, rejected_of, response_of, split_response, text_turn
+from vlmpo.data.formats.turns import (
+    Turn,
+    holds_prompt,
+    is_conversation,
+    key_or,
+    read_turns,
+    rejected_of,
+    response_of,
+    split_response,
+    text_turn,
+)
 from vlmpo.data.records import PreferencePair, text_field
 
 _KEYS = frozenset({"prompt", "chosen", "rejected", "completion", "system"})
@@ -19,8 +29,10 @@ def parse_explicit(record: Mapping[str, Any], context: RecordContext) -> Prefere
     """Parse ``{prompt, chosen, rejected}``, each a text or messages; for fine-tuning also ``{prompt, completion}``.
 
     A prompt of plain text is the user's turn; a ``system`` key goes before it. Images without placeholders go before
-    the first user's text.
+    the first user's text. A record whose ``chosen`` is a whole conversation is parsed by :func:`parse_implicit`.
     """
+    if is_conversation(record.get("chosen")) and holds_prompt(record["chosen"]):
+        return parse_implicit(record, context)
     refuse_unsupported(record, context)
     if isinstance(record.get("prompt"), str):
         turns = [text_turn("user", text_field(record, "prompt", context.origin))]

@@ -63,6 +63,12 @@ def is_conversation(value: Any) -> bool:
     return bool(messages) and all(is_message(message) for message in messages or ())
 
 
+def holds_prompt(conversation: Any) -> bool:
+    """Return whether a user speaks in it, and no assistant first: it is then more than the assistant's answer."""
+    speakers = [message.get("role") or message.get("from") for message in message_list(conversation) or []]
+    return speakers[0] not in ("assistant", "gpt") and any(speaker in ("user", "human") for speaker in speakers)
+
+
 def read_turns(record: Mapping[str, Any], key: str, context: RecordContext) -> list[Turn]:
     """Read the list of messages under ``key``, ``{role, content}`` or ``{from, value}``, content as text or as items.
 
