@@ -94,7 +94,7 @@ def open_eval(recipe: Recipe) -> tuple[PairDataset, PairCounts]:
 
 
 def none_left(key: str, total: int, purpose: str, counts: PairCounts) -> DataError:
-    """Return the error for data of which nothing can be used."""
+    """Return the error for data of which nothing can be used; it names the first records and the cause of each."""
     held_out = "" if counts.num_dropped else " (all held out)"
     return nothing_left(f"{key}: of {total} pairs none is left to {purpose} on{held_out}", counts)
 

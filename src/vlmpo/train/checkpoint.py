@@ -101,6 +101,9 @@ def settings_as_given(optimizer: Any, scheduler: Any, checkpoint: str | os.PathL
 
 # ---- the state of MPO ----
 
+# What vlmpo 0.1 wrote, without a checksum; nothing else is believed without one.
+_OF_0_1 = ("reward_shift", "reference_hash", "accounts", "learning_rates")
+
 
 def write_state(
     checkpoint: str | os.PathLike[str],
@@ -154,7 +157,7 @@ def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         raise RunError(f"{checkpoint} is damaged: {STATE_FILE} cannot be read ({first_line(error)})") from error
     if wrong:
         raise RunError(f"{checkpoint} is damaged: {STATE_FILE} {wrong}")
-    return state
+    return state if "checksum" in state else {key: state.get(key) for key in _OF_0_1}
 
 
 def _checksum(state: Mapping[str, Any]) -> int:
@@ -195,7 +198,9 @@ def _are_counts(value: Any) -> bool:
     """Return whether ``value`` is what ``PairCounts.to_json`` returns."""
     if not isinstance(value, dict) or not all(isinstance(value.get(k), dict) for k in ("used", "dropped", "examples")):
         return False
-    by_source = [value["used"], *value["dropped"].values()]
+    if not _is_number(value.get("empty_steps", 0)) or not isinstance(value.get("dropped_later", {}), dict):
+        return False
+    by_source = [value["used"], *value["dropped"].values(), *value.get("dropped_later", {}).values()]
     return all(isinstance(part, dict) and all(map(_is_number, part.values())) for part in by_source) and all(
         isinstance(messages, list) for messages in value["examples"].values()
     )
