@@ -194,7 +194,8 @@ def test_one_line_and_exit_code_two(tmp_path: Path, whole: Path, command: str) -
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {{path: {folder}}}\ndata: {{train: [pairs.jsonl]}}\n"
-        "build: {questions: questions.jsonl, output_dir: out}\ntraining: {output_dir: run}\n"
+        f"build: {{questions: questions.jsonl, output_dir: {tmp_path / 'out'}}}\n"
+        f"training: {{output_dir: {tmp_path / 'run'}}}\n"
     )
     result = call(command, str(recipe))
     assert result.exit_code == 2, result.output
