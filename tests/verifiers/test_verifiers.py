@@ -38,7 +38,8 @@ READ = [
     ("so \\boxed{3}", "3"),
     ("\\boxed{1} but then \\boxed{\\frac{3}{4}}", "\\frac{3}{4}"),
     ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
-    ("\\boxed{\\text{(B) }x^{2^{3}}} and more", "\\text{(B) }x^{2^{3}}"),
+    ("\\boxed{\\text{(B) }x^{2^{3}}} is the answer", "\\text{(B) }x^{2^{3}}"),
+    ("\\boxed{5} million people", "5 million people"),
     ("\\boxed{12", None),  # cut off
     ("\\boxed{}", None),
     ("\\fbox{7}", "7"),

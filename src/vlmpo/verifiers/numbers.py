@@ -273,7 +273,7 @@ def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -
         return None
     if known:
         return Quantity(value, percent, *known, digits)
-    is_plain = _plain_words(names) and (percent or _is_apart(rest))
+    is_plain = are_plain(names) and (percent or _is_apart(rest))
     return Quantity(value, percent, kind, scale, digits, " ".join(names).lower()) if is_plain else None
 
 
@@ -308,8 +308,8 @@ def _plain_unit(name: str) -> tuple[str, Fraction] | None:
     return UNITS.get(name) or (UNITS.get(name.lower()) if len(name) > 2 or name[:1] == "°" else None)
 
 
-def _plain_words(names: list[str]) -> bool:
-    """Return whether these are a few words, or a unit such as km/h, that leave the number before them as it is."""
+def are_plain(names: list[str]) -> bool:
+    """Return whether these are a few words, or a unit such as km/h, that leave the value before them as it is."""
     plain = [name.lower().strip(".,") for name in names]
     if len(plain) > 5 or names[:1] in [["K"], ["k"], ["M"], ["B"]]:  # "5 M": a magnitude or a unit?
         return False

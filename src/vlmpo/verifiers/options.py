@@ -43,8 +43,11 @@ _LIST = re.compile(
 )
 
 
-def read_option(text: str) -> tuple[str, str] | None:
-    """Return the letter, in lower case, and the option's text ("" if there is none); None if no or two letters."""
+def read_option(text: str, *, is_truth: bool = False) -> tuple[str, str] | None:
+    """Return the letter, in lower case, and the option's text ("" if there is none); None if no or two letters.
+
+    In a truth the first letter counts, whatever the text: ``D. Both A and B``.
+    """
     text = " ".join(re.sub(r"[*_`$]", "", unwrap_latex(plain(tidy(text)))).split())
     text = tidy(text)
     if is_name(text):
@@ -52,7 +55,9 @@ def read_option(text: str) -> tuple[str, str] | None:
     first, option = _TEXT_FIRST.fullmatch(text), _OPTION.fullmatch(text)
     if first and not option and not _DENIED.match(first["text"]):
         return first["letter"].lower(), first["text"].strip(" .")
-    if not option or _OTHER_LABEL.search(option["text"]) or _LIST.fullmatch(text):
+    if is_truth and re.fullmatch(r"\(?[A-Za-z]\)?", text):
+        return text.strip("()").lower(), ""
+    if not option or _LIST.fullmatch(text) or (_OTHER_LABEL.search(option["text"]) and not is_truth):
         return None
     return (option["bracketed"] or option["open"]).lower(), option["text"].strip(" .。")
 
@@ -88,7 +93,7 @@ def judge_option(readings: Sequence[str], truth: str) -> bool | None:
     right_letters = read_letters(truth)
     if right_letters:
         return _judge_letters(readings, right_letters)
-    right = read_option(truth)
+    right = read_option(truth, is_truth=True)
     assert right is not None  # choose_verifier checked it
     options = [option for reading in readings if (option := read_option(reading))]
     if not options:

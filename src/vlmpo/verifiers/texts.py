@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vlmpo.verifiers.characters import plain, unwrap_latex
 from vlmpo.verifiers.doubt import is_remark
-from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, NUMBERS, OTHER_LANGUAGES, word_set, words
+from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, NUMBERS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, word_set, words
 from vlmpo.verifiers.numbers import NUMBER_WORDS, read_quantity
 from vlmpo.verifiers.sentences import is_sentence, said_of_subject, tidy
 from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value
@@ -24,7 +24,6 @@ _DENIAL = re.compile(rf"\b(?:not|no|never|none|without|cannot)\b|n't|{words('den
 _YES, _NO = (re.compile(words(field)) for field in ("yes", "no"))
 _HEAD = re.compile(rf"(?P<head>{words('yes')}|{words('no')})\s*[,;.:!、。—–-]\s*(?P<rest>.*)", re.DOTALL)
 _SCRIPTS = [re.compile(f"[{signs}]") for signs in ("A-Za-zÀ-ÖØ-öø-ɏ", "Ѐ-ӿ", f"{EAST_ASIAN}々")]
-_UNKNOWN_SCRIPT = re.compile(f"(?![Ѐ-ӿ{EAST_ASIAN}々ー\u0300-\u036fµμΩθαβπ])[\u0370-\U0001f000]")
 # Words so alike that one is taken for a misreading of the other, and so unlike in what they say.
 _UNLIKE = [
     word_set(group)
@@ -196,7 +195,7 @@ def _is_no_answer(readings: Sequence[str], truth: str) -> bool:
         return True
     if is_sentence(core) and not (is_sentence(truth) and len(truth.split()) > 3):
         return True
-    if any(_UNKNOWN_SCRIPT.search(plain(text)) for text in (whole, truth)):
+    if any(UNKNOWN_SCRIPT.search(plain(text)) for text in (whole, truth)):
         return True
     scripts = [{i for i, script in enumerate(_SCRIPTS) if script.search(plain(text))} for text in (core, truth)]
     if scripts[0] and scripts[1] and not scripts[0] & scripts[1]:

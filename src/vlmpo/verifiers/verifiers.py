@@ -61,6 +61,8 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
         RecordError: ``truth_unreadable``: the truth is empty or not of the verifier's kind.
     """
     name = choose_verifier(truth, verifier)
+    if same_text(response, truth):
+        return Verdict("correct", tidy(response), name)
     found = find_final_answer(response)
     agrees = None if found is None else _agrees(found, truth, _VERIFIERS[name])
     if found is None or agrees is None or (found.is_sentence and not agrees):
@@ -115,7 +117,7 @@ Judge = Callable[[Sequence[str], str], bool | None]
 def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     """Return the verdict on an answer; what takes it back or leaves it open is asked first, for every verifier."""
     text = found.text
-    right = read_option(truth) if verifier.judge is judge_option else None
+    right = read_option(truth, is_truth=True) if verifier.judge is judge_option else None
     if same_text(text, truth) or (right and right[1] and same_words(text, right[1])):
         return True
     if found.is_remark:
@@ -189,7 +191,7 @@ class _Verifier:
 
 _VERIFIERS = {
     "exact": _Verifier(judge_exact),
-    "option": _Verifier(judge_option, "an option letter", lambda truth: read_option(truth) or read_letters(truth)),
+    "option": _Verifier(judge_option, "an option letter", lambda truth: read_option(truth, is_truth=True) or read_letters(truth)),
     "number": _Verifier(_judge_number, "a number", read_quantity),
     "anls": _Verifier(judge_anls),
     "vqa": _Verifier(judge_vqa),
