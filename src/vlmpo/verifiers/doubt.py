@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from vlmpo.verifiers.characters import same_length
-from vlmpo.verifiers.languages import EAST_ASIAN, LETTERS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, words
+from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, LETTERS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, words
 
 # "Without doubt" is none.
 _CERTAIN = re.compile(
@@ -47,7 +47,7 @@ _OPTION_LETTER = re.compile(
     rf"\(?(?P<letter>A(?!\s+[a-z]+\s+[a-z])|I(?!\s+[a-z])|[B-HJ])(?![{LETTERS}'])"
 )
 _CONCLUDES = re.compile(
-    r"(?<!\w)(?:so|thus|therefore|hence|which makes|making|donc|daher|folglich|portanto|por (?:lo )?tanto|поэтому|следовательно)"
+    r"(?<!\w)(?:so|thus|therefore|hence|which makes it|making|donc|daher|folglich|portanto|por (?:lo )?tanto|поэтому|следовательно)"
     r"(?!\w)|所以|因此|故|よって|したがって"
 )
 _RESULT = re.compile(r"=\s*[$\\(]*(-?\d[\d.,]*\d|\d)(?![\d.]*\s*[-+*/×^=\d])")
@@ -101,6 +101,8 @@ def contradicts(said: str, answer: str) -> bool:
             return True
         if _FAULT.search(lower) and not (is_yes_or_no or _OTHERS.search(lower) or (others and not _THIS.match(lower))):
             return True
+        if concluded and _is_other_colour(concluded[-1], answer):
+            return True
         found = _NUMBER.findall(sentence)
         if numbers and concluded and (last := _NUMBER.findall(concluded[-1])) and last[-1] not in numbers:
             return True
@@ -108,6 +110,12 @@ def contradicts(said: str, answer: str) -> bool:
             return True
     results = _RESULT.findall(shape)
     return len(numbers) == 1 and bool(results) and results[-1].lstrip("-") not in numbers
+
+
+def _is_other_colour(concluded: str, answer: str) -> bool:
+    """Return whether "so purple" follows the answer "blue"."""
+    colours, found = ({COLOURS[word] for word in re.findall(r"\w+", _lower(text)) if word in COLOURS} for text in (answer, concluded))
+    return bool(colours and found - colours)
 
 
 def is_remark(text: str) -> bool:

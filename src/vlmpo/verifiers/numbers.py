@@ -73,8 +73,11 @@ _NO_UNIT = word_set(
     "third thirds quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths "
     "either neither maybe possibly perhaps if unless except point negative positive up down sqrt pi factorial"
 )
-# Words that, in a parenthesis after a number, take it back: "3 (or 4)". Others explain: "3 (two red, one blue)".
-_OTHERWISE = word_set("or not maybe possibly perhaps if with without including excluding actually")
+# In a parenthesis after a number it takes it back or makes it another: "3 (or 4)". Others explain: "3 (two red)".
+_OTHERWISE = re.compile(
+    rf"\b(?:or|not|maybe|possibly|perhaps|if|with|without|including|excluding|actually|plus|minus|negative|below"
+    rf"|thousands?|millions?|billions?|hundreds?|dozens?|base|approximate\w*)\b|{words('fault')}"
+)
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
 _WORD = re.compile(
     rf"(?![\d_])[{LETTERS}{EAST_ASIAN}][{LETTERS}{EAST_ASIAN}'.-]*(?:[/^]\w[\w^-]*)*"
@@ -252,7 +255,7 @@ def _otherwise(number: str, value: Fraction, quantity: Quantity) -> Fraction | N
 def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -> Quantity | None:
     kind, scale = UNITS[currency.lower()] if currency else (None, Fraction(1))
     if aside := _ASIDE.search(rest):
-        if _OTHERWISE & set(re.findall(r"\w+", aside[1].lower())) or _is_other_number(value, aside[1], rest):
+        if _OTHERWISE.search(aside[1].lower()) or _is_other_number(value, aside[1], rest):
             return None
         rest = rest[: aside.start()]
     if rest[:1] in _ATTACHED_MAGNITUDES and not rest[1:2].isalnum():
@@ -278,9 +281,11 @@ def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -
 
 
 def _is_other_number(value: Fraction, aside: str, rest: str) -> bool:
-    """Return whether a parenthesis holds another number: "3 (4)"; 1.23(4) is one with its uncertainty."""
-    number = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*%?\s*", aside)
-    return number is not None and (rest[:1] == "(" or Fraction(number[1]) != value)
+    """Return whether a parenthesis gives another number: "3 (4)", "3 (six in all)"; 1.23(4) is one with its error."""
+    number = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?|[a-z]+)(?:\s*%|\s+(?:in|with|when)\b.*)?\s*", aside.lower())
+    if number is None or not (number[1] in NUMBER_WORDS or number[1][-1].isdigit()):
+        return False
+    return rest[:1] == "(" or Fraction(NUMBER_WORDS.get(number[1], number[1])) != value
 
 
 def _is_apart(rest: str) -> bool:

@@ -28,7 +28,9 @@ _OPTION = re.compile(
 _TEXT_FIRST = re.compile(
     r"(?P<text>[^()]+?)\s*[(\[](?:(?:option|choice|answer)\s+)?(?P<letter>[A-J])[)\]]", re.IGNORECASE
 )
-_DENIED = re.compile(f"{words('denial')}|{words('condition')}|either|all|any", re.IGNORECASE)
+_DENIED = re.compile(
+    rf"{words('denial')}|{words('condition', 'limit', 'fault')}|either|all|any|[A-Za-z]+ (?:of|out|than|from)$", re.IGNORECASE
+)
 # A second label: "(a) and (b)", "b) or c)", "c, not b". Single capitals in an option's text, "(a) point B", are none.
 _OTHER_LABEL = re.compile(
     r"(?<!\w)[(\[][a-z][)\]](?!\w)|(?<![\w(\[])[a-z]\)(?!\w)"

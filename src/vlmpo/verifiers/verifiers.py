@@ -16,7 +16,7 @@ from vlmpo.data.records import Verdict
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.verifiers.answer import FinalAnswer, find_final_answer
 from vlmpo.verifiers.characters import same_length
-from vlmpo.verifiers.doubt import is_alternative, is_doubtful
+from vlmpo.verifiers.doubt import contradicts, is_alternative, is_doubtful
 from vlmpo.verifiers.names import is_name
 from vlmpo.verifiers.numbers import read_quantity
 from vlmpo.verifiers.options import is_option, judge_option, read_letters, read_option
@@ -127,6 +127,8 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     if is_doubtful(_without_or(shape) if is_open else shape):
         return None
     readings = readings_of(text)
+    if contradicts(text[len(readings[0]) :], readings[0]):
+        return None
     if is_alternative(readings[0]) or (is_open and is_alternative(truth)):
         return same_value(text, truth) if is_open else None
     if is_name(truth) and any(re.fullmatch(r"\W*[A-Za-z]\W*", reading) for reading in readings):
