@@ -33,7 +33,7 @@ _NO_VERB = re.compile(r"[А-ЯЁ].*\s.*\.")  # Russian sentences need none: "М�
 _MOST_BARE, _MOST_SAID = 120, 4  # characters of a bare answer; words that a bare sentence says of its subject
 _LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to parse
 _NOUN = re.compile("|".join(language.noun for language in LANGUAGES.values()))
-_LETTER = re.compile(r"[*_(]*[A-J][)*_]*[.:]\s+(?P<rest>.+)", re.DOTALL)
+_LETTER = re.compile(r"[*_(]*[A-J][)*_]*(?:[.:,]|\s+[-–—])\s+(?P<rest>.+)", re.DOTALL)
 # A second question that the response goes on to ask and answer.
 _NEXT_QUESTION = re.compile(
     r"^\W*(?:next |follow-up )?(?:question|q|user|human|assistant|问题|题目|質問|問題|pregunta|frage|pergunta|вопрос)\s*\d*\s*:",

@@ -50,8 +50,7 @@ def read_option(text: str, *, is_truth: bool = False) -> tuple[str, str] | None:
 
     In a truth the first letter counts, whatever the text: ``D. Both A and B``.
     """
-    text = " ".join(re.sub(r"[*_`$]", "", unwrap_latex(plain(tidy(text)))).split())
-    text = tidy(text)
+    text = _one_line(text)
     if is_name(text):
         return None
     first, option = _TEXT_FIRST.fullmatch(text), _OPTION.fullmatch(text)
@@ -64,12 +63,18 @@ def read_option(text: str, *, is_truth: bool = False) -> tuple[str, str] | None:
     return (option["bracketed"] or option["open"]).lower(), option["text"].strip(" .。")
 
 
-def read_letters(text: str, *, allow_single: bool = False) -> frozenset[str] | None:
-    """Return the options of a list such as "b, c" or "(b) and (c)"; None if ``text`` is no such list."""
-    text = tidy(" ".join(re.sub(r"[*_`$]", "", unwrap_latex(plain(tidy(text)))).split()))
+def read_letters(text: str, *, allow_single: bool = False) -> tuple[str, ...] | None:
+    """Return the options of a list such as "b, c" or "(b) and (c)", in its order; None if ``text`` is no such list."""
+    text = _one_line(text)
     if not (_LIST.fullmatch(text) or (allow_single and re.fullmatch(_PREFIX + _LETTER, text, re.IGNORECASE))):
         return None
-    return frozenset(re.findall(r"(?<![A-Za-z])[a-z](?![A-Za-z])", text.lower()))
+    return tuple(re.findall(r"(?<![A-Za-z])[a-z](?![A-Za-z])", re.sub(_BOTH, ",", text, flags=re.IGNORECASE).lower()))
+
+
+def _one_line(text: str) -> str:
+    """Return ``text`` in plain characters, without emphasis and ``$``; the asterisk of ``A*`` stays."""
+    text = re.sub(r"\*\*|__|[`$]|([*_])(?=\S)(.*?\S)\1", r"\2", unwrap_latex(plain(tidy(text))))
+    return tidy(" ".join(text.split()))
 
 
 @lru_cache(maxsize=1024)
@@ -111,13 +116,16 @@ def judge_option(readings: Sequence[str], truth: str) -> bool | None:
     return same_letter if same_letter == any(_same_option_text(text, right) for text in texts) else None
 
 
-def _judge_letters(readings: Sequence[str], right: frozenset[str]) -> bool | None:
+def _judge_letters(readings: Sequence[str], right: tuple[str, ...]) -> bool | None:
+    """Compare lists of letters in any order; if the truth's is not the alphabet's, the order may be what was asked."""
     for reading in readings:
         letters = read_letters(reading, allow_single=True)
         if letters is None and re.fullmatch("[A-J]{2,}", reading.strip()) and list(reading) == sorted(set(reading)):
-            letters = frozenset(reading.strip().lower())
+            letters = tuple(reading.strip().lower())
+        if letters is not None and set(letters) == set(right) and letters != right and right != tuple(sorted(right)):
+            return None
         if letters is not None:
-            return letters == right
+            return set(letters) == set(right)
     return None
 
 

@@ -15,7 +15,7 @@ from vlmpo.verifiers.values import is_expression, read_structure, same_quantity,
 ANLS_THRESHOLD = 0.5
 # Numbers with their sign, points and slashes; words; and every sign that is no punctuation: "5 %", "A-", "3√2".
 _TOKEN = re.compile(
-    r"(?<=[\d)])[!'\"]|(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|(?<=\w)-(?!\w)|[^\w\s.,;:!?'\"()\[\]{}…–—/\\、。，·-]"
+    r"(?<=[\d)])[!'\"]|(?<=\b\w)'(?!\w)|(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|(?<=\w)-(?!\w)|[^\w\s.,;:!?'\"()\[\]{}…–—/\\、。，·-]"
 )
 # Only before a word, and `a` not before a single letter: "vitamin A" and "a, b" contain no article.
 _ARTICLE = re.compile(r"\b(?:(?:an|the)\s+(?=\w)|a\s+(?=\w\w|\d))")
@@ -49,6 +49,7 @@ _ORDINALS = {
     "first": "1st", "second": "2nd", "third": "3rd", "fourth": "4th", "fifth": "5th", "sixth": "6th", "seventh": "7th",
     "eighth": "8th", "ninth": "9th", "tenth": "10th", "eleventh": "11th", "twelfth": "12th",
 }  # fmt: skip
+_MOST_CASED = 4  # letters of a word whose case may have a meaning
 _EXTRA = 2  # words beside those of the truth that make an answer a sentence around it; "dark red" is another colour
 _GENERIC = word_set("color colour colored coloured number shape word value category type side in of is")
 
@@ -61,7 +62,7 @@ def plain_text(text: str) -> str:
     whole = plain(tidy(text)).casefold().replace("ё", "е")
     text = re.sub(r"(?<=[^\W\d_][^\W\d_])\s*!+$", "", whole.rstrip(".,;:。、 ")).rstrip(".,;:。、 ")
     quoted = re.fullmatch(r"[\"'「『]+\s*(.+?)[\s.,。、]*[\"'」』]+", text) or re.fullmatch(
-        r"(.*[^\W\d])[\"'」』]+|[\"'「『]+(.*)", text
+        r"(.*[^\W\d])[\"」』]+|[\"'「『]+(.*)", text
     )
     return next((part for part in quoted.groups() if part), text) if quoted else text or whole
 
@@ -71,12 +72,36 @@ def same_text(answer: str, truth: str) -> bool:
     return plain_text(answer) == plain_text(truth)
 
 
+def differs_in_case(answer: str, truth: str) -> bool:
+    """Return whether two texts differ only in case, and in a way that may have a meaning: ``Bb``, ``CO``, ``10 MW``."""
+    ones, others = (re.findall(r"[^\W\d_]+|\d+|\S", plain(tidy(text))) for text in (answer, truth))
+    if ones == others or [one.casefold() for one in ones] != [other.casefold() for other in others]:
+        return False
+    before, after = ["", *ones], [*ones[1:], ""]
+    return any(
+        one != other and _has_case(one, other, before[i][-1:].isdigit() or (after[i] in set("+*/=^")))
+        for i, (one, other) in enumerate(zip(ones, others, strict=True))
+    )
+
+
+def _has_case(one: str, other: str, is_symbol: bool) -> bool:
+    """Return whether the case of a short word means something; that of "No", "NO" and "no", or "Red", does not."""
+    word = one.casefold()
+    if len(one) > _MOST_CASED or _YES.fullmatch(word) or _NO.fullmatch(word) or word in ("am", "pm"):
+        return False
+    if len(one) == 1 or (is_symbol and len(one) < _MOST_CASED):
+        return is_symbol
+    if len(one) == 2:
+        return word not in (one, other) or word[0] == word[1]
+    return not all(form in (form.lower(), form.upper(), form.title()) for form in (one, other))
+
+
 def words_of(text: str) -> list[str]:
     """Return the words of ``text`` as VQA scoring compares them: no articles or punctuation, number words as digits.
 
     Signs, points and slashes inside numbers stay; separators of thousands go.
     """
-    text = re.sub(r"(?<!\d)'", "", unwrap_latex(plain_text(text)))
+    text = re.sub(r"(?<!\d)(?<!\b\w)'|(?<!\d)'(?=\w)", "", unwrap_latex(plain_text(text)))
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub("[−–—]", "-", text))
     text = re.sub(r"[a-z]+", lambda word: _ORDINALS.get(word.group(), word.group()), _ARTICLE.sub("", text))
     found = _TOKEN.findall(re.sub(r"(?<=[^\W\d])\.(?=[^\W\d]|\s|$)", "", text))  # U.S.A.

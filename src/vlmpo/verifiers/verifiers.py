@@ -22,7 +22,7 @@ from vlmpo.verifiers.numbers import read_quantity
 from vlmpo.verifiers.options import is_option, judge_option, read_letters, read_option
 from vlmpo.verifiers.readings import readings_of
 from vlmpo.verifiers.sentences import tidy
-from vlmpo.verifiers.texts import judge_anls, judge_exact, judge_vqa, same_text, same_words, words_of
+from vlmpo.verifiers.texts import differs_in_case, judge_anls, judge_exact, judge_vqa, same_text, same_words, words_of
 from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value, squeezed
 
 __all__ = ["VERIFIERS", "choose_verifier", "verify", "words_of"]
@@ -61,7 +61,7 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
         RecordError: ``truth_unreadable``: the truth is empty or not of the verifier's kind.
     """
     name = choose_verifier(truth, verifier)
-    if same_text(response, truth):
+    if same_text(response, truth) and not differs_in_case(response, truth):
         return Verdict("correct", tidy(response), name)
     found = find_final_answer(response)
     agrees = None if found is None else _agrees(found, truth, _VERIFIERS[name])
@@ -118,6 +118,11 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     """Return the verdict on an answer; what takes it back or leaves it open is asked first, for every verifier."""
     text = found.text
     right = read_option(truth, is_truth=True) if verifier.judge is judge_option else None
+    targets, readings = [truth, *(right[1:] if right else [])], readings_of(text)
+    if any(differs_in_case(reading, target) for reading in readings for target in targets):
+        return None
+    if _is_cut_off(text) and not _is_cut_off(truth):
+        return None
     if same_text(text, truth) or (right and right[1] and same_words(text, right[1])):
         return True
     if found.is_remark:
@@ -126,7 +131,6 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     is_open = right is None and (is_alternative(truth) or _is_set(truth))  # "x = 2 or x = 3" is what was asked for
     if is_doubtful(_without_or(shape) if is_open else shape):
         return None
-    readings = readings_of(text)
     if contradicts(text[len(readings[0]) :], readings[0]):
         return None
     if is_alternative(readings[0]) or (is_open and is_alternative(truth)):
@@ -138,6 +142,10 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
         as_option = judge_option(readings, truth)
         return verdict if verdict == as_option else None
     return verdict
+
+
+def _is_cut_off(text: str) -> bool:
+    return re.search(r"(?:\.\.|…)\W*$", text) is not None
 
 
 def _without_or(text: str) -> str:
