@@ -576,6 +576,8 @@ COLOURS = {
     )
     for word in listed.split()
 }
+# Words of other languages that are English words too, for something else.
+HOMOGRAPHS = word_set("rose chat dos null un once rot sept die hund pan six")
 # Words of languages that are not read, in Latin letters.
 OTHER_LANGUAGES = word_set(
     "è il della che risposta sono het een antwoord niet zijn jest odpowiedź nie są ve bir cevap değil är och "

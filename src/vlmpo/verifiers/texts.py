@@ -7,19 +7,21 @@ from collections.abc import Sequence
 
 from vlmpo.verifiers.characters import plain, unwrap_latex
 from vlmpo.verifiers.doubt import is_remark
-from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, NUMBERS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, word_set, words
+from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, HOMOGRAPHS, NUMBERS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, word_set, words
 from vlmpo.verifiers.numbers import NUMBER_WORDS, read_quantity
 from vlmpo.verifiers.sentences import is_sentence, said_of_subject, tidy
 from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value
 
-ANLS_THRESHOLD = 0.5
+ANLS_THRESHOLD, _WORD_THRESHOLD = 0.5, 0.8  # of texts, and of single words: between the two nothing is said of words
 # Numbers with their sign, points and slashes; words; and every sign that is no punctuation: "5 %", "A-", "3√2".
 _TOKEN = re.compile(
     r"(?<=[\d)])[!'\"]|(?<=\b\w)'(?!\w)|(?:(?<![\w)])[-+])?(?:\d+(?:[.,:/-]\d+)*|\.\d+)|\w+|(?<=\w)-(?!\w)|[^\w\s.,;:!?'\"()\[\]{}…–—/\\、。，·-]"
 )
 # Only before a word, and `a` not before a single letter: "vitamin A" and "a, b" contain no article.
 _ARTICLE = re.compile(r"\b(?:(?:an|the)\s+(?=\w)|a\s+(?=\w\w|\d))")
+_LITTLE = re.compile(rf"to|at|in|on|of|from|by|the|under|it|with|for|{words('article')}")
 _OTHER_ARTICLE = re.compile(rf"(?:{words('article')}\s+|[ld]['’])(?=\w)", re.IGNORECASE)
+_NAME = re.compile(rf"{words('article')}\s+[A-ZÀ-Ý]".replace("(?:", "(?i:", 1))  # "El Salvador", "Die Hard"
 _DENIAL = re.compile(rf"\b(?:not|no|never|none|without|cannot)\b|n't|{words('denial')}")
 _YES, _NO = (re.compile(words(field)) for field in ("yes", "no"))
 _HEAD = re.compile(rf"(?P<head>{words('yes')}|{words('no')})\s*[,;.:!、。—–-]\s*(?P<rest>.*)", re.DOTALL)
@@ -117,8 +119,10 @@ def same_words(answer: str, truth: str) -> bool:
         return False
     text = plain_text(answer)
     forms = [form for form in (text, said_of_subject(text)) if form]
-    forms += [re.sub(r"(?<!\bno)\s+ones?$", "", form) for form in forms]
-    forms += [_OTHER_ARTICLE.sub("", form, count=1) for form in forms if _OTHER_ARTICLE.match(form)]
+    if re.search(rf"(?<!y)\s+ones?\W*$", answer):  # "the red one", not "Formula One" nor "twenty one"
+        forms += [re.sub(rf"(?<!\bno)\s+ones?$", "", form) for form in forms]
+    if not _NAME.match(tidy(answer)):
+        forms += [_OTHER_ARTICLE.sub("", form, count=1) for form in forms if _OTHER_ARTICLE.match(form)]
     rights = [right, words_of(_OTHER_ARTICLE.sub("", plain_text(truth), count=1))]
     if any(words_of(form) in rights for form in forms):
         return True
@@ -146,7 +150,8 @@ def judge_vqa(readings: Sequence[str], truth: str) -> bool | None:
         return True
     meant = _same_meaning(readings[0], truth)
     if meant is not None:
-        return meant
+        is_homograph = HOMOGRAPHS & {plain_text(readings[0]), plain_text(truth)}
+        return None if meant and is_homograph else meant
     dates = _date(readings[0]), _date(truth)
     if all(dates):
         return dates[0] == dates[1]
@@ -166,9 +171,11 @@ def judge_anls(readings: Sequence[str], truth: str) -> bool | None:
         return same_quantity(read, right) if read and right else _first_verdict(readings, truth)
     if _is_no_answer(readings, truth):
         return None
-    if any(_is_similar(reading, truth) for reading in readings):
+    likeness = max(_likeness(reading, truth) for reading in readings)
+    is_word = len(truth.split()) == 1
+    if likeness >= (_WORD_THRESHOLD if is_word else ANLS_THRESHOLD):
         return True
-    return None if _holds_truth(readings[-1], truth) else False
+    return None if likeness >= ANLS_THRESHOLD or _holds_truth(readings[-1], truth) else False
 
 
 def _first_verdict(readings: Sequence[str], truth: str) -> bool | None:
@@ -245,6 +252,18 @@ def _date(text: str) -> tuple[int, int, int] | None:
 def _is_other_form(answer: str, truth: str) -> bool:
     """Return whether two texts may be one thing: words in another order, an abbreviation, a date written otherwise."""
     ones, others = words_of(answer), words_of(truth)
+    longer, shorter = sorted((ones, others), key=len, reverse=True)
+    extra = [word for word in longer if word not in shorter]
+    if shorter and extra and len(longer) - len(extra) == len(shorter) and all(map(_LITTLE.fullmatch, extra)):
+        return True  # "to the right"
+    if len(ones) == len(others) and all(one.rstrip("s") == other.rstrip("s") for one, other in zip(ones, others, strict=True)):
+        return True  # "dogs"
+    hours = [re.fullmatch(r"(\d{1,2})(?::00)?\s*(?:a\.?m\.?|p\.?m\.?|o'?clock)?", plain_text(text)) for text in (answer, truth)]
+    if hours[0] and hours[1] and hours[0][1] == hours[1][1] and not (answer + truth).strip().isdigit():
+        return True
+    figures = [re.findall(r"\d+", text) for text in (answer, truth)]
+    if len(figures[0]) > 1 and figures[0] == figures[1]:
+        return True
     if len(ones) > 1 and sorted(ones) == sorted(others):
         return True
     if set(re.findall(r"\b\d{4}\b", answer)) & set(re.findall(r"\b\d{4}\b", truth)):
@@ -294,23 +313,21 @@ def _holds_truth(answer: str, truth: str) -> bool:
     )
 
 
-def _is_similar(answer: str, truth: str) -> bool:
-    """Return whether two texts are similar enough, and in lists or texts of as many words every part is."""
+def _likeness(answer: str, truth: str) -> float:
+    """Return how alike two texts are, from 0 to 1; of lists and texts of as many words, their most unlike parts."""
     one, other = plain_text(answer), plain_text(truth)
     for separator in (r"\s*[,;]\s*", r"\s+"):
         ones, others = re.split(separator, one), re.split(separator, other)
         if len(ones) > 1 and len(ones) == len(others):
-            return all(map(_is_similar, ones, others))
-    if re.findall(r"\d+|[\^√/*=<>±!+]", one) != re.findall(r"\d+|[\^√/*=<>±!+]", other) or bool(
-        _DENIAL.search(one)
-    ) != bool(_DENIAL.search(other)):
-        return False
-    if _are_unlike(one, other):
-        return False
+            return min(map(_likeness, ones, others))
+    numbers = [re.findall(r"\d+|[\^√/*=<>±!+]", text) for text in (one, other)]
+    denials = [_DENIAL.search(text) is None for text in (one, other)]
+    if numbers[0] != numbers[1] or denials[0] != denials[1] or _are_unlike(one, other):
+        return 0
     longer = max(len(one), len(other))
     if abs(len(one) - len(other)) > (1 - ANLS_THRESHOLD) * longer:  # the distance is at least that; spares long texts
-        return False
-    return 1 - _levenshtein(one, other) / longer >= ANLS_THRESHOLD
+        return 0
+    return 1 - _levenshtein(one, other) / longer
 
 
 def _are_unlike(one: str, other: str) -> bool:

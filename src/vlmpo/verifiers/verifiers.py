@@ -141,7 +141,14 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     if is_option(truth) or read_letters(truth):  # whatever the verifier, another letter is not right, nor "B" wrong
         as_option = judge_option(readings, truth)
         return verdict if verdict == as_option else None
-    return verdict
+    return None if verdict is False and _may_have_unit(readings, truth) else verdict
+
+
+def _may_have_unit(readings: Sequence[str], truth: str) -> bool:
+    """Return whether an answer is the truth with letters after it that may be a unit: ``5 C``, ``5 N·m``."""
+    right = squeezed(truth)
+    unit = re.compile(re.escape(right) + ("" if right[-1:] in ")}" else " ") + r"[A-Za-zΩµμ°*/^{}()\d-]{1,12}")
+    return any(unit.fullmatch(squeezed(text)) and not read_quantity(text) for text in readings)
 
 
 def _is_cut_off(text: str) -> bool:
