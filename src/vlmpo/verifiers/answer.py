@@ -14,6 +14,7 @@ An answer that the rest of the response takes back, or leaves open, is none.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -28,12 +29,16 @@ _BARE_LABEL = re.compile(
     rf"(?:{words('option')}\s*\(?[A-Za-z]\)?[.:]?$|\([A-Za-z]\)|[A-Za-z]\)|[A-Z][.:](?:\s|$))", re.IGNORECASE
 )
 _YES_OR_NO = re.compile(f"{words('yes', 'no')}[.。!]?", re.IGNORECASE)
+_YES_OR_NO_WORD = re.compile(words("yes", "no"), re.IGNORECASE)
+_HEADED = re.compile(rf"[*_]*(?P<head>(?P<yes>{words('yes')})|{words('no')})[*_]*[,.;、。]\s*(?P<rest>.+)", re.IGNORECASE)
+_DENIAL = re.compile(rf"{words('denial')}|n't\b|\bno\b", re.IGNORECASE)
 _REASONED = re.compile(rf"(?P<core>[^\s,.]+),?\s+{words('reason')}", re.IGNORECASE)  # "B, because it is tallest."
 _NO_VERB = re.compile(r"[А-ЯЁ].*\s.*\.")  # Russian sentences need none: "Машина красная."
+_JSON_KEYS = ("answer", "final_answer", "final answer")
 _MOST_BARE, _MOST_SAID = 120, 4  # characters of a bare answer; words that a bare sentence says of its subject
 _LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to parse
 _NOUN = re.compile("|".join(language.noun for language in LANGUAGES.values()))
-_LETTER = re.compile(r"[*_(]*[A-J][)*_]*(?:[.:,]|\s+[-–—])\s+(?P<rest>.+)", re.DOTALL)
+_LETTER = re.compile(r"[*_(]*[A-J][)*_]*(?:[.:]|,(?=\s+[a-z])|\s+[-–—])\s+(?P<rest>.+)", re.DOTALL)
 # A second question that the response goes on to ask and answer.
 _NEXT_QUESTION = re.compile(
     r"^\W*(?:next |follow-up )?(?:question|q|user|human|assistant|问题|题目|質問|問題|pregunta|frage|pergunta|вопрос)\s*\d*\s*:",
@@ -77,6 +82,8 @@ def find_final_answer(text: str) -> FinalAnswer | None:
     """Return the final answer as :func:`parse_final_answer` reads it, with what the verifiers must know of it."""
     _, closed, after = text.replace("\r\n", "\n").rpartition("</think>")
     text = (after if closed else after.partition("<think>")[0]).strip()
+    if (value := _json_answer(text)) is not None:
+        return FinalAnswer(tidy(value)) if value.strip() else None
     marks = find_marks(text)
     if not marks:
         return _bare(text)
@@ -90,6 +97,17 @@ def find_final_answer(text: str) -> FinalAnswer | None:
         return None
     answer = tidy(chosen.text)
     return FinalAnswer(answer, is_remark=chosen.is_remark) if answer else None
+
+
+def _json_answer(text: str) -> str | None:
+    """Return the value of ``answer`` of a response that is a JSON object, in a code block or not; None if it is none."""
+    found = re.fullmatch(r"(?:```\w*\s*)?(\{.*\})\s*(?:```)?", text, re.DOTALL)
+    try:
+        value = json.loads(found[1], parse_float=str, parse_int=str) if found else None
+    except (ValueError, RecursionError):
+        return None
+    answers = [answer for key, answer in value.items() if key.lower() in _JSON_KEYS] if isinstance(value, dict) else []
+    return answers[0] if len(answers) == 1 and isinstance(answers[0], str) else None
 
 
 def _decisive(shape: str, marks: list[Mark]) -> Mark | None:
@@ -129,6 +147,9 @@ def _bare(text: str) -> FinalAnswer | None:
         )
     if is_doubtful(text) or _NOUN.search(shape.lower()):  # "the answer of the student is B"
         return None
+    headed = _HEADED.fullmatch(shape)
+    if headed and not (_YES_OR_NO_WORD.search(headed["rest"]) or (headed["yes"] and _DENIAL.search(headed["rest"]))):
+        return FinalAnswer(tidy(headed["head"]), is_sentence=True)
     reasoned = _REASONED.match(shape)
     if reasoned and first_sentence(text) == text and not is_sentence(reasoned["core"]):
         return FinalAnswer(text[: reasoned.end("core")], is_sentence=True)

@@ -40,7 +40,7 @@ _FAULT, _OTHERS = re.compile(words("fault")), re.compile(words("others"))
 _NOT_IT = re.compile(rf"{words('denial', 'contrast', 'fault')}|n't\b|\btoo\s\w")
 _THIS = re.compile(r"\W*(?:this|that|it|the\s+above|there|my|i)\b")
 _EXCLAMATION = re.compile(r"^\W*\w+,\s")  # "False, it is C."
-_ONE_LETTER = re.compile(r"\W*(?:(?:option|choice)\s+)?\(?([A-J])\)?\W*(?:(?<=[.:)])\s+.*)?", re.DOTALL)
+_ONE_LETTER = re.compile(r"\W*(?:(?:option|choice)\s+)?\(?([A-J])\)?\W*(?:(?<=,)\s+[a-z].*|(?<=[.:)–—-])\s+.*)?", re.DOTALL)
 # Letters that may be options: not of figures ("angle B", "group C"), nor the articles "A" and "a".
 _OPTION_LETTER = re.compile(
     rf"(?<![{LETTERS}'.])(?<!\\)(?:(?P<named>angle|point|side|line|triangle|vertex|circle|student|set|figure|node|=)\s+)?"

@@ -23,10 +23,10 @@ Variables = Mapping[str, Any]
 Value = Callable[[Variables], Any]
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<command>\\[A-Za-z]+)|(?P<word>[A-Za-z]+(?:_(?:\w|\{\w+\}))?)"
+    r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<command>\\log_(?:\d|\{\d+\})|\\[A-Za-z]+)|(?P<word>[A-Za-z]+(?:_(?:\w|\{\w+\}))?)"
     r"|(?P<sign>\*\*|[-+*/^!(){}\[\]|,°%]))"
 )
-_CONSTANTS = {r"\pi": "pi", "pi": "pi", "e": "e", r"\infty": "inf", r"\inf": "inf"}
+_CONSTANTS = {r"\pi": "pi", "pi": "pi", "e": "e", r"\infty": "inf", r"\inf": "inf", "i": "j"}
 _GREEK = {rf"\{name}" for name in word_set("alpha beta gamma delta theta lambda mu phi varphi omega rho sigma tau")}
 _FUNCTIONS = {name: name for name in word_set("sin cos tan cot sec csc sinh cosh tanh exp sqrt abs")} | {
     "ln": "log",
@@ -201,6 +201,8 @@ class _Reader:
             return self.root()
         if name in _FUNCTIONS:
             return self.function(name)
+        if base := re.fullmatch(r"log_\{?(\d+)\}?", name):
+            return _divided(_applied("log", self.function_argument()), _applied("log", lambda at: _number(base[1])))
         if name == "binom":
             return _chosen(self.argument(), self.argument())
         if token in _GREEK or re.fullmatch(r"[A-Za-z](?:_(?:\w|\{\w+\}))?", token):

@@ -55,6 +55,11 @@ _CLAUSE = re.compile(rf"[.,;:!?()（）{{\n—–。、【\[]|-\s|(?<![{LETTERS}
 _LEAD = re.compile(rf"[\W_]*(?:{words('lead')}[\W_]*)*", re.IGNORECASE)
 _PREMISE = re.compile(words("premise"), re.IGNORECASE)
 _ECHO = re.compile(r"^\s*>|\be\.\s?g\.|\b(?:for example|format|sample|例如|格式)", re.IGNORECASE)
+# "The answer is as follows: 17."
+_FOLLOWS = re.compile(
+    r"\s*(?:(?:as follows|如下|wie folgt|como sigue|comme suit)\s*[:.]|(?:given|shown|stated) below\s*[:.]?\s*\n)[\s*_]*",
+    re.IGNORECASE,
+)
 _ADVERB = re.compile(rf"\s*(?:{words('adverb')})[\s,]+", re.IGNORECASE)
 # What makes a box a part of a formula that begins before it. `- \boxed{3}` on a line of its own is a list.
 _LEADS_IN = re.compile(
@@ -137,6 +142,9 @@ def _stated(text: str, shape: str, code: str, match: re.Match[str]) -> Mark:
     spacing = _TO_ANSWER.match(shape, match.end())
     start = spacing.end() if spacing else match.end()
     line = text[start:].partition("\n")[0]
+    if follows := _FOLLOWS.match(same_length(text), start):
+        start = follows.end()
+        line = text[start:].partition("\n")[0]
     adverb = _ADVERB.match(same_length(line))
     if adverb and not is_remark(line):
         start, line = start + adverb.end(), line[adverb.end() :]

@@ -80,7 +80,7 @@ _NO_NAME = re.compile(rf"\w*[^r\W]ths?|\w*fold|(?:ten|dozen|hundred|thousand|mil
 # In a parenthesis after a number it takes it back or makes it another: "3 (or 4)". Others explain: "3 (two red)".
 _OTHERWISE = re.compile(
     rf"\b(?:or|not|maybe|possibly|perhaps|if|with|without|including|excluding|actually|plus|minus|negative|below"
-    rf"|thousands?|millions?|billions?|hundreds?|dozens?|base|approximate\w*)\b|{words('fault')}"
+    rf"|thousands?|millions?|billions?|hundreds?|dozens?|base|approximate\w*|estimate\w*)\b|{words('fault')}"
 )
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
 _WORD = re.compile(

@@ -131,6 +131,6 @@ def _judge_letters(readings: Sequence[str], right: tuple[str, ...]) -> bool | No
 
 def _same_option_text(answer: str, right: tuple[str, str]) -> bool:
     read, quantity = read_quantity(answer), read_quantity(right[1])
-    if read and quantity:
+    if read and quantity and read.percent == quantity.percent:
         return same_quantity(read, quantity) is True
     return same_words(answer, right[1]) or same_words(answer, f"{right[0]} {right[1]}")

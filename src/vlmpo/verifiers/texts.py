@@ -21,7 +21,7 @@ _TOKEN = re.compile(
 _ARTICLE = re.compile(r"\b(?:(?:an|the)\s+(?=\w)|a\s+(?=\w\w|\d))")
 _LITTLE = re.compile(rf"to|at|in|on|of|from|by|the|under|it|with|for|{words('article')}")
 _OTHER_ARTICLE = re.compile(rf"(?:{words('article')}\s+|[ld]['’])(?=\w)", re.IGNORECASE)
-_NAME = re.compile(rf"{words('article')}\s+[A-ZÀ-Ý]".replace("(?:", "(?i:", 1))  # "El Salvador", "Die Hard"
+_NAME = re.compile(rf"(?=[A-ZÀ-Ý])(?i:{words('article')})\s+[A-ZÀ-Ý]")  # "El Salvador", "Die Hard"
 _DENIAL = re.compile(rf"\b(?:not|no|never|none|without|cannot)\b|n't|{words('denial')}")
 _YES, _NO = (re.compile(words(field)) for field in ("yes", "no"))
 _HEAD = re.compile(rf"(?P<head>{words('yes')}|{words('no')})\s*[,;.:!、。—–-]\s*(?P<rest>.*)", re.DOTALL)
@@ -47,6 +47,7 @@ _MONTHS = (
     *("november", "december"),
 )
 _OPPOSITE = ("un", "in", "im", "il", "ir", "dis", "non", "non-", "a", "fe", "anti", "de", "mis", "sub", "super", "re")
+_OPPOSITE_PARTS = (("^hyper", "hypo"), ("^endo", "exo"), ("(?:er|or)$", "ee"))
 _ORDINALS = {
     "first": "1st", "second": "2nd", "third": "3rd", "fourth": "4th", "fifth": "5th", "sixth": "6th", "seventh": "7th",
     "eighth": "8th", "ninth": "9th", "tenth": "10th", "eleventh": "11th", "twelfth": "12th",
@@ -119,7 +120,7 @@ def same_words(answer: str, truth: str) -> bool:
         return False
     text = plain_text(answer)
     forms = [form for form in (text, said_of_subject(text)) if form]
-    if re.search(rf"(?<!y)\s+ones?\W*$", answer):  # "the red one", not "Formula One" nor "twenty one"
+    if re.search(r"(?<!y)\s+ones?\W*$", answer):  # "the red one", not "Formula One" nor "twenty one"
         forms += [re.sub(rf"(?<!\bno)\s+ones?$", "", form) for form in forms]
     if not _NAME.match(tidy(answer)):
         forms += [_OTHER_ARTICLE.sub("", form, count=1) for form in forms if _OTHER_ARTICLE.match(form)]
@@ -172,8 +173,8 @@ def judge_anls(readings: Sequence[str], truth: str) -> bool | None:
     if _is_no_answer(readings, truth):
         return None
     likeness = max(_likeness(reading, truth) for reading in readings)
-    is_word = len(truth.split()) == 1
-    if likeness >= (_WORD_THRESHOLD if is_word else ANLS_THRESHOLD):
+    counts = {len(text.split()) for text in (truth, readings[0])}
+    if likeness >= (_WORD_THRESHOLD if len(counts) == 1 or 1 in counts else ANLS_THRESHOLD):
         return True
     return None if likeness >= ANLS_THRESHOLD or _holds_truth(readings[-1], truth) else False
 
@@ -254,7 +255,7 @@ def _is_other_form(answer: str, truth: str) -> bool:
     ones, others = words_of(answer), words_of(truth)
     longer, shorter = sorted((ones, others), key=len, reverse=True)
     extra = [word for word in longer if word not in shorter]
-    if shorter and extra and len(longer) - len(extra) == len(shorter) and all(map(_LITTLE.fullmatch, extra)):
+    if shorter and min(map(len, extra), default=0) > 1 and len(longer) - len(extra) == len(shorter) and all(map(_LITTLE.fullmatch, extra)):
         return True  # "to the right"
     if len(ones) == len(others) and all(one.rstrip("s") == other.rstrip("s") for one, other in zip(ones, others, strict=True)):
         return True  # "dogs"
@@ -339,6 +340,7 @@ def _are_unlike(one: str, other: str) -> bool:
                 len(a) == len(b) == 1
                 or any({a, b} <= group for group in _UNLIKE)
                 or any(a == p + b or b == p + a for p in _OPPOSITE)
+                or any(re.sub(p, q, a) == b or re.sub(p, q, b) == a for p, q in _OPPOSITE_PARTS)
             ):
                 return True
     return COLOURS.get(one, -1) != COLOURS.get(other, -1) and one in COLOURS and other in COLOURS

@@ -95,7 +95,9 @@ def same_value(answer: str, truth: str) -> bool | None:
     right, read = read_quantity(truth), read_quantity(answer)
     if right and read:
         same = same_quantity(read, right)
-        return same or _is_rounded(answer, truth) or _is_rounded(truth, answer) or same
+        if same is not False or _is_rounded(answer, truth) or _is_rounded(truth, answer):
+            return same is not None or None
+        return None if _is_rounded(answer, truth, least=2) or _is_rounded(truth, answer, least=2) else False
     whole, parts = (None if quantity else read_structure(text) for quantity, text in ((right, truth), (read, answer)))
     if whole and parts:
         return same_structure(parts, whole)
@@ -194,9 +196,9 @@ def _same_expression(answer: str, truth: str) -> bool | None:
 
 
 def _may_mean_the_same(formulas: list[Formula], one: str, other: str) -> bool:
-    """Return whether two formulas differ only as they are read: an imaginary i, a logarithm's base, x named n."""
+    """Return whether two formulas differ only as they are read: a logarithm's base, x named n."""
     names = [formula.variables for formula in formulas]
-    if "i" in names[0] | names[1] or re.search(r"\blog(?!_)|\\log(?!_)", one + other):
+    if re.search(r"\blog(?!_)|\\log(?!_)", one + other):
         return True
     if len(names[0]) == len(names[1]) == 1 and names[0] != names[1] and min(names[0] | names[1]).islower():
         return True
@@ -217,7 +219,11 @@ def _is_rounded(decimal: str, exact: str, *, least: int = 6) -> bool:
             return False
         if formula.variables:
             return False
-        return bool(abs(formula.value({}) - mpmath.mpf(squeezed(decimal))) <= mpmath.mpf(10) ** -len(digits[1]))
+        given, value, unit = mpmath.mpf(squeezed(decimal)), formula.value({}), mpmath.mpf(10) ** -len(digits[1])
+        if mpmath.im(value):
+            return False
+        rest = (value - given) * (-1 if decimal.lstrip().startswith(("-", "−")) else 1)
+        return bool(-0.5001 * unit < rest < 0.9999 * unit)  # rounded or cut
 
 
 @lru_cache(maxsize=1024)
@@ -255,6 +261,8 @@ def _time_or_ratio(shape: str) -> Structure | None:
     if colon := _COLON.fullmatch(shape):
         meridiem = (colon[2] or "").lower().replace(".", "")
         return Structure("colon", tuple(re.split(r" ?: ?", colon[1])), meridiem)
+    if hour := re.fullmatch(r"(\d{1,2}) ?([ap])\.?m\.?", shape, re.IGNORECASE):
+        return Structure("colon", (hour[1], "00"), f"{hour[2].lower()}m")
     if ratio := _RATIO_WORDS.fullmatch(shape):
         return Structure("colon", (ratio[1], ratio[2]))
     if _BY.fullmatch(shape) and re.search(r"[xX]|by|por|mal|sur", shape):

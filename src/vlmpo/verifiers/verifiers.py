@@ -148,6 +148,8 @@ def _may_have_unit(readings: Sequence[str], truth: str) -> bool:
     """Return whether an answer is the truth with letters after it that may be a unit: ``5 C``, ``5 N·m``."""
     right = squeezed(truth)
     unit = re.compile(re.escape(right) + ("" if right[-1:] in ")}" else " ") + r"[A-Za-zΩµμ°*/^{}()\d-]{1,12}")
+    if not re.search(r"[\d)}]$", right):
+        return False
     return any(unit.fullmatch(squeezed(text)) and not read_quantity(text) for text in readings)
 
 
