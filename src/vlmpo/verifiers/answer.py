@@ -19,9 +19,17 @@ import re
 from dataclasses import dataclass
 
 from vlmpo.verifiers.characters import same_length
-from vlmpo.verifiers.doubt import contradicts, is_alternative, is_doubtful, is_filler, is_hedged, is_remark, is_taken_back
+from vlmpo.verifiers.doubt import (
+    contradicts,
+    is_alternative,
+    is_doubtful,
+    is_filler,
+    is_hedged,
+    is_remark,
+    is_taken_back,
+)
 from vlmpo.verifiers.languages import LANGUAGES, words
-from vlmpo.verifiers.marks import FINAL, Mark, find_marks, is_denied, is_long_remark
+from vlmpo.verifiers.marks import Mark, find_marks, is_denied, is_long_remark
 from vlmpo.verifiers.names import is_name
 from vlmpo.verifiers.sentences import EMPHASIS, first_sentence, is_sentence, said_of_subject, tidy
 
@@ -30,7 +38,10 @@ _BARE_LABEL = re.compile(
 )
 _YES_OR_NO = re.compile(f"{words('yes', 'no')}[.。!]?", re.IGNORECASE)
 _YES_OR_NO_WORD = re.compile(words("yes", "no"), re.IGNORECASE)
-_HEADED = re.compile(rf"[*_]*(?P<head>(?P<yes>{words('yes')})|{words('no')})[*_]*[,.;、。]\s*(?P<rest>.+)", re.IGNORECASE)
+# "Yes, there is a dog." Only the head answers.
+_HEADED = re.compile(
+    rf"[*_]*(?P<head>(?P<yes>{words('yes')})|{words('no')})[*_]*[,.;、。]\s*(?P<rest>.+)", re.IGNORECASE
+)
 _DENIAL = re.compile(rf"{words('denial')}|n't\b|\bno\b", re.IGNORECASE)
 _REASONED = re.compile(rf"(?P<core>[^\s,.]+),?\s+{words('reason')}", re.IGNORECASE)  # "B, because it is tallest."
 _NO_VERB = re.compile(r"[А-ЯЁ].*\s.*\.")  # Russian sentences need none: "Машина красная."
@@ -41,7 +52,7 @@ _NOUN = re.compile("|".join(language.noun for language in LANGUAGES.values()))
 _LETTER = re.compile(r"[*_(]*[A-J][)*_]*(?:[.:]|,(?=\s+[a-z])|\s+[-–—])\s+(?P<rest>.+)", re.DOTALL)
 # A second question that the response goes on to ask and answer.
 _NEXT_QUESTION = re.compile(
-    r"^\W*(?:next |follow-up )?(?:question|q|user|human|assistant|问题|题目|質問|問題|pregunta|frage|pergunta|вопрос)\s*\d*\s*:",
+    r"^\W*(?:next )?(?:question|q|user|human|assistant|问题|题目|質問|問題|pregunta|frage|pergunta|вопрос)\s*\d*\s*:",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -100,7 +111,7 @@ def find_final_answer(text: str) -> FinalAnswer | None:
 
 
 def _json_answer(text: str) -> str | None:
-    """Return the value of ``answer`` of a response that is a JSON object, in a code block or not; None if it is none."""
+    """Return the value of ``answer`` of a response that is a JSON object, maybe in a code block; None if it is none."""
     found = re.fullmatch(r"(?:```\w*\s*)?(\{.*\})\s*(?:```)?", text, re.DOTALL)
     try:
         value = json.loads(found[1], parse_float=str, parse_int=str) if found else None
@@ -161,4 +172,6 @@ def _statement(sentence: str) -> FinalAnswer | None:
     said = said_of_subject(sentence)
     if not said or len(said.split()) > _MOST_SAID or is_sentence(said) or is_remark(said):
         return None
-    return None if is_alternative(f"x {said}") or is_denied(said, has_verb=True) else FinalAnswer(tidy(said), is_sentence=True)
+    if is_alternative(f"x {said}") or is_denied(said, has_verb=True):
+        return None
+    return FinalAnswer(tidy(said), is_sentence=True)

@@ -40,15 +40,17 @@ _FAULT, _OTHERS = re.compile(words("fault")), re.compile(words("others"))
 _NOT_IT = re.compile(rf"{words('denial', 'contrast', 'fault')}|n't\b|\btoo\s\w")
 _THIS = re.compile(r"\W*(?:this|that|it|the\s+above|there|my|i)\b")
 _EXCLAMATION = re.compile(r"^\W*\w+,\s")  # "False, it is C."
-_ONE_LETTER = re.compile(r"\W*(?:(?:option|choice)\s+)?\(?([A-J])\)?\W*(?:(?<=,)\s+[a-z].*|(?<=[.:)–—-])\s+.*)?", re.DOTALL)
+_ONE_LETTER = re.compile(
+    r"\W*(?:(?:option|choice)\s+)?\(?([A-J])\)?\W*(?:(?<=,)\s+[a-z].*|(?<=[.:)–—-])\s+.*)?", re.DOTALL
+)
 # Letters that may be options: not of figures ("angle B", "group C"), nor the articles "A" and "a".
 _OPTION_LETTER = re.compile(
     rf"(?<![{LETTERS}'.])(?<!\\)(?:(?P<named>angle|point|side|line|triangle|vertex|circle|student|set|figure|node|=)\s+)?"
     rf"\(?(?P<letter>A(?!\s+[a-z]+\s+[a-z])|I(?!\s+[a-z])|[B-HJ])(?![{LETTERS}'])"
 )
 _CONCLUDES = re.compile(
-    r"(?<!\w)(?:so|thus|therefore|hence|which makes it|making|donc|daher|folglich|portanto|por (?:lo )?tanto|поэтому|следовательно)"
-    r"(?!\w)|所以|因此|故|よって|したがって"
+    r"(?<!\w)(?:so|thus|therefore|hence|which makes it|making|donc|daher|folglich|portanto|por (?:lo )?tanto|поэтому"
+    r"|следовательно)(?!\w)|所以|因此|故|よって|したがって"
 )
 _RESULT = re.compile(r"=\s*[$\\(]*(-?\d[\d.,]*\d|\d)(?![\d.]*\s*[-+*/×^=\d])")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -114,8 +116,8 @@ def contradicts(said: str, answer: str) -> bool:
 
 def _is_other_colour(concluded: str, answer: str) -> bool:
     """Return whether "so purple" follows the answer "blue"."""
-    colours, found = ({COLOURS[word] for word in re.findall(r"\w+", _lower(text)) if word in COLOURS} for text in (answer, concluded))
-    return bool(colours and found - colours)
+    right, found = ({COLOURS.get(word) for word in re.findall(r"\w+", _lower(text))} for text in (answer, concluded))
+    return bool(right - {None} and found - right - {None})
 
 
 def is_remark(text: str) -> bool:

@@ -152,7 +152,7 @@ class _Reader:
                 value = _divided(value, self.factor()) if divided else _multiplied(value, self.factor())
             elif self._begins_factor():
                 # 1/2x is (1/2)x to some and 1/(2x) to others; 3 4 and 2\frac12 are no products.
-                if divided or (before[-1].isdigit() and (self.token[0].isdigit() or self.token == r"\frac")):
+                if divided or (before[-1].isdigit() and (self.token[0] in "0123456789." or self.token == r"\frac")):
                     raise FormulaError(self.token)
                 value = _multiplied(value, self.power())
             else:

@@ -97,9 +97,16 @@ ENGLISH = Language(
     supposed="if|whether|unless|suppose|supposing|assume|assuming|not|never|cannot|than|can't|isn't|doesn't|don't"
     "|wouldn't|couldn't|why|how",
     premise="if|unless|assuming|suppose|supposing",
-    lead="the|this|that|my|our|so|therefore|thus|hence|then|and|but|now|here|final|finally|correct|right|best|short|complete|full|overall|exact|numerical|i|we|think|believe|get|conclude|see|say|it|seems|appears|follows|means|in|conclusion|consequently|ultimately|clearly|is|to|question|as|a result|would|will|should|must|actually|no|wait|on second thoughts?",
-    limit=r"at least|at most|more than|less than|fewer than|other than|greater than|up to|between|from|minus|negative|half|twice|rule out|ruled out|exclud\w+|eliminat\w+|cross\w* out|without|would|might|could|may|students?|approach|nor|opposite|everything|anything|example|e\.g|format|put|write|enclose",
-    fault="wrong|incorrect|invalid|mistakes?|errors?|false|erroneous|inconsistent|contradicts?|flawed|inaccurate|eliminated|excluded|distractor|no good|retract|withdraw|overlooked|swapped|confused|mixed up|hasty|forgot|was off",
+    lead="the|this|that|my|our|so|therefore|thus|hence|then|and|but|now|here|final|finally|correct|right|best|short"
+    "|complete|full|overall|exact|numerical|i|we|think|believe|get|conclude|see|say|it|seems|appears|follows|means"
+    "|in|conclusion|consequently|ultimately|clearly|is|to|question|as|a result|would|will|should|must|actually|no"
+    "|wait|on second thoughts?",
+    limit="at least|at most|more than|less than|fewer than|other than|greater than|up to|between|from|minus"
+    r"|negative|half|twice|rule out|ruled out|exclud\w+|eliminat\w+|cross\w* out|without|would|might|could|may"
+    r"|students?|approach|nor|opposite|everything|anything|example|e\.g|format|put|write|enclose",
+    fault="wrong|incorrect|invalid|mistakes?|errors?|false|erroneous|inconsistent|contradicts?|flawed|inaccurate"
+    "|eliminated|excluded|distractor|no good|retract|withdraw|overlooked|swapped|confused|mixed up|hasty|forgot"
+    "|was off",
     others="others?|rest|remaining|alternatives?|distractors|options|choices|claims?|statement|would",
     retraction="wait|scratch (?:that|it)|strike that|hold on|on second thoughts?|sorry|oops|whoops|my (?:mistake"
     r"|bad|apologies)|apolog\w+|i(?: was|'m| am) (?:wrong|mistaken|not)|(?:made|make) an? (?:\w+ )?(?:mistake"
@@ -119,8 +126,10 @@ ENGLISH = Language(
     "|difficult to (?:tell|say|read|see|determine)|alternatively|either|depend(?:s|ing)|(?:also|equally|both"
     "|just as) (?:possible|plausible|correct|valid|right|acceptable|likely)|plausible|(?:is|are|seems?"
     r"|remains?) (?:\w+ )?possible|tentative\w*|i'd say|i would say|i doubt|some doubt|in doubt|doubtful|ambiguous"
-    r"|if i had to|best guess|though it|cannot be sure|who knows|arguably|toss-?up|low confidence|not \d+\s?%|\d+\s?% (?:sure|certain|confident|confidence)|confidence: (?:low|medium|\d|[1-7]\d)\w*|hunch|speculat\w+"
-    r"|rough estimate|grain of salt|either way|(?:cannot|can't) verify|50/50|don't quote me|i'd (?:go for|rather)|i prefer",
+    r"|if i had to|best guess|though it|cannot be sure|who knows|arguably|toss-?up|low confidence|not \d+\s?%"
+    r"|\d+\s?% (?:sure|certain|confident|confidence)|confidence: (?:low|medium|\d|[1-7]\d)\w*|hunch|speculat\w+"
+    "|rough estimate|grain of salt|either way|(?:cannot|can't) verify|50/50|don't quote me|i'd (?:go for|rather)"
+    "|i prefer",
     opinion="i (?:think|believe|suppose|assume|feel)|in my opinion",
     correct=r"correct|right|best|the answer|the (?:\w+ )?(?:answer|choice|option)",
     alternative="or|and/or|alternatively|versus|vs",
@@ -444,7 +453,8 @@ RUSSIAN = Language(
     denial="не|ни|нельзя",
     supposed="если|ли|не|когда|почему",
     premise="если",
-    lead="мой|наш|итак|значит|следовательно|поэтому|таким образом|правильный|верный|окончательный|и|но|тогда|в итоге|получаем|что|отсюда",
+    lead="мой|наш|итак|значит|следовательно|поэтому|таким образом|правильный|верный|окончательный|и|но|тогда|в итоге"
+    "|получаем|что|отсюда",
     limit="не менее|не более|минимум|максимум|между",
     fault=r"неверн\w+|неправильн\w+|ошибочн\w+|ошибк\w+|ложн\w+",
     others=r"остальн\w+|друг\w+|прочи\w+",

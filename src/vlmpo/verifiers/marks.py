@@ -1,4 +1,4 @@
-r"""Finds the marks by which responses announce their answers: "The answer is B.", ``\boxed{B}``, "option B is correct"."""
+r"""Finds the marks by which responses announce answers: "The answer is B.", ``\boxed{B}``, "option B is correct"."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vlmpo.verifiers.characters import braced, same_length
 from vlmpo.verifiers.doubt import is_remark
-from vlmpo.verifiers.languages import EAST_ASIAN, LANGUAGES, LETTERS, UNSPACED, words
+from vlmpo.verifiers.languages import EAST_ASIAN, LANGUAGES, LETTERS, UNSPACED, word_set, words
 from vlmpo.verifiers.numbers import are_plain, read_quantity
 from vlmpo.verifiers.sentences import first_sentence, is_denied_after, without_ending
 
@@ -51,13 +51,13 @@ _OPTION_TAKEN = re.compile(
 _KINDS = (("box", _BOXED), ("tag", _TAG), ("option", _OPTION_IS), ("option", _OPTION_TAKEN))
 _DENIED = re.compile(rf"\s*(?:{words('denial')})", re.IGNORECASE)
 # What may stand before a statement: in its clause, "so the answer is 3"; and in its sentence no "if".
-_CLAUSE = re.compile(rf"[.,;:!?()（）{{\n—–。、【\[]|-\s|(?<![{LETTERS}])(?:so|therefore)(?![{LETTERS}])", re.IGNORECASE)
+_CLAUSE = re.compile(r"[.,;:!?(){\n—–。、\[]|-\s|\b(?:so|therefore)\b", re.IGNORECASE)
 _LEAD = re.compile(rf"[\W_]*(?:{words('lead')}[\W_]*)*", re.IGNORECASE)
 _PREMISE = re.compile(words("premise"), re.IGNORECASE)
 _ECHO = re.compile(r"^\s*>|\be\.\s?g\.|\b(?:for example|format|sample|例如|格式)", re.IGNORECASE)
 # "The answer is as follows: 17."
 _FOLLOWS = re.compile(
-    r"\s*(?:(?:as follows|如下|wie folgt|como sigue|comme suit)\s*[:.]|(?:given|shown|stated) below\s*[:.]?\s*\n)[\s*_]*",
+    r"\s*(?:(?:as follows|如下|wie folgt|como sigue|comme suit)\s*[:.]|(?:given|shown) below\s*[:.]?\s*\n)[\s*_]*",
     re.IGNORECASE,
 )
 _ADVERB = re.compile(rf"\s*(?:{words('adverb')})[\s,]+", re.IGNORECASE)
@@ -67,8 +67,8 @@ _LEADS_IN = re.compile(
     r"|(?:[<>≤≥≠≈~]|\\(?:lt|gt|leq?|geq?|neq?|approx|pm|times|cdot|div)|(?:^|\$)\s*\d+\s*:)[\s$]*$"
 )
 _MISLEADS = re.compile(rf"{words('denial', 'limit', 'fault')}|n't\b", re.IGNORECASE)
-_OPENED = re.compile(r"(?P<command>\\?[A-Za-z]*)\{|\}")
-_WRAPPERS = frozenset({"", *(rf"\{name}" for name in "textbf mathbf text textit mathrm mbox underline large".split())})
+_OPENED = re.compile(r"(?P<to>\\[A-Za-z]+|(?<=[}\]])|[\^_])\{|(?<![}\]])\{|\}")
+_WRAPPERS = frozenset({None} | {rf"\{name}" for name in word_set("textbf mathbf text textit mathrm mbox underline")})
 _BOX_ENDS = re.compile(r"\$|\*\*|\\[)\]]|`|</?\w+>|\\end\{\w+\*?\}|\\\\(?![a-z])")
 _IS_ANSWER = re.compile(rf"[\s,]*(?:{words('be')}\s+(?:(?:my|our)\s+)?|[がは]){words('correct')}.*", re.IGNORECASE)
 _BETWEEN_BOXES = re.compile(rf"[\s$,;.&*(]*(?:{words('alternative', 'both')})?[\s$,;.&*]*", re.IGNORECASE)
@@ -225,10 +225,10 @@ def _is_part(text: str, start: int) -> bool:
     before = re.sub(r"</?\w+>\s*$", "", same_length(text[max(0, start - 200) : start]))
     if _LEADS_IN.search(before[-12:]) or _ECHO.search(before.rpartition("\n")[2]):
         return True
-    opened: list[str] = []
+    opened: list[str | None] = []
     for brace in _OPENED.finditer(before.rpartition("\n")[2]):
         if brace.group() != "}":
-            opened.append(brace["command"])
+            opened.append(brace["to"])
         elif opened:
             opened.pop()
     return not set(opened) <= _WRAPPERS or _MISLEADS.search(_CLAUSE.split(before.rstrip(" $*_(["))[-1]) is not None

@@ -310,9 +310,8 @@ def _is_other_number(value: Fraction, aside: str, rest: str) -> bool:
 def _is_apart(rest: str) -> bool:
     """Return whether the words after a number are no suffix of it, as in 21st, 3x, 3ème and 3割."""
     if counter := re.match(rf"\s*(?:{COUNTERS})", rest):
-        return all(_EAST_ASIAN.match(sign) or sign == " " for sign in rest[counter.end() :]) and not _OTHER_COUNT.search(
-            rest.strip() if rest.strip() != "点" else ""
-        )
+        is_other = rest.strip() != "点" and _OTHER_COUNT.search(rest.strip())
+        return not is_other and all(_EAST_ASIAN.match(sign) or sign == " " for sign in rest[counter.end() :])
     return not rest.strip() or (
         rest[0] in " °/" and not _EAST_ASIAN.match(rest.strip()) and not re.match(r"\s+[^\W\d_]{1,2}(?![\w/^])", rest)
     )

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 from vlmpo.verifiers.characters import plain, unwrap_latex
 from vlmpo.verifiers.doubt import is_remark
-from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, HOMOGRAPHS, NUMBERS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, word_set, words
+from vlmpo.verifiers.languages import (
+    COLOURS,
+    EAST_ASIAN,
+    HOMOGRAPHS,
+    NUMBERS,
+    OTHER_LANGUAGES,
+    UNKNOWN_SCRIPT,
+    word_set,
+    words,
+)
 from vlmpo.verifiers.numbers import NUMBER_WORDS, read_quantity
 from vlmpo.verifiers.sentences import is_sentence, said_of_subject, tidy
 from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value
@@ -121,7 +130,7 @@ def same_words(answer: str, truth: str) -> bool:
     text = plain_text(answer)
     forms = [form for form in (text, said_of_subject(text)) if form]
     if re.search(r"(?<!y)\s+ones?\W*$", answer):  # "the red one", not "Formula One" nor "twenty one"
-        forms += [re.sub(rf"(?<!\bno)\s+ones?$", "", form) for form in forms]
+        forms += [re.sub(r"(?<!\bno)\s+ones?$", "", form) for form in forms]
     if not _NAME.match(tidy(answer)):
         forms += [_OTHER_ARTICLE.sub("", form, count=1) for form in forms if _OTHER_ARTICLE.match(form)]
     rights = [right, words_of(_OTHER_ARTICLE.sub("", plain_text(truth), count=1))]
@@ -145,13 +154,13 @@ def judge_exact(readings: Sequence[str], truth: str) -> bool | None:
 
 def judge_vqa(readings: Sequence[str], truth: str) -> bool | None:
     """Return whether an answer has the same words, or means the same yes, number or colour in another language."""
-    if read_quantity(truth) is None and read_structure(truth):
+    if read_quantity(truth) is None and _is_made_of_parts(truth):
         return _first_verdict(readings, truth)
     if any(same_words(reading, truth) for reading in readings):
         return True
     meant = _same_meaning(readings[0], truth)
     if meant is not None:
-        is_homograph = HOMOGRAPHS & {plain_text(readings[0]), plain_text(truth)}
+        is_homograph = plain_text(truth) in HOMOGRAPHS or plain_text(readings[0]) in HOMOGRAPHS - NUMBERS.keys()
         return None if meant and is_homograph else meant
     dates = _date(readings[0]), _date(truth)
     if all(dates):
@@ -164,7 +173,7 @@ def judge_vqa(readings: Sequence[str], truth: str) -> bool | None:
 def judge_anls(readings: Sequence[str], truth: str) -> bool | None:
     """Apply ANLS at its threshold: a misread letter is forgiven; other digits, or a denial on one side, are not."""
     read, right = read_quantity(readings[0]), read_quantity(truth)
-    if right is None and read_structure(truth):
+    if right is None and _is_made_of_parts(truth):
         return _first_verdict(readings, truth)
     if any(same_words(reading, truth) for reading in readings):
         return True
@@ -177,6 +186,10 @@ def judge_anls(readings: Sequence[str], truth: str) -> bool | None:
     if likeness >= (_WORD_THRESHOLD if len(counts) == 1 or 1 in counts else ANLS_THRESHOLD):
         return True
     return None if likeness >= ANLS_THRESHOLD or _holds_truth(readings[-1], truth) else False
+
+
+def _is_made_of_parts(truth: str) -> bool:
+    return read_structure(truth) is not None or ("\\" in truth and is_expression(truth))
 
 
 def _first_verdict(readings: Sequence[str], truth: str) -> bool | None:
@@ -255,11 +268,21 @@ def _is_other_form(answer: str, truth: str) -> bool:
     ones, others = words_of(answer), words_of(truth)
     longer, shorter = sorted((ones, others), key=len, reverse=True)
     extra = [word for word in longer if word not in shorter]
-    if shorter and min(map(len, extra), default=0) > 1 and len(longer) - len(extra) == len(shorter) and all(map(_LITTLE.fullmatch, extra)):
+    if (
+        shorter
+        and min(map(len, extra), default=0) > 1
+        and len(longer) - len(extra) == len(shorter)
+        and all(map(_LITTLE.fullmatch, extra))
+    ):
         return True  # "to the right"
-    if len(ones) == len(others) and all(one.rstrip("s") == other.rstrip("s") for one, other in zip(ones, others, strict=True)):
+    if len(ones) == len(others) and all(
+        one.rstrip("s") == other.rstrip("s") for one, other in zip(ones, others, strict=True)
+    ):
         return True  # "dogs"
-    hours = [re.fullmatch(r"(\d{1,2})(?::00)?\s*(?:a\.?m\.?|p\.?m\.?|o'?clock)?", plain_text(text)) for text in (answer, truth)]
+    hours = [
+        re.fullmatch(r"(\d{1,2})(?::00)?\s*(?:a\.?m\.?|p\.?m\.?|o'?clock)?", plain_text(text))
+        for text in (answer, truth)
+    ]
     if hours[0] and hours[1] and hours[0][1] == hours[1][1] and not (answer + truth).strip().isdigit():
         return True
     figures = [re.findall(r"\d+", text) for text in (answer, truth)]
@@ -319,6 +342,8 @@ def _likeness(answer: str, truth: str) -> float:
     one, other = plain_text(answer), plain_text(truth)
     for separator in (r"\s*[,;]\s*", r"\s+"):
         ones, others = re.split(separator, one), re.split(separator, other)
+        if len(ones) != len(others) and "," in separator:
+            return 0
         if len(ones) > 1 and len(ones) == len(others):
             return min(map(_likeness, ones, others))
     numbers = [re.findall(r"\d+|[\^√/*=<>±!+]", text) for text in (one, other)]

@@ -17,12 +17,22 @@ from vlmpo.errors import RecipeError, RecordError
 from vlmpo.verifiers.answer import FinalAnswer, find_final_answer
 from vlmpo.verifiers.characters import same_length
 from vlmpo.verifiers.doubt import contradicts, is_alternative, is_doubtful
+from vlmpo.verifiers.languages import HOMOGRAPHS
 from vlmpo.verifiers.names import is_name
 from vlmpo.verifiers.numbers import read_quantity
 from vlmpo.verifiers.options import is_option, judge_option, read_letters, read_option
 from vlmpo.verifiers.readings import readings_of
 from vlmpo.verifiers.sentences import tidy
-from vlmpo.verifiers.texts import differs_in_case, judge_anls, judge_exact, judge_vqa, same_text, same_words, words_of
+from vlmpo.verifiers.texts import (
+    differs_in_case,
+    judge_anls,
+    judge_exact,
+    judge_vqa,
+    plain_text,
+    same_text,
+    same_words,
+    words_of,
+)
 from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value, squeezed
 
 __all__ = ["VERIFIERS", "choose_verifier", "verify", "words_of"]
@@ -193,6 +203,8 @@ def _judge_math(readings: Sequence[str], truth: str) -> bool | None:
 
 def _is_words(truth: str) -> bool:
     """Return whether a truth is no value but a word: ``\\text{red}``."""
+    if plain_text(truth) in HOMOGRAPHS:
+        return True
     return read_quantity(truth) is None and read_structure(truth) is None and same_value("1", truth) is None
 
 
@@ -210,7 +222,9 @@ class _Verifier:
 
 _VERIFIERS = {
     "exact": _Verifier(judge_exact),
-    "option": _Verifier(judge_option, "an option letter", lambda truth: read_option(truth, is_truth=True) or read_letters(truth)),
+    "option": _Verifier(
+        judge_option, "an option letter", lambda truth: read_option(truth, is_truth=True) or read_letters(truth)
+    ),
     "number": _Verifier(_judge_number, "a number", read_quantity),
     "anls": _Verifier(judge_anls),
     "vqa": _Verifier(judge_vqa),
