@@ -10,34 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from vlmpo.data.records import Verdict
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.verifiers.answer import FinalAnswer, find_final_answer
 from vlmpo.verifiers.characters import same_length
 from vlmpo.verifiers.doubt import contradicts, is_alternative, is_doubtful
-from vlmpo.verifiers.languages import HOMOGRAPHS
+from vlmpo.verifiers.judges import judge_anls, judge_exact, judge_math, judge_number, judge_vqa
 from vlmpo.verifiers.names import is_name
 from vlmpo.verifiers.numbers import read_quantity
 from vlmpo.verifiers.options import is_option, judge_option, read_letters, read_option
 from vlmpo.verifiers.readings import readings_of
 from vlmpo.verifiers.sentences import tidy
-from vlmpo.verifiers.texts import (
-    differs_in_case,
-    judge_anls,
-    judge_exact,
-    judge_vqa,
-    plain_text,
-    same_text,
-    same_words,
-    words_of,
-)
-from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value, squeezed
+from vlmpo.verifiers.texts import differs_in_case, same_text, same_words, words_of
+from vlmpo.verifiers.values import is_expression, read_structure, same_value, squeezed
 
 __all__ = ["VERIFIERS", "choose_verifier", "verify", "words_of"]
-
-TOLERANCE = Fraction(5, 100)
 
 
 def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
@@ -176,38 +164,6 @@ def _is_set(truth: str) -> bool:
     return structure is not None and structure.kind in ("set", "union")
 
 
-# --- number and math --------------------------------------------------------------------------------------------------
-
-
-def _judge_number(readings: Sequence[str], truth: str) -> bool | None:
-    right = read_quantity(truth)
-    assert right is not None  # choose_verifier checked it
-    read = next((quantity for reading in readings if (quantity := read_quantity(reading))), None)
-    if read is None:
-        return None
-    is_year = right.digits and 1800 <= right.value <= 2100
-    exact = same_quantity(read, right)
-    if exact or is_year:
-        return exact
-    close = same_quantity(read, right, TOLERANCE)
-    return None if close and re.fullmatch(r"\d+,\d{1,2}", truth.strip()) else close  # 3,5 may be two numbers
-
-
-def _judge_math(readings: Sequence[str], truth: str) -> bool | None:
-    if any(same_text(reading, truth) or squeezed(reading) == squeezed(truth) for reading in readings):
-        return True
-    if _is_words(truth):
-        return judge_vqa(readings, truth)
-    return next((verdict for reading in readings if (verdict := same_value(reading, truth)) is not None), None)
-
-
-def _is_words(truth: str) -> bool:
-    """Return whether a truth is no value but a word: ``\\text{red}``."""
-    if plain_text(truth) in HOMOGRAPHS:
-        return True
-    return read_quantity(truth) is None and read_structure(truth) is None and same_value("1", truth) is None
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -225,9 +181,9 @@ _VERIFIERS = {
     "option": _Verifier(
         judge_option, "an option letter", lambda truth: read_option(truth, is_truth=True) or read_letters(truth)
     ),
-    "number": _Verifier(_judge_number, "a number", read_quantity),
+    "number": _Verifier(judge_number, "a number", read_quantity),
     "anls": _Verifier(judge_anls),
     "vqa": _Verifier(judge_vqa),
-    "math": _Verifier(_judge_math),
+    "math": _Verifier(judge_math),
 }
 VERIFIERS = (*_VERIFIERS, "auto")
