@@ -5,11 +5,13 @@ In this order:
 1. The last of these marks: a "Final answer: ..." line (also "the final answer is ..."), ``\boxed{...}``,
    ``<answer>...</answer>``. If the last one is cut off, empty or denied, there is no final answer: an earlier mark is
    not used instead.
-2. Without such a mark, the last plain statement of an answer: "Answer: B", "答案是3", "option C is correct". One that
-   only speaks about the answer ("the answer is clear from the chart") is passed over.
+2. Without such a mark, the last plain statement of an answer: "Answer: B", "答案是3"; without that, the last of "option
+   C is correct" and "I choose C". One that only speaks about the answer ("the answer is clear from the chart") is
+   passed over.
 3. Without that either, a response that is nothing but an answer: one short line, no sentence.
 
-An answer that the rest of the response takes back, or leaves open, is none.
+A response that is a JSON object with an ``answer`` has that. An answer that the rest of the response takes back, or
+leaves open, is none.
 """
 
 from __future__ import annotations

@@ -108,10 +108,11 @@ def contradicts(said: str, answer: str) -> bool:
         found = _NUMBER.findall(sentence)
         if numbers and concluded and (last := _NUMBER.findall(concluded[-1])) and last[-1] not in numbers:
             return True
-        if found and found[-1] not in numbers and is_unread(sentence):
+        if found and found[-1] not in numbers and _is_unread(sentence):
             return True
     results = _RESULT.findall(shape)
-    return len(numbers) == 1 and bool(results) and results[-1].lstrip("-") not in numbers
+    is_negative = "-" in same_length(answer).replace("−", "-")
+    return len(numbers) == 1 and bool(results) and results[-1] not in {f"{'-' * is_negative}{one}" for one in numbers}
 
 
 def _is_other_colour(concluded: str, answer: str) -> bool:
@@ -125,7 +126,7 @@ def is_remark(text: str) -> bool:
     return _REMARK.match(_lower(text).strip(" *_`.!\"'")) is not None
 
 
-def is_unread(sentence: str) -> bool:
+def _is_unread(sentence: str) -> bool:
     """Return whether a sentence is in no language that is read."""
     if any(map(str.isalpha, UNKNOWN_SCRIPT.findall(sentence))) or OTHER_LANGUAGES & set(_lower(sentence).split()):
         return True

@@ -32,8 +32,7 @@ def same_meaning(answer: str, truth: str) -> bool | None:
         return None
     kinds = [{kind for kind, _ in meaning} for meaning in meanings]
     if meanings[0] & meanings[1]:
-        is_homograph = other in HOMOGRAPHS or one in HOMOGRAPHS - NUMBERS.keys()
-        return None if is_homograph and one != other else True
+        return True
     return False if kinds[0] & kinds[1] else None
 
 
@@ -42,6 +41,11 @@ def _meanings(yes: object, no: object, number: int | None, colour: int | None) -
     found |= {("answer", 0)} if no else set()
     found |= {("number", number)} if number is not None else set()
     return found | ({("colour", colour)} if colour is not None else set())
+
+
+def is_homograph(answer: str, truth: str) -> bool:
+    """Return whether one of two words may be English, and mean something else than the other: "rose" and "pink"."""
+    return plain_text(truth) in HOMOGRAPHS or plain_text(answer) in HOMOGRAPHS - NUMBERS.keys()
 
 
 def read_date(text: str) -> tuple[int, int, int] | None:

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from vlmpo.verifiers.characters import plain
 from vlmpo.verifiers.doubt import is_remark
-from vlmpo.verifiers.forms import may_be_same, read_date, same_meaning
+from vlmpo.verifiers.forms import is_homograph, may_be_same, read_date, same_meaning
 from vlmpo.verifiers.languages import EAST_ASIAN, HOMOGRAPHS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, words
 from vlmpo.verifiers.likeness import likeness_of
 from vlmpo.verifiers.numbers import read_quantity
@@ -41,7 +41,7 @@ def judge_vqa(readings: Sequence[str], truth: str) -> bool | None:
         return True
     meant = same_meaning(readings[0], truth)
     if meant is not None:
-        return meant
+        return None if meant and is_homograph(readings[0], truth) else meant
     dates = read_date(readings[0]), read_date(truth)
     if all(dates):
         return dates[0] == dates[1]
@@ -69,6 +69,7 @@ def judge_anls(readings: Sequence[str], truth: str) -> bool | None:
 
 
 def judge_number(readings: Sequence[str], truth: str) -> bool | None:
+    """Return whether an answer is within the tolerance of the truth; a year must be the year."""
     right = read_quantity(truth)
     assert right is not None  # choose_verifier checked it
     read = next((quantity for reading in readings if (quantity := read_quantity(reading))), None)
@@ -83,11 +84,12 @@ def judge_number(readings: Sequence[str], truth: str) -> bool | None:
 
 
 def judge_math(readings: Sequence[str], truth: str) -> bool | None:
+    """Return whether an answer is mathematically equal to the truth."""
     if any(same_text(reading, truth) or squeezed(reading) == squeezed(truth) for reading in readings):
         return True
     if _is_words(truth):
         return judge_vqa(readings, truth)
-    return next((verdict for reading in readings if (verdict := same_value(reading, truth)) is not None), None)
+    return _first_verdict(readings, truth)
 
 
 def _is_words(truth: str) -> bool:

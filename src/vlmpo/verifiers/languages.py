@@ -26,7 +26,8 @@ class Language:
         supposed: "if", before "the answer is".
         premise: "if", anywhere in the sentence before "the answer is".
         lead: words that may stand before "answer" in its clause; after others it is somebody else's, or another one.
-        limit: what, before a boxed answer in its clause, makes it a bound, a part, or no answer.
+        limit: what, right before a boxed answer, makes it a bound or a part: "at least".
+        rejected: what, before it in its clause, makes it no answer: "we rule out".
         fault: "wrong": said of an answer after it, it takes it back.
         others: "the others": they may be wrong.
         retraction: what takes an answer back, wherever it stands after it.
@@ -62,6 +63,7 @@ class Language:
     premise: str
     lead: str
     limit: str = ""
+    rejected: str = ""
     fault: str
     others: str
     retraction: str
@@ -100,10 +102,15 @@ ENGLISH = Language(
     lead="the|this|that|my|our|so|therefore|thus|hence|then|and|but|now|here|final|finally|correct|right|best|short"
     "|complete|full|overall|exact|numerical|i|we|think|believe|get|conclude|see|say|it|seems|appears|follows|means"
     "|in|conclusion|consequently|ultimately|clearly|is|to|question|as|a result|would|will|should|must|actually|no"
-    "|wait|on second thoughts?",
-    limit="at least|at most|more than|less than|fewer than|other than|greater than|up to|between|from|minus"
-    r"|negative|half|twice|rule out|ruled out|exclud\w+|eliminat\w+|cross\w* out|without|would|might|could|may"
-    r"|students?|approach|nor|opposite|everything|anything|example|e\.g|format|put|write|enclose",
+    "|wait|on second thoughts?"
+    "|gives?|arrive|at|reach|obtain|have|let|me|provide|based|on|from|above|analysis"
+    "|chart|figure|graph|image|diagram|table"
+    "|reasoning|information|given|these",
+    limit=r"at least|at most|more than|less than|fewer than|other than|greater than|up to|between(?: \S+ and)?|from"
+    "|minus"
+    "|negative|half of|twice|opposite|nor|without|not",
+    rejected=r"rul(?:e|ed|ing) out|exclud\w+|eliminat\w+|cross\w* out|wrong|incorrect|would|might|could|neither|isn't"
+    r"|(?:put|write|enclose) (?:\w+ ){1,3}in|everything|anything",
     fault="wrong|incorrect|invalid|mistakes?|errors?|false|erroneous|inconsistent|contradicts?|flawed|inaccurate"
     "|eliminated|excluded|distractor|no good|retract|withdraw|overlooked|swapped|confused|mixed up|hasty|forgot"
     "|was off",
@@ -187,8 +194,9 @@ CHINESE = Language(
     denial="不是|不|非|并非|並非|没有|沒有",
     supposed="如果|假如|若|假设|假設|是否|要是|难道|倘若",
     premise="如果|假如|若|假设|要是",
-    lead="所以|因此|故|综上所述|综上|那么|则|可知|可得|由此|本题|这道题|该题|此题|题目|问题|您|我们?|的|最终|最后|正确|回|应该?|选择?",
-    limit="排除|至少|至多|超过|不到|学生",
+    lead="根据|由|图|表|上述|分析|可见|得出|计算|所以|因此|故|综上所述|综上|那么|则|可知|可得|由此|本题|这道题|该题|此题|题目|问题|您|我们?|的|最终|最后|正确|回|应该?|选择?",
+    limit="至少|至多|超过|不到",
+    rejected="排除|学生|错误",
     fault="错误|不正确|有误|无效|不成立|错了|矛盾",
     others="其他|其它|其余|另外|选项都|均|都",
     retraction="等等|等一下|等下|等一等|稍等|不对|不對|更正|纠正|糾正|修正|订正|抱歉|对不起|對不起|不好意思|重新"
@@ -228,7 +236,8 @@ JAPANESE = Language(
     supposed="もし|仮に",
     premise="もし|仮に",
     lead="よって|したがって|従って|ゆえに|だから|つまり|以上より|以上から|この|問題|私|の",
-    limit="以外|除く|少なくとも",
+    limit="少なくとも",
+    rejected="以外|除く",
     fault="間違い|誤り|不正解|正しくない|誤って",
     others="他|その他|残り|ほか",
     retraction="待って|待った|ちょっと待|いや|いえ[、,]|違います|違いました|違う|違っ|ちがう|ちがい|訂正|修正"
@@ -268,6 +277,7 @@ SPANISH = Language(
     premise="si",
     lead="la|mi|nuestra|así que|por (?:lo )?tanto|entonces|pues|luego|y|pero|creo|pienso|que|final|correcta|es",
     limit="al menos|como máximo|entre|menos|más de",
+    rejected=r"descart\w+|incorrect[ao]",
     fault="incorrect[ao]s?|falso|falsa|erróne[ao]|errad[ao]|mal|errores|error|inválid[ao]",
     others="otr[ao]s|demás|resto",
     retraction=r"esper[ae]n?|un momento|no espera|perd[oó]n\w*|disculp\w+|corrección|corrijo|corregir|correcciones"
@@ -316,6 +326,7 @@ FRENCH = Language(
     premise="si",
     lead="la|ma|notre|donc|alors|ainsi|par conséquent|et|mais|bonne|je|pense|que|finale|est",
     limit="au moins|au plus|entre|moins",
+    rejected=r"élimin\w+|exclu\w*|fausse|incorrecte",
     fault="faux|fausse|incorrecte?|erronée?|mauvaise?|inexacte?|invalide|erreur",
     others="autres|reste",
     retraction=r"attend(?:s|ez)|un instant|un moment|pardon\w*|correction|je (?:me )?corrige|corrigeons"
@@ -363,6 +374,7 @@ GERMAN = Language(
     premise="wenn|falls",
     lead="die|das|der|meine|unsere|also|daher|somit|folglich|damit|deshalb|ist|lautet|und|aber|richtige|korrekte",
     limit="mindestens|höchstens|zwischen|mehr als|weniger als",
+    rejected="ausgeschlossen|falsche?",
     fault="falsche?|inkorrekt|fehlerhaft|fehler|ungültig|unzutreffend",
     others="anderen?|übrigen|rest",
     retraction=r"warte\w*|warten sie|moment mal|einen moment|moment[,.!]|nein doch|doch nicht|oder doch|nein|nee"
@@ -409,6 +421,7 @@ PORTUGUESE = Language(
     premise="se",
     lead="a|minha|nossa|portanto|logo|então|assim|e|mas|acho|que|é|final",
     limit="pelo menos|no máximo|entre|menos",
+    rejected=r"descart\w+|errad[ao]|incorret[ao]",
     fault="incorret[ao]s?|falsa|errad[ao]s?|inválid[ao]",
     others="outr[ao]s|demais|resto",
     retraction=r"esper[ae]m?|um momento|não espera|descul\w+|perdão|perdoe|correção|corrig\w+|na verdade|aliás"
@@ -456,6 +469,7 @@ RUSSIAN = Language(
     lead="мой|наш|итак|значит|следовательно|поэтому|таким образом|правильный|верный|окончательный|и|но|тогда|в итоге"
     "|получаем|что|отсюда",
     limit="не менее|не более|минимум|максимум|между",
+    rejected=r"исключ\w+|неверн\w+|неправильн\w+",
     fault=r"неверн\w+|неправильн\w+|ошибочн\w+|ошибк\w+|ложн\w+",
     others=r"остальн\w+|друг\w+|прочи\w+",
     retraction=r"подожд\w+|погоди\w*|стоп|постой\w*|минутку|секунду|нет подожди\w*|хотя нет|извин\w+|прост(?:и|ите)"

@@ -66,7 +66,8 @@ _LEADS_IN = re.compile(
     r"(?:(?<![A-Za-z])[A-Za-z]|[\d)}\]])$|[\w)}] ?[+\-−/^±×] ?\$?$|[\w)}] \* $|(?:^|[=$(:\s])[-−+±√]\$?$|\\[a-z]+\s?$"
     r"|(?:[<>≤≥≠≈~]|\\(?:lt|gt|leq?|geq?|neq?|approx|pm|times|cdot|div)|(?:^|\$)\s*\d+\s*:)[\s$]*$"
 )
-_MISLEADS = re.compile(rf"{words('denial', 'limit', 'fault')}|n't\b", re.IGNORECASE)
+_REJECTED = re.compile(words("rejected"), re.IGNORECASE)
+_LIMITED = re.compile(rf"(?:{words('limit')}|(?:{words('denial')}|n't)(?:\s+\S+)?)\s*$", re.IGNORECASE)
 _OPENED = re.compile(r"(?P<to>\\[A-Za-z]+|(?<=[}\]])|[\^_])\{|(?<![}\]])\{|\}")
 _WRAPPERS = frozenset({None} | {rf"\{name}" for name in word_set("textbf mathbf text textit mathrm mbox underline")})
 _BOX_ENDS = re.compile(r"\$|\*\*|\\[)\]]|`|</?\w+>|\\end\{\w+\*?\}|\\\\(?![a-z])")
@@ -213,7 +214,7 @@ def _boxed(text: str, match: re.Match[str]) -> Mark:
 
 def _beside_box(rest: str, content: str) -> str:
     """Return what the rest of a box's sentence adds to its content: " million"; "" for "is the answer"."""
-    rest = without_ending("x" + _BOX_ENDS.sub("", rest))[1:]
+    rest = without_ending("x" + _BOX_ENDS.sub("", rest.lstrip("}")))[1:]
     if not rest.strip(" .,;:!*_)。") or _IS_ANSWER.fullmatch(rest):
         return ""
     is_formula = re.search(r"[\d\\]", content) and not read_quantity(content)
@@ -231,4 +232,5 @@ def _is_part(text: str, start: int) -> bool:
             opened.append(brace["to"])
         elif opened:
             opened.pop()
-    return not set(opened) <= _WRAPPERS or _MISLEADS.search(_CLAUSE.split(before.rstrip(" $*_(["))[-1]) is not None
+    clause = _CLAUSE.split(before.rstrip(" $*_(["))[-1]
+    return not set(opened) <= _WRAPPERS or bool(_LIMITED.search(clause) or _REJECTED.search(clause))

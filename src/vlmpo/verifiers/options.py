@@ -29,7 +29,8 @@ _TEXT_FIRST = re.compile(
     r"(?P<text>[^()]+?)\s*[(\[](?:(?:option|choice|answer)\s+)?(?P<letter>[A-J])[)\]]", re.IGNORECASE
 )
 _DENIED = re.compile(
-    rf"{words('denial', 'condition', 'limit', 'fault')}|either|all|any|[A-Za-z]+ (?:of|out|than|from)$", re.IGNORECASE
+    rf"{words('denial', 'condition', 'limit', 'rejected', 'fault')}|either|all|any|[A-Za-z]+ (?:of|out|than|from)$",
+    re.IGNORECASE,
 )
 # A second label: "(a) and (b)", "b) or c)", "c, not b". Single capitals in an option's text, "(a) point B", are none.
 _OTHER_LABEL = re.compile(

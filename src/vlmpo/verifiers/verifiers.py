@@ -40,8 +40,8 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
             letters, if the truth is a list such as ``b, c``.
             ``number``: within 5 % of the truth, as charts are read; exactly, if the truth is 0 or a year, that is plain
             digits from 1800 to 2100.
-            ``anls``: normalised Levenshtein similarity, ``1 - distance / longer length``, at least 0.5; digits and
-            denials must agree; opposites and others of one kind (``June``, ``July``) do not.
+            ``anls``: normalised Levenshtein similarity, ``1 - distance / longer length``, at least 0.5, of single words
+            at least 0.8 (between the two: unparsed); digits and denials must agree; opposites and others of one kind (``June``, ``July``) do not.
             ``vqa``: the same words apart from articles, punctuation and case; number words are digits; the same yes,
             no, number or colour in another language.
             ``math``: mathematically equal: numbers exactly, formulas to 35 digits; points, intervals, sets and lists
