@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 from vlmpo.verifiers.characters import same_length
 from vlmpo.verifiers.doubt import (
-    contradicts,
     is_alternative,
     is_doubtful,
     is_filler,
@@ -31,8 +30,7 @@ from vlmpo.verifiers.doubt import (
     is_taken_back,
 )
 from vlmpo.verifiers.languages import LANGUAGES, words
-from vlmpo.verifiers.marks import Mark, find_marks, is_denied, is_long_remark
-from vlmpo.verifiers.names import is_name
+from vlmpo.verifiers.marks import OPTION, Mark, find_marks, is_denied, is_long_remark
 from vlmpo.verifiers.sentences import EMPHASIS, first_sentence, is_sentence, said_of_subject, tidy
 
 _BARE_LABEL = re.compile(
@@ -51,7 +49,6 @@ _JSON_KEYS = ("answer", "final_answer", "final answer")
 _MOST_BARE, _MOST_SAID = 120, 4  # characters of a bare answer; words that a bare sentence says of its subject
 _LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to parse
 _NOUN = re.compile("|".join(language.noun for language in LANGUAGES.values()))
-_LETTER = re.compile(r"[*_(]*[A-J][)*_]*(?:[.:]|,(?=\s+[a-z])|\s+[-–—])\s+(?P<rest>.+)", re.DOTALL)
 # A second question that the response goes on to ask and answer.
 _NEXT_QUESTION = re.compile(
     r"^\W*(?:next )?(?:question|q|user|human|assistant|问题|题目|質問|問題|pregunta|frage|pergunta|вопрос)\s*\d*\s*:",
@@ -104,9 +101,7 @@ def find_final_answer(text: str) -> FinalAnswer | None:
     chosen = _decisive(shape, marks)
     if chosen is None or chosen.text is None or len(chosen.text) > _LONGEST:
         return None
-    option = None if is_name(chosen.text) else _LETTER.fullmatch(chosen.text)
-    before, after = text[max(0, chosen.start - 200) : chosen.start], text[chosen.end :]
-    if is_taken_back(after, chosen.text) or is_hedged(before) or (option and contradicts(option["rest"], chosen.text)):
+    if is_taken_back(text[chosen.end :], chosen.text) or is_hedged(text[max(0, chosen.start - 200) : chosen.start]):
         return None
     answer = tidy(chosen.text)
     return FinalAnswer(answer, is_remark=chosen.is_remark) if answer else None
@@ -131,6 +126,8 @@ def _decisive(shape: str, marks: list[Mark]) -> Mark | None:
     marks = [mark for mark in marks if not mark.is_remark] or marks
     weight = max(mark.weight for mark in marks)
     chosen = next(mark for mark in reversed(marks) if mark.weight == weight)
+    inner = [mark for mark in marks if chosen.start < mark.start < chosen.end and mark.weight > OPTION]
+    chosen = inner[-1] if inner else chosen  # "Final answer: the answer is B"
     others = [mark for mark in marks if not _agree(mark, chosen)]
     if any(mark.label and chosen.label and mark.label != chosen.label for mark in others):
         return None

@@ -31,7 +31,7 @@ def _announcement(code: str) -> re.Pattern[str]:
 
 _STATED = {code: _announcement(code) for code in LANGUAGES}
 _NOUNS = {code: language.noun.split("|") for code, language in LANGUAGES.items()}
-_TO_ANSWER = re.compile(r"[*_` \t]*\n*[*_` \t]*")
+_TO_ANSWER = re.compile(r"(?:\*\*|__|[*_](?=\s)|[` \t])*\n*(?:\*\*|__|[` \t])*")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _TAG = re.compile(r"<answer>", re.IGNORECASE)
 _FINAL = re.compile(words("final"), re.IGNORECASE)
@@ -153,6 +153,8 @@ def _stated(text: str, shape: str, code: str, match: re.Match[str]) -> Mark:
     if not _may_lead(shape, match.start()) or is_denied(line, has_verb=has_verb):
         return Mark(None, match.start(), start, weight)
     sentence = first_sentence(line)
+    if (opened := shape[max(0, match.start() - 1) : match.start()]) in ("*", "_"):  # *Answer: blue*
+        sentence = sentence.rstrip(opened)
     content = without_ending(sentence) if code in UNSPACED else sentence
     part = _PART.search(match.group())
     label = part.group() if part else _label(shape, match.start())
@@ -203,7 +205,7 @@ def _boxed(text: str, match: re.Match[str]) -> Mark:
         if is_repeated or not _BETWEEN_BOXES.fullmatch(same_length(between)):
             break
         start, parts = earlier.start(), f"{inner}{between.replace('$', '') or ' '}{parts}"
-    if content is None or _is_part(text, start):
+    if content is None or _is_part(text, start) or text[end : end + 1] == "!":  # maybe a factorial
         return Mark(None, start, end, FINAL)
     rest = first_sentence(text[end:].partition("\n")[0])
     parts += _beside_box(rest, parts)

@@ -27,6 +27,9 @@ from vlmpo.verifiers.values import is_expression, read_structure, same_value, sq
 
 __all__ = ["VERIFIERS", "choose_verifier", "verify", "words_of"]
 
+# An option's letter with more: its text, or another sentence.
+_LABELLED = re.compile(r"[*_(]*[A-J][)*_]*(?:[.:]|,(?=\s+[a-z])|\s+[-–—])\s+(?P<text>.+)", re.DOTALL)
+
 
 def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
     """Compare the final answer of ``response`` with ``truth``.
@@ -41,7 +44,8 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
             ``number``: within 5 % of the truth, as charts are read; exactly, if the truth is 0 or a year, that is plain
             digits from 1800 to 2100.
             ``anls``: normalised Levenshtein similarity, ``1 - distance / longer length``, at least 0.5, of single words
-            at least 0.8 (between the two: unparsed); digits and denials must agree; opposites and others of one kind (``June``, ``July``) do not.
+            at least 0.8 (between the two: unparsed); digits and denials must agree; opposites and others of one kind
+            (``June``, ``July``) do not.
             ``vqa``: the same words apart from articles, punctuation and case; number words are digits; the same yes,
             no, number or colour in another language.
             ``math``: mathematically equal: numbers exactly, formulas to 35 digits; points, intervals, sets and lists
@@ -129,7 +133,8 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     is_open = right is None and (is_alternative(truth) or _is_set(truth))  # "x = 2 or x = 3" is what was asked for
     if is_doubtful(_without_or(shape) if is_open else shape):
         return None
-    if contradicts(text[len(readings[0]) :], readings[0]):
+    labelled = None if is_name(text) else _LABELLED.fullmatch(text)
+    if contradicts(text[len(readings[0]) :], readings[0]) or (labelled and contradicts(labelled["text"], text)):
         return None
     if is_alternative(readings[0]) or (is_open and is_alternative(truth)):
         return same_value(text, truth) if is_open else None
