@@ -38,7 +38,8 @@ READ = [
     ("so \\boxed{3}", "3"),
     ("\\boxed{1} but then \\boxed{\\frac{3}{4}}", "\\frac{3}{4}"),
     ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
-    ("\\boxed{\\text{(B) }x^{2^{3}}} and more", "\\text{(B) }x^{2^{3}}"),
+    ("\\boxed{\\text{(B) }x^{2^{3}}} is the answer", "\\text{(B) }x^{2^{3}}"),
+    ("\\boxed{5} million people", "5 million people"),
     ("\\boxed{12", None),  # cut off
     ("\\boxed{}", None),
     ("\\fbox{7}", "7"),
@@ -274,7 +275,7 @@ CASES = [
     ("anls", "hello world", F + "hello world", "c"),
     ("anls", "hello world", F + "helo wrld", "c"),
     ("anls", "hello world", F + "goodbye", "w"),
-    ("anls", "abcd", F + "abxy", "c"),  # 1 - 2/4 is the threshold itself
+    ("anls", "abcd", F + "abxy", "u"),  # alike, but other words are as like
     ("anls", "abcd", F + "axyz", "w"),
     ("anls", "abcd", F + "wxyz", "w"),  # distance/length would be 1: the inverted score takes this for right
     ("anls", "Dr. John A. Smith", F + "Dr John A Smith", "c"),
@@ -329,7 +330,8 @@ CASES = [
     ("math", "\\frac{3}{4}", F + "3/4", "c"),
     ("math", "\\frac{3}{4}", F + "\\dfrac{6}{8}", "c"),
     ("math", "\\frac{3}{4}", F + "4/3", "w"),
-    ("math", "1/3", F + "0.33", "w"),
+    ("math", "1/3", F + "0.33", "u"),  # rounded: is that what was asked for?
+    ("math", "1/3", F + "0.34", "w"),
     ("math", "1/3", F + "0.333333", "c"),
     ("math", "\\frac12", "So \\boxed{0.5}.", "c"),
     ("math", "2\\sqrt{3}", F + "\\sqrt{12}", "c"),
@@ -365,7 +367,8 @@ CASES = [
     ("auto", "3.14", F + "3.1", "c"),
     ("auto", "3/4", F + "0.77", "w"),
     ("auto", "\\frac{3}{4}", F + "0.75", "c"),
-    ("auto", "yes", "Yes, it does.", "u"),  # a sentence without a mark
+    ("auto", "yes", "Yes, it does.", "c"),
+    ("auto", "no", "Yes, it does.", "u"),  # a sentence without a mark
     ("auto", "yes", "yes", "c"),
     ("auto", "blue", F + "Blue", "c"),
     ("auto", "two", F + "2", "c"),

@@ -13,7 +13,13 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|textrm|textit|mathrm|mathbf|mathit|textbf
 # One character for one: positions in the text stay as they are.
 _SHAPES = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     ord(old): new
-    for olds, new in [("\u3000\xa0\u2002\u2003\u2007\u2009\u200a\u202f\t", " "), ("’‘‛′＇´", "'"), ("“”„«»″", '"')]
+    for olds, new in [
+        ("\u3000\xa0\u2002\u2003\u2007\u2009\u200a\u202f\t", " "),
+        ("’‘‛′＇´", "'"),
+        ("“”„«»″", '"'),
+        ("【", "["),
+        ("】", "]"),
+    ]
     for old in olds
 }
 _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060\ufe00-\ufe0f\ufeff\xad]")
@@ -47,6 +53,7 @@ def plain(text: str) -> str:
     if text.isascii():
         return " ".join(text.split())
     text = unicodedata.normalize("NFC", text).translate(_SHAPES).translate(_HYPHENS)
+    text = re.sub(rf"(?<=\d)(?=[{_LOWERED}])", "_", text)  # 101₂ is no 1012
     return " ".join("".join(map(_plain_character, _runs(text))).split())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from vlmpo.verifiers.characters import same_length
-from vlmpo.verifiers.languages import LETTERS, words
+from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, LETTERS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, words
 
 # "Without doubt" is none.
 _CERTAIN = re.compile(
@@ -35,6 +35,26 @@ _VALUE = re.compile(
 )
 _IT_IS = re.compile(r"(?:it(?:'s| is)|this is|that is|that's|es|c'est|es ist|das ist|это|é|是|应为)\s")
 _MOST_WORDS = 4  # of a later sentence that states another answer; longer ones explain
+_SENTENCES = re.compile(r"[.!?;]\s+|[\n。!?]")
+_FAULT, _OTHERS = re.compile(words("fault")), re.compile(words("others"))
+_NOT_IT = re.compile(rf"{words('denial', 'contrast', 'fault')}|n't\b|\btoo\s\w")
+_THIS = re.compile(r"\W*(?:this|that|it|the\s+above|there|my|i)\b")
+_EXCLAMATION = re.compile(r"^\W*\w+,\s")  # "False, it is C."
+_ONE_LETTER = re.compile(
+    r"\W*(?:(?:option|choice)\s+)?\(?([A-J])\)?\W*(?:(?<=,)\s+[a-z].*|(?<=[.:)–—-])\s+.*)?", re.DOTALL
+)
+# Letters that may be options: not of figures ("angle B", "group C"), nor the articles "A" and "a".
+_OPTION_LETTER = re.compile(
+    rf"(?<![{LETTERS}'.])(?<!\\)(?:(?P<named>angle|point|side|line|triangle|vertex|circle|student|set|figure|node|=)\s+)?"
+    rf"\(?(?P<letter>A(?!\s+[a-z]+\s+[a-z])|I(?!\s+[a-z])|[B-HJ])(?![{LETTERS}'])"
+)
+_CONCLUDES = re.compile(
+    r"(?<!\w)(?:so|thus|therefore|hence|which makes it|making|donc|daher|folglich|portanto|por (?:lo )?tanto|поэтому"
+    r"|следовательно)(?!\w)|所以|因此|故|よって|したがって"
+)
+_RESULT = re.compile(r"=\s*[$\\(]*(-?\d[\d.,]*\d|\d)(?![\d.]*\s*[-+*/×^=\d])")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_KNOWN_WORD = re.compile(words("sentence", "article", "be", "both", "copula", "reason"))
 
 
 def is_doubtful(text: str) -> bool:
@@ -66,12 +86,52 @@ def is_taken_back(after: str, answer: str) -> bool:
     if any(pattern.search(lower) for pattern in (_DOUBT, _NO, _OTHERWISE, _QUESTION)):
         return True
     known = set(re.findall(r"\w+", _lower(answer)))
-    return any(_states_another(sentence, known) for sentence in re.split(r"[.!?]\s+|[\n。!?]", same_length(after))[1:])
+    sentences = _SENTENCES.split(same_length(after))[1:]
+    return any(_states_another(sentence, known) for sentence in sentences) or contradicts("\n".join(sentences), answer)
+
+
+def contradicts(said: str, answer: str) -> bool:
+    """Return whether what is ``said`` beside an answer calls it wrong, or comes to another one of its kind."""
+    shape, numbers = same_length(said), set(_NUMBER.findall(same_length(answer)))
+    letter = _ONE_LETTER.fullmatch(same_length(answer))
+    is_yes_or_no = _YES_OR_NO.match(_lower(answer)) is not None
+    for sentence in filter(None, _SENTENCES.split(shape)):
+        lower, concluded = _lower(sentence), _CONCLUDES.split(sentence.lower())[1:]
+        others = {found["letter"] for found in _OPTION_LETTER.finditer(sentence) if not found["named"]}
+        others -= {letter[1]} if letter else set()
+        if letter and others and not _NOT_IT.search(_EXCLAMATION.sub("", lower)):
+            return True
+        if _FAULT.search(lower) and not (is_yes_or_no or _OTHERS.search(lower) or (others and not _THIS.match(lower))):
+            return True
+        if concluded and _is_other_colour(concluded[-1], answer):
+            return True
+        found = _NUMBER.findall(sentence)
+        if numbers and concluded and (last := _NUMBER.findall(concluded[-1])) and last[-1] not in numbers:
+            return True
+        if found and found[-1] not in numbers and _is_unread(sentence):
+            return True
+    results = _RESULT.findall(shape)
+    is_negative = "-" in same_length(answer).replace("−", "-")
+    return len(numbers) == 1 and bool(results) and results[-1] not in {f"{'-' * is_negative}{one}" for one in numbers}
+
+
+def _is_other_colour(concluded: str, answer: str) -> bool:
+    """Return whether "so purple" follows the answer "blue"."""
+    right, found = ({COLOURS.get(word) for word in re.findall(r"\w+", _lower(text))} for text in (answer, concluded))
+    return bool(right - {None} and found - right - {None})
 
 
 def is_remark(text: str) -> bool:
     """Return whether ``text`` speaks about the answer instead of giving it: "clear from the chart", "I need to ..."."""
     return _REMARK.match(_lower(text).strip(" *_`.!\"'")) is not None
+
+
+def _is_unread(sentence: str) -> bool:
+    """Return whether a sentence is in no language that is read."""
+    if any(map(str.isalpha, UNKNOWN_SCRIPT.findall(sentence))) or OTHER_LANGUAGES & set(_lower(sentence).split()):
+        return True
+    is_long = len(re.findall(r"[^\W\d_]{2,}", sentence)) > _MOST_WORDS
+    return is_long and not re.search(f"[{EAST_ASIAN}]", sentence) and len(_KNOWN_WORD.findall(_lower(sentence))) < 2
 
 
 def is_filler(text: str) -> bool:

@@ -23,10 +23,10 @@ Variables = Mapping[str, Any]
 Value = Callable[[Variables], Any]
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<command>\\[A-Za-z]+)|(?P<word>[A-Za-z]+(?:_(?:\w|\{\w+\}))?)"
+    r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<command>\\log_(?:\d|\{\d+\})|\\[A-Za-z]+)|(?P<word>[A-Za-z]+(?:_(?:\w|\{\w+\}))?)"
     r"|(?P<sign>\*\*|[-+*/^!(){}\[\]|,°%]))"
 )
-_CONSTANTS = {r"\pi": "pi", "pi": "pi", "e": "e", r"\infty": "inf", r"\inf": "inf"}
+_CONSTANTS = {r"\pi": "pi", "pi": "pi", "e": "e", r"\infty": "inf", r"\inf": "inf", "i": "j"}
 _GREEK = {rf"\{name}" for name in word_set("alpha beta gamma delta theta lambda mu phi varphi omega rho sigma tau")}
 _FUNCTIONS = {name: name for name in word_set("sin cos tan cot sec csc sinh cosh tanh exp sqrt abs")} | {
     "ln": "log",
@@ -152,7 +152,7 @@ class _Reader:
                 value = _divided(value, self.factor()) if divided else _multiplied(value, self.factor())
             elif self._begins_factor():
                 # 1/2x is (1/2)x to some and 1/(2x) to others; 3 4 and 2\frac12 are no products.
-                if divided or (before[-1].isdigit() and (self.token[0].isdigit() or self.token == r"\frac")):
+                if divided or (before[-1].isdigit() and (self.token[0] in "0123456789." or self.token == r"\frac")):
                     raise FormulaError(self.token)
                 value = _multiplied(value, self.power())
             else:
@@ -201,6 +201,8 @@ class _Reader:
             return self.root()
         if name in _FUNCTIONS:
             return self.function(name)
+        if base := re.fullmatch(r"log_\{?(\d+)\}?", name):
+            return _divided(_applied("log", self.function_argument()), _applied("log", lambda at: _number(base[1])))
         if name == "binom":
             return _chosen(self.argument(), self.argument())
         if token in _GREEK or re.fullmatch(r"[A-Za-z](?:_(?:\w|\{\w+\}))?", token):

@@ -6,6 +6,7 @@ Words of languages with spaces match whole words only.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -23,6 +24,12 @@ class Language:
         final: what makes an answer a final one.
         denial: "not", before an answer.
         supposed: "if", before "the answer is".
+        premise: "if", anywhere in the sentence before "the answer is".
+        lead: words that may stand before "answer" in its clause; after others it is somebody else's, or another one.
+        limit: what, right before a boxed answer, makes it a bound or a part: "at least".
+        rejected: what, before it in its clause, makes it no answer: "we rule out".
+        fault: "wrong": said of an answer after it, it takes it back.
+        others: "the others": they may be wrong.
         retraction: what takes an answer back, wherever it stands after it.
         hedge: what leaves an answer open, wherever it stands beside it.
         opinion: "I think": it leaves an answer open after it, not before it.
@@ -53,6 +60,12 @@ class Language:
     final: str
     denial: str
     supposed: str
+    premise: str
+    lead: str
+    limit: str = ""
+    rejected: str = ""
+    fault: str
+    others: str
     retraction: str
     hedge: str
     opinion: str
@@ -85,6 +98,23 @@ ENGLISH = Language(
     denial=r"(?:\w+ly )?(?:not|never|neither|nor|no longer|none of)",
     supposed="if|whether|unless|suppose|supposing|assume|assuming|not|never|cannot|than|can't|isn't|doesn't|don't"
     "|wouldn't|couldn't|why|how",
+    premise="if|unless|assuming|suppose|supposing",
+    lead="the|this|that|my|our|so|therefore|thus|hence|then|and|but|now|here|final|finally|correct|right|best|short"
+    "|complete|full|overall|exact|numerical|i|we|think|believe|get|conclude|see|say|it|seems|appears|follows|means"
+    "|in|conclusion|consequently|ultimately|clearly|is|to|question|as|a result|would|will|should|must|actually|no"
+    "|wait|on second thoughts?"
+    "|gives?|arrive|at|reach|obtain|have|let|me|provide|based|on|from|above|analysis"
+    "|chart|figure|graph|image|diagram|table"
+    "|reasoning|information|given|these",
+    limit=r"at least|at most|more than|less than|fewer than|other than|greater than|up to|between(?: \S+ and)?|from"
+    "|minus"
+    "|negative|half of|twice|opposite|nor|without|not",
+    rejected=r"rul(?:e|ed|ing) out|exclud\w+|eliminat\w+|cross\w* out|wrong|incorrect|would|might|could|neither|isn't"
+    r"|(?:put|write|enclose) (?:\w+ ){1,3}in|everything|anything",
+    fault="wrong|incorrect|invalid|mistakes?|errors?|false|erroneous|inconsistent|contradicts?|flawed|inaccurate"
+    "|eliminated|excluded|distractor|no good|retract|withdraw|overlooked|swapped|confused|mixed up|hasty|forgot"
+    "|was off",
+    others="others?|rest|remaining|alternatives?|distractors|options|choices|claims?|statement|would",
     retraction="wait|scratch (?:that|it)|strike that|hold on|on second thoughts?|sorry|oops|whoops|my (?:mistake"
     r"|bad|apologies)|apolog\w+|i(?: was|'m| am) (?:wrong|mistaken|not)|(?:made|make) an? (?:\w+ )?(?:mistake"
     r"|error)|mistaken(?:ly)?|let(?: me|'s| us) (?:re\w*|double|check|correct|verify|think|count|look|see|try"
@@ -103,7 +133,10 @@ ENGLISH = Language(
     "|difficult to (?:tell|say|read|see|determine)|alternatively|either|depend(?:s|ing)|(?:also|equally|both"
     "|just as) (?:possible|plausible|correct|valid|right|acceptable|likely)|plausible|(?:is|are|seems?"
     r"|remains?) (?:\w+ )?possible|tentative\w*|i'd say|i would say|i doubt|some doubt|in doubt|doubtful|ambiguous"
-    r"|if i had to|best guess|though it|cannot be sure|who knows|arguably|toss-?up|low confidence|not \d+\s?%",
+    r"|if i had to|best guess|though it|cannot be sure|who knows|arguably|toss-?up|low confidence|not \d+\s?%"
+    r"|\d+\s?% (?:sure|certain|confident|confidence)|confidence: (?:low|medium|\d|[1-7]\d)\w*|hunch|speculat\w+"
+    "|rough estimate|grain of salt|either way|(?:cannot|can't) verify|50/50|don't quote me|i'd (?:go for|rather)"
+    "|i prefer",
     opinion="i (?:think|believe|suppose|assume|feel)|in my opinion",
     correct=r"correct|right|best|the answer|the (?:\w+ )?(?:answer|choice|option)",
     alternative="or|and/or|alternatively|versus|vs",
@@ -160,6 +193,12 @@ CHINESE = Language(
     final="最终|最終|最后|最後",
     denial="不是|不|非|并非|並非|没有|沒有",
     supposed="如果|假如|若|假设|假設|是否|要是|难道|倘若",
+    premise="如果|假如|若|假设|要是",
+    lead="根据|由|图|表|上述|分析|可见|得出|计算|所以|因此|故|综上所述|综上|那么|则|可知|可得|由此|本题|这道题|该题|此题|题目|问题|您|我们?|的|最终|最后|正确|回|应该?|选择?",
+    limit="至少|至多|超过|不到",
+    rejected="排除|学生|错误",
+    fault="错误|不正确|有误|无效|不成立|错了|矛盾",
+    others="其他|其它|其余|另外|选项都|均|都",
     retraction="等等|等一下|等下|等一等|稍等|不对|不對|更正|纠正|糾正|修正|订正|抱歉|对不起|對不起|不好意思|重新"
     "|其实|其實|实际上|實際上|应该是|應該是|应为|應為|应是|我错|我錯|说错|說錯|弄错|弄錯|搞错|搞錯|看错|看錯|数错"
     r"|數錯|算错|算錯|写错|错了|錯了|有误|有誤|改为|改為|改成|改选|而是|(?:^|[,。;!\s])不(?:是)?[,，。!]|再看|再想"
@@ -195,6 +234,12 @@ JAPANESE = Language(
     final="最終",
     denial="不正解",
     supposed="もし|仮に",
+    premise="もし|仮に",
+    lead="よって|したがって|従って|ゆえに|だから|つまり|以上より|以上から|この|問題|私|の",
+    limit="少なくとも",
+    rejected="以外|除く",
+    fault="間違い|誤り|不正解|正しくない|誤って",
+    others="他|その他|残り|ほか",
     retraction="待って|待った|ちょっと待|いや|いえ[、,]|違います|違いました|違う|違っ|ちがう|ちがい|訂正|修正"
     "|すみません|すいません|ごめん|間違|まちがえ|やっぱり|やはり|失礼|正しくは|じゃなくて|実は|実際は|もう一度"
     "|数え直|見直|考え直|撤回|よく見ると|申し訳|改め",
@@ -229,6 +274,12 @@ SPANISH = Language(
     final="final|definitiva",
     denial=r"no (?=\S)|nunca|ni|tampoco|ningun[oa]",
     supposed="si|no|cuando|porque|aunque",
+    premise="si",
+    lead="la|mi|nuestra|así que|por (?:lo )?tanto|entonces|pues|luego|y|pero|creo|pienso|que|final|correcta|es",
+    limit="al menos|como máximo|entre|menos|más de",
+    rejected=r"descart\w+|incorrect[ao]",
+    fault="incorrect[ao]s?|falso|falsa|erróne[ao]|errad[ao]|mal|errores|error|inválid[ao]",
+    others="otr[ao]s|demás|resto",
     retraction=r"esper[ae]n?|un momento|no espera|perd[oó]n\w*|disculp\w+|corrección|corrijo|corregir|correcciones"
     r"|mejor dicho|en realidad|de hecho|me equivoqué|me he equivocado|equivocad\w+|equivocación|lo siento"
     r"|rectific\w+|digo|quise decir|quiero decir|más bien|pensándolo (?:bien|mejor)|mirando (?:de nuevo|mejor|bien)"
@@ -272,6 +323,12 @@ FRENCH = Language(
     final="finale|définitive",
     denial="pas|non pas|jamais|ni|aucun[e]?",
     supposed="si|pas|pourquoi|quand|comment",
+    premise="si",
+    lead="la|ma|notre|donc|alors|ainsi|par conséquent|et|mais|bonne|je|pense|que|finale|est",
+    limit="au moins|au plus|entre|moins",
+    rejected=r"élimin\w+|exclu\w*|fausse|incorrecte",
+    fault="faux|fausse|incorrecte?|erronée?|mauvaise?|inexacte?|invalide|erreur",
+    others="autres|reste",
     retraction=r"attend(?:s|ez)|un instant|un moment|pardon\w*|correction|je (?:me )?corrige|corrigeons"
     r"|rectificat\w+|rectifie|en fait|en réalité|plutôt|désolée?|je me (?:suis )?trompée?|erreur"
     "|excuse[sz]?(?:-moi)?|oups|après réflexion|à la réflexion|réflexion faite|je voulais dire|je veux dire"
@@ -314,6 +371,12 @@ GERMAN = Language(
     final="endgültige|finale|end(?=antwort|ergebnis|lösung)|schluss|abschließende",
     denial="nicht|keine?|nie|niemals|weder",
     supposed="wenn|falls|ob|nicht|warum|dass",
+    premise="wenn|falls",
+    lead="die|das|der|meine|unsere|also|daher|somit|folglich|damit|deshalb|ist|lautet|und|aber|richtige|korrekte",
+    limit="mindestens|höchstens|zwischen|mehr als|weniger als",
+    rejected="ausgeschlossen|falsche?",
+    fault="falsche?|inkorrekt|fehlerhaft|fehler|ungültig|unzutreffend",
+    others="anderen?|übrigen|rest",
     retraction=r"warte\w*|warten sie|moment mal|einen moment|moment[,.!]|nein doch|doch nicht|oder doch|nein|nee"
     r"|korrektur|korrigier\w+|entschuldig\w+|verzeih\w+|sorry|eigentlich|besser gesagt|genauer gesagt|(?:geirrt"
     "|vertan|verzählt|verrechnet|verlesen|versehen|getäuscht)|vielmehr|stimmt nicht|tut mir leid|ich meine"
@@ -355,6 +418,12 @@ PORTUGUESE = Language(
     final="final|definitiva",
     denial=r"não (?=\S)|nunca|nem|nenhuma?",
     supposed="se|não|quando|porque|embora",
+    premise="se",
+    lead="a|minha|nossa|portanto|logo|então|assim|e|mas|acho|que|é|final",
+    limit="pelo menos|no máximo|entre|menos",
+    rejected=r"descart\w+|errad[ao]|incorret[ao]",
+    fault="incorret[ao]s?|falsa|errad[ao]s?|inválid[ao]",
+    others="outr[ao]s|demais|resto",
     retraction=r"esper[ae]m?|um momento|não espera|descul\w+|perdão|perdoe|correção|corrig\w+|na verdade|aliás"
     r"|me enganei|enganad\w+|enganei|errei|melhor dizendo|quer dizer|quis dizer|quero dizer|digo|ou melhor"
     r"|pensando (?:bem|melhor)|olhando (?:de novo|melhor|bem)|retific\w+|erro|engano|equivoc\w+|recontando"
@@ -396,6 +465,13 @@ RUSSIAN = Language(
     final="окончательный|итоговый|конечный",
     denial="не|ни|нельзя",
     supposed="если|ли|не|когда|почему",
+    premise="если",
+    lead="мой|наш|итак|значит|следовательно|поэтому|таким образом|правильный|верный|окончательный|и|но|тогда|в итоге"
+    "|получаем|что|отсюда",
+    limit="не менее|не более|минимум|максимум|между",
+    rejected=r"исключ\w+|неверн\w+|неправильн\w+",
+    fault=r"неверн\w+|неправильн\w+|ошибочн\w+|ошибк\w+|ложн\w+",
+    others=r"остальн\w+|друг\w+|прочи\w+",
     retraction=r"подожд\w+|погоди\w*|стоп|постой\w*|минутку|секунду|нет подожди\w*|хотя нет|извин\w+|прост(?:и|ите)"
     r"|прошу прощения|исправ\w+|поправ\w+|на самом деле|вернее|точнее|ошиб\w+|ой|переду\w+|пересчита\w+"
     r"|пересмотр\w+|если присмотреться|присмотрев\w+|вообще-то|то есть нет|не так|неверно|неправильно|виноват\w*"
@@ -437,6 +513,7 @@ LANGUAGES = {
 }
 UNSPACED = frozenset({"zh", "ja"})
 EAST_ASIAN = "\u3040-\u30ff\u4e00-\u9fff"
+UNKNOWN_SCRIPT = re.compile(f"(?![Ѐ-ӿ{EAST_ASIAN}々ー\u0300-\u036fµμΩθαβπ])[\u0370-\U0001f000]")
 LETTERS = "A-Za-z0-9_À-ÖØ-öø-ʯЀ-ӿ"  # of words with spaces between them
 
 
@@ -523,9 +600,11 @@ COLOURS = {
     )
     for word in listed.split()
 }
+# Words of other languages that are English words too, for something else.
+HOMOGRAPHS = word_set("rose chat dos null un once rot sept die hund pan six")
 # Words of languages that are not read, in Latin letters.
 OTHER_LANGUAGES = word_set(
     "è il della che risposta sono het een antwoord niet zijn jest odpowiedź nie są ve bir cevap değil är och "
     "svaret inte det er svar ikke là của không đáp án jawaban adalah yang tidak on vastaus ei ja nem válasz "
-    "az je odpověď"
+    "az je odpověď scusa przepraszam özür förlåt maaf ik jag het rätt sikerült helyes xin lỗi powinno być"
 ) - {"ja"}

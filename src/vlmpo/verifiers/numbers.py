@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from vlmpo.verifiers.characters import plain_math
+from vlmpo.verifiers.formula import FormulaError, read_formula, same_formula
 from vlmpo.verifiers.languages import (
     COUNTERS,
     EAST_ASIAN,
@@ -18,7 +19,7 @@ from vlmpo.verifiers.languages import (
     word_set,
     words,
 )
-from vlmpo.verifiers.sentences import tidy
+from vlmpo.verifiers.sentences import is_sentence, tidy
 from vlmpo.verifiers.units import PERCENT, UNITS
 
 _MOST_CHARACTERS, _MOST_DIGITS, _MOST_EXPONENT = 200, 60, 300
@@ -71,10 +72,16 @@ NUMBER_WORDS = {"none": 0} | {w: i for i, w in enumerate(_ONES)} | {w: 20 + 10 *
 _NO_UNIT = word_set(
     "or and not no nor but than to of less more fewer over under minus plus times squared cubed half halves "
     "third thirds quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths "
-    "either neither maybe possibly perhaps if unless except point negative positive up down sqrt pi factorial"
+    "either neither maybe possibly perhaps if unless except point negative positive up down sqrt pi factorial "
+    "twice double doubled triple grand recurring repeating bar minimum maximum each besides apart ignoring excluding "
+    "excluded without onwards off nought hypothetically below above score root choose mod base remainder"
 )
-# Words that, in a parenthesis after a number, take it back: "3 (or 4)". Others explain: "3 (two red, one blue)".
-_OTHERWISE = word_set("or not maybe possibly perhaps if with without including excluding actually")
+_NO_NAME = re.compile(rf"\w*[^r\W]ths?|\w*fold|(?:ten|dozen|hundred|thousand|million|billion)s|r\d|{words('fault')}")
+# In a parenthesis after a number it takes it back or makes it another: "3 (or 4)". Others explain: "3 (two red)".
+_OTHERWISE = re.compile(
+    rf"\b(?:or|not|maybe|possibly|perhaps|if|with|without|including|excluding|actually|plus|minus|negative|below"
+    rf"|thousands?|millions?|billions?|hundreds?|dozens?|base|approximate\w*|estimate\w*)\b|{words('fault')}"
+)
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
 _WORD = re.compile(
     rf"(?![\d_])[{LETTERS}{EAST_ASIAN}][{LETTERS}{EAST_ASIAN}'.-]*(?:[/^]\w[\w^-]*)*"
@@ -88,6 +95,8 @@ _LIMITS = re.compile(
 )
 # Parts of words for thousands and millions in languages that are not read.
 _OTHER_MAGNITUDE = re.compile("mil[ijlay]|tys|tis[ií]|tus|duiz|bin$|ribu|juta|cent[oi]|hund|nghìn|triệu")
+# After a number and its counter: another number, "more", "less", "before", "half past".
+_OTHER_COUNT = re.compile("^点|[〇零一二两兩三四五六七八九十百千半多少减減加除中前后後错錯]")
 _INLINE = re.compile(r"(?<!\\)\$((?=\S)[^$]*[^$\s])\$(?!\d)")
 _NO_LEAD = word_set("not no never neither nor if unless than least most between cannot can't isn't aren't or")
 # Left out at the beginning: how close is close enough is the verifier's matter.
@@ -174,7 +183,20 @@ def _equation(text: str) -> tuple[str, str] | None:
         or _LIMITS.search(left.lower())
     ):
         return None
-    return (left if re.fullmatch(r"[A-Za-z]", left) else ""), equation[2].strip()
+    if equation[0].count("=") and _is_unequal(left, equation[2]):
+        return None
+    name = re.fullmatch(r"(?:m ?)?(?:\\angle|∠) ?[A-Z]{1,3}|[A-Za-z]", left)
+    return name.group().replace("\\angle", "∠").replace(" ", "") if name else "", equation[2].strip()
+
+
+def _is_unequal(left: str, right: str) -> bool:
+    """Return whether numbers stand on the left that are not the right side: "2 = 5"."""
+    if not re.fullmatch(r"[\d\s.+*/^()-]+", left):
+        return False
+    try:
+        return same_formula(read_formula(left), read_formula(right)) is not True
+    except FormulaError:
+        return False  # "3 + 3 = 6 cars"
 
 
 def _stated(text: str) -> Quantity | None:
@@ -252,7 +274,7 @@ def _otherwise(number: str, value: Fraction, quantity: Quantity) -> Fraction | N
 def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -> Quantity | None:
     kind, scale = UNITS[currency.lower()] if currency else (None, Fraction(1))
     if aside := _ASIDE.search(rest):
-        if _OTHERWISE & set(re.findall(r"\w+", aside[1].lower())) or _is_other_number(value, aside[1], rest):
+        if _OTHERWISE.search(aside[1].lower()) or _is_other_number(value, aside[1], rest):
             return None
         rest = rest[: aside.start()]
     if rest[:1] in _ATTACHED_MAGNITUDES and not rest[1:2].isalnum():
@@ -273,20 +295,23 @@ def _with_unit(value: Fraction, rest: str, currency: str | None, digits: bool) -
         return None
     if known:
         return Quantity(value, percent, *known, digits)
-    is_plain = _plain_words(names) and (percent or _is_apart(rest))
+    is_plain = are_plain(names) and (percent or _is_apart(rest))
     return Quantity(value, percent, kind, scale, digits, " ".join(names).lower()) if is_plain else None
 
 
 def _is_other_number(value: Fraction, aside: str, rest: str) -> bool:
-    """Return whether a parenthesis holds another number: "3 (4)"; 1.23(4) is one with its uncertainty."""
-    number = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*%?\s*", aside)
-    return number is not None and (rest[:1] == "(" or Fraction(number[1]) != value)
+    """Return whether a parenthesis gives another number: "3 (4)", "3 (six in all)"; 1.23(4) is one with its error."""
+    number = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?|[a-z]+)(?:\s*%|\s+(?:in|with|when)\b.*)?\s*", aside.lower())
+    if number is None or not (number[1] in NUMBER_WORDS or number[1][-1].isdigit()):
+        return False
+    return rest[:1] == "(" or Fraction(NUMBER_WORDS.get(number[1], number[1])) != value
 
 
 def _is_apart(rest: str) -> bool:
     """Return whether the words after a number are no suffix of it, as in 21st, 3x, 3ème and 3割."""
     if counter := re.match(rf"\s*(?:{COUNTERS})", rest):
-        return all(_EAST_ASIAN.match(sign) or sign in "の的 " for sign in rest[counter.end() :])
+        is_other = rest.strip() != "点" and _OTHER_COUNT.search(rest.strip())
+        return not is_other and all(_EAST_ASIAN.match(sign) or sign == " " for sign in rest[counter.end() :])
     return not rest.strip() or (
         rest[0] in " °/" and not _EAST_ASIAN.match(rest.strip()) and not re.match(r"\s+[^\W\d_]{1,2}(?![\w/^])", rest)
     )
@@ -308,11 +333,14 @@ def _plain_unit(name: str) -> tuple[str, Fraction] | None:
     return UNITS.get(name) or (UNITS.get(name.lower()) if len(name) > 2 or name[:1] == "°" else None)
 
 
-def _plain_words(names: list[str]) -> bool:
-    """Return whether these are a few words, or a unit such as km/h, that leave the number before them as it is."""
+def are_plain(names: list[str]) -> bool:
+    """Return whether these are a few words, or a unit such as km/h, that leave the value before them as it is."""
     plain = [name.lower().strip(".,") for name in names]
     if len(plain) > 5 or names[:1] in [["K"], ["k"], ["M"], ["B"]]:  # "5 M": a magnitude or a unit?
         return False
     if _LIMITS.search(" ".join(plain)) or OTHER_LANGUAGES & set(plain) or any(map(_OTHER_MAGNITUDE.match, plain)):
         return False
-    return all(_WORD.fullmatch(name) and name not in _NO_UNIT and name not in NUMBER_WORDS for name in plain)
+    if is_sentence(" ".join(filter(str.isascii, plain))):
+        return False
+    others = _NO_UNIT | NUMBER_WORDS.keys()
+    return all(_WORD.fullmatch(name) and name not in others and not _NO_NAME.fullmatch(name) for name in plain)

@@ -28,7 +28,10 @@ _OPTION = re.compile(
 _TEXT_FIRST = re.compile(
     r"(?P<text>[^()]+?)\s*[(\[](?:(?:option|choice|answer)\s+)?(?P<letter>[A-J])[)\]]", re.IGNORECASE
 )
-_DENIED = re.compile(f"{words('denial')}|{words('condition')}|either|all|any", re.IGNORECASE)
+_DENIED = re.compile(
+    rf"{words('denial', 'condition', 'limit', 'rejected', 'fault')}|either|all|any|[A-Za-z]+ (?:of|out|than|from)$",
+    re.IGNORECASE,
+)
 # A second label: "(a) and (b)", "b) or c)", "c, not b". Single capitals in an option's text, "(a) point B", are none.
 _OTHER_LABEL = re.compile(
     r"(?<!\w)[(\[][a-z][)\]](?!\w)|(?<![\w(\[])[a-z]\)(?!\w)"
@@ -43,26 +46,36 @@ _LIST = re.compile(
 )
 
 
-def read_option(text: str) -> tuple[str, str] | None:
-    """Return the letter, in lower case, and the option's text ("" if there is none); None if no or two letters."""
-    text = " ".join(re.sub(r"[*_`$]", "", unwrap_latex(plain(tidy(text)))).split())
-    text = tidy(text)
+def read_option(text: str, *, is_truth: bool = False) -> tuple[str, str] | None:
+    """Return the letter, in lower case, and the option's text ("" if there is none); None if no or two letters.
+
+    In a truth the first letter counts, whatever the text: ``D. Both A and B``.
+    """
+    text = _one_line(text)
     if is_name(text):
         return None
     first, option = _TEXT_FIRST.fullmatch(text), _OPTION.fullmatch(text)
     if first and not option and not _DENIED.match(first["text"]):
         return first["letter"].lower(), first["text"].strip(" .")
-    if not option or _OTHER_LABEL.search(option["text"]) or _LIST.fullmatch(text):
+    if is_truth and re.fullmatch(r"\(?[A-Za-z]\)?", text):
+        return text.strip("()").lower(), ""
+    if not option or _LIST.fullmatch(text) or (_OTHER_LABEL.search(option["text"]) and not is_truth):
         return None
     return (option["bracketed"] or option["open"]).lower(), option["text"].strip(" .。")
 
 
-def read_letters(text: str, *, allow_single: bool = False) -> frozenset[str] | None:
-    """Return the options of a list such as "b, c" or "(b) and (c)"; None if ``text`` is no such list."""
-    text = tidy(" ".join(re.sub(r"[*_`$]", "", unwrap_latex(plain(tidy(text)))).split()))
+def read_letters(text: str, *, allow_single: bool = False) -> tuple[str, ...] | None:
+    """Return the options of a list such as "b, c" or "(b) and (c)", in its order; None if ``text`` is no such list."""
+    text = _one_line(text)
     if not (_LIST.fullmatch(text) or (allow_single and re.fullmatch(_PREFIX + _LETTER, text, re.IGNORECASE))):
         return None
-    return frozenset(re.findall(r"(?<![A-Za-z])[a-z](?![A-Za-z])", text.lower()))
+    return tuple(re.findall(r"(?<![A-Za-z])[a-z](?![A-Za-z])", re.sub(_BOTH, ",", text, flags=re.IGNORECASE).lower()))
+
+
+def _one_line(text: str) -> str:
+    """Return ``text`` in plain characters, without emphasis and ``$``; the asterisk of ``A*`` stays."""
+    text = re.sub(r"\*\*|__|[`$]|([*_])(?=\S)(.*?\S)\1", r"\2", unwrap_latex(plain(tidy(text))))
+    return tidy(" ".join(text.split()))
 
 
 @lru_cache(maxsize=1024)
@@ -88,7 +101,7 @@ def judge_option(readings: Sequence[str], truth: str) -> bool | None:
     right_letters = read_letters(truth)
     if right_letters:
         return _judge_letters(readings, right_letters)
-    right = read_option(truth)
+    right = read_option(truth, is_truth=True)
     assert right is not None  # choose_verifier checked it
     options = [option for reading in readings if (option := read_option(reading))]
     if not options:
@@ -104,18 +117,21 @@ def judge_option(readings: Sequence[str], truth: str) -> bool | None:
     return same_letter if same_letter == any(_same_option_text(text, right) for text in texts) else None
 
 
-def _judge_letters(readings: Sequence[str], right: frozenset[str]) -> bool | None:
+def _judge_letters(readings: Sequence[str], right: tuple[str, ...]) -> bool | None:
+    """Compare lists of letters in any order; if the truth's is not the alphabet's, the order may be what was asked."""
     for reading in readings:
         letters = read_letters(reading, allow_single=True)
         if letters is None and re.fullmatch("[A-J]{2,}", reading.strip()) and list(reading) == sorted(set(reading)):
-            letters = frozenset(reading.strip().lower())
+            letters = tuple(reading.strip().lower())
+        if letters is not None and set(letters) == set(right) and letters != right and right != tuple(sorted(right)):
+            return None
         if letters is not None:
-            return letters == right
+            return set(letters) == set(right)
     return None
 
 
 def _same_option_text(answer: str, right: tuple[str, str]) -> bool:
     read, quantity = read_quantity(answer), read_quantity(right[1])
-    if read and quantity:
+    if read and quantity and read.percent == quantity.percent:
         return same_quantity(read, quantity) is True
     return same_words(answer, right[1]) or same_words(answer, f"{right[0]} {right[1]}")

@@ -7,6 +7,7 @@ import re
 from vlmpo.verifiers.characters import same_length
 from vlmpo.verifiers.doubt import is_alternative, is_taken_back
 from vlmpo.verifiers.languages import EAST_ASIAN, words
+from vlmpo.verifiers.numbers import read_quantity
 from vlmpo.verifiers.sentences import first_sentence, tidy
 
 _CONTRAST = re.compile(
@@ -55,4 +56,4 @@ def _without_aside(text: str) -> str:
         return text
     rest, numbers = text[: aside.start()], set(re.findall(r"\d+", aside[1]))
     is_other = len(numbers) == 1 and not numbers & set(re.findall(r"\d+", rest))
-    return text if is_other else rest
+    return text if is_other or read_quantity(rest) else rest  # a number is read together with its aside

@@ -27,13 +27,21 @@ _DENIED_END = re.compile("(?:では|じゃ|で)(?:ありません|ない|なく)
 def tidy(text: str) -> str:
     """Strip white space, emphasis, ``$...$`` and a full stop around ``text``, unless nothing else is left."""
     whole = text.strip()
-    text = whole.strip(EMPHASIS + " \t")
-    text = re.sub(r"(?<![.。])[.。．]$", "", text).rstrip(EMPHASIS + " \t")
+    text = _without_emphasis(whole)
+    text = _without_emphasis(re.sub(r"(?<![.。])[.。．](?=[*_`]*$)", "", text))
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text[len(opening) : len(text) - len(closing)]
         if text.startswith(opening) and text.endswith(closing) and inner.strip() and opening not in inner:
             text = inner.strip()
     return text or whole
+
+
+def _without_emphasis(text: str) -> str:
+    """Strip emphasis before and after; a single sign after ``A*`` or ``C#`` is none unless one is before."""
+    opening = re.match(r"[*_`#\s]*", text)
+    text = text[opening.end() if opening else 0 :].rstrip()
+    is_paired = opening is not None and opening.group().strip() != ""
+    return re.sub(r"[*_`#\s]+$" if is_paired else r"(?:\*\*|__|`|(?<=\W)[*_#]|\s)+$", "", text)
 
 
 def first_sentence(text: str) -> str:

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from vlmpo.verifiers.characters import plain_math
-from vlmpo.verifiers.formula import FormulaError, read_formula, same_formula
+from vlmpo.verifiers.formula import Formula, FormulaError, read_formula, same_formula
 from vlmpo.verifiers.languages import words
 from vlmpo.verifiers.numbers import Quantity, known_unit, read_quantity
 from vlmpo.verifiers.sentences import tidy
@@ -95,7 +95,9 @@ def same_value(answer: str, truth: str) -> bool | None:
     right, read = read_quantity(truth), read_quantity(answer)
     if right and read:
         same = same_quantity(read, right)
-        return same or _is_rounded(answer, truth) or _is_rounded(truth, answer) or same
+        if same is not False or _is_rounded(answer, truth) or _is_rounded(truth, answer):
+            return same is not None or None
+        return None if _is_rounded(answer, truth, least=2) or _is_rounded(truth, answer, least=2) else False
     whole, parts = (None if quantity else read_structure(text) for quantity, text in ((right, truth), (read, answer)))
     if whole and parts:
         return same_structure(parts, whole)
@@ -179,23 +181,36 @@ def _same_side(text: str, relation: Structure | None) -> bool | None:
 
 
 def _same_expression(answer: str, truth: str) -> bool | None:
+    if any(re.fullmatch(r"\d+(?:\.\d+)? ?- ?\d+(?:\.\d+)?", plain_math(_bare(text))) for text in (answer, truth)):
+        return None  # a range or a difference?
     (one, unit), (other, right_unit) = _without_unit(answer), _without_unit(truth)
     if unit and right_unit and unit != right_unit:
         return None
     letters = _letters(other)
     try:
-        same = same_formula(read_formula(_bare(one), letters=letters), read_formula(_bare(other), letters=letters))
+        formulas = [read_formula(_bare(side), letters=letters) for side in (one, other)]
     except FormulaError:
         return None
-    return same or _is_rounded(one, other) or _is_rounded(other, one) or same
+    same = same_formula(*formulas) or _is_rounded(one, other) or _is_rounded(other, one)
+    return True if same else None if _may_mean_the_same(formulas, one, other) else same_formula(*formulas)
 
 
-def _is_rounded(decimal: str, exact: str) -> bool:
-    """Return whether ``decimal`` is ``exact`` to six or more decimals."""
+def _may_mean_the_same(formulas: list[Formula], one: str, other: str) -> bool:
+    """Return whether two formulas differ only as they are read: a logarithm's base, x named n."""
+    names = [formula.variables for formula in formulas]
+    if re.search(r"\blog(?!_)|\\log(?!_)", one + other):
+        return True
+    if len(names[0]) == len(names[1]) == 1 and names[0] != names[1] and min(names[0] | names[1]).islower():
+        return True
+    return _is_rounded(one, other, least=2) or _is_rounded(other, one, least=2)
+
+
+def _is_rounded(decimal: str, exact: str, *, least: int = 6) -> bool:
+    """Return whether ``decimal`` is ``exact`` to all of its decimals, at ``least`` so many."""
     import mpmath
 
-    digits = re.fullmatch(r"-?\d*\.(\d{6,})", squeezed(decimal))
-    if not digits:
+    digits = re.fullmatch(r"-?\d*\.(\d+)", squeezed(decimal))
+    if not digits or len(digits[1]) < least:
         return False
     with mpmath.workdps(50):
         try:
@@ -204,7 +219,11 @@ def _is_rounded(decimal: str, exact: str) -> bool:
             return False
         if formula.variables:
             return False
-        return bool(abs(formula.value({}) - mpmath.mpf(squeezed(decimal))) <= mpmath.mpf(10) ** -len(digits[1]))
+        given, value, unit = mpmath.mpf(squeezed(decimal)), formula.value({}), mpmath.mpf(10) ** -len(digits[1])
+        if mpmath.im(value):
+            return False
+        rest = (value - given) * (-1 if decimal.lstrip().startswith(("-", "−")) else 1)
+        return bool(-0.5001 * unit < rest < 0.9999 * unit)  # rounded or cut
 
 
 @lru_cache(maxsize=1024)
@@ -242,6 +261,8 @@ def _time_or_ratio(shape: str) -> Structure | None:
     if colon := _COLON.fullmatch(shape):
         meridiem = (colon[2] or "").lower().replace(".", "")
         return Structure("colon", tuple(re.split(r" ?: ?", colon[1])), meridiem)
+    if hour := re.fullmatch(r"(\d{1,2}) ?([ap])\.?m\.?", shape, re.IGNORECASE):
+        return Structure("colon", (hour[1], "00"), f"{hour[2].lower()}m")
     if ratio := _RATIO_WORDS.fullmatch(shape):
         return Structure("colon", (ratio[1], ratio[2]))
     if _BY.fullmatch(shape) and re.search(r"[xX]|by|por|mal|sur", shape):
@@ -417,7 +438,6 @@ def _same_relation(answer: Structure, truth: Structure) -> bool | None:
         ways.append(_all(map(same_value, reversed(answer.parts), truth.parts)))
     if True in ways:
         return True
-    is_solved = bool(re.fullmatch("[A-Za-z]", truth.parts[0]) and re.fullmatch("[A-Za-z]", answer.parts[0]))
-    if is_solved and answer.parts[0] == truth.parts[0] and False in ways:
-        return False
-    return None  # another way to write it, or another equation
+    is_solved = re.fullmatch("[A-Za-z]", truth.parts[0]) is not None and answer.parts[0] == truth.parts[0]
+    # Otherwise another way to write it, or another equation.
+    return False if is_solved and direct and ways[0] is False else None

@@ -10,24 +10,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from vlmpo.data.records import Verdict
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.verifiers.answer import FinalAnswer, find_final_answer
 from vlmpo.verifiers.characters import same_length
-from vlmpo.verifiers.doubt import is_alternative, is_doubtful
+from vlmpo.verifiers.doubt import contradicts, is_alternative, is_doubtful
+from vlmpo.verifiers.judges import judge_anls, judge_exact, judge_math, judge_number, judge_vqa
 from vlmpo.verifiers.names import is_name
 from vlmpo.verifiers.numbers import read_quantity
 from vlmpo.verifiers.options import is_option, judge_option, read_letters, read_option
 from vlmpo.verifiers.readings import readings_of
 from vlmpo.verifiers.sentences import tidy
-from vlmpo.verifiers.texts import judge_anls, judge_exact, judge_vqa, same_text, same_words, words_of
-from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value, squeezed
+from vlmpo.verifiers.texts import differs_in_case, same_text, same_words, words_of
+from vlmpo.verifiers.values import is_expression, read_structure, same_value, squeezed
 
 __all__ = ["VERIFIERS", "choose_verifier", "verify", "words_of"]
 
-TOLERANCE = Fraction(5, 100)
+# An option's letter with more: its text, or another sentence.
+_LABELLED = re.compile(r"[*_(]*[A-J][)*_]*(?:[.:]|,(?=\s+[a-z])|\s+[-–—])\s+(?P<text>.+)", re.DOTALL)
 
 
 def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
@@ -42,8 +43,9 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
             letters, if the truth is a list such as ``b, c``.
             ``number``: within 5 % of the truth, as charts are read; exactly, if the truth is 0 or a year, that is plain
             digits from 1800 to 2100.
-            ``anls``: normalised Levenshtein similarity, ``1 - distance / longer length``, at least 0.5; digits and
-            denials must agree; opposites and others of one kind (``June``, ``July``) do not.
+            ``anls``: normalised Levenshtein similarity, ``1 - distance / longer length``, at least 0.5, of single words
+            at least 0.8 (between the two: unparsed); digits and denials must agree; opposites and others of one kind
+            (``June``, ``July``) do not.
             ``vqa``: the same words apart from articles, punctuation and case; number words are digits; the same yes,
             no, number or colour in another language.
             ``math``: mathematically equal: numbers exactly, formulas to 35 digits; points, intervals, sets and lists
@@ -61,6 +63,8 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
         RecordError: ``truth_unreadable``: the truth is empty or not of the verifier's kind.
     """
     name = choose_verifier(truth, verifier)
+    if same_text(response, truth) and not differs_in_case(response, truth):
+        return Verdict("correct", tidy(response), name)
     found = find_final_answer(response)
     agrees = None if found is None else _agrees(found, truth, _VERIFIERS[name])
     if found is None or agrees is None or (found.is_sentence and not agrees):
@@ -115,7 +119,12 @@ Judge = Callable[[Sequence[str], str], bool | None]
 def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     """Return the verdict on an answer; what takes it back or leaves it open is asked first, for every verifier."""
     text = found.text
-    right = read_option(truth) if verifier.judge is judge_option else None
+    right = read_option(truth, is_truth=True) if verifier.judge is judge_option else None
+    targets, readings = [truth, *(right[1:] if right else [])], readings_of(text)
+    if any(differs_in_case(reading, target) for reading in readings for target in targets):
+        return None
+    if _is_cut_off(text) and not _is_cut_off(truth):
+        return None
     if same_text(text, truth) or (right and right[1] and same_words(text, right[1])):
         return True
     if found.is_remark:
@@ -124,7 +133,9 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     is_open = right is None and (is_alternative(truth) or _is_set(truth))  # "x = 2 or x = 3" is what was asked for
     if is_doubtful(_without_or(shape) if is_open else shape):
         return None
-    readings = readings_of(text)
+    labelled = None if is_name(text) else _LABELLED.fullmatch(text)
+    if contradicts(text[len(readings[0]) :], readings[0]) or (labelled and contradicts(labelled["text"], text)):
+        return None
     if is_alternative(readings[0]) or (is_open and is_alternative(truth)):
         return same_value(text, truth) if is_open else None
     if is_name(truth) and any(re.fullmatch(r"\W*[A-Za-z]\W*", reading) for reading in readings):
@@ -133,7 +144,20 @@ def _agrees(found: FinalAnswer, truth: str, verifier: _Verifier) -> bool | None:
     if is_option(truth) or read_letters(truth):  # whatever the verifier, another letter is not right, nor "B" wrong
         as_option = judge_option(readings, truth)
         return verdict if verdict == as_option else None
-    return verdict
+    return None if verdict is False and _may_have_unit(readings, truth) else verdict
+
+
+def _may_have_unit(readings: Sequence[str], truth: str) -> bool:
+    """Return whether an answer is the truth with letters after it that may be a unit: ``5 C``, ``5 N·m``."""
+    right = squeezed(truth)
+    unit = re.compile(re.escape(right) + ("" if right[-1:] in ")}" else " ") + r"[A-Za-zΩµμ°*/^{}()\d-]{1,12}")
+    if not re.search(r"[\d)}]$", right):
+        return False
+    return any(unit.fullmatch(squeezed(text)) and not read_quantity(text) for text in readings)
+
+
+def _is_cut_off(text: str) -> bool:
+    return re.search(r"(?:\.\.|…)\W*$", text) is not None
 
 
 def _without_or(text: str) -> str:
@@ -143,36 +167,6 @@ def _without_or(text: str) -> str:
 def _is_set(truth: str) -> bool:
     structure = read_structure(truth)
     return structure is not None and structure.kind in ("set", "union")
-
-
-# --- number and math --------------------------------------------------------------------------------------------------
-
-
-def _judge_number(readings: Sequence[str], truth: str) -> bool | None:
-    right = read_quantity(truth)
-    assert right is not None  # choose_verifier checked it
-    read = next((quantity for reading in readings if (quantity := read_quantity(reading))), None)
-    if read is None:
-        return None
-    is_year = right.digits and 1800 <= right.value <= 2100
-    exact = same_quantity(read, right)
-    if exact or is_year:
-        return exact
-    close = same_quantity(read, right, TOLERANCE)
-    return None if close and re.fullmatch(r"\d+,\d{1,2}", truth.strip()) else close  # 3,5 may be two numbers
-
-
-def _judge_math(readings: Sequence[str], truth: str) -> bool | None:
-    if any(same_text(reading, truth) or squeezed(reading) == squeezed(truth) for reading in readings):
-        return True
-    if _is_words(truth):
-        return judge_vqa(readings, truth)
-    return next((verdict for reading in readings if (verdict := same_value(reading, truth)) is not None), None)
-
-
-def _is_words(truth: str) -> bool:
-    """Return whether a truth is no value but a word: ``\\text{red}``."""
-    return read_quantity(truth) is None and read_structure(truth) is None and same_value("1", truth) is None
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -189,10 +183,12 @@ class _Verifier:
 
 _VERIFIERS = {
     "exact": _Verifier(judge_exact),
-    "option": _Verifier(judge_option, "an option letter", lambda truth: read_option(truth) or read_letters(truth)),
-    "number": _Verifier(_judge_number, "a number", read_quantity),
+    "option": _Verifier(
+        judge_option, "an option letter", lambda truth: read_option(truth, is_truth=True) or read_letters(truth)
+    ),
+    "number": _Verifier(judge_number, "a number", read_quantity),
     "anls": _Verifier(judge_anls),
     "vqa": _Verifier(judge_vqa),
-    "math": _Verifier(_judge_math),
+    "math": _Verifier(judge_math),
 }
 VERIFIERS = (*_VERIFIERS, "auto")
