@@ -321,7 +321,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "questions.jsonl").write_text('{"question": "what?", "answer": "red"}\n')
     (root / "recipe.yaml").write_text(
         f"model: {{path: {root / 'model'}}}\ndata: {{train: [pairs.jsonl]}}\n"
-        "build: {questions: questions.jsonl, output_dir: out}\nevaluate: {questions: questions.jsonl}\n"
+        f"build: {{questions: questions.jsonl, output_dir: {root / 'out'}}}\nevaluate: {{questions: questions.jsonl}}\n"
         f"training: {{output_dir: {root / 'run'}, use_cpu: true}}\n"
     )
     return root
