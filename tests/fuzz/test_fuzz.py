@@ -19,7 +19,6 @@ from vlmpo.errors import DataError
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the faults that issue 12 lists are being mended; take this mark away then", strict=False)
 def test_no_reader_is_brought_down(tmp_path: Path) -> None:
     """300 inputs each; ``make fuzz`` reads 100,000."""
     report = tmp_path / "fuzz.json"

@@ -19,7 +19,6 @@ CASES = ("kill-00", *(f"damage-{number:02d}" for number in (0, 1, 3, 8, 12, 24))
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the gaps that issue 12 lists are being mended; take this mark away then", strict=False)
 def test_kills_damages_and_a_full_disk(tmp_path: Path) -> None:
     """Three kills, six damages, one full disk; ``make torture`` does ten to twenty times as many."""
     report = tmp_path / "torture.json"
