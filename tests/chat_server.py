@@ -74,7 +74,11 @@ def chat_server(answer: Callable[[Seen, int], Reply]) -> Iterator[ChatServer]:
         def log_message(self, *_: Any) -> None:
             """Silence on stderr."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """Silence about a client that hangs up."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
