@@ -81,8 +81,8 @@ def test_when_none_is_left_the_first_records_are_named(tmp_path: Path, processor
     ):
         assert result.exit_code == 2, result.output
         purpose = "train" if name == "train" else "evaluate"
-        assert f"error: data.{name}: of 13 pairs none is left to {purpose} on (" in result.output
-        for number in (1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13):  # the first three, and the first of every other reason
+        assert f"error: data.{name}: of {len(FAULTS)} pairs none is left to {purpose} on (" in result.output
+        for number in (1, 2, 3, 4, 6, 7, 8, 9, 11, 12):  # the first three, and the first of every other reason
             assert f"{file}:{number}: " in result.output
         assert f"{file}:5: " not in result.output
         assert "Traceback" not in result.output
