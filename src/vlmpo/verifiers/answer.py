@@ -47,6 +47,7 @@ _REASONED = re.compile(rf"(?P<core>[^\s,.]+),?\s+{words('reason')}", re.IGNORECA
 _NO_VERB = re.compile(r"[А-ЯЁ].*\s.*\.")  # Russian sentences need none: "Машина красная."
 _JSON_KEYS = ("answer", "final_answer", "final answer")
 _MOST_BARE, _MOST_SAID = 120, 4  # characters of a bare answer; words that a bare sentence says of its subject
+LONGEST_RESPONSE = 200_000  # characters; some 50,000 tokens
 _LONGEST = 1000  # characters of a final answer; a longer one is a story, and slow to parse
 _NOUN = re.compile("|".join(language.noun for language in LANGUAGES.values()))
 # A second question that the response goes on to ask and answer.
@@ -92,6 +93,8 @@ def find_final_answer(text: str) -> FinalAnswer | None:
     """Return the final answer as :func:`parse_final_answer` reads it, with what the verifiers must know of it."""
     _, closed, after = text.replace("\r\n", "\n").rpartition("</think>")
     text = (after if closed else after.partition("<think>")[0]).strip()
+    if len(text) > LONGEST_RESPONSE:
+        return None
     if (value := _json_answer(text)) is not None:
         return FinalAnswer(tidy(value)) if value.strip() else None
     marks = find_marks(text)

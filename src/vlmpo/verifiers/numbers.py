@@ -84,7 +84,7 @@ _OTHERWISE = re.compile(
 )
 _ASIDE = re.compile(r"\s*\(([^()]*)\)\s*[.,]?$")
 _WORD = re.compile(
-    rf"(?![\d_])[{LETTERS}{EAST_ASIAN}][{LETTERS}{EAST_ASIAN}'.-]*(?:[/^]\w[\w^-]*)*"
+    rf"(?![\d_])[{LETTERS}{EAST_ASIAN}][{LETTERS}{EAST_ASIAN}'.-]*(?:[/^]\w[\w-]*)*"
     r"|[°$€£¥₹][^\W\d_]?|/[^\W\d_]+"
 )
 _EAST_ASIAN = re.compile(f"[{EAST_ASIAN}]")

@@ -36,12 +36,16 @@ def tidy(text: str) -> str:
     return text or whole
 
 
+_EMPHASIS = 200  # characters at the end of a text in which signs of emphasis are looked for
+
+
 def _without_emphasis(text: str) -> str:
     """Strip emphasis before and after; a single sign after ``A*`` or ``C#`` is none unless one is before."""
     opening = re.match(r"[*_`#\s]*", text)
     text = text[opening.end() if opening else 0 :].rstrip()
     is_paired = opening is not None and opening.group().strip() != ""
-    return re.sub(r"[*_`#\s]+$" if is_paired else r"(?:\*\*|__|`|(?<=\W)[*_#]|\s)+$", "", text)
+    pattern = r"[*_`#\s]+$" if is_paired else r"(?:\*\*|__|`|(?<=\W)[*_#]|\s)+$"
+    return text[:-_EMPHASIS] + re.sub(pattern, "", text[-_EMPHASIS:])
 
 
 def first_sentence(text: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vlmpo.data.records import Verdict
 from vlmpo.errors import RecipeError, RecordError
-from vlmpo.verifiers.answer import FinalAnswer, find_final_answer
+from vlmpo.verifiers.answer import LONGEST_RESPONSE, FinalAnswer, find_final_answer
 from vlmpo.verifiers.characters import same_length
 from vlmpo.verifiers.doubt import contradicts, is_alternative, is_doubtful
 from vlmpo.verifiers.judges import judge_anls, judge_exact, judge_math, judge_number, judge_vqa
@@ -63,7 +63,8 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
         RecordError: ``truth_unreadable``: the truth is empty or not of the verifier's kind.
     """
     name = choose_verifier(truth, verifier)
-    if same_text(response, truth) and not differs_in_case(response, truth):
+    is_short = len(response) <= LONGEST_RESPONSE
+    if is_short and same_text(response, truth) and not differs_in_case(response, truth):
         return Verdict("correct", tidy(response), name)
     found = find_final_answer(response)
     agrees = None if found is None else _agrees(found, truth, _VERIFIERS[name])
