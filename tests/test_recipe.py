@@ -422,3 +422,11 @@ def test_anchors_and_merges_of_a_usual_size_are_fine(tmp_path):
         ("a.jsonl", 2.0),
         ("b.jsonl", 2.0),
     ]
+
+
+@pytest.mark.parametrize("override", ["a" * 300_000, "loss.beta=" + "1" * 300_000, "x" * 10**7 + "=1"])
+def test_an_override_that_is_too_long_is_not_read(tmp_path: Path, override: str) -> None:
+    (tmp_path / "r.yaml").write_text("model: {path: m}\n")
+    with pytest.raises(RecipeError, match="it has more than 256 KiB") as caught:
+        load_recipe(tmp_path / "r.yaml", [override])
+    assert len(str(caught.value)) < 200

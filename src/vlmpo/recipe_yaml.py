@@ -198,6 +198,8 @@ def _is_text(value: str) -> bool:
 
 def _override(raw: dict[str, Any], override: str) -> str:
     """Set one ``a.b=value`` in ``raw`` and return ``a.b``."""
+    if len(override) > _MAX_BYTES:
+        raise RecipeError(f"override {override[:40]!r}...: it has more than {_MAX_BYTES >> 10} KiB")
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys) or len(keys) > _MAX_DEPTH:
