@@ -44,7 +44,8 @@ def _without_emphasis(text: str) -> str:
     opening = re.match(r"[*_`#\s]*", text)
     text = text[opening.end() if opening else 0 :].rstrip()
     is_paired = opening is not None and opening.group().strip() != ""
-    pattern = r"[*_`#\s]+$" if is_paired else r"(?:\*\*|__|`|(?<=\W)[*_#]|\s)+$"
+    # Possessive: ** may also be * and *, in more ways than can be tried.
+    pattern = r"[*_`#\s]+$" if is_paired else r"(?:\*\*|__|`|(?<=\W)[*_#]|\s)++$"
     return text[:-_EMPHASIS] + re.sub(pattern, "", text[-_EMPHASIS:])
 
 
