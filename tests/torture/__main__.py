@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from tests.torture.kills import KILLS_A_CASE, TURNS, kill_case, training
 from tests.torture.outcome import Outcome
 from tests.torture.report import show_fault, table, write
 from tests.torture.scene import Scene
-from tests.torture.starts import load_libraries, run
+from tests.torture.starts import fork, load_libraries, run
 
 AT_ONCE = 2
 Case = Callable[[Scene, str, int, random.Random], Outcome]
@@ -148,31 +147,13 @@ def _in_parallel(
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
             name, task = waiting.pop()
-            running[_forked(task)] = name
+            running[fork(task)] = name
         pid, status = os.wait()
         name = running.pop(pid)
         if status and must_succeed:
             raise SystemExit(f"{name} failed: see above")
         if done is not None:
             done(name)
-
-
-def _forked(task: Callable[[], None]) -> int:
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        task()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise AssertionError
 
 
 if __name__ == "__main__":

@@ -230,7 +230,8 @@ def _limit(start: Start) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (start.largest_file, start.largest_file))
 
 
-def _fork(start: Start, pipe: int, rank: int, count: int, port: int) -> int:
+def fork(task: Callable[[], int | None]) -> int:
+    """Return the number of a forked process that does ``task`` and exits with the code it returns, None for 0."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -238,6 +239,18 @@ def _fork(start: Start, pipe: int, rank: int, count: int, port: int) -> int:
         return pid
     code = 1
     try:
+        code = task() or 0
+    except BaseException:  # DCP's CheckpointException is no Exception
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise AssertionError
+
+
+def _fork(start: Start, pipe: int, rank: int, count: int, port: int) -> int:
+    def task() -> int:
         _limit(start)
         os.environ.update(_environment(start))
         if count > 1:
@@ -247,14 +260,9 @@ def _fork(start: Start, pipe: int, rank: int, count: int, port: int) -> int:
         for descriptor, source in ((0, null), (1, pipe), (2, pipe)):
             os.dup2(source, descriptor)
         os.chdir(start.folder)
-        code = _call(start)
-    except BaseException:  # DCP's CheckpointException is no Exception
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise AssertionError
+        return _call(start)
+
+    return fork(task)
 
 
 def _call(start: Start) -> int:
