@@ -283,11 +283,16 @@ def _is_lost_rank(error: RuntimeError) -> bool:
 
 def _say_how_to_go_on(stop: Interrupted, go_on: str | None) -> None:
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(1.0)  # the launcher ends the job when the first rank exits: let the one that prints finish
+        _let_first_rank_finish()
         return
     launcher = ", by the launcher that started this run" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     reached = "" if stop.step is None else f" after step {stop.step}, whose checkpoint is written"
     print_error(f"{stop}", f"{reached}; to go on{launcher}: {go_on}" if go_on else reached)
+
+
+def _let_first_rank_finish() -> None:
+    """Wait while the rank that prints does so: the launcher ends the job when the first rank exits."""
+    time.sleep(1.0)
 
 
 def _leave_process_group(*, destroy: bool) -> None:
@@ -302,7 +307,7 @@ def _complain(error: VlmpoError) -> None:
     rank = os.environ.get("RANK", "0")
     first_of_node = os.environ.get("LOCAL_RANK") == "0"
     if not (rank == "0" or error.met_by == "rank" or (error.met_by == "node" and first_of_node)):
-        time.sleep(1.0)  # the launcher ends the job when the first rank exits: let the one that prints finish
+        _let_first_rank_finish()
         return
     print_error("error: " if rank == "0" else f"error on rank {rank}: ", str(error))
 
