@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from vlmpo.verifiers.characters import same_length
-from vlmpo.verifiers.languages import COLOURS, EAST_ASIAN, LETTERS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, words
+from vlmpo.verifiers.languages import EAST_ASIAN, LETTERS, UNKNOWN_SCRIPT, words
+from vlmpo.verifiers.vocabulary import COLOURS, OTHER_LANGUAGES
 
 # "Without doubt" is none.
 _CERTAIN = re.compile(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-from vlmpo.verifiers.languages import COLOURS, HOMOGRAPHS, NUMBERS, words
+from vlmpo.verifiers.languages import words
 from vlmpo.verifiers.numbers import NUMBER_WORDS
 from vlmpo.verifiers.texts import NO, YES, plain_text, words_of, yes_or_no_of
+from vlmpo.verifiers.vocabulary import COLOURS, HOMOGRAPHS, NUMBERS
 
 _LITTLE = re.compile(rf"to|at|in|on|of|from|by|the|under|it|with|for|{words('article')}")
 _HOUR = re.compile(r"(\d{1,2})(?::00)?\s*(?P<noted>a\.?m\.?|p\.?m\.?|o'?clock)?")

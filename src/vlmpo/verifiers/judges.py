@@ -12,12 +12,13 @@ from fractions import Fraction
 from vlmpo.verifiers.characters import plain
 from vlmpo.verifiers.doubt import is_remark
 from vlmpo.verifiers.forms import is_homograph, may_be_same, read_date, same_meaning
-from vlmpo.verifiers.languages import EAST_ASIAN, HOMOGRAPHS, OTHER_LANGUAGES, UNKNOWN_SCRIPT, words
+from vlmpo.verifiers.languages import EAST_ASIAN, UNKNOWN_SCRIPT, words
 from vlmpo.verifiers.likeness import likeness_of
 from vlmpo.verifiers.numbers import read_quantity
 from vlmpo.verifiers.sentences import is_sentence, said_of_subject
 from vlmpo.verifiers.texts import DENIAL, NO, YES, plain_text, same_text, same_words, words_of
 from vlmpo.verifiers.values import is_expression, read_structure, same_quantity, same_value, squeezed
+from vlmpo.verifiers.vocabulary import HOMOGRAPHS, OTHER_LANGUAGES
 
 TOLERANCE = Fraction(5, 100)
 # Of texts, and of single words: between the two nothing is said of words.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from vlmpo.verifiers.languages import COLOURS, word_set
+from vlmpo.verifiers.languages import word_set
 from vlmpo.verifiers.texts import DENIAL, plain_text
+from vlmpo.verifiers.vocabulary import COLOURS
 
 # Words so alike that one is taken for a misreading of the other, and so unlike in what they say.
 _UNLIKE = [

@@ -9,18 +9,10 @@ from functools import lru_cache
 
 from vlmpo.verifiers.characters import plain_math
 from vlmpo.verifiers.formula import FormulaError, read_formula, same_formula
-from vlmpo.verifiers.languages import (
-    COUNTERS,
-    EAST_ASIAN,
-    LETTERS,
-    MAGNITUDES,
-    NUMBERS,
-    OTHER_LANGUAGES,
-    word_set,
-    words,
-)
+from vlmpo.verifiers.languages import EAST_ASIAN, LETTERS, word_set, words
 from vlmpo.verifiers.sentences import is_sentence, tidy
 from vlmpo.verifiers.units import PERCENT, UNITS
+from vlmpo.verifiers.vocabulary import COUNTERS, MAGNITUDES, NUMBERS, OTHER_LANGUAGES
 
 _MOST_CHARACTERS, _MOST_DIGITS, _MOST_EXPONENT = 200, 60, 300
 
