@@ -368,7 +368,9 @@ def _lost(what: str, origin: str) -> RecordError:
 
 
 def _lost_prompt(what: str, origin: str) -> RecordError:
-    remedy = "give the processor a chat template that keeps it, or move it to where this one does: into the last turn"
+    remedy = (
+        "write it into the last turn, which this template keeps, or give the processor a chat template that keeps it"
+    )
     return RecordError("template_lost_prompt", origin, f"{what}; {remedy}")
 
 

@@ -121,6 +121,8 @@ def _match(sample: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str] | None
 
 def _kind(value: Any) -> str:
     """Return a word or two for a value, for messages."""
+    if value is None:
+        return "null"
     if isinstance(value, str):
         return "text"
     if isinstance(value, bytes):
