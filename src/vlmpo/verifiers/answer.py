@@ -20,7 +20,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from vlmpo.verifiers.characters import same_length
+from vlmpo.verifiers.characters import same_length, shortened
 from vlmpo.verifiers.doubt import (
     is_alternative,
     is_doubtful,
@@ -95,6 +95,7 @@ def find_final_answer(text: str) -> FinalAnswer | None:
     text = (after if closed else after.partition("<think>")[0]).strip()
     if len(text) > LONGEST_RESPONSE:
         return None
+    text = shortened(text)
     if (value := _json_answer(text)) is not None:
         return FinalAnswer(tidy(value)) if value.strip() else None
     marks = find_marks(text)

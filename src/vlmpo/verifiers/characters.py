@@ -22,6 +22,8 @@ _SHAPES = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     ]
     for old in olds
 }
+_SPACES = re.compile(r"\s{4,}")
+_SIGNS_IN_A_ROW, _MOST_SIGNS = re.compile(r"[\W_]{65,}"), 32
 _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060\ufe00-\ufe0f\ufeff\xad]")
 _HYPHENS = dict.fromkeys(map(ord, "−–‒‐‑﹣"), "-")
 _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
@@ -45,6 +47,12 @@ _SAME_SIGNS = {
 def same_length(text: str) -> str:
     """Write full-width characters, special spaces and quotes as ASCII; every position stays as it is."""
     return text.translate(_SHAPES)
+
+
+def shortened(text: str) -> str:
+    """Cut long runs of white space and of signs, which say nothing: patterns may try each way to divide a run."""
+    text = _SPACES.sub(lambda run: "\n\n"[: run.group().count("\n")] or "   ", text)
+    return _SIGNS_IN_A_ROW.sub(lambda run: f"{run.group()[:_MOST_SIGNS]}{run.group()[-_MOST_SIGNS:]}", text)
 
 
 def plain(text: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from vlmpo.data.records import Verdict
 from vlmpo.errors import RecipeError, RecordError
 from vlmpo.verifiers.answer import LONGEST_RESPONSE, FinalAnswer, find_final_answer
-from vlmpo.verifiers.characters import same_length
+from vlmpo.verifiers.characters import same_length, shortened
 from vlmpo.verifiers.doubt import contradicts, is_alternative, is_doubtful
 from vlmpo.verifiers.judges import judge_anls, judge_exact, judge_math, judge_number, judge_vqa
 from vlmpo.verifiers.names import is_name
@@ -63,8 +63,10 @@ def verify(response: str, truth: str, verifier: str = "auto") -> Verdict:
         RecordError: ``truth_unreadable``: the truth is empty or not of the verifier's kind.
     """
     name = choose_verifier(truth, verifier)
-    is_short = len(response) <= LONGEST_RESPONSE
-    if is_short and same_text(response, truth) and not differs_in_case(response, truth):
+    if len(response) > LONGEST_RESPONSE:
+        return Verdict("unparsed", None, name)
+    response, truth = shortened(response), shortened(truth)
+    if same_text(response, truth) and not differs_in_case(response, truth):
         return Verdict("correct", tidy(response), name)
     found = find_final_answer(response)
     agrees = None if found is None else _agrees(found, truth, _VERIFIERS[name])
