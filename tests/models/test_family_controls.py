@@ -85,6 +85,17 @@ def test_a_broken_layout_shows(name: str, fault: Callable[[PackedRow], PackedRow
     assert (check_rows(model, [fault(row)], separate, half=False) or 0.0) > 1e-3
 
 
+def test_finite_weights_that_overflow_are_not_blamed_on_the_family() -> None:
+    model = FAMILIES["internvl-qwen2"].model(0)
+    install(model, shared=True)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(3e38)
+    pair = encoded_pairs("internvl-qwen2")["one image"]
+    with pytest.raises(ModelError, match="its own forward gives log-probabilities that are not finite") as told:
+        check_rows(model, None, lay_out([pair], shared=False).rows, half=False)
+    assert "family" not in str(told.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_run_with_broken_rows_falls_back_with_one_line(

@@ -294,6 +294,34 @@ def test_a_model_is_replaced_by_whole_files(tmp_path: Path, monkeypatch: pytest.
     assert found == {**new, "notes.txt": "mine"}
 
 
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (SHARDS, ("model.safetensors",)),
+        (("model.safetensors",), SHARDS),
+        (SHARDS, ("model-00001-of-00001.safetensors", "model.safetensors.index.json")),
+        (("adapter_model.safetensors",), ("adapter_model-00001-of-00001.safetensors",)),
+    ],
+)
+def test_weights_in_files_of_other_names_do_not_stay(
+    before: tuple[str, ...], now: tuple[str, ...], tmp_path: Path
+) -> None:
+    others = ("notes.txt", "model-card.txt", "other_model.safetensors")
+    for name in (*before, *others):
+        (tmp_path / name).write_text("old")
+    with checkpoint_io.model_beside(tmp_path, writes=True) as partial:
+        partial.mkdir()
+        for name in now:
+            (partial / name).write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        **dict.fromkeys(others, "old"),
+        **dict.fromkeys(now, "new"),
+    }
+
+
 def test_a_rank_that_does_not_write_moves_nothing(tmp_path: Path) -> None:
     with checkpoint_io.model_beside(tmp_path, writes=False) as partial:
         partial.mkdir()

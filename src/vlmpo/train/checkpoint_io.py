@@ -31,6 +31,7 @@ _PIECE = 16 << 20  # bytes that are read at once
 
 # Files that a rank writes by itself: random states, shards of FSDP, shards of DeepSpeed's optimizer. The number is the
 # rank's.
+_WEIGHTS = re.compile(r"((?:adapter_)?model)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
 _OF_ONE_RANK = re.compile(r"(?:^|/)(?:rng_state_|__|(?:bf16_)?zero_pp_rank_|[\w.]*_rank)(\d+)")
 # Files that resuming would read if they were there: none may appear that was not written with the checkpoint.
 _READ_WHEN_FOUND = re.compile(
@@ -126,14 +127,24 @@ def model_beside(folder: Path, writes: bool) -> Iterator[Path]:
     if not writes:
         return
     (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no reader of a model needs
-    for name in files_in(partial):
+    written = set(files_in(partial))
+    for name in sorted(written):
         with (partial / name).open("rb") as file:
             os.fsync(file.fileno())
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / name, folder / name)
     shutil.rmtree(partial, ignore_errors=True)
     (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # of vlmpo 0.1
+    _remove_old_weights(folder, written)
     sync_folder(folder)
+
+
+def _remove_old_weights(folder: Path, written: set[str]) -> None:
+    """Remove the weights of a model that was in ``folder`` before, in files of other names: more or fewer shards."""
+    kinds = {found[1] for name in written if (found := _WEIGHTS.fullmatch(name))}
+    for name in {path.name for path in folder.iterdir()} - written:
+        if (found := _WEIGHTS.fullmatch(name)) and found[1] in kinds:
+            (folder / name).unlink(missing_ok=True)
 
 
 def rotate(folder: str | os.PathLike[str], limit: int | None, best: str | None) -> None:

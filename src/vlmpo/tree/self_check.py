@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmpo import compat
 from vlmpo.errors import ModelError
 from vlmpo.tree.chunked_logprobs import wide
 from vlmpo.tree.forward import accepted
@@ -55,7 +56,14 @@ def check_rows(
     finally:
         model.train(was_training)
     wrong = _mean_difference(apart[shortest], expected)
-    if not wrong <= bound + rounding:  # NaN is not within any bound
+    if not bool(expected.isfinite().all()):
+        name = compat.name_or_path(model.config) or type(model).__name__
+        raise ModelError(
+            f"model {name}: its own forward gives log-probabilities that are not finite "
+            f"({'bfloat16' if half else weight.dtype}), though its weights are; it cannot be trained so, "
+            "or its checkpoint is damaged"
+        )
+    if not wrong <= bound + rounding:  # NaN, of ours alone, is not within any bound
         raise ModelError(
             f"family {model.config.model_type!r} ({type(model).__name__}): log-probabilities read by vlmpo differ from "
             f"the model's own by {wrong:.3g} nats a token; it does something to its tokens or logits that is not known "
