@@ -34,6 +34,7 @@ from vlmpo.train.counts import PairCounts
 from vlmpo.train.delta import DeltaUpdates
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
+from vlmpo.train.host_weights import free_memory, make_room, memory_needed
 from vlmpo.train.hub import hub_errors
 from vlmpo.train.inputs import (
     check_arguments,
@@ -283,6 +284,7 @@ class MPOTrainer(Trainer):
             accelerator=self.accelerator,
             dataset=self.train_dataset,
             encoding=[encoder.max_length, encoder.over_long, tiles, encoder.video_frames],
+            will_evaluate=self.eval_dataset is not None,
         )
         self.add_callback(self.completeness)
         return reference
@@ -296,6 +298,11 @@ class MPOTrainer(Trainer):
         owner = None if self.reference is None else self.reference.tower_owner()
         if owner is not None:
             share_features(unwrap_peft(self.model), owner, share=not self.ranks.share_passes)
+
+    def _make_room(self) -> None:
+        """Let the reference rest in host memory between uses if the device would have too little room for rows."""
+        if self.reference is not None:
+            make_room(self.reference, free_memory(self.args.device), memory_needed(self.model, self.optimizer))
 
     def _check_rows(self) -> None:
         """Stop sharing prompts if shared rows differ from separate ones; see :func:`shared_rows_hold`."""
@@ -690,6 +697,7 @@ class MPOTrainer(Trainer):
             self.add_callback(BeforeFirstStep(self._check_rows))
         else:
             self._check_rows()
+        self.add_callback(BeforeFirstStep(self._make_room))
         self.settle_best_metric()
         if self.average is not None:
             self.average.start_from(checkpoint)
