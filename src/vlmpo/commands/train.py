@@ -176,7 +176,7 @@ def _build_trainer(recipe: Recipe, args: MPOConfig, data: RunData) -> MPOTrainer
     processor = load_processor(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     _ = args.device  # sets up the process group; without it ZeRO-3 and FSDP cannot shard weights as they are loaded
     model = _load_policy(recipe)
-    if args.dataloader_num_workers:
+    if args.dataloader_num_workers != 0:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
     evaluation: Any = data.evaluation
     if len(evaluation) == 1:  # transformers names the metrics of a single set without the set's name

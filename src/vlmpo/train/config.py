@@ -70,6 +70,8 @@ class MPOConfig(TrainingArguments):
         learning_rates: learning rates of the parts ``vision``, ``projector`` and ``text``; a part without one takes
             ``learning_rate``.
         ema_decay: decay of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: no average.
+        dataloader_num_workers: processes that read data for this rank, 0: the training process itself; None: by the
+            machine's cores, see vlmpo.train.readers.
         allow_changes: recipe keys, e.g. ``loss.beta``, that may differ from what the checkpoint was made by that is
             resumed from; the change is noted in the run's history.
         attention: ``auto`` shares prompts if the model family allows it; ``separate`` reads each response in a row of
@@ -99,6 +101,7 @@ class MPOConfig(TrainingArguments):
     # The published recipes: one epoch, small steps (transformers' 3 epochs at 5e-5 would ruin an SFT checkpoint).
     num_train_epochs: float = 1.0
     learning_rate: float = 1e-6
+    dataloader_num_workers: int | None = None
     # A NaN must appear in the log, not be replaced by the mean of earlier losses.
     logging_nan_inf_filter: bool = False
     logging_first_step: bool = True
@@ -109,7 +112,10 @@ class MPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # Read before transformers guesses: it takes a higher value for the better one unless the name ends in "loss".
         chosen_by_user = self.greater_is_better is not None
+        readers = self.dataloader_num_workers
+        self.dataloader_num_workers = 1 if readers is None else readers  # transformers compares it with numbers
         super().__post_init__()
+        self.dataloader_num_workers = readers
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")
         if self.metric_for_best_model is not None and not chosen_by_user:
@@ -125,7 +131,7 @@ class MPOConfig(TrainingArguments):
             raise ValueError(f"max_tiles must be a whole number above 0, or None for the model's own, not {tiles!r}")
         if self.group_by_prompt < 0:
             raise ValueError(f"group_by_prompt must be at least 0, not {self.group_by_prompt}")
-        if self.dataloader_num_workers < 0:
+        if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
             raise ValueError(f"dataloader_num_workers must be at least 0, not {self.dataloader_num_workers}")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")

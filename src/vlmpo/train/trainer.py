@@ -67,6 +67,7 @@ from vlmpo.train.model_card import (
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
+from vlmpo.train.readers import choose_readers, cores_of_a_rank
 from vlmpo.train.reference import Reference, online_reference, switch_dropout_off
 from vlmpo.train.resume import refuse_damaged_best
 from vlmpo.train.run_checkpoints import RunCheckpoints
@@ -164,7 +165,7 @@ class MPOTrainer(Trainer):
         probe = check_processor(model, self.encoder)
         if ref_model is not None:
             check_processor(ref_model, self.encoder)
-        self.loader_encoder = self.encoder.for_loader()
+        self.loader_encoder = self.encoder.for_loader(grouped=args.group_by_prompt > 1)
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
         self.clock = StepClock()
@@ -207,6 +208,9 @@ class MPOTrainer(Trainer):
         self.average = WeightAverage.for_run(args.ema_decay, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if self.average is not None:
             self.add_callback(self.average)
+        if args.dataloader_num_workers is None:
+            pairs = 0 if self.train_dataset is None else len(self.train_dataset)
+            args.dataloader_num_workers = choose_readers(pairs, args.device.type, cores_of_a_rank())
         self.loaders = LoaderFactory(
             args,
             encoder=self.encoder,
@@ -403,9 +407,9 @@ class MPOTrainer(Trainer):
         return replace(
             inputs,
             rows=rows,
-            chosen=inputs.chosen.to(device),
-            rejected=None if inputs.rejected is None else inputs.rejected.to(device),
-            chosen_lengths=inputs.chosen_lengths.to(device),
+            chosen=inputs.chosen.to(device, non_blocking=True),
+            rejected=None if inputs.rejected is None else inputs.rejected.to(device, non_blocking=True),
+            chosen_lengths=inputs.chosen_lengths.to(device, non_blocking=True),
         )
 
     def compute_loss(
