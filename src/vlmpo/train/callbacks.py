@@ -160,12 +160,12 @@ def waiting_line(share: float, of_what: str, workers: int) -> str:
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Calls ``check`` once: when the model has been wrapped and no step has been made."""
+    """Calls each of ``checks`` once: when the model has been wrapped and no step has been made."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
-        self._check: Callable[[], None] | None = check
+    def __init__(self, *checks: Callable[[], None]) -> None:
+        self._checks = checks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        check, self._check = self._check, None
-        if check is not None:
+        checks, self._checks = self._checks, ()
+        for check in checks:
             check()

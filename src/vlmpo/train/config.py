@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from vlmpo import compat
 from vlmpo.loss import check_weights
+from vlmpo.models.recompute import recomputation_settings
 from vlmpo.settings import MPO_WEIGHTS, Attention, NllReduction, OnBadRecord, OverLong, ReferenceKind, ShiftMode
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
@@ -116,6 +117,11 @@ class MPOConfig(TrainingArguments):
         self.dataloader_num_workers = 1 if readers is None else readers  # transformers compares it with numbers
         super().__post_init__()
         self.dataloader_num_workers = readers
+        given: Any = self.gradient_checkpointing_kwargs  # transformers has made the two names equal
+        if self.activation_checkpointing or given:
+            recomputation = recomputation_settings(given, self.device.type)
+            self.activation_checkpointing_kwargs: Any = recomputation
+            self.gradient_checkpointing_kwargs: Any = recomputation  # its deprecated alias
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")
         if self.metric_for_best_model is not None and not chosen_by_user:

@@ -24,6 +24,7 @@ from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.fit import check_features, check_processor
+from vlmpo.models.recompute import free_inputs_of_gradients
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
@@ -304,7 +305,12 @@ class MPOTrainer(Trainer):
             share_features(unwrap_peft(self.model), owner, share=not self.ranks.share_passes)
 
     def _make_room(self) -> None:
-        """Let the reference rest in host memory between uses if the device would have too little room for rows."""
+        """Let the reference rest in host memory between uses if the device would have too little room for rows.
+
+        And keep nothing for gradients that no weight wants.
+        """
+        if self.args.activation_checkpointing and not self.args.activation_checkpointing_kwargs["use_reentrant"]:
+            free_inputs_of_gradients(self.model)
         if self.reference is not None:
             make_room(self.reference, free_memory(self.args.device), memory_needed(self.model, self.optimizer))
 
@@ -697,11 +703,11 @@ class MPOTrainer(Trainer):
                 "under FSDP a model that was evaluated cannot be trained any more; "
                 "to evaluate at the start set training.eval_on_start: true"
             )
+        before_first_step: list[Callable[[], None]] = [self._make_room]
         if self.ranks.share_passes:  # the weights can be read only once they are wrapped
-            self.add_callback(BeforeFirstStep(self._check_rows))
+            before_first_step.insert(0, self._check_rows)
         else:
             self._check_rows()
-        self.add_callback(BeforeFirstStep(self._make_room))
         self.settle_best_metric()
         if self.average is not None:
             self.average.start_from(checkpoint)
@@ -710,7 +716,9 @@ class MPOTrainer(Trainer):
             state = read_state(checkpoint)
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
-            self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
+            before_first_step.append(functools.partial(self._go_on, state))
+        self.pop_callback(BeforeFirstStep)  # of an earlier call
+        self.add_callback(BeforeFirstStep(*before_first_step))
         self.watch.start()
         with self.stopping.watched(self.args.enable_jit_checkpoint):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
