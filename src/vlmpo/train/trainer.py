@@ -254,7 +254,7 @@ class MPOTrainer(Trainer):
             compat.use_one_gpu(self.args)
         super().create_accelerator_and_postprocess()
         refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
-        configure_fsdp(self.accelerator, self.model)
+        configure_fsdp(self.accelerator, self.model, asked_for=bool(self.args.fsdp))
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
