@@ -241,6 +241,7 @@ def _manifest(recipe: Recipe, trainer: MPOTrainer, data: RunData, overlaps: dict
         "model": {
             "path": recipe.model.path,
             "shared_rows": trainer.shared,
+            "kernels": trainer.kernels.key,
             "max_tiles": trainer.encoder.max_tiles,
         },
         "reference_hash": None if trainer.reference is None else trainer.reference.weights_hash(),
