@@ -14,7 +14,7 @@ from vlmpo.errors import first_line
 from vlmpo.models.families import Fused
 from vlmpo.models.kernels import Functions, fusable, fused_forward
 
-_TOKENS = 2048
+TOKENS = 2048
 _MANY = 40_000  # rows of a narrow norm, one a head: kernels read them in another way
 _NARROW = 256
 _HEADS, _HEAD = 14, 64  # of the queries to rotate
@@ -79,9 +79,9 @@ def why_not(
 
 def disagreement(case: Case, dtype: torch.dtype) -> str | None:
     """Return where kernel and plain module differ by more than rounding in ``dtype``, gradients too; else None."""
-    exact = _with_gradients(case.plain, case.inputs, torch.float32)
-    plain = _with_gradients(case.plain, case.inputs, dtype)
-    fused = _with_gradients(case.fused, case.inputs, dtype)
+    exact = with_gradients(case.plain, case.inputs, torch.float32)
+    plain = with_gradients(case.plain, case.inputs, dtype)
+    fused = with_gradients(case.fused, case.inputs, dtype)
     for expected, ours, theirs in zip(exact, fused, plain, strict=True):
         error, bound = relative(ours, expected), 2 * relative(theirs, expected) + _ROUNDING
         if not error <= bound or ours.dtype != theirs.dtype:  # NaN is no agreement
@@ -95,7 +95,7 @@ def relative(tensor: Tensor, expected: Tensor) -> float:
     return float((tensor.double() - expected.double()).norm() / expected.double().norm())
 
 
-def _with_gradients(function: Function, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def with_gradients(function: Function, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return the outputs of ``function`` and the gradients of all its inputs, in ``dtype``."""
     leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs]
     # Kernels may write into what they are given, which must not be a leaf.
@@ -119,8 +119,10 @@ def width_of(module: Any, fused: Fused) -> int:
     return int(getattr(weight, "ds_shape", weight.shape)[-1])  # under ZeRO-3 a weight here is empty
 
 
-def cases_of(module: Any, fused: Fused, functions: Functions, device: torch.device) -> Iterator[Case]:
-    """Yield the cases of one module: its class and sizes; weights are random."""
+def cases_of(
+    module: Any, fused: Fused, functions: Functions, device: torch.device, tokens: int = TOKENS
+) -> Iterator[Case]:
+    """Yield the cases of one module, of its class and width, on ``tokens`` tokens; weights are random."""
     width = width_of(module, fused)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -129,14 +131,15 @@ def cases_of(module: Any, fused: Fused, functions: Functions, device: torch.devi
 
     forward, label = fused_forward(module.__class__, fused, functions), f"{type(module).__name__} of {width}"
     if fused.kind == "rotary":
-        yield _rotation(module, functions, noise)
+        yield _rotation(module, functions, noise, tokens)
     elif fused.kind == "glu":
-        states = [noise(1, _TOKENS, width), noise(1, _TOKENS, width)]
+        states = [noise(1, tokens, width), noise(1, tokens, width)]
         yield Case(label, _on_projections(module, type(module).forward), _on_projections(module, forward), states)
     else:
         weights = [0.1 * noise(width) + (1.0 - fused.offset)]
         weights += [noise(width)] if fused.kind == "layer_norm" else []
-        for rows in (_TOKENS, _MANY) if width <= _NARROW else (_TOKENS,):
+        many = (_MANY,) if fused.kind == "rms_norm" and width <= _NARROW else ()
+        for rows in (tokens, *many):
             inputs = [noise(1, rows, width), *weights]
             yield Case(label, _on_weights(module, type(module).forward), _on_weights(module, forward), inputs)
 
@@ -176,8 +179,8 @@ def _shell(module: Any, *, parameters: dict[str, Any] | None = None, modules: di
     return shell
 
 
-def _rotation(module: Any, functions: Functions, noise: Callable[..., Tensor]) -> Case:
-    angles = noise(1, _TOKENS, _HEAD // 2)
+def _rotation(module: Any, functions: Functions, noise: Callable[..., Tensor], tokens: int) -> Case:
+    angles = noise(1, tokens, _HEAD // 2)
     angles = torch.cat([angles, angles], dim=-1)
     plain = compat.rotation_of(type(module))
 
@@ -188,5 +191,5 @@ def _rotation(module: Any, functions: Functions, noise: Callable[..., Tensor]) -
 
         return function
 
-    states = [noise(1, _TOKENS, heads, _HEAD) for heads in (_HEADS, 2)]
+    states = [noise(1, tokens, heads, _HEAD) for heads in (_HEADS, 2)]
     return Case(f"{type(module).__name__}'s rotation", by(plain), by(functions.rotary), states)
