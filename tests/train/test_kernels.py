@@ -14,6 +14,7 @@ from peft import LoraConfig
 from tests.fused_standins import FUNCTIONS, wrong
 from tests.tiny_models import model as tiny_model
 from tests.training import config, flat_weights, logged, pairs, relative, trainer
+from vlmpo.commands.config import evaluation_config, training_config
 from vlmpo.errors import RecipeError
 from vlmpo.models.kernels import is_bound
 from vlmpo.recipe_yaml import dump_recipe, parse_recipe
@@ -159,6 +160,15 @@ def test_it_may_be_set_after_the_settings_are_made(tmp_path: Path) -> None:
     args.use_liger_kernel = True
     with pytest.raises(RecipeError, match="MPOTrainer: use_liger_kernel: true, but fused kernels need a CUDA device"):
         check_arguments(args, None)
+
+
+def test_a_recipe_for_a_gpu_is_refused_to_train_on_a_cpu_but_evaluates() -> None:
+    recipe = parse_recipe(
+        "model: {path: some/model}\ndata: {train: [pairs.jsonl]}\ntraining: {use_liger_kernel: true, use_cpu: true}"
+    )
+    with pytest.raises(RecipeError, match="training: use_liger_kernel: true, but fused kernels need a CUDA device"):
+        training_config(recipe)
+    assert evaluation_config(recipe).kernels == "auto"
 
 
 def test_the_recipe_key() -> None:
