@@ -216,7 +216,7 @@ def test_mixed_precision_rounds_no_log_prob_and_no_sum_of_gradients() -> None:
     plugin = accelerator.state.fsdp_plugin
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.output_dtype is torch.bfloat16  # what accelerate would do
-    configure_fsdp(accelerator, torch.nn.Identity())
+    configure_fsdp(accelerator, torch.nn.Identity(), asked_for=True)
     expected = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None)
     assert plugin.mixed_precision_policy == expected
 
@@ -226,17 +226,24 @@ def test_layers_to_wrap_are_those_the_model_has() -> None:
     made = tiny_model()
     made._no_split_modules = {*made._no_split_modules, "CLIPTextEmbeddings"}
     accelerator = fsdp(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
-    configure_fsdp(accelerator, made)
+    configure_fsdp(accelerator, made, asked_for=True)
     accelerator.state.fsdp_plugin.set_auto_wrap_policy(made)  # raises for a layer it does not find
     assert accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == ["InternVLVisionLayer", "Qwen2DecoderLayer"]
     chosen = fsdp(fsdp_version=2, transformer_cls_names_to_wrap=["Qwen2DecoderLayer"])
-    configure_fsdp(chosen, made)
+    configure_fsdp(chosen, made, asked_for=True)
     assert chosen.state.fsdp_plugin.transformer_cls_names_to_wrap == ["Qwen2DecoderLayer"]
 
 
 def test_fsdp1_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"FSDP of version 1 is not supported; set training\.fsdp_config\.version: 2"):
-        configure_fsdp(fsdp(fsdp_version=1), torch.nn.Identity())
+        configure_fsdp(fsdp(fsdp_version=1), torch.nn.Identity(), asked_for=True)
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_what_is_not_sharded_is_said(asked_for: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("cpu"))
+    configure_fsdp(alone, torch.nn.Identity(), asked_for=asked_for)
+    assert ("NOT sharded: training.fsdp has no effect on cpu" in capsys.readouterr().err) is asked_for
 
 
 def test_gradients_are_not_due_before_the_last_part() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.errors import RecipeError, RunError
+from vlmpo.log import logger
 
 
 def passes_are_shared(accelerator: Any) -> bool:
@@ -40,16 +41,24 @@ def broadcast_object(accelerator: Any, value: Any) -> Any:
     return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 
 
-def configure_fsdp(accelerator: Any, model: nn.Module) -> None:
+def configure_fsdp(accelerator: Any, model: nn.Module, asked_for: bool) -> None:
     """Refuse FSDP1; name the layers to wrap; keep log-probs and summed gradients in float32 under mixed precision.
 
     A model's list of layers may name some that it lacks (of CLIP's text model, in LLaVA); accelerate would stop at the
     first of them.
 
+    Args:
+        accelerator: of the run.
+        model: the policy.
+        asked_for: whether ``training.fsdp`` is set; accelerate does not shard on a CPU, and says nothing.
+
     Raises:
         RecipeError: FSDP of version 1.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
+        if asked_for:
+            kind = accelerator.device.type
+            logger.info(f"NOT sharded: training.fsdp has no effect on {kind}, where each process holds the whole model")
         return
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
