@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from vlmpo import compat
 from vlmpo.loss import check_weights
 from vlmpo.settings import MPO_WEIGHTS, Attention, NllReduction, OnBadRecord, OverLong, ReferenceKind, ShiftMode
+from vlmpo.train.arguments import check_numbers
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
@@ -108,6 +109,7 @@ class MPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         # Read before transformers guesses: it takes a higher value for the better one unless the name ends in "loss".
+        check_numbers(self)
         chosen_by_user = self.greater_is_better is not None
         super().__post_init__()
         if self.save_strategy == "best" and self.metric_for_best_model is None:
@@ -125,8 +127,6 @@ class MPOConfig(TrainingArguments):
             raise ValueError(f"max_tiles must be a whole number above 0, or None for the model's own, not {tiles!r}")
         if self.group_by_prompt < 0:
             raise ValueError(f"group_by_prompt must be at least 0, not {self.group_by_prompt}")
-        if self.dataloader_num_workers < 0:
-            raise ValueError(f"dataloader_num_workers must be at least 0, not {self.dataloader_num_workers}")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
         if self.label_smoothing_factor:
