@@ -68,13 +68,13 @@ def _adapters() -> dict[str, TypeAdapter[Any]]:
     """Return what checks each setting of transformers whose type is a number or yes/no, or None besides."""
     hints = get_type_hints(TrainingArguments)
     plain = {name: hint for name, hint in hints.items() if set(_members(hint)) - {types.NoneType} <= _NUMBERS}
-    return {
-        name: TypeAdapter(Annotated[hint, Field(allow_inf_nan=False, **_RANGES.get(name, {}))])
-        if float in _members(hint)
-        else TypeAdapter(Annotated[hint, Field(**_RANGES.get(name, {}))])
-        for name, hint in plain.items()
-        if name in TrainingArguments.__dataclass_fields__
-    }
+    adapters = {}
+    for name, hint in plain.items():
+        if name in TrainingArguments.__dataclass_fields__:
+            limits: dict[str, Any] = {"allow_inf_nan": False} if float in _members(hint) else {}
+            limited: Any = Annotated[hint, Field(**limits, **_RANGES.get(name, {}))]
+            adapters[name] = TypeAdapter(limited)
+    return adapters
 
 
 def _wanted(error: ValidationError) -> str:
