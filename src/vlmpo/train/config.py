@@ -8,9 +8,20 @@ from typing import Any, get_args
 from transformers import TrainingArguments
 
 from vlmpo import compat
+from vlmpo.log import logger
 from vlmpo.loss import check_weights
-from vlmpo.settings import MPO_WEIGHTS, Attention, NllReduction, OnBadRecord, OverLong, ReferenceKind, ShiftMode
+from vlmpo.settings import (
+    MPO_WEIGHTS,
+    Attention,
+    Kernels,
+    NllReduction,
+    OnBadRecord,
+    OverLong,
+    ReferenceKind,
+    ShiftMode,
+)
 from vlmpo.train.arguments import check_numbers
+from vlmpo.train.kernel_choice import settle_liger
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
@@ -21,6 +32,7 @@ CHOICES = {
     "over_long": get_args(OverLong),
     "on_bad_record": get_args(OnBadRecord),
     "attention": get_args(Attention),
+    "kernels": get_args(Kernels),
     "train_sampling_strategy": ("random", "sequential"),
 }
 
@@ -75,6 +87,9 @@ class MPOConfig(TrainingArguments):
             resumed from; the change is noted in the run's history.
         attention: ``auto`` shares prompts if the model family allows it; ``separate`` reads each response in a row of
             its own.
+        kernels: ``auto`` computes norms and gated MLPs by fused kernels on CUDA if liger-kernel is installed and agrees
+            with the plain modules; ``off`` does not. ``use_liger_kernel`` is another name for ``auto``, and an error
+            if there can be none.
     """
 
     loss_weights: dict[str, float] | None = field(default=None)
@@ -94,6 +109,7 @@ class MPOConfig(TrainingArguments):
     on_bad_record: str = "skip"
     max_bad_share: float = 0.05
     attention: str = "auto"
+    kernels: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
     allow_changes: list[str] | None = field(default=None)
@@ -114,14 +130,24 @@ class MPOConfig(TrainingArguments):
         super().__post_init__()
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")
-        if self.metric_for_best_model is not None and not chosen_by_user:
-            self.greater_is_better: bool | None = greater_is_better(self.metric_for_best_model)
+        if self.metric_for_best_model is not None:
+            by_nature = greater_is_better(self.metric_for_best_model)
+            if not chosen_by_user:
+                self.greater_is_better: bool | None = by_nature
+            elif by_nature is not None and self.greater_is_better != by_nature:
+                kept, better = ("highest", "lower") if self.greater_is_better else ("lowest", "higher")
+                logger.info(
+                    f"note: greater_is_better: {str(self.greater_is_better).lower()} makes the {kept} "
+                    f"{self.metric_for_best_model} the best, though a {better} one is better; leave it out if that is "
+                    "not meant"
+                )
         if self.max_tokens_per_row == 0:
             self.max_tokens_per_row = row_tokens(self.device.type)
         self.loss_weights = check_weights(MPO_WEIGHTS if self.loss_weights is None else self.loss_weights)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        settle_liger(self)
         tiles = self.max_tiles
         if tiles is not None and (isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1):
             raise ValueError(f"max_tiles must be a whole number above 0, or None for the model's own, not {tiles!r}")
