@@ -8,6 +8,7 @@ from typing import Any, get_args
 from transformers import TrainingArguments
 
 from vlmpo import compat
+from vlmpo.log import logger
 from vlmpo.loss import check_weights
 from vlmpo.models.recompute import recomputation_settings
 from vlmpo.settings import (
@@ -20,6 +21,7 @@ from vlmpo.settings import (
     ReferenceKind,
     ShiftMode,
 )
+from vlmpo.train.arguments import check_numbers
 from vlmpo.train.kernel_choice import settle_liger
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
@@ -127,6 +129,7 @@ class MPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         # Read before transformers guesses: it takes a higher value for the better one unless the name ends in "loss".
+        check_numbers(self)
         chosen_by_user = self.greater_is_better is not None
         readers = self.dataloader_num_workers
         self.dataloader_num_workers = 1 if readers is None else readers  # transformers compares it with numbers
@@ -139,8 +142,17 @@ class MPOConfig(TrainingArguments):
             self.gradient_checkpointing_kwargs: Any = recomputation  # its deprecated alias
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")
-        if self.metric_for_best_model is not None and not chosen_by_user:
-            self.greater_is_better: bool | None = greater_is_better(self.metric_for_best_model)
+        if self.metric_for_best_model is not None:
+            by_nature = greater_is_better(self.metric_for_best_model)
+            if not chosen_by_user:
+                self.greater_is_better: bool | None = by_nature
+            elif by_nature is not None and self.greater_is_better != by_nature:
+                kept, better = ("highest", "lower") if self.greater_is_better else ("lowest", "higher")
+                logger.info(
+                    f"note: greater_is_better: {str(self.greater_is_better).lower()} makes the {kept} "
+                    f"{self.metric_for_best_model} the best, though a {better} one is better; leave it out if that is "
+                    "not meant"
+                )
         if self.max_tokens_per_row == 0:
             self.max_tokens_per_row = row_tokens(self.device.type)
         self.loss_weights = check_weights(MPO_WEIGHTS if self.loss_weights is None else self.loss_weights)
@@ -153,8 +165,6 @@ class MPOConfig(TrainingArguments):
             raise ValueError(f"max_tiles must be a whole number above 0, or None for the model's own, not {tiles!r}")
         if self.group_by_prompt < 0:
             raise ValueError(f"group_by_prompt must be at least 0, not {self.group_by_prompt}")
-        if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
-            raise ValueError(f"dataloader_num_workers must be at least 0, not {self.dataloader_num_workers}")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
         if self.label_smoothing_factor:

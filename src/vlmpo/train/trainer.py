@@ -735,6 +735,9 @@ class MPOTrainer(Trainer):
                 f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
                 f"The model is that of the last step, {self.state.global_step}."
             )
+        elif self._best_checkpoint is not None:
+            value = f"{self.args.metric_for_best_model} {self.state.best_metric:.4g}"
+            logger.info(f"best checkpoint: {self._best_checkpoint} ({value}); the model is that of its step")
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
     def settings(self) -> Settings:
