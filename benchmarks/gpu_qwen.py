@@ -67,9 +67,7 @@ class QwenSize:
         images = transformers.Qwen2VLImageProcessor(patch_size=self.patch_size, min_pixels=pixels, max_pixels=pixels)
         videos = transformers.Qwen3VLVideoProcessor if self.version == "3" else transformers.Qwen2VLVideoProcessor
         built: Any = getattr(transformers, f"{kind}Processor")
-        return built(
-            image_processor=images, tokenizer=tokenizer, video_processor=videos(), chat_template=TEMPLATE
-        )
+        return built(image_processor=images, tokenizer=tokenizer, video_processor=videos(), chat_template=TEMPLATE)
 
     def config(self, tokenizer: Any) -> Any:
         """Return the model's config; head and embeddings are tied."""
