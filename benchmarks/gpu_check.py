@@ -117,9 +117,12 @@ def run_part(name: str, run: Run) -> None:
 
 
 def check(output: Path, device: torch.device, miniature: bool, only: list[str] | None) -> bool:
-    """Run the parts, or ``only`` some with the time of all; return whether all checks passed."""
+    """Run the parts, or ``only`` some with the time of all; return whether all checks passed.
+
+    The device's name belongs to every run.
+    """
     started = time.perf_counter()
-    chosen = {name: part for name, part in PARTS.items() if not only or name in only}
+    chosen = {name: part for name, part in PARTS.items() if not only or name in (*only, "device")}
     more = max(1.0, ALL_SECONDS / sum(seconds for seconds, *_ in chosen.values()))
     record: Figures = {"miniature": miniature, "parts": {}, "passed": True}
 

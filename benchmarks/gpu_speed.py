@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_arms
-from benchmarks.gpu_arms import Setting, cached_arm, floor_arm, measure, measure_fitting, trl_arm, vlmpo_arm
+from benchmarks.gpu_arms import Setting, cached_arm, floor_arm, trl_arm, vlmpo_arm
+from benchmarks.gpu_measure import measure, measure_fitting
 from benchmarks.gpu_model import INTERNVL3_1B, INTERNVL3_8B, MINIATURE
 from benchmarks.gpu_qwen import MINIATURE_2_5, MINIATURE_3, QWEN2_5_VL_3B, QWEN3_VL_2B
 from benchmarks.gpu_run import Figures, Run
