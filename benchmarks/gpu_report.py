@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.gpu_run import Figures
 
 SHOWN = 40  # figures of a part without a table of its own
+_PASSING = ("first loss", "waiting for data", "reference: its log-probs")  # what every run says
 _CHECKS = ("device", "alignment", "parity", "start")
 
 
@@ -140,7 +141,7 @@ def markdown(record: Figures) -> str:
     lines += ["## Whole steps", "", *_LEGEND, ""]
     for name, part in record["parts"].items():
         if part.get("arms"):
-            lines += [f"### {name}", "", *_from(part, card), *table(part["arms"]), ""]
+            lines += [f"### {name}", "", *_from(part, card), *table(part["arms"]), *chosen(part["arms"]), ""]
     for name, part in record["parts"].items():
         if not part.get("arms") and name not in _CHECKS:
             lines += [f"## {name}", "", *_from(part, card), *_listed(part), ""]
@@ -189,6 +190,16 @@ def _cells(arm: Figures, peer: Figures | None) -> list[Any]:
         f"{arm['mfu']:.1%} / {arm['mfu_passes']:.1%}" if "mfu" in arm else "-",
         _peak(arm),
     ]
+
+
+def chosen(arms: list[Figures]) -> list[str]:
+    """Return what vlmpo said that it chose, each line once, with the first arm that said it."""
+    said: dict[str, str] = {}
+    for arm in arms:
+        for line in arm.get("said", ()):
+            if not line.startswith(_PASSING):
+                said.setdefault(line, _named(arm))
+    return [f"- {arm}, said: {' '.join(line.split())}" for line, arm in said.items()]
 
 
 def _named(arm: Figures) -> str:

@@ -24,7 +24,7 @@ TRY = 2  # steps by which TRL's settings are compared
 # Settings of MPOConfig beside which a run is measured as it is, and the weights' type that they need.
 LEVERS: tuple[tuple[str, dict[str, Any], torch.dtype | None], ...] = (
     ("kernels off", {"kernels": "off"}, None),
-    ("autocast", {"precision": "autocast"}, torch.float32),
+    ("autocast", {"precision": "autocast", "bf16": True}, torch.float32),
     ("deterministic", {"deterministic": True}, None),
     ("vision kept", {"vision_memory": "keep"}, None),
     ("vision recomputed", {"vision_memory": "recompute"}, None),
@@ -205,6 +205,8 @@ def part_levers(run: Run, size: str, pairs: int) -> Figures:
             table.add(label, functools.partial(vlmpo_arm, **given), fitting=False, **changes)
     for rows in (2, 1):
         table.add(f"vlmpo, online, rows of {rows}", vlmpo_arm, fitting=False, rows=rows, **changes)
+    if table.setting.dtype == torch.float32:
+        table.add("vlmpo, online, bf16 weights and states", vlmpo_arm, dtype=torch.bfloat16, **changes)
     return agreement(run)
 
 

@@ -22,7 +22,7 @@ def arm(name: str, pairs: int, seconds: float, **more: Any) -> dict[str, Any]:
 def record() -> dict[str, Any]:
     four = [
         arm("vlmpo, online", 4, 1.5, mfu=0.37, mfu_passes=0.45, peak_gib=60.0),
-        arm("vlmpo, cached", 4, 1.25, mfu=0.44, mfu_passes=0.47, peak_gib=44.0),
+        arm("vlmpo, cached", 4, 1.25, mfu=0.44, mfu_passes=0.47, peak_gib=44.0, said=["first loss 1.0", "rows: of\n2"]),
         arm("TRL, 1 a micro-batch", 4, 3.5),
         arm("TRL, 4 a micro-batch", 4, 2.9, recomputation=True, steps=2),  # a try that was lucky
         arm("TRL, 4 a micro-batch", 4, 3.0, recomputation=True, fastest=True),
@@ -66,6 +66,9 @@ def test_the_report_names_card_peer_and_what_has_no_figures() -> None:
     assert "- InternVL3, 4 pairs, floor: out of memory" in text
     assert "- 8B: passed; 1 of 6 arms have no figures" in text
     assert "(fastest)" in text
+    assert [line for line in text.splitlines() if "said:" in line] == [
+        "- InternVL3, 4 pairs, vlmpo, cached, said: rows: of 2"
+    ]
 
 
 def test_a_part_without_a_table_is_listed() -> None:
