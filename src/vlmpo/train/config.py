@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from vlmpo import compat
 from vlmpo.loss import check_weights
 from vlmpo.settings import MPO_WEIGHTS, Attention, NllReduction, OnBadRecord, OverLong, ReferenceKind, ShiftMode
+from vlmpo.train.determinism import prepare_determinism
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
@@ -69,6 +70,8 @@ class MPOConfig(TrainingArguments):
         num_train_epochs, learning_rate: as in TrainingArguments, with the defaults 1 and 1e-6.
         learning_rates: learning rates of the parts ``vision``, ``projector`` and ``text``; a part without one takes
             ``learning_rate``.
+        deterministic: two runs with one seed are equal to the bit on a GPU too, more slowly (see
+            vlmpo.train.determinism). To be set before CUDA is used in the process.
         ema_decay: decay of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: no average.
         allow_changes: recipe keys, e.g. ``loss.beta``, that may differ from what the checkpoint was made by that is
             resumed from; the change is noted in the run's history.
@@ -95,6 +98,7 @@ class MPOConfig(TrainingArguments):
     attention: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
+    deterministic: bool = False
     allow_changes: list[str] | None = field(default=None)
     # The published recipes: one epoch, small steps (transformers' 3 epochs at 5e-5 would ruin an SFT checkpoint).
     num_train_epochs: float = 1.0
@@ -109,6 +113,9 @@ class MPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # Read before transformers guesses: it takes a higher value for the better one unless the name ends in "loss".
         chosen_by_user = self.greater_is_better is not None
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic must be true or false, not {self.deterministic!r}")
+        prepare_determinism(self.deterministic, self.full_determinism)  # transformers uses CUDA in what follows
         super().__post_init__()
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")

@@ -32,6 +32,7 @@ from vlmpo.train.checkpoint_io import TRAINER_FILE, model_beside, rotate
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.delta import DeltaUpdates
+from vlmpo.train.determinism import deterministic_run
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.hub import hub_errors
@@ -527,7 +528,7 @@ class MPOTrainer(Trainer):
             RecordError: some rank met a bad record under ``on_bad_record="fail"``; all of them raise it.
             RunError: the wrapper of the run cannot score before training.
         """
-        with interrupt.at_once():
+        with interrupt.at_once(), deterministic_run(self.args.deterministic):
             return self._evaluate_sets(eval_dataset, metric_key_prefix)
 
     def _evaluate_sets(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -584,12 +585,13 @@ class MPOTrainer(Trainer):
         evaluation = self.eval_dataset
         sets = evaluation.values() if isinstance(evaluation, dict) else [] if evaluation is None else [evaluation]
         loaders = itertools.chain.from_iterable(self.get_eval_dataloader(data) for data in sets)
-        counts = precompute(
-            self.reference,
-            training=map(self._counted, training),
-            evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
-            prepare=self._prepare_inputs,
-        )
+        with deterministic_run(self.args.deterministic):
+            counts = precompute(
+                self.reference,
+                training=map(self._counted, training),
+                evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
+                prepare=self._prepare_inputs,
+            )
         pair_counts = self.all_pair_counts()
         if not pair_counts.used.total():
             raise self.watch.nothing_left("nothing to train on: none of the pairs can be used")
@@ -701,7 +703,7 @@ class MPOTrainer(Trainer):
             self.metrics_file.kept = state.get("metrics_lines")
             self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
         self.watch.start()
-        with self.stopping.watched(self.args.enable_jit_checkpoint):
+        with self.stopping.watched(self.args.enable_jit_checkpoint), deterministic_run(self.args.deterministic):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.watch.end_data(self.state.epoch or 0.0)
         self.trained_pairs = self.all_pair_counts()
