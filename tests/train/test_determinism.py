@@ -113,9 +113,7 @@ def test_a_refused_operation_is_named() -> None:
     with pytest.raises(RunError, match=named), deterministic_run(True):
         no_deterministic_way()
     assert not torch.are_deterministic_algorithms_enabled()
-    cublas = (
-        "Deterministic behavior was enabled, but this operation is not deterministic because it uses CuBLAS and"
-    )
+    cublas = "Deterministic behavior was enabled, but this operation is not deterministic because it uses CuBLAS and"
     with pytest.raises(RunError, match="a product by cuBLAS under CUBLAS_WORKSPACE_CONFIG="), deterministic_run(True):
         raise RuntimeError(cublas)
     with pytest.raises(RuntimeError, match=r"^out of memory$"), deterministic_run(True):
