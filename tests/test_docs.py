@@ -111,6 +111,7 @@ def named_keys(text: str) -> set[str]:
 def test_every_recipe_key_is_documented() -> None:
     documented = named_keys("\n".join(prose(page) for page in PAGES))
     own = {"training.max_tokens_per_row", "training.learning_rates", "training.ema_decay"}
+    own |= {"training.deterministic"}
     assert sorted({*section_keys(), *own} - documented) == []
 
 

@@ -65,7 +65,7 @@ class MicroBatch:
     @property
     def response_lengths(self) -> list[int]:
         """Scored tokens of each response, over all rows."""
-        return [int(n) for row in self.rows for n in torch.bincount(row.response_index, minlength=row.num_responses)]
+        return [length for row in self.rows for length in row.response_lengths]
 
 
 @dataclass(frozen=True)

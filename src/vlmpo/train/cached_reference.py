@@ -34,6 +34,7 @@ from vlmpo.train.batching import Batch, MicroBatch
 from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import CopyReference, Reference, freeze, weights_hash
 from vlmpo.train.sharding import all_gather_object, passes_are_shared, prepare_frozen
+from vlmpo.tree.ordered import sum_dtype
 
 # Settings of a config that decide no log-prob: where the model is from, how it is stored, how it generates.
 _IDLE_SETTINGS = frozenset(
@@ -130,7 +131,7 @@ class CachedReference:
         self.hits += len(keys) - missing
         lengths = micro_batch.response_lengths
         if self._any_rank(missing > 0):
-            logps = self.load().response_logps(micro_batch).double()
+            logps = self.load().response_logps(micro_batch)
             if missing:  # dummy responses, the last ones, have no key
                 scored = zip(keys, map(Scored, logps.tolist(), lengths), strict=False)
                 sound = {key: score for key, score in scored if math.isfinite(score.logp)}
@@ -141,7 +142,8 @@ class CachedReference:
             raise RunError(f"the reference's log-probs in {self.store.folder} are of other responses; remove it")
         dummies = [0.0] * (micro_batch.num_responses - len(scores))
         logps_or_zeros = [*(score.logp for score in scores), *dummies]
-        return torch.tensor(logps_or_zeros, dtype=torch.float64, device=micro_batch.chosen.device)
+        device = micro_batch.chosen.device
+        return torch.tensor(logps_or_zeros, dtype=sum_dtype(device), device=device)
 
     def _stored(self, key: bytes) -> Scored | None:
         """Return what the store has for ``key``; a log-prob that is not finite counts as missing."""

@@ -22,6 +22,7 @@ from vlmpo.settings import (
     ShiftMode,
 )
 from vlmpo.train.arguments import check_numbers
+from vlmpo.train.determinism import prepare_determinism
 from vlmpo.train.kernel_choice import settle_liger
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
@@ -83,6 +84,8 @@ class MPOConfig(TrainingArguments):
         num_train_epochs, learning_rate: as in TrainingArguments, with the defaults 1 and 1e-6.
         learning_rates: learning rates of the parts ``vision``, ``projector`` and ``text``; a part without one takes
             ``learning_rate``.
+        deterministic: two runs with one seed are equal to the bit on a GPU too, more slowly (see
+            vlmpo.train.determinism). To be set before CUDA is used in the process.
         ema_decay: decay of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: no average.
         dataloader_num_workers: processes that read data for this rank, 0: the training process itself; None: by the
             machine's cores, see vlmpo.train.readers.
@@ -115,6 +118,7 @@ class MPOConfig(TrainingArguments):
     kernels: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
+    deterministic: bool = False
     allow_changes: list[str] | None = field(default=None)
     # The published recipes: one epoch, small steps (transformers' 3 epochs at 5e-5 would ruin an SFT checkpoint).
     num_train_epochs: float = 1.0
@@ -133,6 +137,9 @@ class MPOConfig(TrainingArguments):
         chosen_by_user = self.greater_is_better is not None
         readers = self.dataloader_num_workers
         self.dataloader_num_workers = 1 if readers is None else readers  # transformers compares it with numbers
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic must be true or false, not {self.deterministic!r}")
+        prepare_determinism(self.deterministic, self.full_determinism)  # transformers uses CUDA in what follows
         super().__post_init__()
         self.dataloader_num_workers = readers
         given: Any = self.gradient_checkpointing_kwargs  # transformers has made the two names equal

@@ -33,6 +33,7 @@ from vlmpo.train.checkpoint_io import TRAINER_FILE, model_beside, rotate
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.delta import DeltaUpdates
+from vlmpo.train.determinism import deterministic_run
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
 from vlmpo.train.host_weights import free_memory, make_room, memory_needed
@@ -87,6 +88,7 @@ from vlmpo.train.start_check import shared_rows_hold
 from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
+from vlmpo.tree.ordered import select
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 
 
@@ -473,8 +475,8 @@ class MPOTrainer(Trainer):
     ) -> LossOutput:
         chosen, rejected = micro_batch.chosen, micro_batch.rejected if reference is not None else None
         return mpo_loss(
-            policy[chosen],
-            None if rejected is None else policy[rejected],
+            select(policy, chosen),
+            None if rejected is None else select(policy, rejected),
             None if reference is None else reference[chosen],
             None if reference is None or rejected is None else reference[rejected],
             micro_batch.chosen_lengths,
@@ -549,7 +551,7 @@ class MPOTrainer(Trainer):
             RecordError: some rank met a bad record under ``on_bad_record="fail"``; all of them raise it.
             RunError: the wrapper of the run cannot score before training.
         """
-        with interrupt.at_once():
+        with interrupt.at_once(), deterministic_run(self.args.deterministic):
             return self._evaluate_sets(eval_dataset, metric_key_prefix)
 
     def _evaluate_sets(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -606,12 +608,13 @@ class MPOTrainer(Trainer):
         evaluation = self.eval_dataset
         sets = evaluation.values() if isinstance(evaluation, dict) else [] if evaluation is None else [evaluation]
         loaders = itertools.chain.from_iterable(self.get_eval_dataloader(data) for data in sets)
-        counts = precompute(
-            self.reference,
-            training=map(self._counted, training),
-            evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
-            prepare=self._prepare_inputs,
-        )
+        with deterministic_run(self.args.deterministic):
+            counts = precompute(
+                self.reference,
+                training=map(self._counted, training),
+                evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
+                prepare=self._prepare_inputs,
+            )
         pair_counts = self.all_pair_counts()
         if not pair_counts.used.total():
             raise self.watch.nothing_left("nothing to train on: none of the pairs can be used")
@@ -726,7 +729,7 @@ class MPOTrainer(Trainer):
         self.pop_callback(BeforeFirstStep)  # of an earlier call
         self.add_callback(BeforeFirstStep(*before_first_step))
         self.watch.start()
-        with self.stopping.watched(self.args.enable_jit_checkpoint):
+        with self.stopping.watched(self.args.enable_jit_checkpoint), deterministic_run(self.args.deterministic):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.watch.end_data(self.state.epoch or 0.0)
         self.trained_pairs = self.all_pair_counts()

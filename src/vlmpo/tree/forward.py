@@ -25,13 +25,14 @@ from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row,
 from vlmpo.tree.chunked_logprobs import LogitTransform, ScoringHead, token_logps, wide
 from vlmpo.tree.features import vision_arguments
 from vlmpo.tree.layout import PackedRow
+from vlmpo.tree.ordered import scored_states, sum_dtype, sum_responses
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 from vlmpo.tree.router_loss import recording_routers, response_router_losses
 from vlmpo.tree.vision import refuse_bytes
 
 
 def response_logps(model: Any, rows: Sequence[PackedRow]) -> Tensor:
-    """Return the log-probability of each response of ``rows``, ``[responses]``, summed over its scored tokens.
+    """Return the log-probability of each response of ``rows``, summed over its scored tokens: ``[responses]``, float64.
 
     Args:
         model: set up by :func:`install`, or a wrapper around such a model.
@@ -47,15 +48,9 @@ def response_logps_and_router_losses(model: Any, rows: Sequence[PackedRow]) -> t
 
 
 def sum_by_response(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
-    """Sum the log-probs of each response's scored tokens: ``[scored]`` of all rows to ``[responses]``."""
-    index: list[Tensor] = []
-    seen = 0
-    for row in rows:
-        index.append(row.response_index + seen)
-        seen += row.num_responses
-    sums = token_logps.new_zeros(seen)
+    """Sum the log-probs of each response's scored tokens: ``[scored]`` of all rows to ``[responses]``, in float64."""
     # Without rows return the empty input itself, which still depends on the model's weights.
-    return sums.index_add(0, torch.cat(index), token_logps) if index else token_logps
+    return sum_responses(token_logps, rows) if rows else token_logps.to(sum_dtype(token_logps.device))
 
 
 # ---- the patch ----
@@ -184,7 +179,7 @@ def _read_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
         hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     transform = LogitTransform(*logit_scale_and_softcap(model.config))
     head = model.get_output_embeddings()
-    return token_logps(hidden[row.logit_positions], head, row.targets, logit_transform=transform)
+    return token_logps(scored_states(hidden, row), head, row.targets, logit_transform=transform)
 
 
 def _empty_on_weights(model: Any) -> Tensor:

@@ -218,6 +218,11 @@ class PackedRow:
     token_types: dict[str, Tensor] = field(default_factory=dict)
     dummy_tokens: int = 0
 
+    @property
+    def response_lengths(self) -> list[int]:
+        """Scored tokens of each response; dummies, which come last, are not scored."""
+        return [length for span in self.layout.spans for length in span.responses][: self.num_responses]
+
     def to(self, device: torch.device) -> PackedRow:
         """Return the row with its tensors on ``device``."""
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))

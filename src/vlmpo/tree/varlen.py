@@ -66,7 +66,10 @@ def _flash_attn_kernel() -> Kernel:
     def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
         starts = segments.cu_seqlens_q, segments.cu_seqlens_k
         longest = segments.max_seqlen_q, segments.max_seqlen_k
-        out: Tensor = flash_attn_varlen_func(query, key, value, *starts, *longest, softmax_scale=scale, causal=True)
+        in_order = torch.are_deterministic_algorithms_enabled()  # torch's own kernel reads the switch by itself
+        out: Tensor = flash_attn_varlen_func(
+            query, key, value, *starts, *longest, softmax_scale=scale, causal=True, deterministic=in_order
+        )
         return out
 
     return kernel
