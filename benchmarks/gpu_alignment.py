@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlmpo.tree import attention, varlen
+from vlmpo.tree import segments, varlen
 from vlmpo.tree.layout import RowLayout, TreeSpan
 
 Reader = Callable[[list[Tensor], RowLayout], Tensor]  # query, key and value of a row to its attention
@@ -19,7 +19,7 @@ Reader = Callable[[list[Tensor], RowLayout], Tensor]  # query, key and value of 
 def in_segments(states: list[Tensor], layout: RowLayout) -> Tensor:
     """Return the attention of a row by SDPA, segment by segment."""
     query, key, value = (part.transpose(0, 1)[None] for part in states)
-    return attention._in_segments(query, key, value, layout, None, None)[0].transpose(0, 1)
+    return segments.in_segments(query, key, value, layout, None, None)[0].transpose(0, 1)
 
 
 def in_one_call(kernel: varlen.Kernel) -> Reader:

@@ -55,7 +55,12 @@ class MicroBatch:
     @property
     def response_lengths(self) -> list[int]:
         """Scored tokens of each response, over all rows."""
-        return [int(n) for row in self.rows for n in torch.bincount(row.response_index, minlength=row.num_responses)]
+        by_row = (itertools.chain.from_iterable(s.responses for s in row.layout.spans) for row in self.rows)
+        return [
+            length
+            for row, lengths in zip(self.rows, by_row, strict=True)
+            for length in itertools.islice(lengths, row.num_responses)
+        ]
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class CachedReference:
             raise RunError(f"the reference's log-probs in {self.store.folder} are of other responses; remove it")
         dummies = [0.0] * (micro_batch.num_responses - len(scores))
         logps_or_zeros = [*(score.logp for score in scores), *dummies]
-        return torch.tensor(logps_or_zeros, dtype=torch.float64, device=micro_batch.chosen.device)
+        return torch.tensor(logps_or_zeros, dtype=torch.float64).to(micro_batch.chosen.device, non_blocking=True)
 
     def _stored(self, key: bytes) -> Scored | None:
         """Return what the store has for ``key``; a log-prob that is not finite counts as missing."""

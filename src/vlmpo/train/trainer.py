@@ -83,6 +83,7 @@ from vlmpo.train.start_check import shared_rows_hold
 from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
+from vlmpo.tree.positions import moved_to
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 
 
@@ -379,16 +380,13 @@ class MPOTrainer(Trainer):
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.ranks.drop_dummy_gradients(model)
-            self.delta.end_step()  # the losses of the optimizer step are all computed
-            self.sums.values["steps"] += 1
-            self.sums.values["empty_steps"] += self.watch.step_is_empty
         return total
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
         device, scale, dtype = self.args.device, self.loader_encoder.pixel_scale, compute_dtype(self.accelerator)
-        rows = []
-        for row in (row.to(device) for row in inputs.rows):
+        policy, rows = unwrap_peft(self.model), []
+        for row in (moved_to(device, row, policy, self.shared) for row in inputs.rows):
             vision = row.vision if scale is None else scale.normalise(row.vision)
             if dtype is not None:
                 vision = {name: t.to(dtype) if t.is_floating_point() else t for name, t in vision.items()}
@@ -396,9 +394,9 @@ class MPOTrainer(Trainer):
         return replace(
             inputs,
             rows=rows,
-            chosen=inputs.chosen.to(device),
-            rejected=None if inputs.rejected is None else inputs.rejected.to(device),
-            chosen_lengths=inputs.chosen_lengths.to(device),
+            chosen=inputs.chosen.to(device, non_blocking=True),
+            rejected=None if inputs.rejected is None else inputs.rejected.to(device, non_blocking=True),
+            chosen_lengths=inputs.chosen_lengths.to(device, non_blocking=True),
         )
 
     def compute_loss(
@@ -476,7 +474,8 @@ class MPOTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, and let nothing move the weights that should not.
 
-        transformers calls this between the backward pass and the optimizer's step, whether it clips or not.
+        transformers calls this between the backward pass and the optimizer's step, whether it clips or not. Here, once
+        a step, the host waits for the device and reads whatever it needs to know.
 
         Raises:
             RunError: the norm, a loss or a log-prob is not finite; all ranks raise it.
@@ -489,6 +488,9 @@ class MPOTrainer(Trainer):
             # and weight decay. (DeepSpeed has stepped already.)
             for parameter in model.parameters():
                 parameter.grad = None
+        self.delta.end_step()  # the losses of the optimizer step are all computed
+        self.sums.values["steps"] += 1
+        self.sums.values["empty_steps"] += self.watch.step_is_empty
         return norm
 
     # ---- log and evaluation ----

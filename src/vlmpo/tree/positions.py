@@ -31,6 +31,22 @@ def refuse_missing_types(model: Any, row: PackedRow) -> None:
         )
 
 
+def moved_to(device: torch.device, row: PackedRow, model: Any, shared: bool) -> PackedRow:
+    """Return ``row`` on ``device`` with whatever depends on the row alone, so that no layer waits for the device.
+
+    Args:
+        device: of the model.
+        row: on the CPU: there positions cost least, and their many small decisions wait for nothing.
+        model: under no wrapper.
+        shared: whether rows share prompts.
+    """
+    if shared:
+        refuse_missing_types(model, row)
+        positions_of(model, row)
+        layout_of(model, row)
+    return row.to(device)
+
+
 def positions_of(model: Any, row: PackedRow) -> Tensor:
     """Return the position ids of ``row``: ``[1, tokens]``, or ``[3, 1, tokens]`` in three dimensions."""
     if not family_of(model.config).three_dimensional:
@@ -61,7 +77,7 @@ def _three_dimensional(base: Any, row: PackedRow) -> Tensor:
 def layout_of(model: Any, row: PackedRow) -> RowLayout:
     """Return the row's layout, with its blocks of image tokens if ``model`` reads those in both directions."""
     types = row.token_types.get("token_type_ids")
-    if family_of(model.config).image_blocks and types is not None and row.layout.blocks is None:
+    if family_of(model.config).image_blocks and types is not None and row.vision and row.layout.blocks is None:
         image = types[0] == 1
         starts = image & ~torch.cat([image.new_zeros(1), image[:-1]])
         row.layout.blocks = torch.where(image, starts.cumsum(0) - 1, -1)

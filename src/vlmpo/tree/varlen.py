@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from vlmpo.errors import first_line
 from vlmpo.tree.layout import RowLayout, Segments, TreeSpan
@@ -160,7 +160,7 @@ def can_read(layout: RowLayout, dtype: torch.dtype, head: int, window: int | Non
     """Return whether one call is enough: half precision, no image blocks, no window that cuts anything off."""
     if dtype not in HALF or head % 8 or head > _LARGEST_HEAD or layout.blocks is not None:
         return False
-    return window is None or window >= max(span.prompt + max(span.responses) for span in layout.spans)
+    return window is None or window >= layout.longest
 
 
 def attend_in_one_call(
@@ -180,26 +180,29 @@ def attend_in_one_call(
     """
     segments = layout.segments(query.device)
     if segments.keys is not None:
-        key, value = _Gather.apply(key, segments), _Gather.apply(value, segments)
+        key, value = _Gather.apply(key, value, segments.keys, segments.places, segments.first_place)
     return kernel(query, key, value, segments, scale)
 
 
 class _Gather(torch.autograd.Function):
-    """Gathers a row's keys (or values) in order of the segments: a prompt's once more for every further response.
+    """Gathers a row's keys and values in order of the segments: a prompt's once more for every further response.
 
-    The gradient is added up slice by slice, always in the same order; ``index_select``'s own would add by atomics.
+    A token's gradient is the sum over its places, added up in their order in float32 or better: ``index_select``'s own
+    would add by atomics, in any order.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        assert segments.keys is not None
-        return states.index_select(0, segments.keys)
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, keys: Tensor, places: Tensor, first_place: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(places, first_place)
+        return key.index_select(0, keys), value.index_select(0, keys)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grad_outputs
-        total = grad.index_select(0, ctx.segments.key_of_token)
-        for start, again, length in ctx.segments.repeats:
-            total[start : start + length] += grad[again : again + length]
-        return total, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        places, first_place = ctx.saved_tensors
+        key, value = (
+            embedding_bag(places, grad.flatten(1), first_place, mode="sum").unflatten(1, grad.shape[1:])
+            for grad in grad_outputs
+        )
+        return key, value, None, None, None

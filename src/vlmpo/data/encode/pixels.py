@@ -94,7 +94,7 @@ class PixelScale:
         """Return ``[..., colours, height, width]``, or ``[patches, colours * rest]``, normalised, in float32."""
         mean, std = (torch.tensor(values) * (1.0 / self.rescale) for values in (self.mean, self.std))
         colours, trailing = len(self.mean), (1, 1) if pixels.dim() > 2 else (1,)
-        mean, std = (values.to(pixels.device).view(colours, *trailing) for values in (mean, std))
+        mean, std = (v.to(pixels.device, non_blocking=True).view(colours, *trailing) for v in (mean, std))
         values = pixels.to(torch.float32)
         flat = values if pixels.dim() > 2 else values.view(values.shape[0], colours, -1)
         flat.sub_(mean).div_(std)
