@@ -28,6 +28,7 @@ from vlmpo.log import logger
 from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import Batch, MicroBatch
+from vlmpo.train.compiling import compile_text_layers
 from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import CopyReference, Reference, freeze, weights_hash
 from vlmpo.train.sharding import all_gather_object, passes_are_shared, prepare_frozen
@@ -252,6 +253,7 @@ def open_cached_reference(
     """
     base = unwrap_peft(source)
     precision = f"{next(base.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type} {pixel_scale}"
+    precision += " compiled" * args.torch_compile  # its sums are of another order
     config = config_hash(base.config)
     dtype = str(base.dtype).removeprefix("torch.")
     name = compat.name_or_path(base.config)
@@ -259,6 +261,7 @@ def open_cached_reference(
 
     def reload() -> Reference:  # holds no model
         model = load_model(str(name), dtype, trust_remote_code=ran_code)
+        compile_text_layers(model, args)
         return CopyReference(prepare_frozen(accelerator, freeze(model, shared())))
 
     def any_rank(value: bool) -> bool:

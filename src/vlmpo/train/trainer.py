@@ -29,6 +29,7 @@ from vlmpo.train.cached_reference import CachedReference, open_cached_reference,
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.checkpoint import load_weights, read_state, restore_state, settings_as_given, steps_done
 from vlmpo.train.checkpoint_io import TRAINER_FILE, model_beside, rotate
+from vlmpo.train.compiling import check_backend, compile_policy, compile_text_layers
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.delta import DeltaUpdates
@@ -66,7 +67,7 @@ from vlmpo.train.model_card import (
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
-from vlmpo.train.reference import Reference, online_reference, switch_dropout_off
+from vlmpo.train.reference import CopyReference, Reference, online_reference, switch_dropout_off
 from vlmpo.train.resume import refuse_damaged_best
 from vlmpo.train.run_checkpoints import RunCheckpoints
 from vlmpo.train.run_watch import RunWatch
@@ -247,14 +248,17 @@ class MPOTrainer(Trainer):
         """Do as transformers does; refuse wrappers that cannot be exact, and use one GPU a process.
 
         Raises:
-            RecipeError: FSDP of version 1, or a launcher whose processes do not see each other.
+            RecipeError: FSDP of version 1, a launcher whose processes do not see each other, or no compiler for
+                torch_compile.
         """
         if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
             use_all = f"torchrun --nproc_per_node {self.args.n_gpu} (docs/distributed.md)"
             logger.info(f"one of {self.args.n_gpu} GPUs is used; to use all, start with {use_all}")
             compat.use_one_gpu(self.args)
+        check_backend(self.args)
         super().create_accelerator_and_postprocess()
         refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
+        compile_policy(self.accelerator, self.model, self.args)
         configure_fsdp(self.accelerator, self.model, asked_for=bool(self.args.fsdp))
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
@@ -262,7 +266,7 @@ class MPOTrainer(Trainer):
             return None
 
         def online(kind: str) -> Reference:
-            return online_reference(
+            reference = online_reference(
                 kind,
                 policy=self.model,
                 given=given,
@@ -270,6 +274,9 @@ class MPOTrainer(Trainer):
                 shared=self.shared,
                 accelerator=self.accelerator,
             )
+            if isinstance(reference, CopyReference):  # a copy of compiled layers is not compiled
+                compile_text_layers(reference.tower_owner(), self.args)
+            return reference
 
         if self.args.reference_kind != "cache":
             return online(self.args.reference_kind)
