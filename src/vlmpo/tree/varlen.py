@@ -72,7 +72,26 @@ def _flash_attn_kernel() -> Kernel:
     return kernel
 
 
-CANDIDATES: dict[str, Callable[[], Kernel]] = {"torch": _torch_kernel, "flash-attn": _flash_attn_kernel}
+def _flash_attn_3_kernel() -> Kernel:
+    """Load FlashAttention 3, which has a package of its own and runs on Hopper alone, if it is installed."""
+    flash_attn_varlen_func = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+        starts = segments.cu_seqlens_q, segments.cu_seqlens_k
+        longest = segments.max_seqlen_q, segments.max_seqlen_k
+        out = flash_attn_varlen_func(query, key, value, *starts, *longest, softmax_scale=scale, causal=True)
+        attended: Tensor = out[0] if isinstance(out, tuple) else out  # early versions return the log-sums too
+        return attended
+
+    return kernel
+
+
+# In order of preference. A fixed order, and no race at the start: kernels differ in the last bits.
+CANDIDATES: dict[str, Callable[[], Kernel]] = {
+    "torch": _torch_kernel,
+    "flash-attn": _flash_attn_kernel,
+    "flash-attn-3": _flash_attn_3_kernel,
+}
 
 
 @functools.cache
