@@ -28,7 +28,7 @@ def in_one_call(kernel: varlen.Kernel) -> Reader:
 
     def read(states: list[Tensor], layout: RowLayout) -> Tensor:
         query, key, value = states
-        return varlen.attend_in_one_call(kernel, query, key, value, layout, None)
+        return varlen.attend_in_one_call(kernel, query, key, value, layout.segments(query.device), None)
 
     return read
 

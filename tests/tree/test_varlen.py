@@ -108,7 +108,7 @@ def test_three_ways_to_read_a_row_agree(trees: list[tuple[int, list[int]]], grou
     """One call, a call a segment, and a dense mask: outputs and all gradients in float64."""
     layout = layout_from(trees)
     dense = with_gradients(lambda *qkv: attend_densely(*qkv, layout), layout, groups)
-    one = with_gradients(lambda *qkv: attend_in_one_call(slow, *qkv, layout, None), layout, groups)
+    one = with_gradients(lambda *qkv: attend_in_one_call(slow, *qkv, layout.segments(CPU), None), layout, groups)
     many = with_gradients(lambda *qkv: in_segments(*qkv, layout), layout, groups)
     for expected, a, b in zip(dense, one, many, strict=True):
         torch.testing.assert_close(a, expected, atol=1e-11, rtol=0)
@@ -161,7 +161,9 @@ def test_torch_kernel_is_called_as_this_torch_wants() -> None:
     layout = layout_from([(3, [2, 1]), (2, [4])])
     with FakeTensorMode():
         query, key = (torch.empty(layout.num_tokens, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
-        assert attend_in_one_call(varlen._torch_kernel(), query, key, key, layout, 0.1).shape == query.shape
+        assert (
+            attend_in_one_call(varlen._torch_kernel(), query, key, key, layout.segments(CPU), 0.1).shape == query.shape
+        )
 
 
 def test_off_cuda_there_is_no_kernel() -> None:

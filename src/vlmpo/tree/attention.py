@@ -41,6 +41,7 @@ def layout_arguments(layout: RowLayout, input_ids: Tensor) -> dict[str, Any]:
         input_ids: ``[1, tokens]``, on the model's device.
     """
     layout.kernel = kernel_for(input_ids.device)  # not in a layer: the first call trains something small
+    layout.parts = None if layout.kernel is None else layout.segments(input_ids.device)
     return {LAYOUT_ARGUMENT: layout, "attention_mask": input_ids[None, None]}
 
 
@@ -78,10 +79,10 @@ def shared_prompt_attention(
     window = arguments.get("sliding_window")
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    if layout.kernel is not None and can_read(layout, dtype, query.shape[3], window):
+    if layout.parts is not None and can_read(layout, dtype, query.shape[3], window):
         # Under autocast rotated queries are float32 while values are not; SDPA would convert all to half precision.
         query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
-        return attend_in_one_call(layout.kernel, query, key, value, layout, scaling)[None], None
+        return attend_in_one_call(layout.kernel, query, key, value, layout.parts, scaling)[None], None
     if torch.compiler.is_compiling():
         return attend_as_one_op(query, key, value, layout, scaling, window), None
     return in_segments(query, key, value, layout, scaling, window).transpose(1, 2).contiguous(), None

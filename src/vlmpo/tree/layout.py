@@ -134,6 +134,7 @@ class RowLayout:
         longest: of prompts with one of their responses, the most tokens.
         numbers: on the CPU: of each tree the tokens of its prompt, how many responses it has, and the tokens of each.
         kernel: attends over the whole row in one call; None: SDPA does, segment by segment. Chosen when a row is read.
+        parts: the segments that the kernel attends over, on the model's device; None without a kernel.
         blocks: ``[tokens]``, for a family whose images attend to themselves in both directions: the block of image
             tokens that each token belongs to, -1 for text; None for other families. A response holds no image.
         positions: ``[3, 1, tokens]``, for a family that counts in three dimensions, once its model has counted.
@@ -146,6 +147,7 @@ class RowLayout:
         self.longest = max((span.prompt + max(span.responses) for span in spans), default=0)
         self.numbers = torch.tensor([n for s in spans for n in (s.prompt, len(s.responses), *s.responses)])
         self.kernel: Any = None
+        self.parts: Segments | None = None
         self.blocks: Tensor | None = None
         self.positions: Tensor | None = None
         self.features: Any = None

@@ -117,10 +117,11 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = RowLayout.from_numbers(numbers, blocks)
 
-    def attend(*states: Tensor) -> Tensor:
-        return in_segments(*states, layout, scaling, window, masked=True).transpose(1, 2)
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return in_segments(query, key, value, layout, scaling, window, masked=True).transpose(1, 2)
 
-    _, gradients_of = torch.func.vjp(attend, query, key, value)  # autograd does not record inside of an operator
+    # Autograd does not record inside of an operator.
+    gradients_of: Any = torch.func.vjp(attend, query, key, value)[1]
     to_query, to_key, to_value = (gradient.contiguous() for gradient in gradients_of(grad))
     return to_query, to_key, to_value
 

@@ -133,11 +133,12 @@ def misreading(kernel: Kernel, device: torch.device, dtype: torch.dtype = torch.
     # The first row may be read under no_grad, autocast or inference mode.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         layout = RowLayout((TreeSpan(0, 5, (3, 2, 4)), TreeSpan(14, 9, (1,)), TreeSpan(24, 2, (6, 70))))
+        segments = layout.segments(device)
         generator = torch.Generator().manual_seed(0)
         shapes = [(layout.num_tokens, heads, 64) for heads in (4, 2, 2, 4)]
         states = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
         wide = [state.float() for state in states]
-        got = _with_gradients(lambda q, k, v: attend_in_one_call(kernel, q, k, v, layout, None), states)
+        got = _with_gradients(lambda q, k, v: attend_in_one_call(kernel, q, k, v, segments, None), states)
         expected = _with_gradients(lambda q, k, v: attend_densely(q, k, v, layout), wide)
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True)]
     return max(error if error == error else float("inf") for error in errors)
@@ -183,7 +184,7 @@ def can_read(layout: RowLayout, dtype: torch.dtype, head: int, window: int | Non
 
 
 def attend_in_one_call(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float | None
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
 ) -> Tensor:
     """Attend over a whole row by one call of ``kernel``.
 
@@ -191,13 +192,12 @@ def attend_in_one_call(
         kernel: from :func:`kernel_for`.
         query: ``[tokens, heads, head]``.
         key, value: ``[tokens, kv_heads, head]``.
-        layout: of the row.
+        segments: of the row, on the same device.
         scale: of the scores; None: ``head ** -0.5``.
 
     Returns:
         ``[tokens, heads, head]``.
     """
-    segments = layout.segments(query.device)
     if segments.keys is not None:
         key, value = _Gather.apply(key, value, segments.keys, segments.places, segments.first_place)
     return kernel(query, key, value, segments, scale)
