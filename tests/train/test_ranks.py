@@ -91,7 +91,7 @@ SPOILT: dict[str, dict[str, Any]] = {
     "fsdp_lora_accumulated": {"count": 16, "lora": True, "fsdp": True, **ACCUMULATED, "spoil": [1, "reference", 2]},
 }
 SCORED = {"count": 2, "fsdp": True, "evaluate": 7, "score_only": True}
-WORKER_ONLY = ("fsdp", "fsdp_config", "ddp_find_unused_parameters", "garbage")
+WORKER_ONLY = ("fsdp", "fsdp_config", "ddp_find_unused_parameters", "garbage", "standins")
 
 Ranks = dict[str, list[dict[str, Any]]]
 

@@ -13,7 +13,7 @@ from vlmpo.train.config import MPOConfig
 # Keys of `training` that have no meaning in an evaluation without training.
 _TRAINING_ONLY = (
     *("eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-    *("push_to_hub", "learning_rates", "ema_decay", "resume_from_checkpoint"),
+    *("push_to_hub", "learning_rates", "ema_decay", "resume_from_checkpoint", "use_liger_kernel"),
 )
 
 # Keys under which transformers takes settings, or the name of a JSON file with them.

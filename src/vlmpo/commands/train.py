@@ -70,6 +70,7 @@ def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MP
     if before is not None and newest and _is_finished(folder, before, manifest, trainer):
         return trainer
     checkpoint = trainer.checkpoints.choose(args.resume_from_checkpoint or None)
+    manifest["model"]["kernels"] = trainer.kernels.key  # those of the checkpoint, if there is one
     known = (before or {}).get("history") or []
     manifest["history"] = [*known, *(entry for entry in trainer.checkpoints.history if entry not in known)]
     if before is not None and checkpoint is not None:

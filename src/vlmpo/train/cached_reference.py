@@ -2,8 +2,9 @@
 
 Whatever decides a log-prob is in its key: the reference's weights and config (a rope scaling is no weight), the token
 ids, the image as the model reads it (its pixels after the processor, so the file's bytes and the processor's settings
-too), the precision, and whether prompts are shared. If no key matches, the log-prob is computed anew. Once a whole
-epoch is in the store the model is freed; a run whose data set an earlier run has completed loads no model at all.
+too), the precision, the fused kernels, and whether prompts are shared. If no key matches, the log-prob is computed
+anew. Once a whole epoch is in the store the model is freed; a run whose data set an earlier run has completed loads no
+model at all.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vlmpo.fileio import replace_json
 from vlmpo.hashing import content_key
 from vlmpo.log import logger
 from vlmpo.models.adapters import is_peft, unwrap_peft
+from vlmpo.models.kernels import Kernels
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import Batch, MicroBatch
 from vlmpo.train.compiling import compile_text_layers
@@ -233,6 +235,7 @@ def open_cached_reference(
     online: Callable[[], Reference],
     pixel_scale: Any,
     shared: Callable[[], bool],
+    kernels: Kernels,
     accelerator: Any,
     dataset: Any,
     encoding: Sequence[Any],
@@ -245,6 +248,7 @@ def open_cached_reference(
         online: makes the reference as it would be without a store, from the policy as it is now.
         pixel_scale: normalises pixels that are bytes, so it is part of every key.
         shared: returns whether rows share prompts at present.
+        kernels: of the run.
         accelerator: of the run.
         dataset, encoding: see :class:`Completeness`.
 
@@ -262,7 +266,11 @@ def open_cached_reference(
     def reload() -> Reference:  # holds no model
         model = load_model(str(name), dtype, trust_remote_code=ran_code)
         compile_text_layers(model, args)
-        return CopyReference(prepare_frozen(accelerator, freeze(model, shared())))
+        return CopyReference(prepare_frozen(accelerator, freeze(model, shared(), kernels)))
+
+    def reading() -> str:
+        by = f" kernels={kernels.key}" if kernels.key else ""
+        return f"{precision} shared={shared()}{by} config={config}"
 
     def any_rank(value: bool) -> bool:
         return any(all_gather_object(accelerator, value)) if passes_are_shared(accelerator) else value
@@ -272,7 +280,7 @@ def open_cached_reference(
     reference = CachedReference(
         store=ReferenceStore(args.reference_cache_dir or cache_folder() / "reference"),
         weights=weights_hash(base, None) if pinned is None else pinned.weights_hash(),
-        reading=lambda: f"{precision} shared={shared()} config={config}",
+        reading=reading,
         reload=reload if pinned is None else None,
         any_rank=any_rank,
     )

@@ -9,7 +9,17 @@ from transformers import TrainingArguments
 
 from vlmpo import compat
 from vlmpo.loss import check_weights
-from vlmpo.settings import MPO_WEIGHTS, Attention, NllReduction, OnBadRecord, OverLong, ReferenceKind, ShiftMode
+from vlmpo.settings import (
+    MPO_WEIGHTS,
+    Attention,
+    Kernels,
+    NllReduction,
+    OnBadRecord,
+    OverLong,
+    ReferenceKind,
+    ShiftMode,
+)
+from vlmpo.train.kernel_choice import settle_liger
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
@@ -20,6 +30,7 @@ CHOICES = {
     "over_long": get_args(OverLong),
     "on_bad_record": get_args(OnBadRecord),
     "attention": get_args(Attention),
+    "kernels": get_args(Kernels),
     "train_sampling_strategy": ("random", "sequential"),
 }
 
@@ -74,6 +85,9 @@ class MPOConfig(TrainingArguments):
             resumed from; the change is noted in the run's history.
         attention: ``auto`` shares prompts if the model family allows it; ``separate`` reads each response in a row of
             its own.
+        kernels: ``auto`` computes norms and gated MLPs by fused kernels on CUDA if liger-kernel is installed and agrees
+            with the plain modules; ``off`` does not. ``use_liger_kernel`` is another name for ``auto``, and an error
+            if there can be none.
     """
 
     loss_weights: dict[str, float] | None = field(default=None)
@@ -93,6 +107,7 @@ class MPOConfig(TrainingArguments):
     on_bad_record: str = "skip"
     max_bad_share: float = 0.05
     attention: str = "auto"
+    kernels: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
     allow_changes: list[str] | None = field(default=None)
@@ -120,6 +135,7 @@ class MPOConfig(TrainingArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        settle_liger(self)
         tiles = self.max_tiles
         if tiles is not None and (isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1):
             raise ValueError(f"max_tiles must be a whole number above 0, or None for the model's own, not {tiles!r}")

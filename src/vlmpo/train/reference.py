@@ -21,6 +21,7 @@ from vlmpo.models.adapters import (
     unwrap_peft,
     use_adapter,
 )
+from vlmpo.models.kernels import Kernels
 from vlmpo.train.batching import MicroBatch
 from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
 from vlmpo.tree.forward import install, response_logps, uses_shared_rows
@@ -115,7 +116,14 @@ class AdapterReference:
 
 
 def online_reference(
-    kind: str, *, policy: Any, given: Any | None, fresh_adapter: bool, shared: bool, accelerator: Any
+    kind: str,
+    *,
+    policy: Any,
+    given: Any | None,
+    fresh_adapter: bool,
+    shared: bool,
+    kernels: Kernels,
+    accelerator: Any,
 ) -> Reference:
     """Build the reference that is read in this process.
 
@@ -125,15 +133,17 @@ def online_reference(
         given: a reference model of the user's, or None.
         fresh_adapter: whether the policy's adapter was put on for this run.
         shared: whether rows share prompts.
+        kernels: of the run.
         accelerator: of the run.
     """
     kind = choose_kind(kind, policy, given, fresh_adapter)
     if kind != "copy":
         return AdapterReference(policy, add_frozen_adapter(policy) if kind == "frozen_adapter" else None)
-    return CopyReference(prepare_frozen(accelerator, frozen_copy(policy) if given is None else freeze(given, shared)))
+    model = frozen_copy(policy, kernels) if given is None else freeze(given, shared, kernels)
+    return CopyReference(prepare_frozen(accelerator, model))
 
 
-def frozen_copy(policy: Any) -> nn.Module:
+def frozen_copy(policy: Any, kernels: Kernels) -> nn.Module:
     """Return a deep copy of the policy, its adapter included, that never learns.
 
     Raises:
@@ -144,15 +154,16 @@ def frozen_copy(policy: Any) -> nn.Module:
             "under DeepSpeed ZeRO-3 the policy cannot be copied for the reference; pass the initial model a second "
             "time as ref_model, or train with model.lora"
         )
-    return freeze(copy.deepcopy(policy), uses_shared_rows(unwrap_peft(policy)))
+    return freeze(copy.deepcopy(policy), uses_shared_rows(unwrap_peft(policy)), kernels)
 
 
-def freeze(model: Any, shared: bool) -> nn.Module:
+def freeze(model: Any, shared: bool, kernels: Kernels) -> nn.Module:
     """Make ``model`` a reference: without gradients or dropout, reading rows as the policy does."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     switch_dropout_off(model)
     install(unwrap_peft(model), shared)
+    kernels.bind(model)
     return model.eval()
 
 

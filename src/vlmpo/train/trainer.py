@@ -45,6 +45,7 @@ from vlmpo.train.inputs import (
     refuse_unused,
     shares_prompts,
 )
+from vlmpo.train.kernel_choice import CHOSEN, choose_kernels
 from vlmpo.train.launcher import refuse_unseen_ranks
 from vlmpo.train.loaders import LoaderFactory
 from vlmpo.train.metrics import (
@@ -107,6 +108,7 @@ class MPOTrainer(Trainer):
         data_collator: turns encoded pairs into batches; its ``shared`` says whether rows share prompts.
         reference: answers with the frozen reference's log-probs; None if no term needs it.
         reward_shift: delta.
+        kernels: the fused kernels that policy and reference are read by.
         ranks: collectives, and dummies that keep ranks in step.
         pair_counts: what became of the pairs of the first epoch so far, on this rank.
         average: of the weights, if ``ema_decay`` is set.
@@ -218,6 +220,7 @@ class MPOTrainer(Trainer):
         )
         if self.train_dataset is not None:
             self.loaders.check_steps(len(self.train_dataset), compat.batch_size_per_device(self))
+        self.kernels = choose_kernels(args, self.model, ref_model, self.ranks.all_gather)
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
 
@@ -231,6 +234,7 @@ class MPOTrainer(Trainer):
             args,
             self.ranks,
             made_by=self.settings,
+            reuse=self._reuse_choices,
             reference_hash=self._reference_hash,
             deepspeed=self.is_deepspeed_enabled,
         )
@@ -272,6 +276,7 @@ class MPOTrainer(Trainer):
                 given=given,
                 fresh_adapter=fresh_adapter,
                 shared=self.shared,
+                kernels=self.kernels,
                 accelerator=self.accelerator,
             )
             if isinstance(reference, CopyReference):  # a copy of compiled layers is not compiled
@@ -288,6 +293,7 @@ class MPOTrainer(Trainer):
             online=lambda: online("auto"),
             pixel_scale=self.loader_encoder.pixel_scale,
             shared=lambda: self.shared,
+            kernels=self.kernels,
             accelerator=self.accelerator,
             dataset=self.train_dataset,
             encoding=[encoder.max_length, encoder.over_long, tiles, encoder.video_frames],
@@ -724,7 +730,12 @@ class MPOTrainer(Trainer):
         """Return what the run is made by: JSON values by recipe key."""
         if "data.train.pairs" not in self.given_settings and self.train_dataset is not None:
             self.given_settings["data.train.pairs"] = pairs_hash(self.train_dataset)
-        return run_settings(self.args, self.model, self.given_settings)
+        return run_settings(self.args, self.model, {**self.given_settings, CHOSEN: self.kernels.kinds})
+
+    def _reuse_choices(self, before: Settings) -> None:
+        """Choose again what the run that is resumed chose, if it was asked for the same."""
+        if CHOSEN in before and before.get("model.kernels") == self.args.kernels:
+            self.kernels.use(before[CHOSEN])
 
     def planned_steps(self) -> int:
         """Return the optimizer steps of the whole run."""
