@@ -85,7 +85,7 @@ from vlmpo.train.start_check import shared_rows_hold
 from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
-from vlmpo.tree.positions import moved_to
+from vlmpo.tree.positions import ready_on_host
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 
 
@@ -399,7 +399,10 @@ class MPOTrainer(Trainer):
         """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
         device, scale, dtype = self.args.device, self.loader_encoder.pixel_scale, compute_dtype(self.accelerator)
         policy, rows = unwrap_peft(self.model), []
-        for row in (moved_to(device, row, policy, self.shared) for row in inputs.rows):
+        for on_host in inputs.rows:
+            if self.shared:
+                ready_on_host(policy, on_host)
+            row = on_host.to(device)
             vision = row.vision if scale is None else scale.normalise(row.vision)
             if dtype is not None:
                 vision = {name: t.to(dtype) if t.is_floating_point() else t for name, t in vision.items()}

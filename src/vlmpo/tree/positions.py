@@ -31,20 +31,18 @@ def refuse_missing_types(model: Any, row: PackedRow) -> None:
         )
 
 
-def moved_to(device: torch.device, row: PackedRow, model: Any, shared: bool) -> PackedRow:
-    """Return ``row`` on ``device`` with whatever depends on the row alone, so that no layer waits for the device.
+def ready_on_host(model: Any, row: PackedRow) -> None:
+    """Keep in the row's layout whatever depends on the row alone: positions, blocks of image tokens.
+
+    Called before the row is moved to its device: on the CPU the many small decisions behind positions wait for nothing.
 
     Args:
-        device: of the model.
-        row: on the CPU: there positions cost least, and their many small decisions wait for nothing.
         model: under no wrapper.
-        shared: whether rows share prompts.
+        row: that shares its prompts.
     """
-    if shared:
-        refuse_missing_types(model, row)
-        positions_of(model, row)
-        layout_of(model, row)
-    return row.to(device)
+    refuse_missing_types(model, row)
+    positions_of(model, row)
+    layout_of(model, row)
 
 
 def positions_of(model: Any, row: PackedRow) -> Tensor:
