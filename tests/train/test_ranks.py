@@ -46,6 +46,11 @@ EXACT: dict[str, dict[str, Any]] = {
     "ddp_static": {**CLIPPED, "ddp_find_unused_parameters": False},
     "fsdp_tied": {**CLIPPED, "fsdp": True, "tied": True},
     "ddp_checkpointing": {"count": 18, "activation_checkpointing": True},
+    "ddp_every_second_layer": {
+        "count": 18,
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"every_n_layers": 2},
+    },
     "fsdp_checkpointing": {"count": 18, "fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
     "fsdp_no_wrap": {"count": 18, "fsdp": True, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
     "ddp_accumulated": {"count": 21, "mixed": True, **ACCUMULATED},

@@ -25,6 +25,7 @@ from vlmpo.models.adapters import is_peft
 from vlmpo.models.loading import freeze_parts, load_model, load_processor
 from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import dump_recipe
+from vlmpo.train.arguments import check_surroundings
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.checkpoint_io import checkpoints_in
@@ -52,6 +53,7 @@ def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
         VlmpoError: the recipe, the data, the model or the run folder cannot be used.
     """
     args = training_config(recipe)
+    check_surroundings(args)
     args.allow_changes = list(allow_changes)
     with training_folder(recipe, args) as before:
         return _train(recipe, args, before)
@@ -177,7 +179,7 @@ def _build_trainer(recipe: Recipe, args: MPOConfig, data: RunData) -> MPOTrainer
     processor = load_processor(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     _ = args.device  # sets up the process group; without it ZeRO-3 and FSDP cannot shard weights as they are loaded
     model = _load_policy(recipe)
-    if args.dataloader_num_workers:
+    if args.dataloader_num_workers != 0:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
     evaluation: Any = data.evaluation
     if len(evaluation) == 1:  # transformers names the metrics of a single set without the set's name

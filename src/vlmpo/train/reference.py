@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from vlmpo.models.adapters import (
 )
 from vlmpo.models.kernels import Kernels
 from vlmpo.train.batching import MicroBatch
+from vlmpo.train.host_weights import HostWeights, can_rest
 from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
 from vlmpo.tree.forward import install, response_logps, uses_shared_rows
 
@@ -53,6 +55,9 @@ class Reference(Protocol):
     def weights_hash(self) -> str:
         """Return a hash of the reference's weights."""
 
+    def rest_on_host(self) -> bool:
+        """Keep a model of its own in host memory between uses from now on; return whether that frees any memory."""
+
 
 class CopyReference:
     """Reads a frozen model that is not the policy."""
@@ -60,13 +65,21 @@ class CopyReference:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._hash: str | None = None
+        self._host: HostWeights | None = None  # its weights, if they are in host memory between uses
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """Return ``[responses]``, without gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self._host is None else self._host.on_device():
             logps = response_logps(self.model, micro_batch.rows)
         release(self.model)
         return logps
+
+    def rest_on_host(self) -> bool:
+        """Keep the weights in host memory between uses; a model that other ranks hold parts of stays as it is."""
+        if self._host is not None or not can_rest(self.model) or unwrapped(self.model) is not self.model:
+            return False
+        self._host = HostWeights(self.model)
+        return True
 
     def stop_sharing(self) -> None:
         """Read every response in a row of its own from now on."""
@@ -101,6 +114,10 @@ class AdapterReference:
         """Return ``[responses]``, without gradient."""
         with torch.no_grad(), use_adapter(self.policy, self.frozen):
             return response_logps(self.policy, micro_batch.rows)
+
+    def rest_on_host(self) -> bool:
+        """Return False: the weights are the policy's own."""
+        return False
 
     def stop_sharing(self) -> None:
         """Do nothing: the policy, which is the model that is read here, is set up by the trainer."""

@@ -24,6 +24,7 @@ from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.fit import check_features, check_processor
+from vlmpo.models.recompute import free_inputs_of_gradients
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
@@ -35,6 +36,7 @@ from vlmpo.train.counts import PairCounts
 from vlmpo.train.delta import DeltaUpdates
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
+from vlmpo.train.host_weights import free_memory, make_room, memory_needed
 from vlmpo.train.hub import hub_errors
 from vlmpo.train.inputs import (
     check_arguments,
@@ -68,6 +70,7 @@ from vlmpo.train.model_card import (
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
+from vlmpo.train.readers import choose_readers, cores_of_a_rank
 from vlmpo.train.reference import CopyReference, Reference, online_reference, switch_dropout_off
 from vlmpo.train.resume import refuse_damaged_best
 from vlmpo.train.run_checkpoints import RunCheckpoints
@@ -167,7 +170,7 @@ class MPOTrainer(Trainer):
         probe = check_processor(model, self.encoder)
         if ref_model is not None:
             check_processor(ref_model, self.encoder)
-        self.loader_encoder = self.encoder.for_loader()
+        self.loader_encoder = self.encoder.for_loader(grouped=args.group_by_prompt > 1)
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
         self.clock = StepClock()
@@ -210,6 +213,9 @@ class MPOTrainer(Trainer):
         self.average = WeightAverage.for_run(args.ema_decay, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if self.average is not None:
             self.add_callback(self.average)
+        if args.dataloader_num_workers is None:
+            pairs = 0 if self.train_dataset is None else len(self.train_dataset)
+            args.dataloader_num_workers = choose_readers(pairs, args.device.type, cores_of_a_rank())
         self.loaders = LoaderFactory(
             args,
             encoder=self.encoder,
@@ -297,6 +303,7 @@ class MPOTrainer(Trainer):
             accelerator=self.accelerator,
             dataset=self.train_dataset,
             encoding=[encoder.max_length, encoder.over_long, tiles, encoder.video_frames],
+            will_evaluate=self.eval_dataset is not None,
         )
         self.add_callback(self.completeness)
         return reference
@@ -310,6 +317,16 @@ class MPOTrainer(Trainer):
         owner = None if self.reference is None else self.reference.tower_owner()
         if owner is not None:
             share_features(unwrap_peft(self.model), owner, share=not self.ranks.share_passes)
+
+    def _make_room(self) -> None:
+        """Let the reference rest in host memory between uses if the device would have too little room for rows.
+
+        And keep nothing for gradients that no weight wants.
+        """
+        if self.args.activation_checkpointing and not self.args.activation_checkpointing_kwargs["use_reentrant"]:
+            free_inputs_of_gradients(self.model)
+        if self.reference is not None:
+            make_room(self.reference, free_memory(self.args.device), memory_needed(self.model, self.optimizer))
 
     def _check_rows(self) -> None:
         """Stop sharing prompts if shared rows differ from separate ones; see :func:`shared_rows_hold`."""
@@ -704,8 +721,9 @@ class MPOTrainer(Trainer):
                 "under FSDP a model that was evaluated cannot be trained any more; "
                 "to evaluate at the start set training.eval_on_start: true"
             )
+        before_first_step: list[Callable[[], None]] = [self._make_room]
         if self.ranks.share_passes:  # the weights can be read only once they are wrapped
-            self.add_callback(BeforeFirstStep(self._check_rows))
+            before_first_step.insert(0, self._check_rows)
         else:
             self._check_rows()
         self.settle_best_metric()
@@ -716,7 +734,9 @@ class MPOTrainer(Trainer):
             state = read_state(checkpoint)
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
-            self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
+            before_first_step.append(functools.partial(self._go_on, state))
+        self.pop_callback(BeforeFirstStep)  # of an earlier call
+        self.add_callback(BeforeFirstStep(*before_first_step))
         self.watch.start()
         with self.stopping.watched(self.args.enable_jit_checkpoint):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -727,6 +747,9 @@ class MPOTrainer(Trainer):
                 f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
                 f"The model is that of the last step, {self.state.global_step}."
             )
+        elif self._best_checkpoint is not None:
+            value = f"{self.args.metric_for_best_model} {self.state.best_metric:.4g}"
+            logger.info(f"best checkpoint: {self._best_checkpoint} ({value}); the model is that of its step")
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
     def settings(self) -> Settings:

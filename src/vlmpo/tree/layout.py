@@ -7,7 +7,7 @@ continue from the end of its prompt, so a response reads exactly as if it were t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -256,11 +256,19 @@ class PackedRow:
 
     def to(self, device: torch.device) -> PackedRow:
         """Return the row with its tensors on ``device``."""
-        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in _TEXT_TENSORS}
-        for name in ("vision", "token_types"):
-            moved[name] = {key: tensor.to(device, non_blocking=True) for key, tensor in getattr(self, name).items()}
         host_ids = self.input_ids if self.host_ids is None else self.host_ids
-        return replace(self, layout=self.layout.to(device), host_ids=host_ids, **moved)
+        moved = self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, layout=self.layout.to(device), host_ids=host_ids)
+
+    def pin_memory(self) -> PackedRow:
+        """Return the row with its tensors in memory from which a CUDA device copies while it computes."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> PackedRow:
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in _TEXT_TENSORS}
+        for name in ("vision", "token_types"):
+            changed[name] = {key: change(tensor) for key, tensor in getattr(self, name).items()}
+        return replace(self, **changed)
 
 
 def build_row(trees: Sequence[PromptTree]) -> PackedRow:
