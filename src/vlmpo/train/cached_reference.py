@@ -31,6 +31,7 @@ from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.models.kernels import Kernels
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import Batch, MicroBatch
+from vlmpo.train.compiling import compile_text_layers
 from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import CopyReference, Reference, freeze, weights_hash
 from vlmpo.train.sharding import all_gather_object, passes_are_shared, prepare_frozen
@@ -143,7 +144,7 @@ class CachedReference:
         dummies = [0.0] * (micro_batch.num_responses - len(scores))
         logps_or_zeros = [*(score.logp for score in scores), *dummies]
         device = micro_batch.chosen.device
-        return torch.tensor(logps_or_zeros, dtype=sum_dtype(device), device=device)
+        return torch.tensor(logps_or_zeros, dtype=sum_dtype(device)).to(device, non_blocking=True)
 
     def _stored(self, key: bytes) -> Scored | None:
         """Return what the store has for ``key``; a log-prob that is not finite counts as missing."""
@@ -285,6 +286,7 @@ def open_cached_reference(
     """
     base = unwrap_peft(source)
     precision = f"{next(base.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type} {pixel_scale}"
+    precision += " compiled" * args.torch_compile  # its sums are of another order
     config = config_hash(base.config)
     dtype = str(base.dtype).removeprefix("torch.")
     name = compat.name_or_path(base.config)
@@ -292,6 +294,7 @@ def open_cached_reference(
 
     def reload() -> Reference:  # holds no model
         model = load_model(str(name), dtype, trust_remote_code=ran_code)
+        compile_text_layers(model, args)
         return CopyReference(prepare_frozen(accelerator, freeze(model, shared(), kernels)))
 
     def reading() -> str:

@@ -30,6 +30,7 @@ from vlmpo.train.cached_reference import CachedReference, open_cached_reference,
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.checkpoint import load_weights, read_state, restore_state, settings_as_given, steps_done
 from vlmpo.train.checkpoint_io import TRAINER_FILE, model_beside, rotate
+from vlmpo.train.compiling import check_backend, compile_policy, compile_text_layers
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.delta import DeltaUpdates
@@ -71,7 +72,7 @@ from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.readers import choose_readers, cores_of_a_rank
-from vlmpo.train.reference import Reference, online_reference, switch_dropout_off
+from vlmpo.train.reference import CopyReference, Reference, online_reference, switch_dropout_off
 from vlmpo.train.resume import refuse_damaged_best
 from vlmpo.train.run_checkpoints import RunCheckpoints
 from vlmpo.train.run_watch import RunWatch
@@ -89,6 +90,7 @@ from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
 from vlmpo.tree.ordered import select
+from vlmpo.tree.positions import ready_on_host
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 
 
@@ -258,14 +260,17 @@ class MPOTrainer(Trainer):
         """Do as transformers does; refuse wrappers that cannot be exact, and use one GPU a process.
 
         Raises:
-            RecipeError: FSDP of version 1, or a launcher whose processes do not see each other.
+            RecipeError: FSDP of version 1, a launcher whose processes do not see each other, or no compiler for
+                torch_compile.
         """
         if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
             use_all = f"torchrun --nproc_per_node {self.args.n_gpu} (docs/distributed.md)"
             logger.info(f"one of {self.args.n_gpu} GPUs is used; to use all, start with {use_all}")
             compat.use_one_gpu(self.args)
+        check_backend(self.args)
         super().create_accelerator_and_postprocess()
         refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
+        compile_policy(self.accelerator, self.model, self.args)
         configure_fsdp(self.accelerator, self.model, asked_for=bool(self.args.fsdp))
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
@@ -273,7 +278,7 @@ class MPOTrainer(Trainer):
             return None
 
         def online(kind: str) -> Reference:
-            return online_reference(
+            reference = online_reference(
                 kind,
                 policy=self.model,
                 given=given,
@@ -282,6 +287,9 @@ class MPOTrainer(Trainer):
                 kernels=self.kernels,
                 accelerator=self.accelerator,
             )
+            if isinstance(reference, CopyReference):  # a copy of compiled layers is not compiled
+                compile_text_layers(reference.tower_owner(), self.args)
+            return reference
 
         if self.args.reference_kind != "cache":
             return online(self.args.reference_kind)
@@ -404,16 +412,16 @@ class MPOTrainer(Trainer):
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.ranks.drop_dummy_gradients(model)
-            self.delta.end_step()  # the losses of the optimizer step are all computed
-            self.sums.values["steps"] += 1
-            self.sums.values["empty_steps"] += self.watch.step_is_empty
         return total
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
         device, scale, dtype = self.args.device, self.loader_encoder.pixel_scale, compute_dtype(self.accelerator)
-        rows = []
-        for row in (row.to(device) for row in inputs.rows):
+        policy, rows = unwrap_peft(self.model), []
+        for on_host in inputs.rows:
+            if self.shared:
+                ready_on_host(policy, on_host)
+            row = on_host.to(device)
             vision = row.vision if scale is None else scale.normalise(row.vision)
             if dtype is not None:
                 vision = {name: t.to(dtype) if t.is_floating_point() else t for name, t in vision.items()}
@@ -501,7 +509,8 @@ class MPOTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, and let nothing move the weights that should not.
 
-        transformers calls this between the backward pass and the optimizer's step, whether it clips or not.
+        transformers calls this between the backward pass and the optimizer's step, whether it clips or not. Here, once
+        a step, the host waits for the device and reads whatever it needs to know.
 
         Raises:
             RunError: the norm, a loss or a log-prob is not finite; all ranks raise it.
@@ -514,6 +523,9 @@ class MPOTrainer(Trainer):
             # and weight decay. (DeepSpeed has stepped already.)
             for parameter in model.parameters():
                 parameter.grad = None
+        self.delta.end_step()  # the losses of the optimizer step are all computed
+        self.sums.values["steps"] += 1
+        self.sums.values["empty_steps"] += self.watch.step_is_empty
         return norm
 
     # ---- log and evaluation ----

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.models.families import logit_scale_and_softcap
-from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
+from vlmpo.tree.attention import ATTENTION_NAME, layout_arguments, register
 from vlmpo.tree.chunked_logprobs import LogitTransform, ScoringHead, token_logps, wide
 from vlmpo.tree.features import vision_arguments
 from vlmpo.tree.layout import PackedRow
 from vlmpo.tree.ordered import scored_states, sum_dtype, sum_responses
+from vlmpo.tree.placeholders import placeholders_from_host
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 from vlmpo.tree.router_loss import recording_routers, response_router_losses
 from vlmpo.tree.vision import refuse_bytes
@@ -174,8 +175,9 @@ def _read_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
     arguments |= accepted(model.base_model, row.token_types)
     if shared:
         # A separate row is an ordinary prompt: the model counts its positions as it always does.
-        arguments |= {"position_ids": positions_of(model, row), LAYOUT_ARGUMENT: layout_of(model, row)}
-    with reading_a_row(row.input_ids.device) if shared else nullcontext():
+        arguments |= layout_arguments(layout_of(model, row), row.input_ids)
+        arguments["position_ids"] = positions_of(model, row)
+    with placeholders_from_host(model.base_model, row):
         hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     transform = LogitTransform(*logit_scale_and_softcap(model.config))
     head = model.get_output_embeddings()
