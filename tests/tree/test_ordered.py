@@ -270,6 +270,8 @@ def test_none_is_named_in_the_source() -> None:
         place = REPO / "src" / "vlmpo" / folder
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Attribute) and node.attr in ADDS_BY_ATOMICS - {"put"}:
+                if not isinstance(node, ast.Attribute) or ast.unparse(node.value) == "np":
+                    continue
+                if node.attr in ADDS_BY_ATOMICS - {"put"}:
                     found.append(f"{path.name}:{node.lineno}: {node.attr}")
     assert found == []

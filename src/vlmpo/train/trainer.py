@@ -182,6 +182,7 @@ class MPOTrainer(Trainer):
         self.card_fields: dict[str, Any] = {}
         self.trained_pairs = PairCounts()
         self.given_settings: Settings = {}
+        self._at_start = BeforeFirstStep()
         self._steps_before = 0  # steps of the checkpoint that is resumed from
         self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
@@ -738,8 +739,9 @@ class MPOTrainer(Trainer):
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
             before_first_step.append(functools.partial(self._go_on, state))
-        self.pop_callback(BeforeFirstStep)  # of an earlier call
-        self.add_callback(BeforeFirstStep(*before_first_step))
+        self.remove_callback(self._at_start)  # of an earlier call, which may not have come so far
+        self._at_start = BeforeFirstStep(*before_first_step)
+        self.add_callback(self._at_start)
         self.watch.start()
         with self.stopping.watched(self.args.enable_jit_checkpoint), deterministic_run(self.args.deterministic):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
