@@ -199,6 +199,7 @@ class MPOTrainer(Trainer):
                 callbacks=[*(callbacks or []), self.clock, self.metrics_file],
                 optimizers=optimizers,
             )
+        self.add_callback(self._at_start)
         self.pop_callback(PrinterCallback)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they may hold parts of the weights only
             check_features(self.model, processing_class, probe)
