@@ -29,8 +29,8 @@ from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import Batch, MicroBatch
 from vlmpo.train.logps_store import ReferenceStore, Scored
-from vlmpo.train.reference import CopyReference, Reference, freeze, weights_hash
-from vlmpo.train.sharding import all_gather_object, passes_are_shared, prepare_frozen
+from vlmpo.train.reference import Reference, copy_reference, freeze, weights_hash
+from vlmpo.train.sharding import all_gather_object, passes_are_shared
 
 # Settings of a config that decide no log-prob: where the model is from, how it is stored, how it generates.
 _IDLE_SETTINGS = frozenset(
@@ -233,6 +233,7 @@ def open_cached_reference(
     pixel_scale: Any,
     shared: Callable[[], bool],
     accelerator: Any,
+    rounded: bool,
     dataset: Any,
     encoding: Sequence[Any],
 ) -> tuple[CachedReference, Completeness]:
@@ -245,13 +246,15 @@ def open_cached_reference(
         pixel_scale: normalises pixels that are bytes, so it is part of every key.
         shared: returns whether rows share prompts at present.
         accelerator: of the run.
+        rounded: whether the weights are read in bfloat16 over float32 masters.
         dataset, encoding: see :class:`Completeness`.
 
     Returns:
         The reference, and the callback that notes when all of the data set is in its store.
     """
     base = unwrap_peft(source)
-    precision = f"{next(base.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type} {pixel_scale}"
+    mixed = "rounded" if rounded else f"bf16={args.mixed_precision == 'bf16'} fp16={args.mixed_precision == 'fp16'}"
+    precision = f"{next(base.parameters()).dtype} {mixed} {args.device.type} {pixel_scale}"
     config = config_hash(base.config)
     dtype = str(base.dtype).removeprefix("torch.")
     name = compat.name_or_path(base.config)
@@ -259,7 +262,7 @@ def open_cached_reference(
 
     def reload() -> Reference:  # holds no model
         model = load_model(str(name), dtype, trust_remote_code=ran_code)
-        return CopyReference(prepare_frozen(accelerator, freeze(model, shared())))
+        return copy_reference(freeze(model, shared()), accelerator, rounded)
 
     def any_rank(value: bool) -> bool:
         return any(all_gather_object(accelerator, value)) if passes_are_shared(accelerator) else value

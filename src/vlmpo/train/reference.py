@@ -21,6 +21,7 @@ from vlmpo.models.adapters import (
     unwrap_peft,
     use_adapter,
 )
+from vlmpo.models.masters import round_weights
 from vlmpo.train.batching import MicroBatch
 from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
 from vlmpo.tree.forward import install, response_logps, uses_shared_rows
@@ -54,11 +55,16 @@ class Reference(Protocol):
 
 
 class CopyReference:
-    """Reads a frozen model that is not the policy."""
+    """Reads a frozen model that is not the policy.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model, prepared.
+        known_hash: of its weights as they were given, if it holds others; None: it holds those.
+    """
+
+    def __init__(self, model: nn.Module, known_hash: str | None = None) -> None:
         self.model = model
-        self._hash: str | None = None
+        self._hash = known_hash
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """Return ``[responses]``, without gradient."""
@@ -78,9 +84,23 @@ class CopyReference:
     def weights_hash(self) -> str:
         """Return a hash of the weights, and of the adapter if there is one."""
         if self._hash is None:
-            model: Any = unwrapped(self.model)
-            self._hash = weights_hash(model, active_adapter(model) if is_peft(model) else None)
+            self._hash = _hash_of(unwrapped(self.model))
         return self._hash
+
+
+def copy_reference(model: nn.Module, accelerator: Any, rounded: bool) -> CopyReference:
+    """Return a reference that reads ``model``, which is frozen; ``rounded``: as masters are read.
+
+    The model is then held in bfloat16: its float32 weights are gone, and only their hash is kept.
+    """
+    known_hash = _hash_of(model) if rounded else None
+    if rounded:
+        round_weights(model)
+    return CopyReference(prepare_frozen(accelerator, model), known_hash)
+
+
+def _hash_of(model: Any) -> str:
+    return weights_hash(model, active_adapter(model) if is_peft(model) else None)
 
 
 class AdapterReference:
@@ -115,7 +135,14 @@ class AdapterReference:
 
 
 def online_reference(
-    kind: str, *, policy: Any, given: Any | None, fresh_adapter: bool, shared: bool, accelerator: Any
+    kind: str,
+    *,
+    policy: Any,
+    given: Any | None,
+    fresh_adapter: bool,
+    shared: bool,
+    accelerator: Any,
+    rounded: bool,
 ) -> Reference:
     """Build the reference that is read in this process.
 
@@ -126,11 +153,12 @@ def online_reference(
         fresh_adapter: whether the policy's adapter was put on for this run.
         shared: whether rows share prompts.
         accelerator: of the run.
+        rounded: whether the policy's weights are masters, of which roundings are read; a copy is rounded then.
     """
     kind = choose_kind(kind, policy, given, fresh_adapter)
     if kind != "copy":
         return AdapterReference(policy, add_frozen_adapter(policy) if kind == "frozen_adapter" else None)
-    return CopyReference(prepare_frozen(accelerator, frozen_copy(policy) if given is None else freeze(given, shared)))
+    return copy_reference(frozen_copy(policy) if given is None else freeze(given, shared), accelerator, rounded)
 
 
 def frozen_copy(policy: Any) -> nn.Module:
@@ -153,6 +181,7 @@ def freeze(model: Any, shared: bool) -> nn.Module:
         parameter.requires_grad_(False)
     switch_dropout_off(model)
     install(unwrap_peft(model), shared)
+    unwrap_peft(model)._vlmpo.masters = None  # of the policy that it is a copy of
     return model.eval()
 
 
