@@ -24,6 +24,7 @@ from vlmpo.train.checkpoint import read_state
 from vlmpo.train.checkpoint_io import checkpoints_in
 from vlmpo.train.config import MPOConfig, asked_precision
 from vlmpo.train.provenance import Settings, precision_of, settings_of
+from vlmpo.train.sharding import passes_are_shared
 
 MANIFEST = "manifest.json"
 _WORDS = {
@@ -65,9 +66,18 @@ def reads_masters(args: MPOConfig, precision: str) -> bool:
 
 
 def is_sharded(args: MPOConfig) -> bool:
-    """Return whether accelerate will shard the model by FSDP, which it does not on a CPU or without a launcher."""
+    """Return whether accelerate is asked to shard the model by FSDP, and started by a launcher, without which it can't.
+
+    On a CPU it does not even then: see :func:`without_sharding`.
+    """
     asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    return asked and args.parallel_mode == ParallelMode.DISTRIBUTED and args.device.type != "cpu"
+    return asked and args.parallel_mode == ParallelMode.DISTRIBUTED
+
+
+def without_sharding(args: MPOConfig, accelerator: Any, precision: str) -> None:
+    """Take back what FSDP was to do, if accelerate did not shard: roundings of masters are read without autocast."""
+    if precision == "bf16" and args.mixed_precision == "bf16" and not passes_are_shared(accelerator):
+        accelerator.native_amp, args.mixed_precision = False, "no"
 
 
 def _choice(args: MPOConfig, model: nn.Module, recorded: tuple[str, str]) -> tuple[str, str]:
@@ -98,8 +108,7 @@ def _of_other_weights(args: MPOConfig, model: nn.Module, asked: str) -> tuple[st
         raise RecipeError(f"training.precision: {args.precision} needs float32 weights, these are {weights}; {remedy}")
     if asked in ("bf16", "autocast"):
         return "autocast", "" if args.fp16 or asked == "autocast" else f"there are no float32 weights: {weights}"
-    mixed = len(types) > 1 or quantised
-    return "float32" if mixed else weights, ""
+    return weights, ""
 
 
 def recorded_precision(folder: str, resume: Any = True) -> tuple[str, str] | None:

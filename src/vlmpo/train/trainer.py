@@ -65,7 +65,7 @@ from vlmpo.train.model_card import (
     training_settings,
 )
 from vlmpo.train.param_groups import PartRates, count_by_part
-from vlmpo.train.precision import choose_precision, reads_masters, recorded_precision
+from vlmpo.train.precision import choose_precision, reads_masters, recorded_precision, without_sharding
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.reference import Reference, online_reference, switch_dropout_off
@@ -162,8 +162,6 @@ class MPOTrainer(Trainer):
         shared = shares_prompts(args, unwrap_peft(model))
         install(unwrap_peft(model), shared)
         self.precision = choose_precision(args, model, recorded_precision(args.output_dir, args.resume_from_checkpoint))
-        self.masters = Masters(model) if reads_masters(args, self.precision) else None
-        unwrap_peft(model)._vlmpo.masters = self.masters
         self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
         self.encoder = encoder_for(args, processing_class, self.with_preferences, model, ref_model)
@@ -179,8 +177,7 @@ class MPOTrainer(Trainer):
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self.card_fields: dict[str, Any] = {}
         self.trained_pairs = PairCounts()
-        in_bf16 = self.precision == "bf16" or (self.precision == "autocast" and args.mixed_precision == "bf16")
-        self.given_settings: Settings = {"training.precision": self.precision, "training.bf16": in_bf16}
+        self.given_settings: Settings = {}
         self._steps_before = 0  # steps of the checkpoint that is resumed from
         self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
@@ -197,6 +194,10 @@ class MPOTrainer(Trainer):
                 callbacks=[*(callbacks or []), self.clock, self.metrics_file],
                 optimizers=optimizers,
             )
+        self.masters = Masters(self.model) if reads_masters(args, self.precision) else None
+        unwrap_peft(self.model)._vlmpo.masters = self.masters
+        in_bf16 = self.precision == "bf16" or args.mixed_precision == "bf16"
+        self.given_settings |= {"training.precision": self.precision, "training.bf16": in_bf16}
         self.pop_callback(PrinterCallback)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they may hold parts of the weights only
             check_features(self.model, processing_class, probe)
@@ -263,6 +264,7 @@ class MPOTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
         configure_fsdp(self.accelerator, self.model, asked_for=bool(self.args.fsdp))
+        without_sharding(self.args, self.accelerator, self.precision)
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
