@@ -1,9 +1,12 @@
-"""One arm of the benchmark, in a process of its own: ``python -m benchmarks.arms ARM SHAPE FOLDER [fill]``.
+"""One arm of the benchmark, in a process of its own: ``python -m benchmarks.arms ARM SHAPE FOLDER [fill] [bf16]``.
 
 For each line on stdin it takes one optimizer step and writes a JSON line with the step's seconds, loss and pairs. At
 the end of stdin it writes its peak memory and ends. So the arms of a shape can take turns, each in memory of its own.
 With ``fill`` it writes the reference's log-probs into the arm's store instead, as ``vlmpo cache`` does: a cached arm
 measures every epoch but the first.
+
+In float32 every arm computes in float32. With ``bf16`` TRL runs in its own default, which is bf16 by autocast, plain
+code under autocast too, and vlmpo with ``precision: bf16``; weights and optimizer states are float32 in all of them.
 """
 
 from __future__ import annotations
@@ -96,14 +99,14 @@ def drive(trainer: Any, turns: Turns) -> None:
     trainer.train()
 
 
-def trl_arm(shape: Shape, folder: Path, turns: Turns) -> None:
+def trl_arm(shape: Shape, folder: Path, turns: Turns, bf16: bool) -> None:
     """Train with TRL's DPOTrainer under its MPO setting (i)."""
     import trl
 
     data = make_data(shape, folder, PROMPTS)
     pairs = [data[index] for index in range(len(data))]
     settings = common(str(folder / "trl"), shape.pairs_a_step)
-    args = trl.DPOConfig(bf16=False, gradient_checkpointing=False, **TRL_OBJECTIVE, **settings)
+    args = trl.DPOConfig(bf16=bf16, gradient_checkpointing=False, **TRL_OBJECTIVE, **settings)
     checkpoint = make_checkpoint(shape, folder, PROMPTS)
     processor = load_processor(checkpoint)
     trainer = trl.DPOTrainer(
@@ -116,11 +119,12 @@ def trl_arm(shape: Shape, folder: Path, turns: Turns) -> None:
     drive(trainer, turns)
 
 
-def vlmpo_trainer(shape: Shape, folder: Path, arm: str) -> MPOTrainer:
+def vlmpo_trainer(shape: Shape, folder: Path, arm: str, bf16: bool) -> MPOTrainer:
     """Return vlmpo's trainer, its reference online or in a store, pairs grouped by prompt or not (iii, iv, v)."""
     group = GROUPS.get(arm, 1)
     settings = common(str(folder / arm.replace(" ", "-")), GROUPS.get(arm, shape.pairs_a_step))
     settings |= {"reward_shift": "none", "nll_reduction": "token", "group_by_prompt": group}
+    settings["precision"] = "bf16" if bf16 else "float32"
     if arm in CACHED:
         settings |= {"reference_kind": "cache", "reference_cache_dir": str(folder / f"reference-{group}")}
     checkpoint, data = make_checkpoint(shape, folder, PROMPTS), make_data(shape, folder, PROMPTS, group)
@@ -142,7 +146,7 @@ def batches(shape: Shape, folder: Path, encoder: PairEncoder) -> Iterator[list[E
         yield [encoder.encode(pair) for pair in taken]
 
 
-def plain_loop(shape: Shape, folder: Path, turns: Turns, loss_of: PlainLoss, two: bool) -> None:
+def plain_loop(shape: Shape, folder: Path, turns: Turns, loss_of: PlainLoss, two: bool, bf16: bool) -> None:
     """Train in as little code as possible; with ``two`` models if the loss needs a reference."""
     checkpoint = make_checkpoint(shape, folder, PROMPTS)
     model = load_model(checkpoint).train()
@@ -151,7 +155,8 @@ def plain_loop(shape: Shape, folder: Path, turns: Turns, loss_of: PlainLoss, two
     feed = batches(shape, folder, PairEncoder(load_processor(checkpoint)))
     while True:
         turns.wait()
-        loss = loss_of(model, reference, next(feed))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = loss_of(model, reference, next(feed))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -159,16 +164,16 @@ def plain_loop(shape: Shape, folder: Path, turns: Turns, loss_of: PlainLoss, two
         turns.done(loss.item())
 
 
-def run(arm: str, shape: Shape, folder: Path, turns: Turns) -> None:
+def run(arm: str, shape: Shape, folder: Path, turns: Turns, bf16: bool) -> None:
     """Train as ``arm`` does until stdin ends."""
     if arm == "TRL 1.16":
-        trl_arm(shape, folder, turns)
+        trl_arm(shape, folder, turns, bf16)
     elif arm == "two padded rows":
-        plain_loop(shape, folder, turns, two_rows_loss, two=True)
+        plain_loop(shape, folder, turns, two_rows_loss, two=True, bf16=bf16)
     elif arm == "floor":
-        plain_loop(shape, folder, turns, floor_loss, two=False)
+        plain_loop(shape, folder, turns, floor_loss, two=False, bf16=bf16)
     else:
-        drive(vlmpo_trainer(shape, folder, arm), turns)
+        drive(vlmpo_trainer(shape, folder, arm, bf16), turns)
 
 
 ARMS = ("TRL 1.16", "two padded rows", "vlmpo, online", *CACHED, "floor")
@@ -178,10 +183,11 @@ def main() -> None:
     """Run the command line."""
     arm, shape, folder = sys.argv[1], SHAPES[sys.argv[2]], Path(sys.argv[3])
     torch.manual_seed(0)
-    if sys.argv[4:] == ["fill"]:
-        vlmpo_trainer(shape, folder, arm).precompute_reference()
+    bf16 = "bf16" in sys.argv[4:]
+    if "fill" in sys.argv[4:]:
+        vlmpo_trainer(shape, folder, arm, bf16).precompute_reference()
     else:
-        run(arm, shape, folder, Turns(GROUPS.get(arm, shape.pairs_a_step)))
+        run(arm, shape, folder, Turns(GROUPS.get(arm, shape.pairs_a_step)), bf16)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every test needs: torchvision importable beside a CPU torch, one thread, a cache that is not the user's; and a
-guard that fails a test which trains or starts a process without being marked slow.
+guard that fails a test which trains or starts a process without being marked slow. And CPUs that have bf16 products are
+told not to use them, processes that tests start included: where nothing is said of it, tests compare float32 numbers.
 
 The models are tiny: a second thread only waits for the first, and on a busy machine makes the suite many times slower.
 """
@@ -21,6 +22,7 @@ from vlmpo.torchvision_shim import ensure_torchvision
 
 ensure_torchvision()  # before peft or transformers are imported
 torch.set_num_threads(1)
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # it has no bf16; vlmpo.train.precision then chooses float32
 
 
 @pytest.fixture(scope="session", autouse=True)

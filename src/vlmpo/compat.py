@@ -8,6 +8,7 @@ fails there, in one place.
 from __future__ import annotations
 
 import inspect
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -228,3 +229,52 @@ def is_batch_norm(module: Any) -> bool:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     return isinstance(module, _BatchNorm)
+
+
+def parameter_places(model: Any) -> list[tuple[dict[str, Any], str, Any]]:
+    """Return where the modules of ``model`` keep their parameters: the dict and the name in it, and the parameter.
+
+    ``torch.func.functional_call`` puts tensors into the same dicts (``Module._parameters``), for one call; vlmpo needs
+    them there during the backward pass too.
+    """
+    places = [(module._parameters, name) for module in model.modules() for name in module._parameters]
+    return [(kept, name, kept[name]) for kept, name in places if kept[name] is not None]
+
+
+def version(tensor: Any) -> int:
+    """Return a number that grows with every change of a tensor in place that autograd sees (``Tensor._version``)."""
+    return int(tensor._version)
+
+
+def copy_each(to: list[Any], of: list[Any]) -> None:
+    """Copy tensors into others of the same shapes and any type, in one call (``torch._foreach_copy_``)."""
+    import torch
+
+    if to:
+        torch._foreach_copy_(to, of)
+
+
+def run_backward_first(output: Any) -> None:
+    """Let the function that made ``output`` run in a backward pass as soon as its gradients are there.
+
+    Autograd runs what was called last first (``Node._sequence_nr``): a function that was called before the forward pass
+    would run at the end, and all that while hold the gradients it was given.
+    """
+    output.grad_fn._set_sequence_nr(2**62)
+
+
+def has_fast_bf16(device: Any) -> bool:
+    """Return whether ``device`` computes products in bfloat16 natively.
+
+    CUDA: from compute capability 8.0 on (older cards emulate them). A CPU: with AVX512-BF16 or AMX
+    (``torch.cpu._is_avx512_bf16_supported``, ``_is_amx_tile_supported``), unless oneDNN, which computes the products,
+    is held to an older instruction set by its variable ``ONEDNN_MAX_CPU_ISA``. Others: no.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if device.type != "cpu" or not any(name in most for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

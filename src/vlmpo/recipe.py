@@ -16,7 +16,7 @@ from vlmpo import settings
 from vlmpo.errors import RecipeError
 
 # Keys that `training` accepts in addition to the fields of transformers.TrainingArguments.
-EXTRA_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay", "deterministic")
+EXTRA_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay", "precision", "deterministic")
 
 
 def _check_weights(weights: dict[str, float]) -> dict[str, float]:

@@ -25,7 +25,8 @@ def response_logps(
     """Return the log-probabilities of each pair's chosen and rejected response, in nats, in order of ``pairs``.
 
     Each is the sum over the response's tokens, the end of the turn included, without gradient and without dropout. The
-    prompt is read once for both responses if the model's family allows it. The model is left as it was.
+    prompt is read once for both responses if the model's family allows it. The model is left as it was. It is read in
+    the type of its weights; if it belongs to an MPOTrainer, in the precision that this trains it in.
 
     Args:
         model: a transformers model, text-only or not, or a PEFT model, which is read under its active adapter; it may

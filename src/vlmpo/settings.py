@@ -18,6 +18,7 @@ NllReduction = Literal["sequence", "token"]
 ReferenceKind = Literal["auto", "copy", "adapter", "cache"]
 Attention = Literal["auto", "separate"]
 Kernels = Literal["auto", "off"]
+Precision = Literal["auto", "float32", "bf16", "autocast"]
 OverLong = Literal["drop", "cut"]
 OnBadRecord = Literal["skip", "fail"]
 # The keys of the tables that implement them: vlmpo.data.formats.detect.FORMATS, vlmpo.verifiers.verifiers.VERIFIERS.

@@ -45,7 +45,9 @@ def quantization(recipe: Recipe) -> dict[str, Any] | None:
         return None
     from transformers import BitsAndBytesConfig
 
-    compute = "bfloat16" if recipe.training.get("bf16") else recipe.model.dtype
+    training = recipe.training
+    half = training.get("bf16") or (training.get("precision") == "autocast" and not training.get("fp16"))
+    compute = "bfloat16" if half else recipe.model.dtype
     if recipe.model.quantize == "4bit":
         config = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -20,8 +20,11 @@ from vlmpo.generate.local import LocalEngine
 from vlmpo.log import logger, print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.models.loading import load_model, load_processor
+from vlmpo.models.masters import round_weights
 from vlmpo.recipe import EvaluateSection, Recipe
+from vlmpo.train.config import MPOConfig
 from vlmpo.train.metrics import length_warning
+from vlmpo.train.precision import choose_precision, reads_masters, recorded_precision
 from vlmpo.train.trainer import MPOTrainer
 
 RESULTS_FILE = "evaluation.json"
@@ -52,10 +55,13 @@ def _evaluate(recipe: Recipe, section: EvaluateSection, folder: Path) -> dict[st
         raise RecipeError("nothing to evaluate on: give data.eval, data.hold_out or evaluate.questions")
     path = section.model or str(recipe.training["output_dir"])
     model, processor = _load(recipe, path)
+    args, rounded = _settings_to_read_by(recipe, model)
+    if rounded:
+        round_weights(model)
     results: dict[str, Any] = {"model": path, "pairs": {}, "questions": {}}
     questions: Sequence[Question] = ()
     if pairs:
-        results["pairs"] = _evaluate_pairs(recipe, section, model, processor, pairs, folder)
+        results["pairs"] = _evaluate_pairs(recipe, args, model, processor, pairs, folder, rounded=rounded)
     if section.questions is not None:
         question_set = _read_questions(recipe, section)
         questions = question_set.questions
@@ -64,7 +70,7 @@ def _evaluate(recipe: Recipe, section: EvaluateSection, folder: Path) -> dict[st
         replace_json_lines(folder / ANSWERS_FILE, [answer.to_json() for answer in answers])
         results["questions"] = {"dropped": question_set.counts(), "models": models}
         if section.against is not None:
-            model, processor = _load(recipe, section.against)
+            model, processor = _load(recipe, section.against, rounded=rounded)
             others, models[section.against] = _ask(recipe, section, model, processor, questions, check=True)
             replace_json_lines(folder / f"against_{ANSWERS_FILE}", [answer.to_json() for answer in others])
             results["questions"]["comparison"] = compare(answers, others)
@@ -103,21 +109,45 @@ def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
     trainer.extra_evaluations.append(answer)
 
 
-def _load(recipe: Recipe, path: str, *, processor: bool = True) -> tuple[Any, Any]:
-    """Return the model at ``path`` and its processor."""
+def _load(recipe: Recipe, path: str, *, processor: bool = True, rounded: bool = False) -> tuple[Any, Any]:
+    """Return the model at ``path``, its float32 weights ``rounded`` to bfloat16 or not, and its processor."""
     trusted = recipe.model.trust_remote_code
     model = load_model(path, recipe.model.dtype, trust_remote_code=trusted)
+    if rounded:
+        round_weights(model)
     return model, load_processor(path, trust_remote_code=trusted) if processor else None
 
 
+def _settings_to_read_by(recipe: Recipe, model: Any) -> tuple[MPOConfig, bool]:
+    """Return the settings to evaluate by, in the precision of the run that made the model if the recipe leaves it open.
+
+    And whether models are to be rounded for it: those that only answer need no float32 weights beside what is read.
+    """
+    args = evaluation_config(recipe)
+    precision = choose_precision(args, model, recorded_precision(args.output_dir))
+    rounded = reads_masters(args, precision)
+    if rounded:
+        args.precision, args.bf16 = "auto", None
+    elif precision in ("float32", "autocast") and not args.deepspeed:
+        args.precision, args.bf16 = precision, None
+    return args, rounded
+
+
 def _evaluate_pairs(
-    recipe: Recipe, section: EvaluateSection, model: Any, processor: Any, pairs: dict[str, Any], folder: Path
+    recipe: Recipe,
+    args: MPOConfig,
+    model: Any,
+    processor: Any,
+    pairs: dict[str, Any],
+    folder: Path,
+    *,
+    rounded: bool,
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of each set of pairs, by name."""
     reference = None
     if needs_reference(recipe.loss.weights):
-        reference, _ = _load(recipe, section.reference or recipe.model.path, processor=False)
-    args = evaluation_config(recipe)
+        path = (recipe.evaluate.reference if recipe.evaluate else None) or recipe.model.path
+        reference, _ = _load(recipe, path, processor=False, rounded=rounded)
     args.output_dir = str(folder)
     trainer = MPOTrainer(model=model, ref_model=reference, args=args, processing_class=processor)
     results = {}

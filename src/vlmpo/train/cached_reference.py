@@ -33,8 +33,8 @@ from vlmpo.models.loading import load_model
 from vlmpo.train.batching import Batch, MicroBatch
 from vlmpo.train.compiling import compile_text_layers
 from vlmpo.train.logps_store import ReferenceStore, Scored
-from vlmpo.train.reference import CopyReference, Reference, freeze, weights_hash
-from vlmpo.train.sharding import all_gather_object, passes_are_shared, prepare_frozen
+from vlmpo.train.reference import Reference, copy_reference, freeze, weights_hash
+from vlmpo.train.sharding import all_gather_object, passes_are_shared
 from vlmpo.tree.ordered import sum_dtype
 
 # Settings of a config that decide no log-prob: where the model is from, how it is stored, how it generates.
@@ -264,6 +264,7 @@ def open_cached_reference(
     shared: Callable[[], bool],
     kernels: Kernels,
     accelerator: Any,
+    rounded: bool,
     dataset: Any,
     encoding: Sequence[Any],
     will_evaluate: bool,
@@ -278,6 +279,7 @@ def open_cached_reference(
         shared: returns whether rows share prompts at present.
         kernels: of the run.
         accelerator: of the run.
+        rounded: whether the weights are read in bfloat16 over float32 masters.
         dataset, encoding: see :class:`Completeness`.
         will_evaluate: whether there are evaluation pairs, whose log-probs may be missing when training's are all there.
 
@@ -285,7 +287,8 @@ def open_cached_reference(
         The reference, and the callback that notes when all of the data set is in its store.
     """
     base = unwrap_peft(source)
-    precision = f"{next(base.parameters()).dtype} bf16={args.bf16} fp16={args.fp16} {args.device.type} {pixel_scale}"
+    mixed = "rounded" if rounded else f"bf16={args.mixed_precision == 'bf16'} fp16={args.mixed_precision == 'fp16'}"
+    precision = f"{next(base.parameters()).dtype} {mixed} {args.device.type} {pixel_scale}"
     precision += " compiled" * args.torch_compile  # its sums are of another order
     config = config_hash(base.config)
     dtype = str(base.dtype).removeprefix("torch.")
@@ -295,7 +298,7 @@ def open_cached_reference(
     def reload() -> Reference:  # holds no model
         model = load_model(str(name), dtype, trust_remote_code=ran_code)
         compile_text_layers(model, args)
-        return CopyReference(prepare_frozen(accelerator, freeze(model, shared(), kernels)))
+        return copy_reference(freeze(model, shared(), kernels), accelerator, rounded)
 
     def reading() -> str:
         by = f" kernels={kernels.key}" if kernels.key else ""

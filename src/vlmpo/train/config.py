@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from transformers import TrainingArguments
 
 from vlmpo import compat
@@ -18,6 +23,7 @@ from vlmpo.settings import (
     NllReduction,
     OnBadRecord,
     OverLong,
+    Precision,
     ReferenceKind,
     ShiftMode,
 )
@@ -35,6 +41,7 @@ CHOICES = {
     "on_bad_record": get_args(OnBadRecord),
     "attention": get_args(Attention),
     "kernels": get_args(Kernels),
+    "precision": get_args(Precision),
     "train_sampling_strategy": ("random", "sequential"),
 }
 
@@ -47,6 +54,41 @@ ROW_TOKENS = {"cpu": 1024, "cuda": 16384}
 def row_tokens(device: str) -> int:
     """Return the default of ``max_tokens_per_row`` on a ``device`` of that type."""
     return ROW_TOKENS.get(device, ROW_TOKENS["cuda"])
+
+
+def asked_precision(precision: str, bf16: bool | None, fp16: bool) -> str:
+    """Return what the settings ask for: ``auto``, ``float32``, ``bf16`` or ``autocast``.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if fp16 and precision in ("float32", "bf16"):
+        raise ValueError(f"precision: {precision} contradicts fp16: true, which is autocast to float16; leave one out")
+    if bf16 and precision == "float32":
+        raise ValueError("precision: float32 contradicts bf16: true; leave one out")
+    if bf16 is False and (precision == "bf16" or (precision == "autocast" and not fp16)):
+        raise ValueError(f"precision: {precision} contradicts bf16: false; leave one out")
+    if precision != "auto":
+        return precision
+    if fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        return "autocast"
+    if bf16 or (bf16 is None and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"):
+        return "bf16"
+    return "auto" if bf16 is None else "float32"
+
+
+def bf16_by_deepspeed(args: Any, asked: str) -> bool | None:
+    """Return the value of ``bf16`` that DeepSpeed's settings are compared with and filled in by.
+
+    Asked for nothing, the hardware decides if DeepSpeed's own settings leave ``bf16.enabled`` open.
+    """
+    if asked != "auto":
+        return asked in ("bf16", "autocast") and not args.fp16
+    given = args.deepspeed
+    settings = given if isinstance(given, dict) else json.loads(Path(str(given)).read_text(encoding="utf-8"))
+    on_gpu = torch.cuda.is_available() and not args.use_cpu
+    open_ = (settings.get("bf16") or {}).get("enabled") == "auto"
+    return True if open_ and compat.has_fast_bf16(torch.device("cuda" if on_gpu else "cpu")) else None
 
 
 @dataclass
@@ -96,6 +138,10 @@ class MPOConfig(TrainingArguments):
         kernels: ``auto`` computes norms and gated MLPs by fused kernels on CUDA if liger-kernel is installed and agrees
             with the plain modules; ``off`` does not. ``use_liger_kernel`` is another name for ``auto``, and an error
             if there can be none.
+        precision: ``float32`` reads and trains the weights in their own type, ``bf16`` in bfloat16 over float32
+            weights, ``autocast`` by torch's autocast; ``auto``: ``bf16`` if the hardware is fast at it, see
+            :mod:`vlmpo.train.precision`.
+        bf16: True asks for ``precision: bf16``, False for ``float32``; None: ``precision`` decides.
     """
 
     loss_weights: dict[str, float] | None = field(default=None)
@@ -116,6 +162,8 @@ class MPOConfig(TrainingArguments):
     max_bad_share: float = 0.05
     attention: str = "auto"
     kernels: str = "auto"
+    precision: str = "auto"
+    bf16: bool | None = None
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
     deterministic: bool = False
@@ -140,7 +188,7 @@ class MPOConfig(TrainingArguments):
         if not isinstance(self.deterministic, bool):
             raise ValueError(f"deterministic must be true or false, not {self.deterministic!r}")
         prepare_determinism(self.deterministic, self.full_determinism)  # transformers uses CUDA in what follows
-        super().__post_init__()
+        self._set_up_precision(super().__post_init__)
         self.dataloader_num_workers = readers
         given: Any = self.gradient_checkpointing_kwargs  # transformers has made the two names equal
         if self.activation_checkpointing or given:
@@ -184,6 +232,20 @@ class MPOConfig(TrainingArguments):
         decay = self.ema_decay
         if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1):
             raise ValueError(f"ema_decay must be in [0, 1), e.g. 0.999 (0: no average), not {decay!r}")
+
+    def _set_up_precision(self, set_up: Callable[[], None]) -> None:
+        """Call transformers' ``set_up``; it learns of ``bf16`` if DeepSpeed's settings depend on it, else not.
+
+        It would refuse bf16 on a CPU. The trainer, which knows the model, tells accelerate what to do.
+        """
+        if self.precision not in CHOICES["precision"]:
+            raise ValueError(f"precision must be one of {', '.join(CHOICES['precision'])}, not {self.precision!r}")
+        asked, given = asked_precision(self.precision, self.bf16, self.fp16), self.bf16
+        if given and self.fp16:
+            raise ValueError("bf16: true contradicts fp16: true; leave one out")
+        self.bf16 = bf16_by_deepspeed(self, asked) if self.deepspeed else None
+        set_up()
+        self.bf16 = given
 
     @property
     def weights(self) -> dict[str, float]:

@@ -11,8 +11,9 @@ from vlmpo.errors import first_line
 from vlmpo.log import logger
 from vlmpo.models.kernel_check import kinds_that_agree
 from vlmpo.models.kernels import DTYPES, USED, Functions, Kernels, load_functions, why_absent
+from vlmpo.models.masters import HALF
 
-_AUTOCAST = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHOSEN = "chosen.kernels"  # the key in a run's settings; model.kernels is what was asked for
 
 
@@ -49,7 +50,9 @@ def why_unusable(device: torch.device) -> str | None:
     return why_absent()
 
 
-def choose_kernels(args: Any, policy: Any, reference: Any | None, gather: Callable[[Any], list[Any]]) -> Kernels:
+def choose_kernels(
+    args: Any, policy: Any, reference: Any | None, gather: Callable[[Any], list[Any]], *, rounded: bool
+) -> Kernels:
     """Return the kernels of a run, bound to its policy; log which, and why others are not.
 
     Args:
@@ -57,10 +60,14 @@ def choose_kernels(args: Any, policy: Any, reference: Any | None, gather: Callab
         policy: the model that trains.
         reference: a second model in memory; None: it is a copy of the policy, or there is none.
         gather: returns the object that each rank gives; ranks use the same kernels.
+        rounded: whether float32 weights are read in bfloat16, without autocast.
     """
     models = [policy] if reference is None else [policy, reference]
     dtypes = {parameter.dtype for model in models for parameter in model.parameters()} & set(DTYPES)
-    dtypes |= {dtype for dtype, name in _AUTOCAST.items() if getattr(args, name)}
+    if rounded:
+        dtypes = {HALF}
+    elif args.mixed_precision in _AUTOCAST:
+        dtypes.add(_AUTOCAST[args.mixed_precision])
     functions = None if args.kernels == "off" or not dtypes else _functions_for(args.device)
     if functions is None:
         kernels = Kernels()

@@ -234,6 +234,7 @@ def training_settings(
     parameter_counts: Mapping[str, tuple[int, int]],
     shared: bool,
     tiles: int,
+    precision: str,
 ) -> list[tuple[str, Any]]:
     """Return the rows of the table of settings.
 
@@ -245,7 +246,10 @@ def training_settings(
         parameter_counts: numbers of (all, trained) parameters by part.
         shared: whether responses share their prompt.
         tiles: most tiles of a pair without a bound of its own.
+        precision: that the model was trained in.
     """
+    half = "float16" if args.mixed_precision == "fp16" else "bfloat16"
+    mixed = {"bf16": "bfloat16, over float32 weights", "autocast": f"{half}, by autocast"}.get(precision, "none")
     pairs_per_step = per_device * args.gradient_accumulation_steps * args.world_size
     weights_dtype = next((p.dtype for p in model.parameters() if p.requires_grad), None)
     adapter = model.peft_config[model.active_adapter] if is_peft(model) else None
@@ -262,7 +266,7 @@ def training_settings(
         ("optimizer", f"{args.optim.value}, weight decay {args.weight_decay:g}"),
         ("gradient clipping", f"norm {args.max_grad_norm:g}" if args.max_grad_norm > 0 else "none"),
         ("trained weights kept in", str(weights_dtype).removeprefix("torch.")),
-        ("mixed precision", "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"),
+        ("mixed precision", mixed),
         *((f"parameters, {part}", f"{trained:,} trained of {n:,}") for part, (n, trained) in parameter_counts.items()),
         *([] if adapter is None else [("adapter", _describe_adapter(adapter))]),
         ("longest pair", limit),

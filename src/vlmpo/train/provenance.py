@@ -41,7 +41,8 @@ _MUST_STAY = {
     *("data.train.sources", "data.train.files", "data.train.pairs", "data.hold_out"),
     *("model.path", "model.dtype", "model.freeze", "model.quantize"),
     *("training.seed", "training.data_seed", "training.optim", "training.optim_args"),
-    *("training.bf16", "training.fp16", "training.train_sampling_strategy", "training.dataloader_drop_last"),
+    *("training.precision", "training.bf16", "training.fp16"),
+    *("training.train_sampling_strategy", "training.dataloader_drop_last"),
 }
 # Their product is the global batch; under a running delta each of them counts.
 _BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps", "ranks")
@@ -129,12 +130,26 @@ def settings_of(checkpoint: Path, state: Mapping[str, Any]) -> Settings:
     return {"model.lora": None} if (checkpoint / "config.json").is_file() else {}
 
 
+def precision_of(settings: Settings) -> str | None:
+    """Return the precision that ``settings`` tell, also those made before there was a choice; None: they tell none."""
+    if "training.precision" in settings:
+        return str(settings["training.precision"])
+    if "training.bf16" not in settings:
+        return None
+    return "autocast" if settings["training.bf16"] or settings.get("training.fp16") else "float32"
+
+
 # ---- comparing ----
 
 
 def changes(before: Settings, now: Settings) -> Changes:
     """Return what differs between the settings that both have, an adapter's by its single fields."""
     found: Changes = {}
+    made_in = precision_of(before)
+    if made_in == "float32" and now.get("training.precision") not in ("bf16", "autocast"):
+        made_in = now.get("training.precision")  # before there was a choice, weights of another type counted as these
+    if made_in is not None:
+        before = {"training.precision": made_in, **before}
     for key in sorted(before.keys() & now.keys() - {"recipe"}):  # its parts are there under their own keys
         old, new = before[key], now[key]
         if key == "model.lora" and isinstance(old, dict) and isinstance(new, dict):

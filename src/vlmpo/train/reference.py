@@ -23,6 +23,7 @@ from vlmpo.models.adapters import (
     use_adapter,
 )
 from vlmpo.models.kernels import Kernels
+from vlmpo.models.masters import round_weights
 from vlmpo.train.batching import MicroBatch
 from vlmpo.train.host_weights import HostWeights, can_rest
 from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
@@ -60,11 +61,16 @@ class Reference(Protocol):
 
 
 class CopyReference:
-    """Reads a frozen model that is not the policy."""
+    """Reads a frozen model that is not the policy.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model, prepared.
+        known_hash: of its weights as they were given, if it holds others; None: it holds those.
+    """
+
+    def __init__(self, model: nn.Module, known_hash: str | None = None) -> None:
         self.model = model
-        self._hash: str | None = None
+        self._hash = known_hash
         self._host: HostWeights | None = None  # its weights, if they are in host memory between uses
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
@@ -92,9 +98,23 @@ class CopyReference:
     def weights_hash(self) -> str:
         """Return a hash of the weights, and of the adapter if there is one."""
         if self._hash is None:
-            model: Any = unwrapped(self.model)
-            self._hash = weights_hash(model, active_adapter(model) if is_peft(model) else None)
+            self._hash = _hash_of(unwrapped(self.model))
         return self._hash
+
+
+def copy_reference(model: nn.Module, accelerator: Any, rounded: bool) -> CopyReference:
+    """Return a reference that reads ``model``, which is frozen; ``rounded``: as masters are read.
+
+    The model is then held in bfloat16: its float32 weights are gone, and only their hash is kept.
+    """
+    known_hash = _hash_of(model) if rounded else None
+    if rounded:
+        round_weights(model)
+    return CopyReference(prepare_frozen(accelerator, model), known_hash)
+
+
+def _hash_of(model: Any) -> str:
+    return weights_hash(model, active_adapter(model) if is_peft(model) else None)
 
 
 class AdapterReference:
@@ -141,6 +161,7 @@ def online_reference(
     shared: bool,
     kernels: Kernels,
     accelerator: Any,
+    rounded: bool,
 ) -> Reference:
     """Build the reference that is read in this process.
 
@@ -152,12 +173,13 @@ def online_reference(
         shared: whether rows share prompts.
         kernels: of the run.
         accelerator: of the run.
+        rounded: whether the policy's weights are masters, of which roundings are read; a copy is rounded then.
     """
     kind = choose_kind(kind, policy, given, fresh_adapter)
     if kind != "copy":
         return AdapterReference(policy, add_frozen_adapter(policy) if kind == "frozen_adapter" else None)
     model = frozen_copy(policy, kernels) if given is None else freeze(given, shared, kernels)
-    return CopyReference(prepare_frozen(accelerator, model))
+    return copy_reference(model, accelerator, rounded)
 
 
 def frozen_copy(policy: Any, kernels: Kernels) -> nn.Module:
@@ -181,6 +203,7 @@ def freeze(model: Any, shared: bool, kernels: Kernels) -> nn.Module:
     switch_dropout_off(model)
     install(unwrap_peft(model), shared)
     kernels.bind(model)
+    unwrap_peft(model)._vlmpo.masters = None  # of the policy that it is a copy of
     return model.eval()
 
 

@@ -24,6 +24,7 @@ from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.fit import check_features, check_processor
+from vlmpo.models.masters import HALF, Masters
 from vlmpo.models.recompute import free_inputs_of_gradients
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
@@ -69,6 +70,7 @@ from vlmpo.train.model_card import (
     training_settings,
 )
 from vlmpo.train.param_groups import PartRates, count_by_part
+from vlmpo.train.precision import choose_precision, reads_masters, recorded_precision, without_sharding
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.readers import choose_readers, cores_of_a_rank
@@ -117,6 +119,8 @@ class MPOTrainer(Trainer):
         ranks: collectives, and dummies that keep ranks in step.
         pair_counts: what became of the pairs of the first epoch so far, on this rank.
         average: of the weights, if ``ema_decay`` is set.
+        precision: in which the model is read and trained; see vlmpo.train.precision.
+        masters: reads it in bfloat16 over float32 weights; None: it is read otherwise.
         parameter_counts: numbers of (all, trained) parameters by part.
         extra_evaluations: called at every evaluation without a data set of its own; return further metrics.
         trained_pairs: what became of the pairs of all ranks, once training is over.
@@ -166,6 +170,7 @@ class MPOTrainer(Trainer):
             logger.info(f"dropout switched off in {len(dropouts)} modules: policy and reference must read alike")
         shared = shares_prompts(args, unwrap_peft(model))
         install(unwrap_peft(model), shared)
+        self.precision = choose_precision(args, model, recorded_precision(args.output_dir, args.resume_from_checkpoint))
         self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
         self.encoder = encoder_for(args, processing_class, self.with_preferences, model, ref_model)
@@ -200,6 +205,10 @@ class MPOTrainer(Trainer):
                 optimizers=optimizers,
             )
         self.add_callback(self._at_start)
+        self.masters = Masters(self.model) if reads_masters(args, self.precision) else None
+        unwrap_peft(self.model)._vlmpo.masters = self.masters
+        in_bf16 = self.precision == "bf16" or args.mixed_precision == "bf16"
+        self.given_settings |= {"training.precision": self.precision, "training.bf16": in_bf16}
         self.pop_callback(PrinterCallback)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they may hold parts of the weights only
             check_features(self.model, processing_class, probe)
@@ -230,7 +239,9 @@ class MPOTrainer(Trainer):
         )
         if self.train_dataset is not None:
             self.loaders.check_steps(len(self.train_dataset), compat.batch_size_per_device(self))
-        self.kernels = choose_kernels(args, self.model, ref_model, self.ranks.all_gather)
+        self.kernels = choose_kernels(
+            args, self.model, ref_model, self.ranks.all_gather, rounded=self.masters is not None
+        )
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
 
@@ -274,6 +285,7 @@ class MPOTrainer(Trainer):
         refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
         compile_policy(self.accelerator, self.model, self.args)
         configure_fsdp(self.accelerator, self.model, asked_for=bool(self.args.fsdp))
+        without_sharding(self.args, self.accelerator, self.precision)
 
     def _build_reference(self, given: Any | None, fresh_adapter: bool) -> Reference | None:
         if not self.with_preferences:
@@ -288,6 +300,7 @@ class MPOTrainer(Trainer):
                 shared=self.shared,
                 kernels=self.kernels,
                 accelerator=self.accelerator,
+                rounded=self.masters is not None,
             )
             if isinstance(reference, CopyReference):  # a copy of compiled layers is not compiled
                 compile_text_layers(reference.tower_owner(), self.args)
@@ -305,6 +318,7 @@ class MPOTrainer(Trainer):
             shared=lambda: self.shared,
             kernels=self.kernels,
             accelerator=self.accelerator,
+            rounded=self.masters is not None,
             dataset=self.train_dataset,
             encoding=[encoder.max_length, encoder.over_long, tiles, encoder.video_frames],
             will_evaluate=self.eval_dataset is not None,
@@ -340,7 +354,7 @@ class MPOTrainer(Trainer):
             policy,
             shared=self.shared,
             prepare=self._prepare_inputs,
-            half=self.args.bf16 or self.args.fp16,
+            half=self.args.mixed_precision != "no",
             wrapped=self.model_wrapped if self.ranks.share_passes else None,
             reference=getattr(self.reference, "model", None),
             fail_on_bad=self._fail_on_bad,
@@ -371,6 +385,8 @@ class MPOTrainer(Trainer):
     ) -> tuple[list[Batch], dict[str, float]]:
         """Return the batches of one optimizer step and its denominators, summed over ranks before any forward."""
         self.clock.start()
+        if self.masters is not None:
+            self.masters.moved()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.clock.fetched()
         self.watch.numbers.start()
@@ -410,7 +426,8 @@ class MPOTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for micro_batch in micro_batches:
             last = micro_batch is micro_batches[-1]
-            with contextlib.nullcontext() if last else no_gradient_sync(self.accelerator, model):
+            due = contextlib.nullcontext() if last else no_gradient_sync(self.accelerator, model)
+            with due, contextlib.nullcontext() if self.masters is None else self.masters.kept_for_backward():
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.ranks.drop_dummy_gradients(model)
@@ -418,7 +435,8 @@ class MPOTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
-        device, scale, dtype = self.args.device, self.loader_encoder.pixel_scale, compute_dtype(self.accelerator)
+        device, scale = self.args.device, self.loader_encoder.pixel_scale
+        dtype = compute_dtype(self.accelerator) if self.masters is None else HALF
         policy, rows = unwrap_peft(self.model), []
         for on_host in inputs.rows:
             if self.shared:
@@ -646,6 +664,9 @@ class MPOTrainer(Trainer):
         """Return transformers' optimizer, its groups split by part if ``learning_rates`` is set."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if self.masters is not None:
+            masters = self.masters
+            optimizer.register_step_post_hook(lambda *_: masters.moved())
         if fresh and self.part_rates is not None:
             self.part_rates.split(optimizer, self.model if model is None else model)
         return optimizer
@@ -931,6 +952,7 @@ class MPOTrainer(Trainer):
                 parameter_counts=self.parameter_counts,
                 shared=self.shared,
                 tiles=self.encoder.max_tiles,
+                precision=self.precision,
             ),
             "log_history": self.state.log_history,
             "final_step": final["step"],

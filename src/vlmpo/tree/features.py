@@ -10,11 +10,12 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.log import logger
 from vlmpo.models.families import family_of
+from vlmpo.models.masters import HALF
 from vlmpo.models.vision import encode_images
 from vlmpo.tree.layout import PackedRow
 
@@ -40,7 +41,7 @@ def share_features(policy: Any, reference: Any, share: bool = True) -> bool:
     if policy_tower and reference_tower:
         # An adapted tower is another one when the same model is read as the reference, without its adapter.
         adapted = policy is reference and any(part in f".{name}" for name in policy_tower for part in _ADAPTED)
-        shared = not adapted and _frozen_and_equal(policy_tower, reference_tower)
+        shared = not adapted and _frozen_and_equal(policy_tower, reference_tower, policy._vlmpo.masters is not None)
     if shared and policy._vlmpo.frozen_tower is None:
         logger.info("the vision tower is frozen: image features are computed once a step, for policy and reference")
     for model, tower in ((policy, policy_tower), (reference, reference_tower)):
@@ -66,14 +67,19 @@ def tower_of(model: Any) -> dict[str, Tensor] | None:
     return {name: tensor for name, tensor in named if id(tensor) not in text_ids}
 
 
-def _frozen_and_equal(policy: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:
+def _frozen_and_equal(policy: dict[str, Tensor], reference: dict[str, Tensor], rounded: bool) -> bool:
+    """Return whether two towers read alike; ``rounded``: the policy's float32 weights are masters of what is read."""
     if policy.keys() != reference.keys() or any(tensor.requires_grad for tensor in policy.values()):
         return False
-    return all(
-        tensor is reference[name]
-        or (tensor.dtype == reference[name].dtype and torch.equal(tensor, reference[name].to(tensor.device)))
-        for name, tensor in policy.items()
-    )
+
+    def equal(tensor: Tensor, other: Tensor) -> bool:
+        if tensor is other:
+            return True
+        if rounded and isinstance(tensor, nn.Parameter) and tensor.dtype == torch.float32:
+            tensor = tensor.to(HALF)
+        return tensor.dtype == other.dtype and torch.equal(tensor, other.to(tensor.device))
+
+    return all(equal(tensor, reference[name]) for name, tensor in policy.items())
 
 
 def vision_arguments(model: Any, row: PackedRow) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.models.families import logit_scale_and_softcap
+from vlmpo.models.masters import HALF, Masters
 from vlmpo.tree.attention import ATTENTION_NAME, layout_arguments, register
 from vlmpo.tree.chunked_logprobs import LogitTransform, ScoringHead, token_logps, wide
 from vlmpo.tree.features import vision_arguments
@@ -66,11 +67,13 @@ class Patch:
         shared: whether rows share prompts.
         frozen_tower: the weights that make image features, if another model shares them; see
             :mod:`vlmpo.tree.features`.
+        masters: reads the model in bfloat16, its weights being float32; None: it is read as it is.
     """
 
     plain_forward: Any
     shared: bool
     frozen_tower: tuple[Tensor, ...] | None = None
+    masters: Masters | None = None
 
 
 def install(model: Any, shared: bool) -> None:
@@ -147,23 +150,38 @@ def _patched(plain: Any) -> Any:
             The log-probability of every scored token, ``[scored of all rows]``, row after row, response after response.
         """
         patch: Patch = self._vlmpo
-        if packed_rows is None:
-            refuse_bytes(kwargs.get("pixel_values"))
-            return patch.plain_forward(*args, **kwargs)
-        shared = patch.shared if share_prompts is None else share_prompts
-        logps: list[Tensor] = []
-        losses: list[Tensor] = []
-        for row in packed_rows:
-            with recording_routers(self) if router_losses else nullcontext() as router_logits:
-                logps.append(_read_row(self, row, shared))
-            if router_logits is not None:
-                top_k = int(self.config.get_text_config().num_experts_per_tok)
-                losses.append(response_router_losses(router_logits, row.layout, top_k)[: row.num_responses])
-        if not packed_rows:
-            logps = losses = [_empty_on_weights(self)]
-        return (torch.cat(logps), torch.cat(losses)) if router_losses else torch.cat(logps)
+        with nullcontext() if patch.masters is None else patch.masters.read():
+            if packed_rows is None:
+                refuse_bytes(kwargs.get("pixel_values"))
+                return patch.plain_forward(*args, **as_weights_are(patch.masters, kwargs))
+            return _read_rows(
+                self, packed_rows, patch.shared if share_prompts is None else share_prompts, router_losses
+            )
 
     return forward
+
+
+def as_weights_are(masters: Masters | None, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return keywords of a forward, floating tensors among them in the type that the model is read in."""
+    if masters is None:
+        return tensors
+    return {name: t.to(HALF) if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _read_rows(model: Any, rows: Sequence[PackedRow], shared: bool, router_losses: bool) -> Any:
+    logps: list[Tensor] = []
+    losses: list[Tensor] = []
+    for number, row in enumerate(rows):
+        if number and model._vlmpo.masters is not None:
+            model._vlmpo.masters.renew()
+        with recording_routers(model) if router_losses else nullcontext() as router_logits:
+            logps.append(_read_row(model, row, shared))
+        if router_logits is not None:
+            top_k = int(model.config.get_text_config().num_experts_per_tok)
+            losses.append(response_router_losses(router_logits, row.layout, top_k)[: row.num_responses])
+    if not rows:
+        logps = losses = [_empty_on_weights(model)]
+    return (torch.cat(logps), torch.cat(losses)) if router_losses else torch.cat(logps)
 
 
 def _read_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
@@ -171,6 +189,7 @@ def _read_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
     refuse_missing_types(model, row)
     refuse_bytes(row.vision.get("pixel_values"))
     vision = row.vision if model._vlmpo.frozen_tower is None else vision_arguments(model, row)
+    vision = as_weights_are(model._vlmpo.masters, vision)
     arguments: dict[str, Any] = {"input_ids": row.input_ids, "use_cache": False, **vision}
     arguments |= accepted(model.base_model, row.token_types)
     if shared:

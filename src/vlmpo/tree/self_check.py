@@ -43,7 +43,8 @@ def check_rows(
             known here, so every number would be wrong.
     """
     weight = model.get_output_embeddings().weight
-    bound = max(ROUNDING[weight.dtype], ROUNDING[torch.bfloat16] if half else 0.0)
+    rounded = half or model._vlmpo.masters is not None
+    bound = max(ROUNDING[weight.dtype], ROUNDING[torch.bfloat16] if rounded else 0.0)
     shortest = min(range(len(separate)), key=lambda at: separate[at].targets.numel())  # whole logits are large
     was_training = model.training
     model.eval()
@@ -60,7 +61,7 @@ def check_rows(
         name = compat.name_or_path(model.config) or type(model).__name__
         raise ModelError(
             f"model {name}: its own forward gives log-probabilities that are not finite "
-            f"({'bfloat16' if half else weight.dtype}), though its weights are; it cannot be trained so, "
+            f"({'bfloat16' if rounded else weight.dtype}), though its weights are; it cannot be trained so, "
             "or its checkpoint is damaged"
         )
     if not wrong <= bound + rounding:  # NaN, of ours alone, is not within any bound
