@@ -124,6 +124,9 @@ class CachedReference:
         logps_or_zeros = [*(score.logp for score in scores), *dummies]
         return torch.tensor(logps_or_zeros, dtype=torch.float64, device=micro_batch.chosen.device)
 
+    def token_logps(self, micro_batch: MicroBatch) -> None:
+        """Return None: the store holds sums."""
+
     def _stored(self, key: bytes) -> Scored | None:
         """Return what the store has for ``key``; a log-prob that is not finite counts as missing."""
         score = self.store.get(key)

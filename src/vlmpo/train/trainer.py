@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat, interrupt
 from vlmpo.data.encode.encoder import EncodedPairs
-from vlmpo.data.encode.processors import with_tiles
+from vlmpo.data.encode.processors import tokenizer_of, with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
@@ -51,6 +51,7 @@ from vlmpo.train.metrics import (
     carried_on,
     leave_out_empty_steps,
     may_be_best,
+    peak_memory,
     settle_best_metric,
     start_loss,
     window_metrics,
@@ -63,6 +64,7 @@ from vlmpo.train.model_card import (
     objective_fields,
     training_settings,
 )
+from vlmpo.train.pair_margins import PairMargins, decoder, score_pairs
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
@@ -115,6 +117,7 @@ class MPOTrainer(Trainer):
         given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
         checkpoints: finds and writes them; knows the run's history.
         watch: ends the run if its data or numbers are good for nothing.
+        margins: keeps the margins of pairs for the run's report; None unless :meth:`keep_margins` is called.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model, or an argument is of the wrong kind.
@@ -173,6 +176,7 @@ class MPOTrainer(Trainer):
         self.card_fields: dict[str, Any] = {}
         self.trained_pairs = PairCounts()
         self.given_settings: Settings = {}
+        self.margins: PairMargins | None = None
         self._steps_before = 0  # steps of the checkpoint that is resumed from
         self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
@@ -472,6 +476,8 @@ class MPOTrainer(Trainer):
             num_tokens=micro_batch.num_tokens,
         )
         self.delta.add(output)
+        if self.margins is not None:
+            self.margins.add(micro_batch.origins, output)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, and let nothing move the weights that should not.
@@ -497,7 +503,10 @@ class MPOTrainer(Trainer):
         """Add MPO's metrics to a training log, and the rates of parts beside the base one."""
         if "loss" in logs:
             seconds, waited = self.clock.take()
-            logs |= window_metrics(self.ranks.all_gather({**self.sums.values, "data_wait": waited}), seconds)
+            own = {**self.sums.values, "data_wait": waited, "peak_memory": peak_memory(self.args.device)}
+            logs |= window_metrics(self.ranks.all_gather(own), seconds)
+            if self.margins is not None:
+                self.margins.collect(self.state.global_step, self.ranks.all_gather)
             self.sums = StepSums()
             leave_out_empty_steps(logs)
             if self.reference is not None:
@@ -559,6 +568,37 @@ class MPOTrainer(Trainer):
         if self._scored_model is None:
             self._scored_model = prepare_to_score(self.accelerator, self.model_wrapped)
         return self._scored_model
+
+    def keep_margins(self) -> None:
+        """Keep the margins that training will see in a small file of the output folder, for the run's report."""
+        self.margins = PairMargins(self.args.output_dir, compat.batch_size_per_device(self))
+        self.add_callback(self.margins)
+
+    def score_kept_pairs(self, share: float) -> None:
+        """Score the pairs with the largest and the most negative margins by token, for the run's report; on all ranks.
+
+        Args:
+            share: of the time of training that it may take, at most.
+        """
+        if self.margins is None or self.reference is None:
+            return
+        self.margins.collect(self.state.global_step, self.ranks.all_gather)
+        with interrupt.at_once():
+            self.margins.kept.pairs = score_pairs(
+                self.margins.kept.extremes(),
+                pairs=EncodedPairs(self.train_dataset, self.loader_encoder),
+                dataset=self.train_dataset,
+                policy=self._model_to_score(),
+                reference=self.reference,
+                prepare=self._prepare_inputs,
+                gather=self.ranks.all_gather,
+                shared=self.shared,
+                keyed=self.data_collator.keyed,
+                beta=self.args.beta,
+                decode=decoder(tokenizer_of(self.encoder.processor)),
+                seconds=self.margins.seconds_to_score(share),
+            )
+        self.margins.write(self.args.should_save)
 
     @property
     def _fail_on_bad(self) -> bool:
