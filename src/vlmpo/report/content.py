@@ -174,16 +174,19 @@ def paragraph(run: Run, name: str) -> str:
 def _end(run: Run, step: Any) -> str:
     """Say how far the run has come."""
     seconds = next((log["train_runtime"] for log in reversed(run.logs) if log.get("train_runtime")), None)
-    took = f", {_duration(seconds)} in its last session" if isinstance(seconds, int | float) else ""
+    took = f" in {_duration(seconds)}" if isinstance(seconds, int | float) else ""
     status = run.manifest.get("status")
+    started = str(run.manifest.get("started") or "")[:16].replace("T", " ")
+    begun = f"Begun {started} UTC, it" if started else "It"
     if status == "failed":
         errors = [entry.get("error") for entry in run.manifest.get("history") or () if isinstance(entry, dict)]
         error = next((error for error in reversed(errors) if error), "")
-        return f"It failed after step {step}{': ' if error else ''}{shorten(error, 300)}."
-    words = {"finished": "It finished", "interrupted": "It was interrupted", "running": "It was running"}
-    started = str(run.manifest.get("started") or "")[:16].replace("T", " ")
-    begun = f", begun {started} UTC" if started else ""
-    return f"{words.get(str(status), 'It stood')} at step {step}{begun}{took}."
+        return f"{begun} failed after step {step}{': ' if error else ''}{shorten(error, 300)}."
+    if status == "interrupted":
+        return f"{begun} was interrupted after step {step}."
+    if status == "running":
+        return f"{begun} had reached step {step} when this was written."
+    return f"{begun} {'finished at' if status == 'finished' else 'reached'} step {step}{took}."
 
 
 def _duration(seconds: float) -> str:

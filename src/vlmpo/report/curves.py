@@ -166,7 +166,8 @@ def charts_of(specs: Sequence[Spec], runs: Sequence[Run], names: Sequence[str], 
                 if spec.with_held_out:
                     lines += _held_out_lines(run, metric, names, number, kind, len(spec.metrics), points)
         if lines:
-            chart = Chart(spec.id, spec.title, spec.note, lines, y_title=spec.y_title, form=spec.form, log=spec.log)
+            note = f"{spec.note} Dashed, with points: held out." if any(line.held_out for line in lines) else spec.note
+            chart = Chart(spec.id, spec.title, note, lines, y_title=spec.y_title, form=spec.form, log=spec.log)
             found.append(described(chart))
     return found
 

@@ -16,6 +16,7 @@ from vlmpo.report.kept import ScoredPair, ScoredResponse
 
 _STRENGTHS = (0.05, 0.25, 1.0, 3.0)  # nats from which a token's colour gets one shade stronger
 _TEXT_SHOWN = 1200  # characters of a prompt, a question or an answer
+_TOKEN_SHOWN = 100
 _NAMED_TOKENS = 3
 _ANSWERS_SHOWN = 12
 
@@ -110,6 +111,7 @@ def _response(title: str, response: ScoredResponse, most: int) -> ResponseView:
 
 
 def _token(text: str, policy: float, reference: float | None) -> Token:
+    text = cut(text, _TOKEN_SHOWN)
     if reference is None:
         return Token(text, "", f"log-prob {policy:.2f}")
     moved = policy - reference

@@ -43,7 +43,8 @@ def _draw(axes: Any, chart: Chart, runs: int) -> None:
     for line in chart.lines:
         colour = _COLOURS[(line.run if runs > 1 else line.kind + kinds * line.held_out) % len(_COLOURS)]
         style = "--" if line.held_out else _STYLES[line.kind % len(_STYLES)] if runs > 1 else "-"
-        _plot(axes, line, colour, style, chart.shape == "histogram")
+        unnamed = runs > 1 and line.held_out  # its colour tells
+        _plot(axes, line, "" if unnamed else line.label, colour, style, chart.shape == "histogram")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_xlabel(chart.x_title, fontsize=8)
     axes.set_ylabel(chart.y_title, fontsize=8)
@@ -51,10 +52,9 @@ def _draw(axes: Any, chart: Chart, runs: int) -> None:
         axes.legend(fontsize=7, frameon=False)
 
 
-def _plot(axes: Any, line: Line, colour: str, style: str, is_histogram: bool) -> None:
+def _plot(axes: Any, line: Line, name: str, colour: str, style: str, is_histogram: bool) -> None:
     y = [float("nan") if value is None else value for value in line.y]
-    label = shown(line.label)
-    label = f" {label}" if label.startswith("_") else label  # matplotlib leaves names in _ out
+    label = f" {shown(name)}" if name else None  # matplotlib leaves names that begin with _ out
     drawstyle = "steps-mid" if is_histogram else "default"
     marker = "o" if line.held_out or len(y) < 12 else ""
     axes.plot(

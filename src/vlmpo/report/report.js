@@ -35,7 +35,8 @@
       bands.push({ ...edge, y: line.low }, { ...edge, y: line.high, fill: "tonexty", fillcolor: translucent(shade, 0.15) });
     }
     if (line.held_out) {
-      return [...bands, { ...base, mode: "lines+markers", line: { color: shade, width: 2, dash }, marker: { size: 7 } }];
+      const named = { ...base, showlegend: !byRun };  // of several runs the colour tells
+      return [...bands, { ...named, mode: "lines+markers", line: { color: shade, width: 2, dash }, marker: { size: 7 } }];
     }
     if (line.x.length < 60) {
       const mode = line.x.length < 12 ? "lines+markers" : "lines";
@@ -47,9 +48,11 @@
     ];
   });
 
+  const named = (chart) => chart.lines.filter((line) => data.runs === 1 || !line.held_out).length;
+
   const layout = (chart, narrow) => {
     const axis = { gridcolor: colour("--grid"), zerolinecolor: colour("--line"), automargin: true, fixedrange: narrow };
-    const many = chart.lines.length > 1;
+    const many = named(chart) > 1;
     return {
       margin: { l: 8, r: 12, t: 8, b: 8 },
       paper_bgcolor: "rgba(0,0,0,0)",
@@ -68,6 +71,7 @@
     const narrow = window.innerWidth < 640;
     for (const box of document.querySelectorAll("[data-chart]")) {
       const chart = data.charts[box.dataset.chart];
+      box.style.height = `${(narrow ? 250 : 280) + (narrow ? 20 : 8) * Math.max(0, named(chart) - 1)}px`;  // the legend's
       Plotly.react(box, traces(chart), layout(chart, narrow), { responsive: true, displayModeBar: false });
     }
   };
