@@ -21,7 +21,6 @@ from vlmpo.errors import RecipeError
 from vlmpo.fileio import replace_json, replace_json_lines
 from vlmpo.log import logger, print_line, print_table
 from vlmpo.report.files import ANSWERS, ANSWERS_BEFORE
-from vlmpo.report.write import REPORT_FILE
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.trainer import MPOTrainer
 
@@ -99,7 +98,7 @@ def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> d
             torch.set_num_threads(threads)
         replace_json(output / RESULTS_FILE, results)
     show(results)
-    print_line(f"Models, logs and {RESULTS_FILE} are in {output}; the report is {output / REPORT_FILE}")
+    print_line(f"Models, logs and {RESULTS_FILE} are in {output}")
     return results
 
 

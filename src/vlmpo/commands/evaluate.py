@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmpo.commands.config import evaluation_config
 from vlmpo.commands.guard import output_folder
-from vlmpo.commands.report import never_failing, try_report
+from vlmpo.commands.report import never_failing, report_done
 from vlmpo.commands.run_data import open_eval, open_run_data, overlaps_with_training
 from vlmpo.commands.run_folder import MANIFEST
 from vlmpo.data.encode.processors import tokenizer_of
@@ -49,7 +49,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         results = _evaluate(recipe, section, folder)
     if os.environ.get("RANK", "0") == "0":
         of_run = (folder.parent / MANIFEST).exists()  # the run's own report shows its evaluations
-        try_report(folder.parent if of_run else folder)
+        report_done(folder.parent if of_run else folder)
     return results
 
 

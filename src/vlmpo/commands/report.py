@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from vlmpo.errors import first_line
 from vlmpo.fileio import writing
 from vlmpo.interrupt import Interrupted
 from vlmpo.log import logger, print_line
-from vlmpo.report.write import write_report
+from vlmpo.report.write import REPORT_FILE, write_report
 
 SHARE_OF_TIME = 0.02  # of a run's, for scoring pairs again
 _EVERY = 180.0  # seconds between two reports of a run that is under way
@@ -70,10 +70,17 @@ def report_at_end(folder: Path, *, ranks: int = 1) -> Iterator[None]:
             try_report(folder, with_picture=ranks == 1)
         raise
     except Exception:
-        try_report(folder)
+        with suppress(Exception):  # what ended the run matters more, e.g. that the disk is full
+            write_report([folder], folder)
         raise
     else:
-        try_report(folder)
+        report_done(folder)
+
+
+def report_done(folder: Path) -> None:
+    """Write the report of the run in ``folder``, and print where it is."""
+    if try_report(folder):
+        print_line(f"report: {folder / REPORT_FILE}")
 
 
 def try_report(folder: Path, **options: bool) -> bool:

@@ -26,7 +26,6 @@ from vlmpo.models.adapters import is_peft
 from vlmpo.models.loading import freeze_parts, load_model, load_processor
 from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import dump_recipe
-from vlmpo.report.write import REPORT_FILE
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.checkpoint_io import checkpoints_in
@@ -284,8 +283,6 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
     notices = [remark for of_rank in trainer.ranks.all_gather(trainer.encoder.notices) for remark in of_rank]
     for remark in dict.fromkeys([*notices, *filter(None, warnings)]):
         logger.info(f"note: {remark}")
-    with never_failing("the part of the report on single pairs"):
-        trainer.score_kept_pairs(SHARE_OF_TIME)
     manifest["data"] |= _data_counts(data, trainer.trained_pairs)
     trainer.card_fields |= {
         "base_model": recipe.model.path,
@@ -301,9 +298,10 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
         show_pair_counts(data, trainer.trained_pairs)
         show_pair_metrics(results)
         print_line(f"model and processor: {folder}")
-        print_line(f"report: {folder / REPORT_FILE}")
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    with never_failing("the part of the report on single pairs"):  # after the push: it holds texts and images
+        trainer.score_kept_pairs(SHARE_OF_TIME)
 
 
 def _data_counts(data: RunData, trained: PairCounts) -> dict[str, Any]:

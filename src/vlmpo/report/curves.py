@@ -112,7 +112,7 @@ REWARDS = (
     Spec(
         "accuracy",
         "Reward accuracy",
-        "How often the chosen response has the higher reward.",
+        "How often the chosen response has the higher reward; not in a tie, as all pairs are before the first step.",
         (("rewards/accuracies", "accuracy"),),
         form=".3f",
     ),

@@ -61,7 +61,7 @@
       xaxis: { ...axis, title: { text: chart.x, standoff: 6 } },
       yaxis: { ...axis, type: chart.log ? "log" : "linear", ...(chart.shape === "histogram" ? { rangemode: "tozero" } : {}) },
       showlegend: many,
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+      legend: { orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom" },
       hovermode: "x unified",
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
     };
