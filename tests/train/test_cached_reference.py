@@ -28,7 +28,7 @@ from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import PromptTree
 
-TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
+TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "memory_gib")
 
 
 def cached(folder: Path, data: Any, name: str, **settings: Any):
