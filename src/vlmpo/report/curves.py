@@ -51,6 +51,7 @@ class Chart:
         form: how numbers are written.
         shape: ``lines`` or ``histogram``.
         log: whether y is logarithmic.
+        noisy: whether a smoothed curve is drawn over a long one.
         summary: a sentence a curve.
         header, rows: some of its values.
     """
@@ -64,6 +65,7 @@ class Chart:
     form: str = ".4g"
     shape: str = "lines"
     log: bool = False
+    noisy: bool = True
     summary: list[str] = field(default_factory=list)
     header: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
@@ -81,6 +83,7 @@ class Spec:
     form: str = ".4g"
     with_held_out: bool = True
     log: bool = False
+    noisy: bool = True
     scale: float = 1.0
 
 
@@ -116,7 +119,7 @@ REWARDS = (
         (("rewards/accuracies", "accuracy"),),
         form=".3f",
     ),
-    Spec("delta", "Delta", "The reward shift of the bco_pair term.", (("reward_shift", "delta"),)),
+    Spec("delta", "Delta", "The reward shift of the bco_pair term.", (("reward_shift", "delta"),), noisy=False),
 )
 LOGPS = (
     Spec(
@@ -129,7 +132,7 @@ LOGPS = (
     ),
 )
 MACHINE = (
-    Spec("learning_rate", "Learning rate", "As scheduled.", (("learning_rate", "rate"),), form=".2e"),
+    Spec("learning_rate", "Learning rate", "As scheduled.", (("learning_rate", "rate"),), form=".2e", noisy=False),
     Spec("grad_norm", "Gradient norm", "Before clipping.", (("grad_norm", "norm"),), log=True),
     Spec("speed", "Pairs a second", "On all devices together.", (("pairs_per_second", "pairs/s"),), form=".2f"),
     Spec(
@@ -141,7 +144,15 @@ MACHINE = (
         form=".1f",
         scale=100.0,
     ),
-    Spec("memory", "Memory", "The most that a process has held so far.", (("memory_gib", "memory"),), "GiB", ".2f"),
+    Spec(
+        "memory",
+        "Memory",
+        "The most that a process has held so far.",
+        (("memory_gib", "memory"),),
+        "GiB",
+        form=".2f",
+        noisy=False,
+    ),
 )
 ANSWERED = (
     Spec("answered", "Answers", "Share of held-out questions answered correctly.", (("answers/accuracy", "accuracy"),)),
@@ -168,6 +179,7 @@ def charts_of(specs: Sequence[Spec], runs: Sequence[Run], names: Sequence[str], 
         if lines:
             note = f"{spec.note} Dashed, with points: held out." if any(line.held_out for line in lines) else spec.note
             chart = Chart(spec.id, spec.title, note, lines, y_title=spec.y_title, form=spec.form, log=spec.log)
+            chart.noisy = spec.noisy
             found.append(described(chart))
     return found
 

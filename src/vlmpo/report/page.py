@@ -90,6 +90,7 @@ def _chart_data(report: Report) -> dict[str, Any]:
             "x": chart.x_title,
             "y": chart.y_title,
             "shape": chart.shape,
+            "noisy": chart.noisy,
             "log": chart.log and all(value is None or value > 0 for line in chart.lines for value in line.y),
         }
     return {"charts": charts, "runs": len(report.runs)}

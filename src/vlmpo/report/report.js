@@ -38,7 +38,7 @@
       const named = { ...base, showlegend: !byRun };  // of several runs the colour tells
       return [...bands, { ...named, mode: "lines+markers", line: { color: shade, width: 2, dash }, marker: { size: 7 } }];
     }
-    if (line.x.length < 60) {
+    if (line.x.length < 60 || !chart.noisy) {
       const mode = line.x.length < 12 ? "lines+markers" : "lines";
       return [{ ...base, mode, line: { color: shade, width: 2, dash }, marker: { size: 5 } }];
     }
