@@ -29,7 +29,7 @@ from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import PromptTree
 
-TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
+TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "memory_gib")
 
 
 def cached(folder: Path, data: Any, name: str, **settings: Any):
@@ -172,9 +172,9 @@ def lets_go(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     plain = CopyReference.__init__
 
-    def counted(self: CopyReference, model: Any) -> None:
+    def counted(self: CopyReference, model: Any, known_hash: str | None = None) -> None:
         made.append(type(model).__name__)
-        plain(self, model)
+        plain(self, model, known_hash)
 
     monkeypatch.setattr(CopyReference, "__init__", counted)
     return made

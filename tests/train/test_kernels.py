@@ -35,7 +35,9 @@ def standins(monkeypatch: pytest.MonkeyPatch) -> None:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines about kernels."""
     lines: list[str] = []
-    monkeypatch.setattr(kernel_choice.logger, "info", lines.append)
+    monkeypatch.setattr(
+        kernel_choice.logger, "info", lambda line: lines.append(line) if line.startswith("kernels: ") else None
+    )
     return lines
 
 

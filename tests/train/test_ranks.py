@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 # The wrapped model must be of these classes: on the CPU accelerate silently makes DDP of FSDP.
 CLASS = {"ddp": "DistributedDataParallel", "fsdp": "FSDPModule"}
-TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
+TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "memory_gib")
 
 CLIPPED = {"count": 18, "max_grad_norm": 0.5}  # five steps, all clipped; in the last one rank 1 has no pair
 EVALUATED = {"evaluate": 7, "eval_strategy": "steps", "eval_steps": 1}

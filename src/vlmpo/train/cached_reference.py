@@ -146,6 +146,9 @@ class CachedReference:
         device = micro_batch.chosen.device
         return torch.tensor(logps_or_zeros, dtype=sum_dtype(device)).to(device, non_blocking=True)
 
+    def token_logps(self, micro_batch: MicroBatch) -> None:
+        """Return None: the store holds sums."""
+
     def _stored(self, key: bytes) -> Scored | None:
         """Return what the store has for ``key``; a log-prob that is not finite counts as missing."""
         score = self.store.get(key)

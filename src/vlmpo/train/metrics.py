@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import resource
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -154,10 +156,13 @@ def window_metrics(ranks: Sequence[Mapping[str, float]], seconds: float) -> dict
     """Return the logged metrics of the optimizer steps since the last log.
 
     Args:
-        ranks: the values of each rank's StepSums, with ``steps`` and the seconds of ``data_wait`` among them.
+        ranks: the values of each rank's StepSums, with ``steps``, the seconds of ``data_wait`` and the bytes of
+            ``peak_memory`` among them.
         seconds: time that these steps took.
     """
     total = add_up(ranks)
+    total.pop("peak_memory", None)  # of the rank that takes most
+    peak = max(rank.get("peak_memory", 0.0) for rank in ranks)
     waited = total.pop("data_wait", 0.0) / len(ranks)
     steps = max(total.pop("steps", 0.0) / len(ranks), 1.0)
     empty = total.pop("empty_steps", 0.0) / len(ranks)
@@ -168,7 +173,17 @@ def window_metrics(ranks: Sequence[Mapping[str, float]], seconds: float) -> dict
         metrics["data_wait_share"] = waited / seconds
         metrics["pairs_per_second"] = total.get("pairs", 0.0) / seconds
         metrics["tokens_per_second"] = total.get("tokens", 0.0) / seconds
+    if peak:
+        metrics["memory_gib"] = peak / 2**30
     return metrics
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes this process has held at once: of the accelerator if there is one, else of the system."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def leave_out_empty_steps(logs: dict[str, float]) -> None:

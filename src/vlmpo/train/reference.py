@@ -27,7 +27,7 @@ from vlmpo.models.masters import round_weights
 from vlmpo.train.batching import MicroBatch
 from vlmpo.train.host_weights import HostWeights, can_rest
 from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
-from vlmpo.tree.forward import install, response_logps, uses_shared_rows
+from vlmpo.tree.forward import install, sum_by_response, uses_shared_rows
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
 _DROPOUT_RATES = (
@@ -46,6 +46,9 @@ class Reference(Protocol):
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """Return each response's log-prob summed over its scored tokens, ``[responses]``, without gradient."""
+
+    def token_logps(self, micro_batch: MicroBatch) -> Tensor | None:
+        """Return each scored token's log-prob, ``[scored]``, without gradient; None if only their sums are known."""
 
     def stop_sharing(self) -> None:
         """Read every response in a row of its own from now on."""
@@ -75,8 +78,12 @@ class CopyReference:
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """Return ``[responses]``, without gradient."""
+        return sum_by_response(self.token_logps(micro_batch), micro_batch.rows)
+
+    def token_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Return ``[scored]``, without gradient."""
         with torch.no_grad(), nullcontext() if self._host is None else self._host.on_device():
-            logps = response_logps(self.model, micro_batch.rows)
+            logps: Tensor = self.model(packed_rows=micro_batch.rows)
         release(self.model)
         return logps
 
@@ -132,8 +139,13 @@ class AdapterReference:
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """Return ``[responses]``, without gradient."""
+        return sum_by_response(self.token_logps(micro_batch), micro_batch.rows)
+
+    def token_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Return ``[scored]``, without gradient."""
         with torch.no_grad(), use_adapter(self.policy, self.frozen):
-            return response_logps(self.policy, micro_batch.rows)
+            logps: Tensor = self.policy(packed_rows=micro_batch.rows)
+        return logps
 
     def rest_on_host(self) -> bool:
         """Return False: the weights are the policy's own."""

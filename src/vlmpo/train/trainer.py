@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat, interrupt
 from vlmpo.data.encode.encoder import EncodedPairs
-from vlmpo.data.encode.processors import with_tiles
+from vlmpo.data.encode.processors import tokenizer_of, with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
@@ -57,6 +57,7 @@ from vlmpo.train.metrics import (
     carried_on,
     leave_out_empty_steps,
     may_be_best,
+    peak_memory,
     settle_best_metric,
     start_loss,
     window_metrics,
@@ -69,6 +70,7 @@ from vlmpo.train.model_card import (
     objective_fields,
     training_settings,
 )
+from vlmpo.train.pair_margins import PairMargins, decoder, score_pairs
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.precision import choose_precision, reads_masters, recorded_precision, without_sharding
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
@@ -128,6 +130,7 @@ class MPOTrainer(Trainer):
         given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
         checkpoints: finds and writes them; knows the run's history.
         watch: ends the run if its data or numbers are good for nothing.
+        margins: keeps the margins of pairs for the run's report; None unless :meth:`keep_margins` is called.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model, or an argument is of the wrong kind.
@@ -178,19 +181,7 @@ class MPOTrainer(Trainer):
         if ref_model is not None:
             check_processor(ref_model, self.encoder)
         self.loader_encoder = self.encoder.for_loader(grouped=args.group_by_prompt > 1)
-        self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
-        self.sums = StepSums()
-        self.clock = StepClock()
-        self.metrics_file = MetricsFile(args.output_dir)
-        self.pair_counts = PairCounts()
-        self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
-        self.card_fields: dict[str, Any] = {}
-        self.trained_pairs = PairCounts()
-        self.given_settings: Settings = {}
-        self._at_start = BeforeFirstStep()
-        self._steps_before = 0  # steps of the checkpoint that is resumed from
-        self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
-        self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
+        self._start_counts(args)
         with without_jit_checkpoint(args):
             super().__init__(
                 model=model,
@@ -244,6 +235,23 @@ class MPOTrainer(Trainer):
         )
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
+
+    def _start_counts(self, args: MPOConfig) -> None:
+        """Start all that counts, sums and keeps while a run goes on."""
+        self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
+        self.sums = StepSums()
+        self.clock = StepClock()
+        self.metrics_file = MetricsFile(args.output_dir)
+        self.pair_counts = PairCounts()
+        self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
+        self.card_fields: dict[str, Any] = {}
+        self.trained_pairs = PairCounts()
+        self.given_settings: Settings = {}
+        self._at_start = BeforeFirstStep()
+        self.margins: PairMargins | None = None
+        self._steps_before = 0  # steps of the checkpoint that is resumed from
+        self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
+        self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
 
     def _compose(self, args: MPOConfig) -> None:
         """Make what watches a run, moves delta, stops at signals, and keeps checkpoints, on all ranks together."""
@@ -525,6 +533,8 @@ class MPOTrainer(Trainer):
             num_tokens=micro_batch.num_tokens,
         )
         self.delta.add(output)
+        if self.margins is not None:
+            self.margins.add(micro_batch.origins, output)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, and let nothing move the weights that should not.
@@ -554,7 +564,10 @@ class MPOTrainer(Trainer):
         """Add MPO's metrics to a training log, and the rates of parts beside the base one."""
         if "loss" in logs:
             seconds, waited = self.clock.take()
-            logs |= window_metrics(self.ranks.all_gather({**self.sums.values, "data_wait": waited}), seconds)
+            own = {**self.sums.values, "data_wait": waited, "peak_memory": peak_memory(self.args.device)}
+            logs |= window_metrics(self.ranks.all_gather(own), seconds)
+            if self.margins is not None:
+                self.margins.collect(self.state.global_step, self.ranks.all_gather)
             self.sums = StepSums()
             leave_out_empty_steps(logs)
             if self.reference is not None:
@@ -616,6 +629,37 @@ class MPOTrainer(Trainer):
         if self._scored_model is None:
             self._scored_model = prepare_to_score(self.accelerator, self.model_wrapped)
         return self._scored_model
+
+    def keep_margins(self) -> None:
+        """Keep the margins that training will see in a small file of the output folder, for the run's report."""
+        self.margins = PairMargins(self.args.output_dir, compat.batch_size_per_device(self))
+        self.add_callback(self.margins)
+
+    def score_kept_pairs(self, share: float) -> None:
+        """Score the pairs with the largest and the most negative margins by token, for the run's report; on all ranks.
+
+        Args:
+            share: of the time of training that it may take, at most.
+        """
+        if self.margins is None or self.reference is None:
+            return
+        self.margins.collect(self.state.global_step, self.ranks.all_gather)
+        with interrupt.at_once():
+            self.margins.kept.pairs = score_pairs(
+                self.margins.kept.extremes(),
+                pairs=EncodedPairs(self.train_dataset, self.loader_encoder),
+                dataset=self.train_dataset,
+                policy=self._model_to_score(),
+                reference=self.reference,
+                prepare=self._prepare_inputs,
+                gather=self.ranks.all_gather,
+                shared=self.shared,
+                keyed=self.data_collator.keyed,
+                beta=self.args.beta,
+                decode=decoder(tokenizer_of(self.encoder.processor)),
+                seconds=self.margins.seconds_to_score(share),
+            )
+        self.margins.write(self.args.should_save)
 
     @property
     def _fail_on_bad(self) -> bool:
