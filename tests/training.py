@@ -14,6 +14,8 @@ from tests.tiny_models import model as tiny_model
 from tests.tiny_models import processor, random_pair
 from vlmpo import MPOConfig, MPOTrainer
 
+TRAINERS = ("callbacks", "ref_model", "peft_config", "eval_dataset", "optimizers")  # its own keywords
+
 
 class Gradients(TrainerCallback):
     """Keeps every optimizer step's gradient, all parameters concatenated, float64."""
@@ -61,7 +63,7 @@ def config(folder: Path, **settings: Any) -> MPOConfig:
 
 def trainer(folder: Path, data: Any, *, model: Any = None, dtype: torch.dtype = torch.float32, **settings: Any):
     """An MPOTrainer on a fresh tiny model; takes MPOConfig's keywords and the trainer's own."""
-    extra = {k: settings.pop(k) for k in ("callbacks", "ref_model", "peft_config", "eval_dataset") if k in settings}
+    extra = {k: settings.pop(k) for k in TRAINERS if k in settings}
     return MPOTrainer(
         model=tiny_model(dtype=dtype) if model is None else model,
         args=config(folder, **settings),

@@ -86,7 +86,8 @@ def _choice(args: MPOConfig, model: nn.Module, recorded: tuple[str, str]) -> tup
     if not can_be_masters(model):
         return _of_other_weights(args, model, asked)
     before, where = recorded
-    if args.precision == "auto" and before in _WORDS and (asked == "auto" or {asked, before} == {"bf16", "autocast"}):
+    open_ = asked == "auto" or (asked == "bf16" and before in ("bf16", "autocast"))  # bf16: true once was autocast
+    if args.precision == "auto" and before in _WORDS and open_:
         slow = before == "bf16" and not compat.has_fast_bf16(args.device)
         return before, f"as in {where}" + (f"; this {args.device.type} is slow at it" if slow else "")
     if asked != "auto":
