@@ -32,8 +32,8 @@ from torch import Tensor
 from benchmarks.gpu_model import INTERNVL3_1B, MINIATURE, VlmSize, make_model, make_pairs, make_processor
 from vlmpo import MPOConfig, MPOTrainer
 from vlmpo.train.determinism import WORKSPACE
+from vlmpo.tree.forward import sum_by_response
 from vlmpo.tree.layout import PromptTree, build_row
-from vlmpo.tree.ordered import sum_responses
 
 CUT = replace(INTERNVL3_1B, name="InternVL3-1B, 4 layers", text_layers=4, vision_layers=4, response_words=(300, 300))
 PAIRS_A_STEP = 2
@@ -156,7 +156,7 @@ def differing_sums(device: torch.device, repeats: int) -> int:
         trees = [_tree(length) for length in (before, 450, behind) if length]
         values = torch.cat([others[:before], logps, others[:behind]])
         for place in (device, torch.device("cpu")):
-            sums = sum_responses(values.to(place), [build_row(trees).to(place)])
+            sums = sum_by_response(values.to(place), [build_row(trees).to(place)])
             found.add(sums.tolist()[bool(before)])
     return len(found)
 

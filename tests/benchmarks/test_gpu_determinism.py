@@ -33,7 +33,7 @@ def test_a_sum_that_depends_on_its_row_shows(monkeypatch: pytest.MonkeyPatch) ->
         sums = torch.zeros(rows[0].num_responses).index_add(0, index, values.flip(0) if len(values) % 2 else values)
         return sums.double()
 
-    monkeypatch.setattr(gpu_determinism, "sum_responses", in_float32)
+    monkeypatch.setattr(gpu_determinism, "sum_by_response", in_float32)
     assert gpu_determinism.differing_sums(CPU, 20) > 1
 
 

@@ -20,8 +20,9 @@ from tests.training import pairs, trainer
 from vlmpo.loss import implicit_reward
 from vlmpo.train.batching import lay_out
 from vlmpo.tree.dummies import append_dummy
+from vlmpo.tree.forward import sum_by_response
 from vlmpo.tree.layout import PackedRow, PromptTree, build_row
-from vlmpo.tree.ordered import scored_states, select, sum_responses
+from vlmpo.tree.ordered import Select, scored_states
 
 
 def tree(prompt: int, *lengths: int) -> PromptTree:
@@ -36,7 +37,7 @@ def test_sums_by_hand() -> None:
     rows = [build_row([tree(2, 2, 3), tree(1, 1)]), build_row([tree(3, 4)])]
     spacing = 2.0**-12  # of float32 between 2,048 and 4,096
     logps = [-(2.0**24), -1.0, -0.5, -0.25, -0.125, -7.0, -3000.0, -spacing / 2, -spacing / 2, -spacing / 2]
-    sums = sum_responses(torch.tensor(logps), rows)
+    sums = sum_by_response(torch.tensor(logps), rows)
     assert sums.dtype == torch.float64
     assert sums.tolist() == [-16777217.0, -0.875, -7.0, -3000.0 - 1.5 * spacing]
 
@@ -64,17 +65,17 @@ def test_a_response_sums_to_the_same_bits_in_every_row() -> None:
     values = {length: wide_range(length, length) for length in (1, 2, 3, 64, 65, 300, 301, 700)}
     expected = {length: halves(logps.tolist()) for length, logps in values.items()}
     assert len({float(values[700].sum()), expected[700], sum(values[700].tolist())}) > 1  # the order shows
-    alone = {length: sum_responses(logps, [build_row([tree(4, length)])]).item() for length, logps in values.items()}
+    alone = {length: sum_by_response(logps, [build_row([tree(4, length)])]).item() for length, logps in values.items()}
     assert alone == expected
     for lengths in ((1, 2, 3), (300, 64), (64, 300), (3, 700, 1), (301, 301), tuple(values)):
         rows = [build_row([tree(5, *lengths)]), build_row([tree(2, length) for length in lengths])]
-        sums = sum_responses(torch.cat([values[length] for length in lengths] * 2), rows)
+        sums = sum_by_response(torch.cat([values[length] for length in lengths] * 2), rows)
         assert sums.tolist() == [expected[length] for length in lengths] * 2
 
 
 def test_a_number_that_is_not_finite_stays_in_its_response() -> None:
     logps = torch.tensor([-1.0, float("nan"), -2.0, -3.0], requires_grad=True)
-    sums = sum_responses(logps, [build_row([tree(1, 2, 2)])])
+    sums = sum_by_response(logps, [build_row([tree(1, 2, 2)])])
     assert sums[0].isnan()
     assert sums[1] == -5.0
 
@@ -82,7 +83,7 @@ def test_a_number_that_is_not_finite_stays_in_its_response() -> None:
 def test_the_gradient_of_a_sum() -> None:
     rows = [build_row([tree(2, 2, 3), tree(1, 1)]), build_row([tree(3, 2)])]
     logps = torch.zeros(8, requires_grad=True)
-    sum_responses(logps, rows).backward(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    sum_by_response(logps, rows).backward(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
     assert logps.grad is not None
     assert logps.grad.dtype == torch.float32
     assert logps.grad.tolist() == [1, 1, 2, 2, 2, 3, 4, 4]
@@ -127,7 +128,7 @@ def test_a_prompts_last_state_adds_its_responses_before_it_rounds() -> None:
 
 def test_selected_values_and_their_gradient() -> None:
     values = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64, requires_grad=True)
-    selected = select(values, torch.tensor([2, 0, 2, 3, 2]))
+    selected = Select.apply(values, torch.tensor([2, 0, 2, 3, 2]))
     assert selected.tolist() == [-3.0, -1.0, -3.0, -4.0, -3.0]
     selected.backward(torch.tensor([1.0, 10.0, 100.0, float("nan"), 1000.0], dtype=torch.float64))
     assert values.grad is not None
@@ -258,7 +259,7 @@ def test_nor_in_the_router_loss() -> None:
     layers = [torch.randn(row.layout.num_tokens, 4, requires_grad=True) for _ in range(2)]
     with Atomics() as mode:
         losses = response_router_losses(layers, row.layout, 2)
-        select(losses, torch.tensor([0, 2, 0])).sum().backward()
+        Select.apply(losses, torch.tensor([0, 2, 0])).sum().backward()
     assert not mode.found
     assert layers[0].grad is not None
 

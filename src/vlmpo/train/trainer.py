@@ -93,7 +93,7 @@ from vlmpo.train.start_check import shared_rows_hold
 from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
-from vlmpo.tree.ordered import select
+from vlmpo.tree.ordered import Select
 from vlmpo.tree.positions import ready_on_host
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 
@@ -511,8 +511,8 @@ class MPOTrainer(Trainer):
     ) -> LossOutput:
         chosen, rejected = micro_batch.chosen, micro_batch.rejected if reference is not None else None
         return mpo_loss(
-            select(policy, chosen),
-            None if rejected is None else select(policy, rejected),
+            Select.apply(policy, chosen),
+            None if rejected is None else Select.apply(policy, rejected),
             None if reference is None else reference[chosen],
             None if reference is None or rejected is None else reference[rejected],
             micro_batch.chosen_lengths,

@@ -26,7 +26,7 @@ from vlmpo.tree.attention import ATTENTION_NAME, layout_arguments, register
 from vlmpo.tree.chunked_logprobs import LogitTransform, ScoringHead, token_logps, wide
 from vlmpo.tree.features import vision_arguments
 from vlmpo.tree.layout import PackedRow
-from vlmpo.tree.ordered import scored_states, sum_dtype, sum_responses
+from vlmpo.tree.ordered import ResponseSums, scored_states, sum_dtype
 from vlmpo.tree.placeholders import placeholders_from_host
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 from vlmpo.tree.router_loss import recording_routers, response_router_losses
@@ -50,9 +50,25 @@ def response_logps_and_router_losses(model: Any, rows: Sequence[PackedRow]) -> t
 
 
 def sum_by_response(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
-    """Sum the log-probs of each response's scored tokens: ``[scored]`` of all rows to ``[responses]``, in float64."""
-    # Without rows return the empty input itself, which still depends on the model's weights.
-    return sum_responses(token_logps, rows) if rows else token_logps.to(sum_dtype(token_logps.device))
+    """Sum the log-probs of each response's scored tokens, in an order that nothing else in the rows changes.
+
+    Args:
+        token_logps: ``[scored]`` of all rows.
+        rows: on the same device.
+
+    Returns:
+        ``[responses]``, float64 (float32 on a device without).
+    """
+    if not rows:  # the empty input itself, which still depends on the model's weights
+        return token_logps.to(sum_dtype(token_logps.device))
+    owners: list[Tensor] = []
+    seen = 0
+    for row in rows:
+        owners.append(row.response_index + seen)
+        seen += row.num_responses
+    lengths = [length for row in rows for length in row.response_lengths]
+    sums: Tensor = ResponseSums.apply(token_logps, lengths, torch.cat(owners))
+    return sums
 
 
 # ---- the patch ----

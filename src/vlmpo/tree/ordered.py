@@ -7,7 +7,6 @@ forward or backward, and log-probs are summed in float64: float32 knows a sum of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,31 +29,6 @@ def scored_states(hidden: Tensor, row: PackedRow) -> Tensor:
     """
     states: Tensor = _ScoredStates.apply(hidden, row.logit_positions, _shared_positions(row))
     return states
-
-
-def sum_responses(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
-    """Sum the log-probs of each response's scored tokens, in an order that nothing else in the rows changes.
-
-    Args:
-        token_logps: ``[scored]`` of all rows.
-        rows: at least one, on the same device.
-
-    Returns:
-        ``[responses]``, of :func:`sum_dtype`.
-    """
-    lengths = [length for row in rows for length in row.response_lengths]
-    offsets = [0]
-    for row in rows:
-        offsets.append(offsets[-1] + row.num_responses)
-    owners = torch.cat([row.response_index + offset for row, offset in zip(rows, offsets, strict=False)])
-    sums: Tensor = _ResponseSums.apply(token_logps, lengths, owners)
-    return sums
-
-
-def select(values: Tensor, index: Tensor) -> Tensor:
-    """Return ``values[index]`` of a few values, ``[responses]``; pairs that share a response name it more than once."""
-    selected: Tensor = _Select.apply(values, index)
-    return selected
 
 
 def _shared_positions(row: PackedRow) -> list[tuple[int, list[int]]]:
@@ -92,7 +66,12 @@ class _ScoredStates(torch.autograd.Function):
         return total, None, None
 
 
-class _ResponseSums(torch.autograd.Function):
+class ResponseSums(torch.autograd.Function):
+    """Sums the log-probs of each response, ``[scored]`` to ``[responses]`` of :func:`sum_dtype`.
+
+    Its ``apply`` takes them, the number of each response's tokens, and for each token the response it belongs to.
+    """
+
     @staticmethod
     def forward(ctx: Any, token_logps: Tensor, lengths: list[int], owners: Tensor) -> Tensor:
         ctx.save_for_backward(owners)
@@ -115,7 +94,12 @@ class _ResponseSums(torch.autograd.Function):
         return grad.to(ctx.dtype).index_select(0, owners), None, None
 
 
-class _Select(torch.autograd.Function):
+class Select(torch.autograd.Function):
+    """Gives ``values[index]`` of a few values, ``[responses]``; pairs that share a response name it more than once.
+
+    Its ``apply`` takes ``values`` and ``index``.
+    """
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)

@@ -21,7 +21,7 @@ from vlmpo.loss import LossOutput
 from vlmpo.models.families import family_of
 from vlmpo.tree.chunked_logprobs import wide
 from vlmpo.tree.layout import RowLayout
-from vlmpo.tree.ordered import select
+from vlmpo.tree.ordered import Select
 
 TERM = "router_aux"  # its name among the terms of the loss
 
@@ -63,7 +63,7 @@ def add_router_loss(
     """
     counted = [chosen] if rejected is None else [chosen, rejected]
     responses = len(counted) * (len(chosen) if num_pairs is None else num_pairs)
-    share = select(losses, torch.cat(counted)).sum() / max(responses, 1.0)
+    share = Select.apply(losses, torch.cat(counted)).sum() / max(responses, 1.0)
     return replace(output, loss=output.loss + coefficient * share, terms={**output.terms, TERM: share.detach()})
 
 
