@@ -45,15 +45,17 @@ def kinds_in(model: Any) -> set[str]:
     return {type(module).__name__ for module in model.modules() if is_bound(module)}
 
 
-BOTH = {"Qwen2RMSNorm", "Qwen2MLP"}
+ALL = {"Qwen2RMSNorm", "Qwen2MLP", "Qwen2Attention"}
 
 
 def test_one_line_says_what_is_used(tmp_path: Path, standins: None, said: list[str]) -> None:
     run = trainer(tmp_path, pairs(2))
     layers = run.model.config.text_config.num_hidden_layers
-    assert said == [f"kernels: stand-in 1 for {layers} gated MLPs and {2 * layers + 1} RMS norms"]
-    assert kinds_in(run.model) == kinds_in(run.reference.model) == BOTH
-    assert run.settings()["chosen.kernels"] == ["glu", "rms_norm"]
+    assert said == [
+        f"kernels: stand-in 1 for {layers} gated MLPs and {2 * layers + 1} RMS norms and {layers} rotations"
+    ]
+    assert kinds_in(run.model) == kinds_in(run.reference.model) == ALL
+    assert run.settings()["chosen.kernels"] == ["glu", "rms_norm", "rotary"]
     assert run.settings()["model.kernels"] == "auto"
 
 
@@ -68,7 +70,7 @@ def test_on_a_cpu_there_are_none_and_nothing_is_said(tmp_path: Path, said: list[
 def test_off_uses_none_and_takes_those_of_an_earlier_run_away(tmp_path: Path, standins: None, said: list[str]) -> None:
     model = tiny_model()
     trainer(tmp_path / "on", pairs(2), model=model)
-    assert kinds_in(model) == BOTH
+    assert kinds_in(model) == ALL
     del said[:]
     trainer(tmp_path / "off", pairs(2), model=model, kernels="off")
     assert kinds_in(model) == set()
@@ -147,7 +149,7 @@ def test_use_liger_kernel_means_ours_and_transformers_patches_nothing(
     assert run.args.use_liger_kernel is False
     assert run.settings()["model.kernels"] == "auto"
     run.train()
-    assert kinds_in(run.model) == BOTH
+    assert kinds_in(run.model) == ALL
     assert run.shared
     args = config(tmp_path)
     args.use_liger_kernel = True  # later than __post_init__ looks
@@ -210,7 +212,7 @@ def test_rewards_start_at_zero(tmp_path: Path, standins: None, kind: str, dtype:
     run = trainer(tmp_path / "run", pairs(4), dtype=dtype, **settings)
     reference = getattr(run.reference, "model", None)
     if kind in ("copy", "given"):
-        assert kinds_in(reference) == BOTH
+        assert kinds_in(reference) == ALL
     run.train()
     first = logged(tmp_path / "run")[0]
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
@@ -251,7 +253,7 @@ def test_a_reference_that_is_loaded_again_has_the_same_kernels(tmp_path: Path, s
     run = trainer(tmp_path / "run", pairs(3), model=model, **store)
     run.train()
     assert run.reference.model is None  # freed once its log-probs were all there
-    assert kinds_in(run.reference.load().model) == BOTH
+    assert kinds_in(run.reference.load().model) == ALL
 
 
 # ---- resuming ----
@@ -269,7 +271,7 @@ def test_a_resumed_run_uses_what_it_began_with(tmp_path: Path, standins: None, m
     shutil.rmtree(tmp_path / "cut" / "checkpoint-2")
     monkeypatch.setattr(kernel_choice, "load_functions", lambda: FUNCTIONS)
     resumed = trainer(tmp_path / "cut", pairs(4), **settings)
-    assert kinds_in(resumed.model) == BOTH
+    assert kinds_in(resumed.model) == ALL
     resumed.train(resume_from_checkpoint=True)
     assert kinds_in(resumed.model) == kinds_in(resumed.reference.model) == {"Qwen2RMSNorm"}
     assert torch.equal(flat_weights(resumed.model), flat_weights(whole.model))
@@ -287,7 +289,7 @@ def test_a_machine_without_them_goes_on_and_notes_it(
     resumed = trainer(tmp_path, pairs(4), **settings)
     with caplog.at_level(logging.INFO):
         resumed.train(resume_from_checkpoint=True)
-    assert resumed.checkpoints.history[-1]["changes"]["chosen.kernels"] == [["glu", "rms_norm"], []]
+    assert resumed.checkpoints.history[-1]["changes"]["chosen.kernels"] == [["glu", "rms_norm", "rotary"], []]
 
 
 @pytest.mark.slow
@@ -297,6 +299,6 @@ def test_whoever_asks_for_something_else_gets_it(tmp_path: Path, standins: None)
     shutil.rmtree(tmp_path / "checkpoint-2")
     resumed = trainer(tmp_path, pairs(4), **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert kinds_in(resumed.model) == BOTH
+    assert kinds_in(resumed.model) == ALL
     changes = resumed.checkpoints.history[-1]["changes"]
     assert changes["model.kernels"] == ["off", "auto"]

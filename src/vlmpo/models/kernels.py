@@ -1,4 +1,4 @@
-"""Compute norms and gated MLPs by fused kernels: liger-kernel's autograd functions, bound to a model's own modules.
+"""Compute norms, gated MLPs and rotations by fused kernels, liger-kernel's or torch's, bound to a model's own modules.
 
 liger-kernel's own patches replace classes and functions of transformers for the whole process, so they are never
 called. Here a module gets a bound method ``forward`` of its own. Hooks, gathered weights, adapters, checkpointing and
@@ -27,8 +27,11 @@ from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import FAMILIES, Fused, family_of, fused_of
 
 # The kinds that a run uses. A kind that does not pay is taken out here; vlmpo.models.families lists what each is for.
-USED = ("rms_norm", "glu")
+USED = ("rms_norm", "glu", "rotary")
 _NOUNS = {"rms_norm": "RMS norms", "glu": "gated MLPs", "layer_norm": "layer norms", "rotary": "rotations"}
+# States of at least so many features are normed by torch's own kernel: one launch where liger-kernel has three, and as
+# fast. Narrow ones, heads of an attention, it reads at a quarter of liger-kernel's speed (benchmarks/results/gpu.md).
+_WIDE = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the kernels compute in float32 inside
 
 
@@ -76,6 +79,8 @@ def load_functions() -> Functions:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     def rms_norm(states: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
+        if not offset and weight.numel() >= _WIDE:
+            return torch.nn.functional.rms_norm(states, weight.shape, weight, eps)
         # Not in place: if the output goes into a sum, the incoming gradient is the residual's too.
         return LigerRMSNormFunction.apply(states, weight, eps, offset, casting, False)
 
