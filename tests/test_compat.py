@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import GradientState
+from accelerate.state import AcceleratorState, GradientState
 from transformers import (
     AutoModelForImageTextToText,
     LlamaConfig,
@@ -148,6 +148,23 @@ def test_names_of_accelerate() -> None:
     accelerator.free_memory()
 
 
+def test_a_prepared_model_can_be_prepared_again() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = torch.nn.Linear(1, 1)
+    plain = model.forward
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator.prepare(model)
+    assert model(torch.ones(1)).dtype == torch.float32  # converted back
+    assert model.forward != plain
+    compat.undo_preparation(model)
+    assert model.forward == plain
+    assert not compat.is_prepared(model)
+    accelerator.prepare(model)
+    assert model.forward != plain
+    accelerator.free_memory()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_the_rates_that_a_scheduler_reports() -> None:
     optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -162,6 +179,73 @@ def test_names_of_torch() -> None:
     assert all(compat.is_batch_norm(kind(2)) for kind in norms)
     assert not compat.is_dropout(torch.nn.Linear(1, 1))
     assert not compat.is_batch_norm(torch.nn.LayerNorm(1))
+
+
+def test_a_modules_parameters_can_be_replaced() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.ReLU(), torch.nn.Linear(1, 1))
+    places = compat.parameter_places(model)
+    assert [(name, parameter.shape) for _, name, parameter in places] == [
+        ("weight", (1, 2)),
+        ("weight", (1, 1)),
+        ("bias", (1,)),
+    ]
+    places[0][0]["weight"] = torch.zeros(1, 2)
+    assert not model[0].weight.any()
+    assert not isinstance(model[0].weight, torch.nn.Parameter)
+
+
+def test_changes_in_place_are_counted_and_copies_convert() -> None:
+    weight, rounded = torch.nn.Parameter(torch.tensor([1.01])), torch.zeros(1, dtype=torch.bfloat16)
+    before = compat.version(weight)
+    compat.copy_each([rounded], [weight.detach()])
+    compat.copy_each([], [])
+    assert (rounded.item(), compat.version(weight)) == (1.0078125, before)  # 1 + 2^-7
+    torch.optim.SGD([weight], lr=1.0).zero_grad()
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert compat.version(weight) > before
+
+
+def test_a_function_can_be_run_first() -> None:
+    weight = torch.ones(1, requires_grad=True)
+    done: list[str] = []
+    early, late = weight.exp(), weight.exp()
+    early.register_hook(lambda _: done.append("early"))
+    early.grad_fn.register_hook(lambda *_: done.append("its function"))
+    compat.run_backward_first(early)
+    chain = late.sin()
+    chain.grad_fn.register_hook(lambda *_: done.append("another"))
+    (early + chain).sum().backward()
+    assert done == ["early", "its function", "another"]
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "most", "fast"),
+    [
+        (True, False, None, True),
+        (False, True, None, True),
+        (False, False, None, False),
+        (True, True, "AVX512_CORE", False),
+        (True, True, "AVX2", False),
+        (True, False, "AVX512_CORE_BF16", True),
+        (True, True, "avx512_core_amx", True),
+        (True, True, "DEFAULT", True),
+    ],
+)
+def test_fast_bf16(monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, most: str | None, fast: bool) -> None:
+    assert isinstance(torch.cpu._is_avx512_bf16_supported(), bool)
+    assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if most is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert compat.has_fast_bf16(torch.device("cpu")) is fast
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability in ((7, 5), (8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert compat.has_fast_bf16(torch.device("cuda", 0)) is (capability >= (8, 0))
+    assert not compat.has_fast_bf16(torch.device("mps"))
 
 
 # ---- nobody else uses private names ----

@@ -209,6 +209,17 @@ def is_prepared(model: Any) -> bool:
     return bool(getattr(model, "_is_accelerate_prepared", False))
 
 
+def undo_preparation(model: Any) -> None:
+    """Make accelerate prepare a model again that another trainer had it prepare, perhaps under another autocast.
+
+    It would leave a model alone that has its mark (``_is_accelerate_prepared``); under autocast it replaced the model's
+    forward and kept it (``_original_forward``).
+    """
+    vars(model).pop("_is_accelerate_prepared", None)
+    if (forward := vars(model).pop("_original_forward", None)) is not None:
+        model.forward = forward
+
+
 # ---- torch ----
 
 

@@ -344,6 +344,21 @@ def test_optimizers_that_hide_their_steps_are_followed(tmp_path: Path) -> None:
     assert hidden.evaluate(pairs(2, first=50)) == plain.evaluate(pairs(2, first=50))
 
 
+@pytest.mark.slow
+def test_one_model_trained_in_one_precision_after_the_other(tmp_path: Path) -> None:
+    """Each time as a fresh model would be: accelerate would leave a model alone that it knows."""
+    model = tiny_model()
+    given = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for number, precision in enumerate(("float32", "autocast", "bf16", "autocast", "float32")):
+        model.load_state_dict(given)
+        again = trainer(tmp_path / str(number), pairs(4), model=model, precision=precision)
+        again.train()
+        fresh = trainer(tmp_path / f"{number} fresh", pairs(4), precision=precision)
+        fresh.train()
+        assert torch.equal(flat_weights(model), flat_weights(fresh.model)), precision
+        assert again.evaluate(pairs(2, first=50)) == fresh.evaluate(pairs(2, first=50))
+
+
 # ---- two ranks ----
 
 # A row has one pair, so that ranks and the one process round the same numbers to bfloat16.

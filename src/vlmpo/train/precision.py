@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.training_args import ParallelMode
@@ -101,7 +102,7 @@ def _of_other_weights(args: MPOConfig, model: nn.Module, asked: str) -> tuple[st
     """Return the precision for weights that cannot be masters: as they are, or under autocast."""
     types = {parameter.dtype for parameter in model.parameters()}
     quantised = any(not dtype.is_floating_point for dtype in types)
-    weights = "quantised" if quantised else str(max(types, key=str)).removeprefix("torch.")
+    weights = "quantised" if quantised else str(max(types - {torch.float32}, key=str)).removeprefix("torch.")
     if args.precision == "bf16" or (args.precision == "float32" and not quantised):
         remedy = (
             "set precision: autocast, or leave it out" if quantised else "set model.dtype: float32, or leave it out"

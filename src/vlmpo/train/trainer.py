@@ -72,7 +72,7 @@ from vlmpo.train.model_card import (
 )
 from vlmpo.train.pair_margins import PairMargins, decoder, score_pairs
 from vlmpo.train.param_groups import PartRates, count_by_part
-from vlmpo.train.precision import choose_precision, reads_masters, recorded_precision, without_sharding
+from vlmpo.train.precision import choose_precision, is_sharded, reads_masters, recorded_precision, without_sharding
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.readers import choose_readers, cores_of_a_rank
@@ -173,6 +173,8 @@ class MPOTrainer(Trainer):
             logger.info(f"dropout switched off in {len(dropouts)} modules: policy and reference must read alike")
         shared = shares_prompts(args, unwrap_peft(model))
         install(unwrap_peft(model), shared)
+        if not (is_sharded(args) or args.deepspeed):
+            compat.undo_preparation(model)
         self.precision = choose_precision(args, model, recorded_precision(args.output_dir, args.resume_from_checkpoint))
         self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
