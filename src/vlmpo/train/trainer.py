@@ -811,8 +811,12 @@ class MPOTrainer(Trainer):
         self._at_start = BeforeFirstStep(*before_first_step)
         self.add_callback(self._at_start)
         self.watch.start()
-        with self.stopping.watched(self.args.enable_jit_checkpoint), deterministic_run(self.args.deterministic):
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            with self.stopping.watched(self.args.enable_jit_checkpoint), deterministic_run(self.args.deterministic):
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            if isinstance(loader := self.callback_handler.train_dataloader, PairLoader):
+                loader.close()
         self.watch.end_data(self.state.epoch or 0.0)
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
