@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmpo.tree.vision import merge_vision
+from vlmpo.tree.vision import count_items, merge_vision, split_vision
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,7 @@ class PackedRow:
         vision: the trees' vision tensors, put together in order of the trees.
         token_types: ``[1, tokens]`` each, by the processor's name.
         dummy_tokens: tokens at the row's end that no scored token sees, see :func:`append_dummy`.
+        vision_counts: how many entries of each vision tensor each tree has.
     """
 
     input_ids: Tensor
@@ -217,6 +218,7 @@ class PackedRow:
     vision: dict[str, Tensor]
     token_types: dict[str, Tensor] = field(default_factory=dict)
     dummy_tokens: int = 0
+    vision_counts: tuple[dict[str, int], ...] = ()
 
     def to(self, device: torch.device) -> PackedRow:
         """Return the row with its tensors on ``device``."""
@@ -259,7 +261,22 @@ def build_row(trees: Sequence[PromptTree]) -> PackedRow:
         num_responses=num_responses,
         vision=merge_vision([tree.vision for tree in trees]),
         token_types=_token_types(trees),
+        vision_counts=tuple(count_items(tree.vision) for tree in trees),
     )
+
+
+def trees_of(row: PackedRow) -> list[PromptTree]:
+    """Return the trees that ``row``, without dummies, was built of; needed only if it turns out too large to read."""
+    trees = []
+    vision = split_vision(row.vision, row.vision_counts)
+    for span, of_tree in zip(row.layout.spans, vision, strict=True):
+        prompt, *responses = row.input_ids[0, span.start :].split(
+            [span.prompt, *span.responses, row.layout.num_tokens - span.start - span.prompt - sum(span.responses)]
+        )[:-1]
+        ends = slice(span.start, span.start + span.prompt)
+        types = {name: marks[0, ends] for name, marks in row.token_types.items()}
+        trees.append(PromptTree(prompt, tuple(responses), of_tree, types))
+    return trees
 
 
 def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:

@@ -44,6 +44,28 @@ def merge_vision(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: _merge(name, [part for part in parts if name in part]) for name in names}
 
 
+def count_items(part: dict[str, Tensor]) -> dict[str, int]:
+    """Return how many entries each vision tensor of one prompt takes in the tensor of a row."""
+    return {name: tensor.shape[_item_dimension(name, part)] for name, tensor in part.items()}
+
+
+def split_vision(merged: dict[str, Tensor], counts: Sequence[dict[str, int]]) -> list[dict[str, Tensor]]:
+    """Return each prompt's part of what :func:`merge_vision` returned; zeros that were added stay.
+
+    Args:
+        merged: the vision tensors of a row.
+        counts: what :func:`count_items` returned for each of its prompts.
+    """
+    parts: list[dict[str, Tensor]] = [{} for _ in counts]
+    for name, tensor in merged.items():
+        pieces = tensor.split([count[name] for count in counts if name in count], dim=_item_dimension(name, merged))
+        of_prompt = iter(pieces)
+        for part, count in zip(parts, counts, strict=True):
+            if name in count:
+                part[name] = next(of_prompt)
+    return parts
+
+
 def refuse_bytes(pixels: Tensor | None) -> None:
     """Raise ModelError for pixels that are still bytes: some models would read 0 to 255 as normalised pixels."""
     if pixels is not None and pixels.dtype == torch.uint8:
@@ -52,10 +74,15 @@ def refuse_bytes(pixels: Tensor | None) -> None:
         )
 
 
+def _item_dimension(name: str, part: dict[str, Tensor]) -> int:
+    """Return the dimension along which the tensor ``name`` lists a prompt's pictures."""
+    return 1 if name in (_PIXELS, _MASK) and _MASK in part else 0
+
+
 def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
     tensors = [part[name] for part in parts]
-    by_prompt = name in (_PIXELS, _MASK) and all(_MASK in part for part in parts)
-    item = 1 if by_prompt else 0
+    item = min(_item_dimension(name, part) for part in parts)
+    by_prompt = item == 1
     may_pad = _PADDED.get(tensors[0].dim(), ()) if name == _PIXELS and all(_SIZES in part for part in parts) else ()
     if len({tensor.dim() for tensor in tensors}) == 1:
         tensors = [_padded(tensor, tensors, may_pad) for tensor in tensors]
