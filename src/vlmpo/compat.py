@@ -7,7 +7,8 @@ fails there, in one place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # ---- transformers: models, configs and processors ----
@@ -190,6 +191,33 @@ def is_dropout(module: Any) -> bool:
     from torch.nn.modules.dropout import _DropoutNd
 
     return isinstance(module, _DropoutNd)
+
+
+@contextmanager
+def watching_operations(see: Callable[[list[Any], list[Any]], None]) -> Iterator[None]:
+    """Call ``see`` with the tensors that each operation in the body was given, and with those that it returned.
+
+    Operations of a backward pass on a CPU are seen too. There is no public way (``TorchDispatchMode``,
+    ``torch.utils._python_dispatch``).
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            see(tensors_in((args, kwargs)), tensors_in(out))
+            return out
+
+    with Watch():
+        yield
+
+
+def tensors_in(nested: Any) -> list[Any]:
+    """Return the tensors in nested lists, tuples, dicts and outputs of models (``torch.utils._pytree``)."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
 def is_batch_norm(module: Any) -> bool:

@@ -17,6 +17,7 @@ ShiftMode = Literal["previous", "running", "none"]
 NllReduction = Literal["sequence", "token"]
 ReferenceKind = Literal["auto", "copy", "adapter", "cache"]
 Attention = Literal["auto", "separate"]
+VisionMemory = Literal["auto", "keep", "recompute"]
 OverLong = Literal["drop", "cut"]
 OnBadRecord = Literal["skip", "fail"]
 # The keys of the tables that implement them: vlmpo.data.formats.detect.FORMATS, vlmpo.verifiers.verifiers.VERIFIERS.

@@ -82,7 +82,8 @@ def test_a_frozen_copy_reads_the_same_blocks_bit_by_bit() -> None:
     read_in_blocks(model, on=True)
     reference = copy.deepcopy(model).requires_grad_(False)
     tower: Any = vision_tower_of(reference)
-    assert tower.forward.__self__ is tower and vars(tower)["_vlmpo_plain_forward"].__self__ is tower
+    assert tower.forward.__self__ is tower
+    assert vars(tower)["_vlmpo_plain_forward"].__self__ is tower
     rows = Collator(None, True)(list(encoded_pairs(family.name).values())).micro_batches[0].rows
     with torch.no_grad():
         expected = reference(packed_rows=rows)
@@ -121,5 +122,6 @@ def test_images_are_cut_into_runs() -> None:
 def test_outputs_are_joined_field_by_field() -> None:
     one, two = torch.tensor([[1.0]]), torch.tensor([[2.0]])
     joined = _joined([{"a": one, "b": (one, two), "c": None}, {"a": two, "b": (two, one), "c": None}], 0)
-    assert joined["a"].tolist() == [[1.0], [2.0]] and joined["c"] is None
+    assert joined["a"].tolist() == [[1.0], [2.0]]
+    assert joined["c"] is None
     assert [part.tolist() for part in joined["b"]] == [[[1.0], [2.0]], [[2.0], [1.0]]]

@@ -77,6 +77,8 @@ def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MP
     if trainer.accelerator.is_main_process:
         replace_json(folder / MANIFEST, {**manifest, "status": "running"})
         replace_text(folder / "recipe.yaml", dump_recipe(recipe))
+    trainer.chosen_before = (before or {}).get("chosen") or {}
+    trainer.on_choice = lambda: _note_choice(folder, trainer, manifest)
     with end_noted(folder) if trainer.accelerator.is_main_process else nullcontext():
         trainer.train(resume_from_checkpoint=checkpoint)
         _finish(recipe, trainer, data, manifest)
@@ -105,6 +107,13 @@ def cache(recipe: Recipe) -> None:
         f"reference: {counts['computed']} responses computed, {counts['known']} known before{dropped}; "
         f"in {trainer.reference.store.folder}"
     )
+
+
+def _note_choice(folder: Path, trainer: MPOTrainer, manifest: dict[str, Any]) -> None:
+    """Put what the run has chosen for itself into its manifest."""
+    manifest["chosen"] = trainer.chosen()
+    if trainer.accelerator.is_main_process:
+        replace_json(folder / MANIFEST, {**manifest, "status": "running"})
 
 
 # ---- before training ----

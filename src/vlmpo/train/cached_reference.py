@@ -69,6 +69,7 @@ class CachedReference:
         self._reading = reading
         self._reload = reload
         self._any_rank = any_rank
+        self._in_blocks = False
 
     def load(self) -> Reference:
         """Return the model behind the store; load it if it is not in memory.
@@ -80,6 +81,8 @@ class CachedReference:
             assert self._reload is not None  # a model that cannot be made again is in memory from the start
             logger.info(f"reference: some log-probs are not in {self.store.folder}; its model is loaded for them")
             self.model = self._reload()
+            if self._in_blocks:
+                self.model.read_in_blocks(True)
             if self.model.weights_hash() != self._weights:
                 raise RunError(
                     "cannot reload the reference: its weights on disk have changed since this run began; start again "
@@ -133,6 +136,12 @@ class CachedReference:
         """Read every response in a row of its own from now on; a model loaded later does so anyway."""
         if self.model is not None:
             self.model.stop_sharing()
+
+    def read_in_blocks(self, on: bool) -> None:
+        """Read images in blocks of tiles, as the policy does, with a model loaded later too; or not."""
+        self._in_blocks = on
+        if self.model is not None:
+            self.model.read_in_blocks(on)
 
     def tower_owner(self) -> Any | None:
         """Return None: the store reads no images."""

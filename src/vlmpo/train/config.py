@@ -9,7 +9,16 @@ from transformers import TrainingArguments
 
 from vlmpo import compat
 from vlmpo.loss import check_weights
-from vlmpo.settings import MPO_WEIGHTS, Attention, NllReduction, OnBadRecord, OverLong, ReferenceKind, ShiftMode
+from vlmpo.settings import (
+    MPO_WEIGHTS,
+    Attention,
+    NllReduction,
+    OnBadRecord,
+    OverLong,
+    ReferenceKind,
+    ShiftMode,
+    VisionMemory,
+)
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
@@ -20,18 +29,9 @@ CHOICES = {
     "over_long": get_args(OverLong),
     "on_bad_record": get_args(OnBadRecord),
     "attention": get_args(Attention),
+    "vision_memory": get_args(VisionMemory),
     "train_sampling_strategy": ("random", "sequential"),
 }
-
-
-# Tokens of a row. A GPU needs many at once to be busy; on a CPU two pairs of 7 tiles take as long in one row as in two
-# (0.99 and 1.01 times the seconds, online and cached), which take a sixth less memory.
-ROW_TOKENS = {"cpu": 1024, "cuda": 16384}
-
-
-def row_tokens(device: str) -> int:
-    """Return the default of ``max_tokens_per_row`` on a ``device`` of that type."""
-    return ROW_TOKENS.get(device, ROW_TOKENS["cuda"])
 
 
 @dataclass
@@ -55,8 +55,8 @@ class MPOConfig(TrainingArguments):
             processor allows one image.
         video_frames: most frames that are read of a video.
         max_tokens_per_row: most tokens of a row; a micro-batch is read in several rows, each with a backward pass, so
-            that a row's length bounds the memory, not the micro-batch's. 0: the device's default, see ROW_TOKENS; None:
-            no bound.
+            that a row's length bounds the memory, not the micro-batch's. ``auto``: as many as fit, by a measure at the
+            start (see vlmpo.train.memory_choice); None: no bound.
         group_by_prompt: put up to this many pairs of one prompt next to each other, so that they share the prompt, and
             a response that several of them have is read once. Pairs of one prompt are then in one step more often than
             by chance. 0: leave pairs in shuffled order.
@@ -72,6 +72,8 @@ class MPOConfig(TrainingArguments):
         ema_decay: decay of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: no average.
         allow_changes: recipe keys, e.g. ``loss.beta``, that may differ from what the checkpoint was made by that is
             resumed from; the change is noted in the run's history.
+        vision_memory: ``keep`` the vision tower's activations, ``recompute`` them in the backward pass, a few tiles
+            at a time, or ``auto``: by the same measure.
         attention: ``auto`` shares prompts if the model family allows it; ``separate`` reads each response in a row of
             its own.
     """
@@ -87,12 +89,13 @@ class MPOConfig(TrainingArguments):
     over_long: str = "drop"
     max_tiles: int | None = None
     video_frames: int = 8
-    max_tokens_per_row: int | None = 0
+    max_tokens_per_row: int | str | None = "auto"
     group_by_prompt: int = 0
     balance_ranks: bool = True
     on_bad_record: str = "skip"
     max_bad_share: float = 0.05
     attention: str = "auto"
+    vision_memory: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
     allow_changes: list[str] | None = field(default=None)
@@ -114,8 +117,9 @@ class MPOConfig(TrainingArguments):
             raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")
         if self.metric_for_best_model is not None and not chosen_by_user:
             self.greater_is_better: bool | None = greater_is_better(self.metric_for_best_model)
-        if self.max_tokens_per_row == 0:
-            self.max_tokens_per_row = row_tokens(self.device.type)
+        rows = self.max_tokens_per_row
+        if rows not in ("auto", None) and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise ValueError(f"max_tokens_per_row must be a whole number above 0, auto, or None, not {rows!r}")
         self.loss_weights = check_weights(MPO_WEIGHTS if self.loss_weights is None else self.loss_weights)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

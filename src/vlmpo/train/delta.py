@@ -33,6 +33,10 @@ class DeltaUpdates:
         self._with_rewards = with_rewards
         self._rewards = [0.0, 0.0]  # sum and count in the optimizer step under way, on this rank
 
+    def restart_step(self) -> None:
+        """Forget the rewards of the step under way, which is made again."""
+        self._rewards = [0.0, 0.0]
+
     def before_loss(self, micro_batch: MicroBatch, policy: Tensor, reference: Tensor | None) -> None:
         """Let a micro-batch's mean reward, averaged over the ranks that have one, enter delta: mode ``running``.
 

@@ -31,6 +31,7 @@ _KEYS = {
     "reference_kind": "reference.kind",
     "reference_cache_dir": "reference.cache_dir",
     "attention": "model.attention",
+    "vision_memory": "model.vision_memory",
 }
 # Fields that say nothing about what the run makes.
 _PASSING = {"output_dir", "resume_from_checkpoint", "allow_changes", "local_rank", "logging_dir", "run_name"}
@@ -134,7 +135,7 @@ def settings_of(checkpoint: Path, state: Mapping[str, Any]) -> Settings:
 def changes(before: Settings, now: Settings) -> Changes:
     """Return what differs between the settings that both have, an adapter's by its single fields."""
     found: Changes = {}
-    for key in sorted(before.keys() & now.keys() - {"recipe"}):  # its parts are there under their own keys
+    for key in sorted(before.keys() & now.keys() - {"recipe", "chosen"}):  # a recipe's parts have keys of their own
         old, new = before[key], now[key]
         if key == "model.lora" and isinstance(old, dict) and isinstance(new, dict):
             fields = sorted(old.keys() | new.keys())

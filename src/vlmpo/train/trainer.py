@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vlmpo.data.encode.processors import with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
-from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
+from vlmpo.models.adapters import is_peft, prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.fit import check_features, check_processor
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
@@ -45,7 +45,18 @@ from vlmpo.train.inputs import (
     shares_prompts,
 )
 from vlmpo.train.launcher import refuse_unseen_ranks
+from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.loaders import LoaderFactory
+from vlmpo.train.memory_choice import (
+    MemoryChoice,
+    Situation,
+    choose_memory,
+    fixed_tokens,
+    log_choice,
+    pending_bytes,
+    ranks_of_machine,
+    refuse_blocks,
+)
 from vlmpo.train.metrics import (
     StepSums,
     carried_on,
@@ -63,11 +74,13 @@ from vlmpo.train.model_card import (
     objective_fields,
     training_settings,
 )
+from vlmpo.train.out_of_memory import StepAgain, explained, remedies
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.reference import Reference, online_reference, switch_dropout_off
 from vlmpo.train.resume import refuse_damaged_best
+from vlmpo.train.row_probe import RowProbe
 from vlmpo.train.run_checkpoints import RunCheckpoints
 from vlmpo.train.run_watch import RunWatch
 from vlmpo.train.sampler import PairLoader
@@ -83,7 +96,9 @@ from vlmpo.train.start_check import shared_rows_hold
 from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
+from vlmpo.tree.layout import PackedRow
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
+from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, trains_tower
 
 
 class MPOTrainer(Trainer):
@@ -113,6 +128,10 @@ class MPOTrainer(Trainer):
         trained_pairs: what became of the pairs of all ranks, once training is over.
         card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
         given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
+        memory: what rows may hold and whether the vision tower is computed again, once training has begun.
+        chosen_before: what an earlier session of the run has chosen, as :meth:`chosen` returns it; a checkpoint's goes
+            before it.
+        on_choice: called whenever :meth:`chosen` changes.
         checkpoints: finds and writes them; knows the run's history.
         watch: ends the run if its data or numbers are good for nothing.
 
@@ -173,6 +192,10 @@ class MPOTrainer(Trainer):
         self.card_fields: dict[str, Any] = {}
         self.trained_pairs = PairCounts()
         self.given_settings: Settings = {}
+        self.memory: MemoryChoice | None = None
+        self.chosen_before: Settings = {}
+        self.on_choice: Callable[[], None] = lambda: None
+        self._sums_before: dict[str, float] = {}  # when the step under way began
         self._steps_before = 0  # steps of the checkpoint that is resumed from
         self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
@@ -181,7 +204,10 @@ class MPOTrainer(Trainer):
                 model=model,
                 args=args,
                 data_collator=Collator(
-                    args.max_tokens_per_row, shared, keyed=args.reference_kind == "cache", group=args.group_by_prompt
+                    fixed_tokens(args.max_tokens_per_row, args.device),
+                    shared,
+                    keyed=args.reference_kind == "cache",
+                    group=args.group_by_prompt,
                 ),
                 train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
                 eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
@@ -231,6 +257,14 @@ class MPOTrainer(Trainer):
             made_by=self.settings,
             reference_hash=self._reference_hash,
             deepspeed=self.is_deepspeed_enabled,
+        )
+        self.step_again = StepAgain(
+            self.data_collator,
+            alone=self.accelerator.num_processes == 1 and not self.ranks.share_passes,
+            whole=self.reward_shift.mode == "running",
+            patch_pixels=count_patch_pixels(self.model),
+            remedies=self._remedies,
+            lowered=self._note_lower_bound,
         )
         self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
         self.add_callback(self.stopping)
@@ -317,6 +351,61 @@ class MPOTrainer(Trainer):
             if self.reference is not None:
                 self.reference.stop_sharing()
 
+    # ---- memory ----
+
+    def _choose_memory(self, before: Any) -> None:
+        """Choose what rows hold; or take over ``before``, what an earlier session of this run chose."""
+        policy, args = unwrap_peft(self.model), self.args
+        in_blocks = can_read_in_blocks(policy)
+        refuse_blocks(args.vision_memory, known=in_blocks, share_passes=self.ranks.share_passes)
+        situation = Situation(
+            device=args.device,
+            tokens=args.max_tokens_per_row,
+            vision=args.vision_memory,
+            pairs_at_once=compat.batch_size_per_device(self),
+            can_recompute=in_blocks and trains_tower(policy) and not self.ranks.share_passes,
+            can_measure=not self.is_deepspeed_enabled,
+            ranks_here=ranks_of_machine(),
+        )
+        choice = MemoryChoice.from_json(before, situation.asked)
+        known = choice is not None
+        if choice is None:
+            probe = RowProbe(
+                EncodedPairs(self.train_dataset, self.loader_encoder),
+                policy=policy,
+                wrapped=self.model_wrapped,
+                shared=self.shared,
+                score=lambda rows: self._policy_logps(self.model_wrapped, rows, with_router=True)[0],
+                prepare=self._prepare_inputs,
+                accelerator=self.accelerator,
+            )
+            pending = functools.partial(pending_bytes, self.model, self.optimizer)
+            choice = choose_memory(situation, probe=probe, pending=pending, gather=self.ranks.all_gather)
+        log_choice(choice, known)
+        self.memory = choice
+        self.data_collator.bound = choice.bound
+        if in_blocks:
+            read_in_blocks(policy, choice.vision == "recompute")
+            if self.reference is not None:
+                self.reference.read_in_blocks(choice.vision == "recompute")
+        self.on_choice()
+
+    def chosen(self) -> Settings:
+        """Return what the run has chosen for itself, in plain JSON values; a run that goes on takes it over."""
+        return {} if self.memory is None else {"memory": self.memory.to_json()}
+
+    def _remedies(self) -> str:
+        policy = unwrap_peft(self.model)
+        recomputes = self.memory is not None and self.memory.vision == "recompute"
+        could = can_read_in_blocks(policy) and trains_tower(policy) and not self.ranks.share_passes
+        return remedies(self.args, trains_tower=could, recomputes=recomputes, adapter=is_peft(self.model))
+
+    def _note_lower_bound(self) -> None:
+        if self.memory is not None:
+            times = self.memory.out_of_memory + 1
+            self.memory = replace(self.memory, bound=self.data_collator.bound, out_of_memory=times)
+        self.on_choice()
+
     # ---- data ----
 
     def get_train_dataloader(self) -> PairLoader:
@@ -345,6 +434,8 @@ class MPOTrainer(Trainer):
         self.watch.see_data(info, self.pair_counts, step=self.state.global_step + 1, epoch=done)
         if self.average is not None:
             self.average.paused = self.watch.step_is_empty
+        self.step_again.start()
+        self._sums_before = dict(self.sums.values)
         counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
         empty = not all(part.rows for batch in batches for part in batch.micro_batches)
         if empty or self.accelerator.num_processes > 1:
@@ -365,24 +456,47 @@ class MPOTrainer(Trainer):
     # ---- one step ----
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """Run forward and backward of a batch, one micro-batch after the other.
+        """Run forward and backward of a batch; if a row is out of memory, of the whole step again in smaller ones.
 
-        Under ``reward_shift: running`` all its rewards must be known before any backward: it is then one micro-batch.
+        Raises:
+            RunError: a row that cannot be smaller is out of memory.
         """
-        micro_batches = inputs.micro_batches
-        if self.reward_shift.mode == "running":
-            micro_batches = [merge(micro_batches)]
-        total = torch.zeros((), device=self.args.device)
-        for micro_batch in micro_batches:
-            last = micro_batch is micro_batches[-1]
-            with contextlib.nullcontext() if last else no_gradient_sync(self.accelerator, model):
-                total = total + super().training_step(model, micro_batch, num_items_in_batch)
+        total = self.step_again.read(
+            inputs,
+            lambda batch: self._read_batch(model, batch, num_items_in_batch),
+            undo=functools.partial(self._undo_step, model),
+        )
         if self.accelerator.sync_gradients:
             self.ranks.drop_dummy_gradients(model)
             self.delta.end_step()  # the losses of the optimizer step are all computed
             self.sums.values["steps"] += 1
             self.sums.values["empty_steps"] += self.watch.step_is_empty
         return total
+
+    def _read_batch(self, model: nn.Module, batch: Batch, num_items_in_batch: Any) -> Tensor:
+        """Run forward and backward of a batch, one micro-batch after the other.
+
+        Under ``reward_shift: running`` all its rewards must be known before any backward: it is then one micro-batch.
+        """
+        micro_batches = batch.micro_batches
+        if self.reward_shift.mode == "running":
+            micro_batches = [merge(micro_batches)]
+        total = torch.zeros((), device=self.args.device)
+        for micro_batch in micro_batches:
+            last = micro_batch is micro_batches[-1]
+            with contextlib.nullcontext() if last else no_gradient_sync(self.accelerator, model):
+                part = self.step_again.noted(micro_batch)
+                total = total + super().training_step(model, part, num_items_in_batch)
+        return total
+
+    def _undo_step(self, model: nn.Module) -> None:
+        """Put gradients and sums back to where they were when the optimizer step began."""
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.sums.values.clear()
+        self.sums.values.update(self._sums_before)
+        self.delta.restart_step()
+        self.watch.numbers.start()
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
@@ -438,12 +552,15 @@ class MPOTrainer(Trainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return log-probs of policy and reference, and router losses if the model trains by them, ``[responses]``."""
         reference = None if self.reference is None else self.reference.response_logps(micro_batch)
-        router_losses = None
-        if with_router and self.router_coefficient is not None:
-            policy, router_losses = response_logps_and_router_losses(model, micro_batch.rows)
-        else:
-            policy = response_logps(model, micro_batch.rows)
+        policy, router_losses = self._policy_logps(model, micro_batch.rows, with_router)
         return policy, None if reference is None else reference.to(policy.dtype), router_losses
+
+    def _policy_logps(
+        self, model: nn.Module, rows: Sequence[PackedRow], with_router: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if with_router and self.router_coefficient is not None:
+            return response_logps_and_router_losses(model, rows)
+        return response_logps(model, rows), None
 
     def _loss(
         self, micro_batch: MicroBatch, policy: Tensor, reference: Tensor | None, counts: dict[str, float]
@@ -690,17 +807,19 @@ class MPOTrainer(Trainer):
             self.add_callback(BeforeFirstStep(self._check_rows))
         else:
             self._check_rows()
+        state = read_state(checkpoint) if checkpoint else {}
+        before = (state.get("settings") or {}).get("chosen", self.chosen_before).get("memory")
+        self.add_callback(BeforeFirstStep(functools.partial(self._choose_memory, before)))
         self.settle_best_metric()
         if self.average is not None:
             self.average.start_from(checkpoint)
         self._steps_before, self._loss_known = 0, True
         if checkpoint:
-            state = read_state(checkpoint)
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
             self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
         self.watch.start()
-        with self.stopping.watched(self.args.enable_jit_checkpoint):
+        with self.stopping.watched(self.args.enable_jit_checkpoint), explained():
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.watch.end_data(self.state.epoch or 0.0)
         self.trained_pairs = self.all_pair_counts()
@@ -715,7 +834,7 @@ class MPOTrainer(Trainer):
         """Return what the run is made by: JSON values by recipe key."""
         if "data.train.pairs" not in self.given_settings and self.train_dataset is not None:
             self.given_settings["data.train.pairs"] = pairs_hash(self.train_dataset)
-        return run_settings(self.args, self.model, self.given_settings)
+        return run_settings(self.args, self.model, {**self.given_settings, "chosen": self.chosen()})
 
     def planned_steps(self) -> int:
         """Return the optimizer steps of the whole run."""

@@ -91,13 +91,9 @@ def _blocks(names: Sequence[str], arguments: dict[str, Any]) -> Iterator[dict[st
     pixels = names[0]
     if "grid_thw" in names:
         grid = arguments["grid_thw"]
-        patches: list[int] = grid.prod(dim=-1).tolist()
-        counts = _runs(patches, BLOCK_PATCHES)
-        ends = [0]
-        for count in counts:
-            ends.append(ends[-1] + count)
-        sizes = [sum(patches[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
-        for block, part in zip(arguments[pixels].split(sizes), grid.split(counts), strict=True):
+        grids = grid.split(_runs(grid.prod(dim=-1).tolist(), BLOCK_PATCHES))
+        sizes = [int(part.prod(dim=-1).sum()) for part in grids]
+        for block, part in zip(arguments[pixels].split(sizes), grids, strict=True):
             yield {**arguments, pixels: block, "grid_thw": part}
         return
     total = arguments[pixels].shape[0]
