@@ -212,6 +212,30 @@ def watching_operations(see: Callable[[list[Any], list[Any]], None]) -> Iterator
         yield
 
 
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Let operations in the body mix tensors on the meta device with real ones; they return tensors without values.
+
+    A model on the meta device can then ask real inputs for their values, e.g. an image's size. Whole numbers stay real
+    if they are moved to the meta device (``TorchDispatchMode``).
+    """
+    import torch
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(tensor.is_meta for tensor in tensors_in((args, kwargs))):
+                args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            elif func is torch.ops.aten._to_copy.default and str((kwargs or {}).get("device")) == "meta":
+                kwargs = kwargs if args[0].is_floating_point() else {**kwargs, "device": torch.device("cpu")}
+            return func(*args, **(kwargs or {}))
+
+    with Shapes():
+        yield
+
+
 def tensors_in(nested: Any) -> list[Any]:
     """Return the tensors in nested lists, tuples, dicts and outputs of models (``torch.utils._pytree``)."""
     from torch import Tensor
