@@ -47,6 +47,10 @@ class RowMemory(NamedTuple):
         """Return the bytes that a row of this size takes."""
         return max(phase.peak(tokens, patches) for phase in self.phases)
 
+    def times(self, factor: float) -> RowMemory:
+        """Return what rows take if everything takes ``factor`` times as much."""
+        return self._replace(phases=tuple(Phase(*(int(factor * value) for value in phase)) for phase in self.phases))
+
     def bound(self, room: int) -> RowBound:
         """Return the bound of rows for which there are ``room`` bytes; rows of single pairs if that is too little."""
         limits = tuple((p.per_token, p.per_patch, max(room - p.constant, 0)) for p in self.phases)

@@ -199,25 +199,44 @@ def choose_memory(
         gather: returns what each rank gives.
     """
     s = situation
-    vision = s.vision if s.vision != "auto" else "keep"
     free = free_bytes(s.device, s.ranks_here)
     enough = s.device.type == "cpu" and probe.weights < _SMALL * free
     wanted = s.tokens == "auto" or (s.vision == "auto" and s.can_recompute)
     if not s.can_measure or not wanted or any(gather(enough)):
-        return MemoryChoice(s.asked, RowBound(fixed_tokens(s.tokens, s.device)), vision)
-    largest = probe.largest()
-    rows = FULL_ROW if not isinstance(s.tokens, int) else s.tokens
-    row = [max(min(s.pairs_at_once, rows // max(largest[0], 1)), 1) * size for size in largest]
-    tried = ["keep", "recompute"] if s.vision == "auto" and s.can_recompute else [vision]
-    for vision in tried:
-        memory = _measured(probe, vision == "recompute")
+        return MemoryChoice(
+            s.asked, RowBound(fixed_tokens(s.tokens, s.device)), "keep" if s.vision == "auto" else s.vision
+        )
+
+    def look(recompute: bool) -> tuple[RowMemory | None, int]:
+        memory = _measured(probe, recompute)
         room = int((1 - MARGIN) * (free_bytes(s.device, s.ranks_here) - pending()))
         found = gather((memory, room))
-        room = min(of_rank for _, of_rank in found)
-        memory = None if any(m is None for m, _ in found) else _largest([m for m, _ in found])
+        measured = [memory for memory, _ in found if memory is not None]
+        return _largest(measured) if len(measured) == len(found) else None, min(room for _, room in found)
+
+    return settled(s, probe.largest(), look)[0]
+
+
+def settled(
+    s: Situation, largest: tuple[int, int], look: Callable[[bool], tuple[RowMemory | None, int]]
+) -> tuple[MemoryChoice, RowMemory | None]:
+    """Return the choice, and what rows take under it: the vision tower is computed again only if it must be.
+
+    Args:
+        s: what the choice depends on.
+        largest: tokens and patches of the largest of some pairs.
+        look: returns what rows take, with the tower in blocks or not, and how many bytes there are for a row.
+    """
+    rows = s.tokens if isinstance(s.tokens, int) else FULL_ROW
+    row = [max(min(s.pairs_at_once, rows // max(largest[0], 1)), 1) * size for size in largest]
+    tried = ["keep", "recompute"] if s.vision == "auto" and s.can_recompute else [s.vision]
+    vision, memory, room = "keep", None, 0
+    for way in tried:
+        vision = "keep" if way == "auto" else way
+        memory, room = look(vision == "recompute")
         if memory is not None and memory.peak(*row) <= room:
             break
-    return _choice(s, vision, memory, max(room, 0), largest)
+    return _choice(s, vision, memory, max(room, 0), largest), memory
 
 
 def _measured(probe: Probe, recompute: bool) -> RowMemory | None:
@@ -281,7 +300,8 @@ def log_choice(choice: MemoryChoice, known: bool) -> None:
 
 def spread(count: int) -> Iterable[int]:
     """Return the places of up to LOOKED_AT items, evenly spread over ``count``."""
-    return sorted({at * (count - 1) // max(LOOKED_AT - 1, 1) for at in range(min(LOOKED_AT, count))})
+    looked_at = min(LOOKED_AT, count)
+    return [at * (count - 1) // max(looked_at - 1, 1) for at in range(looked_at)]
 
 
 def refuse_blocks(vision: str, *, known: bool, share_passes: bool) -> None:

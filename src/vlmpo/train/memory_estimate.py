@@ -7,6 +7,7 @@ their output.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool) -> Any:
     AttentionInterface.register(_ATTENTION, _attend)
     kind: Any = AutoModelForImageTextToText if compat.is_image_text_config(config) else AutoModelForCausalLM
     with _META:
-        model = kind.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
+        # A copy: transformers writes the attention's name into the config, and would change the model it belongs to.
+        model = kind.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=_ATTENTION)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
