@@ -143,8 +143,9 @@ def test_rows_are_packed_by_what_trees_cost() -> None:
     bound = RowBound(SHARES, ((1, 10, 100),), patch_pixels=4)  # a patch takes as much as ten tokens
     trees = [tree(20, 3), tree(20, 3), tree(20, 8), tree(40, 0), tree(40, 0)]  # 50, 50, 100, 40, 40 of 100
     assert count_patches(trees[0], 4) == 3
-    assert pack(trees, bound.most, bound.cost) == [[0, 1], [2], [3, 4]]
-    assert len(pack(trees, 70)) == 2  # by tokens, of which there are 140
+    assert [bound.cost(one) for one in trees] == [500_000, 500_000, SHARES, 400_000, 400_000]
+    assert pack(trees, bound.most, bound.cost) == [[2], [0, 3], [1, 4]]
+    assert len(pack(trees, 100)) == 2  # by tokens
     assert RowBound.from_json(bound.to_json()) == bound
 
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlmpo.errors import RunError, first_line
 from vlmpo.log import logger
-from vlmpo.train.batching import Batch, Collator, MicroBatch, PromptGroup, groups_of
+from vlmpo.train.batching import Collator, MicroBatch, PromptGroup, groups_of
 from vlmpo.train.memory import is_out_of_memory
 from vlmpo.tree.packing import RowBound, count_patches
 
@@ -30,8 +29,23 @@ _ELSEWHERE = (
 )
 
 
+@dataclass
+class Attempt:
+    """Holds the micro-batch, on the host, that is read at present, and why memory is out, if it is."""
+
+    reading: MicroBatch | None = None
+    failure: str | None = None
+
+
+def free_what_is_left() -> None:
+    """Free what a pass that failed has made, which cycles may hold, so that its memory is whole again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class StepAgain:
-    """Reads the batches of a step, and all of them again if a row is out of memory.
+    """Lowers the bound of rows if one is out of memory.
 
     Args:
         collator: of the run; its bound is lowered.
@@ -58,51 +72,27 @@ class StepAgain:
         self._patch_pixels = patch_pixels
         self._remedies = remedies
         self._lowered = lowered
-        self._batches: list[Batch] = []  # of the step under way, on the host
-        self._reading: MicroBatch | None = None
 
-    def start(self) -> None:
-        """Begin an optimizer step."""
-        self._batches = []
-
-    def noted(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Note that ``micro_batch``, on the host, is read now; return it."""
-        self._reading = micro_batch
-        return micro_batch
-
-    def read(self, batch: Batch, read: Callable[[Batch], Tensor], undo: Callable[[], None]) -> Tensor:
-        """Return what ``read`` returns for ``batch``, the next one of the step.
-
-        Args:
-            batch: on the host.
-            read: forward and backward of a batch; calls :meth:`noted` for each micro-batch.
-            undo: puts gradients and sums back to where they were when the step began.
+    @contextmanager
+    def watched(self) -> Iterator[Attempt]:
+        """Note in the attempt, instead of raising it, that memory is out in the body; the bound is then lowered.
 
         Raises:
             RunError: a row of a single pair is out of memory, or a row on one of many ranks.
         """
-        self._batches.append(batch)
-        todo = [batch]
-        while True:
-            try:
-                for part in todo:
-                    total = read(self._collator.again(part))
-                return total
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = first_line(error)
-            # Here the error is gone, and with it the frames that hold what the failed pass has made.
-            self._halve(reason)
-            undo()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            todo = self._batches
+        attempt = Attempt()
+        try:
+            yield attempt
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            attempt.failure = first_line(error)
+        if attempt.failure is not None:
+            self._halve(attempt.reading, attempt.failure)
 
-    def _halve(self, reason: str) -> None:
+    def _halve(self, failed: MicroBatch | None, reason: str) -> None:
         """Lower the bound to half of the row that has failed, or raise RunError."""
-        failed, bound = self._reading, self._collator.bound
+        bound = self._collator.bound
         assert failed is not None
         groups = groups_of(failed, self._collator.shared) if not self._whole else []
         if len(failed) < 2 or not self._alone or not groups:

@@ -16,7 +16,8 @@ from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import RowMemory, measure_rows, meter_for
 from vlmpo.train.memory_choice import spread
 from vlmpo.train.sharding import no_gradient_sync
-from vlmpo.tree.layout import PackedRow, PromptTree, build_row
+from vlmpo.tree.forward import response_logps, response_logps_and_router_losses
+from vlmpo.tree.layout import PromptTree, build_row
 from vlmpo.tree.packing import count_patches
 from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, vision_tower_of
 
@@ -29,7 +30,7 @@ class RowProbe:
         policy: the model, under no wrapper.
         wrapped: as training calls it.
         shared: whether rows share prompts.
-        score: returns the log-probs of rows on the device, with gradient.
+        with_router: whether the loss of routers is read too.
         prepare: moves a micro-batch to the device.
         accelerator: of the run.
     """
@@ -41,7 +42,7 @@ class RowProbe:
         policy: Any,
         wrapped: nn.Module,
         shared: bool,
-        score: Callable[[Sequence[PackedRow]], Tensor],
+        with_router: bool,
         prepare: Callable[[MicroBatch], MicroBatch],
         accelerator: Any,
     ) -> None:
@@ -49,7 +50,7 @@ class RowProbe:
         self._policy = policy
         self._wrapped = wrapped
         self._shared = shared
-        self._score = score
+        self._with_router = with_router
         self._prepare = prepare
         self._accelerator = accelerator
         self._patch_pixels = count_patch_pixels(policy)
@@ -114,7 +115,10 @@ class RowProbe:
         rows = [build_row(trees)]
         if not self._shared:
             rows = [build_row([alone]) for tree in trees for alone in tree.separate()]
-        return self._score(self._prepare(replace(lay_out([]), rows=rows)).rows).sum()
+        rows = self._prepare(replace(lay_out([]), rows=rows)).rows
+        if self._with_router:
+            return torch.cat(response_logps_and_router_losses(self._wrapped, rows)).sum()
+        return response_logps(self._wrapped, rows).sum()
 
 
 def tree_of(pair: EncodedPair) -> PromptTree:

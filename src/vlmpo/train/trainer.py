@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ from vlmpo.train.model_card import (
     objective_fields,
     training_settings,
 )
-from vlmpo.train.out_of_memory import StepAgain, explained, remedies
+from vlmpo.train.out_of_memory import StepAgain, explained, free_what_is_left, remedies
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
@@ -96,7 +96,6 @@ from vlmpo.train.start_check import shared_rows_hold
 from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
-from vlmpo.tree.layout import PackedRow
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, trains_tower
 
@@ -195,7 +194,8 @@ class MPOTrainer(Trainer):
         self.memory: MemoryChoice | None = None
         self.chosen_before: Settings = {}
         self.on_choice: Callable[[], None] = lambda: None
-        self._sums_before: dict[str, float] = {}  # when the step under way began
+        self._step_batches: list[Batch] = []  # of the step under way, on the host
+        self._sums_before: dict[str, float] = {}  # when it began
         self._steps_before = 0  # steps of the checkpoint that is resumed from
         self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
@@ -375,7 +375,7 @@ class MPOTrainer(Trainer):
                 policy=policy,
                 wrapped=self.model_wrapped,
                 shared=self.shared,
-                score=lambda rows: self._policy_logps(self.model_wrapped, rows, with_router=True)[0],
+                with_router=self.router_coefficient is not None,
                 prepare=self._prepare_inputs,
                 accelerator=self.accelerator,
             )
@@ -434,7 +434,7 @@ class MPOTrainer(Trainer):
         self.watch.see_data(info, self.pair_counts, step=self.state.global_step + 1, epoch=done)
         if self.average is not None:
             self.average.paused = self.watch.step_is_empty
-        self.step_again.start()
+        self._step_batches = []
         self._sums_before = dict(self.sums.values)
         counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
         empty = not all(part.rows for batch in batches for part in batch.micro_batches)
@@ -461,11 +461,21 @@ class MPOTrainer(Trainer):
         Raises:
             RunError: a row that cannot be smaller is out of memory.
         """
-        total = self.step_again.read(
-            inputs,
-            lambda batch: self._read_batch(model, batch, num_items_in_batch),
-            undo=functools.partial(self._undo_step, model),
-        )
+        self._step_batches.append(inputs)
+        todo = [inputs]
+        while todo:
+            with self.step_again.watched() as attempt:
+                for batch in todo:
+                    total = torch.zeros((), device=self.args.device)
+                    micro_batches = self._micro_batches(batch)
+                    for micro_batch in micro_batches:
+                        attempt.reading = micro_batch
+                        last = micro_batch is micro_batches[-1]
+                        with contextlib.nullcontext() if last else no_gradient_sync(self.accelerator, model):
+                            total = total + super().training_step(model, micro_batch, num_items_in_batch)
+            todo = [] if attempt.failure is None else self._step_batches
+            if todo:
+                self._undo_step(model)
         if self.accelerator.sync_gradients:
             self.ranks.drop_dummy_gradients(model)
             self.delta.end_step()  # the losses of the optimizer step are all computed
@@ -473,21 +483,14 @@ class MPOTrainer(Trainer):
             self.sums.values["empty_steps"] += self.watch.step_is_empty
         return total
 
-    def _read_batch(self, model: nn.Module, batch: Batch, num_items_in_batch: Any) -> Tensor:
-        """Run forward and backward of a batch, one micro-batch after the other.
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """Return what of a batch is read in one pass each, in rows as large as they may be by now.
 
         Under ``reward_shift: running`` all its rewards must be known before any backward: it is then one micro-batch.
         """
-        micro_batches = batch.micro_batches
-        if self.reward_shift.mode == "running":
-            micro_batches = [merge(micro_batches)]
-        total = torch.zeros((), device=self.args.device)
-        for micro_batch in micro_batches:
-            last = micro_batch is micro_batches[-1]
-            with contextlib.nullcontext() if last else no_gradient_sync(self.accelerator, model):
-                part = self.step_again.noted(micro_batch)
-                total = total + super().training_step(model, part, num_items_in_batch)
-        return total
+        if batch.bound != self.data_collator.bound:
+            batch = self.data_collator.again(batch)
+        return [merge(batch.micro_batches)] if self.reward_shift.mode == "running" else batch.micro_batches
 
     def _undo_step(self, model: nn.Module) -> None:
         """Put gradients and sums back to where they were when the optimizer step began."""
@@ -497,6 +500,7 @@ class MPOTrainer(Trainer):
         self.sums.values.update(self._sums_before)
         self.delta.restart_step()
         self.watch.numbers.start()
+        free_what_is_left()
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
@@ -552,15 +556,12 @@ class MPOTrainer(Trainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return log-probs of policy and reference, and router losses if the model trains by them, ``[responses]``."""
         reference = None if self.reference is None else self.reference.response_logps(micro_batch)
-        policy, router_losses = self._policy_logps(model, micro_batch.rows, with_router)
-        return policy, None if reference is None else reference.to(policy.dtype), router_losses
-
-    def _policy_logps(
-        self, model: nn.Module, rows: Sequence[PackedRow], with_router: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        router_losses = None
         if with_router and self.router_coefficient is not None:
-            return response_logps_and_router_losses(model, rows)
-        return response_logps(model, rows), None
+            policy, router_losses = response_logps_and_router_losses(model, micro_batch.rows)
+        else:
+            policy = response_logps(model, micro_batch.rows)
+        return policy, None if reference is None else reference.to(policy.dtype), router_losses
 
     def _loss(
         self, micro_batch: MicroBatch, policy: Tensor, reference: Tensor | None, counts: dict[str, float]

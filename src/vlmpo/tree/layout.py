@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmpo.tree.vision import count_items, merge_vision, split_vision
+from vlmpo.tree.vision import item_dimension, merge_vision, split_vision
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,10 @@ def build_row(trees: Sequence[PromptTree]) -> PackedRow:
         num_responses=num_responses,
         vision=merge_vision([tree.vision for tree in trees]),
         token_types=_token_types(trees),
-        vision_counts=tuple(count_items(tree.vision) for tree in trees),
+        vision_counts=tuple(
+            {name: tensor.shape[item_dimension(name, tree.vision.keys())] for name, tensor in tree.vision.items()}
+            for tree in trees
+        ),
     )
 
 

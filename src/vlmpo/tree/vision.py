@@ -12,7 +12,7 @@ Nearly every family lists its tiles, images, patches or grids along dimension 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -44,21 +44,16 @@ def merge_vision(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: _merge(name, [part for part in parts if name in part]) for name in names}
 
 
-def count_items(part: dict[str, Tensor]) -> dict[str, int]:
-    """Return how many entries each vision tensor of one prompt takes in the tensor of a row."""
-    return {name: tensor.shape[_item_dimension(name, part)] for name, tensor in part.items()}
-
-
 def split_vision(merged: dict[str, Tensor], counts: Sequence[dict[str, int]]) -> list[dict[str, Tensor]]:
     """Return each prompt's part of what :func:`merge_vision` returned; zeros that were added stay.
 
     Args:
         merged: the vision tensors of a row.
-        counts: what :func:`count_items` returned for each of its prompts.
+        counts: how many entries of each tensor each of its prompts has, along :func:`item_dimension`.
     """
     parts: list[dict[str, Tensor]] = [{} for _ in counts]
     for name, tensor in merged.items():
-        pieces = tensor.split([count[name] for count in counts if name in count], dim=_item_dimension(name, merged))
+        pieces = tensor.split([count[name] for count in counts if name in count], dim=item_dimension(name, merged))
         of_prompt = iter(pieces)
         for part, count in zip(parts, counts, strict=True):
             if name in count:
@@ -74,14 +69,14 @@ def refuse_bytes(pixels: Tensor | None) -> None:
         )
 
 
-def _item_dimension(name: str, part: dict[str, Tensor]) -> int:
-    """Return the dimension along which the tensor ``name`` lists a prompt's pictures."""
-    return 1 if name in (_PIXELS, _MASK) and _MASK in part else 0
+def item_dimension(name: str, names: Collection[str]) -> int:
+    """Return the dimension along which the tensor ``name`` lists pictures, if ``names`` are those of a prompt."""
+    return 1 if name in (_PIXELS, _MASK) and _MASK in names else 0
 
 
 def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
     tensors = [part[name] for part in parts]
-    item = min(_item_dimension(name, part) for part in parts)
+    item = min(item_dimension(name, part) for part in parts)
     by_prompt = item == 1
     may_pad = _PADDED.get(tensors[0].dim(), ()) if name == _PIXELS and all(_SIZES in part for part in parts) else ()
     if len({tensor.dim() for tensor in tensors}) == 1:
