@@ -13,10 +13,13 @@ import torch
 from tests.tiny_models import model as tiny_model
 from tests.tiny_models import random_pair
 from tests.training import AfterSteps, flat_weights, logged, pairs, relative, trainer
+from tests.zoo import encoded_pairs
 from vlmpo import MPOTrainer
 from vlmpo.errors import RunError
+from vlmpo.train.batching import Collator
 from vlmpo.train.checkpoint import read_state
 from vlmpo.train.memory import is_out_of_memory
+from vlmpo.train.out_of_memory import StepAgain
 from vlmpo.train.sharding import unwrapped
 from vlmpo.tree.packing import RowBound
 
@@ -192,6 +195,41 @@ def test_memory_that_is_out_elsewhere_has_a_message_too(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match="out of memory outside of a training row"):
         finished(tmp_path, callbacks=[AfterSteps(full)])
+
+
+def test_on_many_ranks_the_message_names_the_largest_pair_and_a_bound() -> None:
+    family = encoded_pairs("internvl-qwen2")
+    collator = Collator(None, True)
+    again = StepAgain(
+        collator, alone=False, whole=False, patch_pixels=196, remedies=lambda: "model.lora", lowered=lambda: None
+    )
+    batch = collator([family["text only"], family["two images"]])
+
+    def fail() -> None:
+        with again.watched() as attempt:
+            attempt.reading = batch.micro_batches[0]
+            raise FULL
+
+    with pytest.raises(RunError) as caught:
+        fail()
+    pair = family["two images"]
+    tokens = pair.prompt_ids.numel() + pair.chosen_ids.numel() + pair.rejected_ids.numel()
+    total = batch.micro_batches[0].num_tokens
+    assert str(caught.value) == (
+        f"{pair.origin}: a pair of {tokens} tokens and 32 image patches, in a row of 2 pairs and {total} tokens, is "
+        "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); set training.max_tokens_per_row: "
+        f"{total // 2}, model.lora"
+    )
+    assert caught.value.met_by == "rank"
+    assert collator.bound == RowBound(None)
+
+
+def test_other_errors_pass() -> None:
+    again = StepAgain(
+        Collator(None, True), alone=True, whole=False, patch_pixels=1, remedies=lambda: "", lowered=lambda: None
+    )
+    with pytest.raises(RuntimeError, match="shapes"), again.watched():
+        raise RuntimeError("shapes do not match")
 
 
 @pytest.mark.parametrize(

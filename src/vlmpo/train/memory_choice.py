@@ -151,7 +151,7 @@ class Situation:
         vision: ``vision_memory``.
         pairs_at_once: pairs of a micro-batch.
         can_recompute: whether the tower can be read in blocks, and trains.
-        can_measure: whether rows can be read alone before the first step (not under DeepSpeed).
+        can_measure: whether rows can be read alone before the first step (not under FSDP or DeepSpeed).
         ranks_here: ranks that share this machine's memory.
     """
 

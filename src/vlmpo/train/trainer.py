@@ -364,7 +364,7 @@ class MPOTrainer(Trainer):
             vision=args.vision_memory,
             pairs_at_once=compat.batch_size_per_device(self),
             can_recompute=in_blocks and trains_tower(policy) and not self.ranks.share_passes,
-            can_measure=not self.is_deepspeed_enabled,
+            can_measure=not self.ranks.share_passes,
             ranks_here=ranks_of_machine(),
         )
         choice = MemoryChoice.from_json(before, situation.asked)
