@@ -63,13 +63,13 @@ def test_train_gets_the_parsed_recipe(recipe, stage):
 
 def test_inspect_and_demo_get_their_options(recipe, stage):
     seen = []
-    stage("vlmpo.commands.inspect", "inspect", lambda parsed, pairs: seen.append((parsed.model.path, pairs)))
+    stage("vlmpo.commands.inspect", "inspect", lambda parsed, *given: seen.append((parsed.model.path, *given)))
     stage("vlmpo.commands.demo", "demo", lambda output, seed: seen.append((str(output), seed)))
-    assert call("inspect", recipe, "--pairs", "3").exit_code == 0
+    assert call("inspect", recipe, "--pairs", "3", "--card", "80").exit_code == 0
     assert call("inspect", recipe, "model.path=other").exit_code == 0
     assert call("demo").exit_code == 0
     assert call("demo", "--output", "there", "--seed", "7").exit_code == 0
-    assert seen == [("some/model", 3), ("other", 1), ("runs/demo", 0), ("there", 7)]
+    assert seen == [("some/model", 3, 80.0), ("other", 1, None), ("runs/demo", 0), ("there", 7)]
 
 
 def test_the_users_mistakes_exit_2_with_one_message(recipe, stage):

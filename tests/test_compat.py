@@ -251,6 +251,26 @@ def test_fast_bf16(monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, mos
 # ---- nobody else uses private names ----
 
 
+def test_operations_are_seen_with_what_they_are_given_and_return():
+    seen = []
+    weight = torch.ones(2, requires_grad=True)
+    with compat.watching_operations(lambda given, made: seen.append((len(given), len(made)))):
+        (weight * weight).sum().backward()
+    assert (2, 1) in seen  # the product
+    assert len(seen) > 3  # the backward pass too
+    assert len(compat.tensors_in({"a": [weight, (weight,)], "b": 1})) == 2
+
+
+def test_a_model_without_values_reads_real_numbers():
+    with compat.shapes_alone():
+        table = torch.nn.Embedding(4, 3, device="meta")
+        ids = torch.tensor([1, 2]).to("meta")
+        assert ids.tolist() == [1, 2]
+        made = table(ids) * torch.ones(3)
+    assert made.is_meta
+    assert made.shape == (2, 3)
+
+
 def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_" and name not in PUBLIC
 

@@ -115,15 +115,19 @@ def inspect(
     recipe: RecipePath,
     overrides: Overrides = None,
     pairs: Annotated[int, typer.Option(min=0, help="How many pairs to show as the model sees them.")] = 1,
+    card: Annotated[
+        float | None, typer.Option(min=1, help="GiB of the card to train on, for the estimate of memory.")
+    ] = None,
 ) -> None:
     """Show the pairs as the model sees them.
 
-    Scored tokens are marked. Also lists lengths and tiles, and the pairs that are dropped, with the reason.
+    Scored tokens are marked. Also lists lengths and tiles, the pairs that are dropped, with the reason, and what the
+    run will take of a card's memory (by default this machine's).
     """
     with _parsed("inspect", recipe, overrides) as parsed:
         from vlmpo.commands.inspect import inspect as run
 
-        run(parsed, pairs)
+        run(parsed, pairs, card)
 
 
 @app.command()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # ---- transformers: models, configs and processors ----
@@ -233,6 +234,57 @@ def is_dropout(module: Any) -> bool:
     from torch.nn.modules.dropout import _DropoutNd
 
     return isinstance(module, _DropoutNd)
+
+
+@contextmanager
+def watching_operations(see: Callable[[list[Any], list[Any]], None]) -> Iterator[None]:
+    """Call ``see`` with the tensors that each operation in the body was given, and with those that it returned.
+
+    Operations of a backward pass on a CPU are seen too. There is no public way (``TorchDispatchMode``,
+    ``torch.utils._python_dispatch``).
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            see(tensors_in((args, kwargs)), tensors_in(out))
+            return out
+
+    with Watch():
+        yield
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Let operations in the body mix tensors on the meta device with real ones; they return tensors without values.
+
+    A model on the meta device can then ask real inputs for their values, e.g. an image's size. Whole numbers stay real
+    if they are moved to the meta device (``TorchDispatchMode``).
+    """
+    import torch
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(tensor.is_meta for tensor in tensors_in((args, kwargs))):
+                args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            elif func is torch.ops.aten._to_copy.default and str((kwargs or {}).get("device")) == "meta":
+                kwargs = kwargs if args[0].is_floating_point() else {**kwargs, "device": torch.device("cpu")}
+            return func(*args, **(kwargs or {}))
+
+    with Shapes():
+        yield
+
+
+def tensors_in(nested: Any) -> list[Any]:
+    """Return the tensors in nested lists, tuples, dicts and outputs of models (``torch.utils._pytree``)."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
 def is_batch_norm(module: Any) -> bool:

@@ -64,6 +64,8 @@ class ModelSection(_Section):
         quantize: keep the frozen base under an adapter in 4 or 8 bits (QLoRA).
         attention: ``separate`` gives every response its own row instead of sharing the prompt.
         kernels: ``off`` uses no fused kernels on CUDA.
+        vision_memory: ``keep`` the vision tower's activations for the backward pass, or ``recompute`` them a few tiles
+            at a time; ``auto`` measures what fits.
         trust_remote_code: run the Python files that come with the model, with all your rights. Only if you have read
             them.
     """
@@ -76,6 +78,7 @@ class ModelSection(_Section):
     quantize: Literal["4bit", "8bit"] | None = None
     attention: settings.Attention = "auto"
     kernels: settings.Kernels = "auto"
+    vision_memory: settings.VisionMemory = "auto"
     trust_remote_code: bool = False
 
     @field_validator("kernels", mode="before")
@@ -242,8 +245,8 @@ class Recipe(_Section):
     @classmethod
     def _training_values(cls, training: dict[str, Any]) -> dict[str, Any]:
         rows = training.get("max_tokens_per_row")
-        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
-            raise ValueError(f"max_tokens_per_row: expected a whole number of tokens above 0, got {rows!r}")
+        if rows not in (None, "auto") and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise ValueError(f"max_tokens_per_row: expected a whole number of tokens above 0, or auto, got {rows!r}")
         # YAML reads an unquoted `no` as false, and `save_strategy: no` is what everyone writes.
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in training.items()}
 
@@ -273,6 +276,7 @@ class Recipe(_Section):
             "reference_cache_dir": self.reference.cache_dir,
             "attention": self.model.attention,
             "kernels": self.model.kernels,
+            "vision_memory": self.model.vision_memory,
         }
 
 

@@ -14,7 +14,7 @@ from vlmpo.data.formats import as_pairs
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import support_for
 from vlmpo.models.fit import check_features, check_processor, limits_of
-from vlmpo.train.config import row_tokens
+from vlmpo.train.memory_choice import row_tokens
 from vlmpo.tree import forward
 from vlmpo.tree.layout import PackedRow, PromptTree, build_row
 

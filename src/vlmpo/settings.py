@@ -19,6 +19,7 @@ ReferenceKind = Literal["auto", "copy", "adapter", "cache"]
 Attention = Literal["auto", "separate"]
 Kernels = Literal["auto", "off"]
 Precision = Literal["auto", "float32", "bf16", "autocast"]
+VisionMemory = Literal["auto", "keep", "recompute"]
 OverLong = Literal["drop", "cut"]
 OnBadRecord = Literal["skip", "fail"]
 # The keys of the tables that implement them: vlmpo.data.formats.detect.FORMATS, vlmpo.verifiers.verifiers.VERIFIERS.

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.paths import SHARED
 from vlmpo.commands import inspect as command
+from vlmpo.commands import inspect_memory
 from vlmpo.commands.inspect import (
     Encoded,
     PairSize,
@@ -67,10 +68,10 @@ def recipe_file(tmp_path, processor) -> Path:
     return path
 
 
-def printed(recipe, pairs: int) -> str:
+def printed(recipe, pairs: int, card: float | None = None) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        inspect(recipe, pairs)
+        inspect(recipe, pairs, card)
     return out.getvalue()
 
 
@@ -227,6 +228,38 @@ def test_rows_are_estimated_if_the_model_is_there(recipe_file, tokenizer):
     assert "optimizer steps per epoch: 2" in text
     assert "tokens read at once: at most 1024 (training.max_tokens_per_row); the longest pair here has " in text
     assert is_shared(load_recipe(recipe_file, ["model.attention=separate"])) is False
+
+
+def test_memory_is_estimated_for_a_card_that_is_not_there(recipe_file, tokenizer):
+    recipe = load_recipe(recipe_file)
+    assert "memory:" not in printed(recipe, pairs=0)  # there is no config to estimate from
+    build_model(tokenizer, SIZE).config.save_pretrained(recipe.model.path)
+    here = printed(recipe, pairs=0)
+    assert " GiB that are free here for weights, gradients, optimizer states and the reference" in here
+    assert "tokens read at once: at most 1024 " in here
+
+    def on_card(*overrides: str) -> str:
+        return printed(load_recipe(recipe_file, list(overrides)), pairs=0, card=80.0)
+
+    text = " ".join(on_card().split())
+    assert "memory: 0.0 GiB of the 78 GiB of the card for weights, gradients, optimizer states and the ref" in text
+    assert "memory, estimated: rows of up to " in text
+    assert "tokens read at once: at most 1024 " not in text
+    assert "and the reference" not in " ".join(on_card("reference.kind=cache").split())
+    assert "computed again, a few tiles at a time" in " ".join(on_card("model.vision_memory=recompute").split())
+    fixed = on_card("training.max_tokens_per_row=100", "training.gradient_checkpointing=true", "training.bf16=true")
+    assert "memory, estimated: the largest pair here takes about 0.0 GiB of 70.6" in " ".join(fixed.split())
+    adapted = on_card("model.lora={r: 4}", "model.freeze=[vision_tower]")
+    assert "memory, estimated: rows of up to " in " ".join(adapted.split())
+
+
+def test_a_pair_that_does_not_fit_is_said(recipe_file, tokenizer, monkeypatch):
+    recipe = load_recipe(recipe_file)
+    build_model(tokenizer, SIZE).config.save_pretrained(recipe.model.path)
+    monkeypatch.setattr(inspect_memory, "_CONTEXT", 80 * 2**30 - 300_000)  # 300 kB are left of the card
+    text = " ".join(printed(recipe, pairs=0, card=80.0).split())
+    assert "memory: the largest pair here (" in text
+    assert " does not fit: it takes about 0.0 GiB" in text
 
 
 def test_what_decides_the_memory():

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from typer.testing import CliRunner
 
 from tests.tiny_models import model, noise_image, processor, random_pair
@@ -105,6 +107,44 @@ def test_a_run_leaves_its_folder_whole(tmp_path: Path, checkpoint: Path) -> None
     AutoModelForImageTextToText.from_pretrained(run)
     AutoProcessor.from_pretrained(run)
     assert "reward accuracy" in result.output
+
+
+@pytest.mark.slow
+def test_what_a_run_has_chosen_is_in_its_manifest(tmp_path: Path, checkpoint: Path) -> None:
+    write_data(tmp_path, records(6))
+    recipe = write_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2})
+    assert call("train", recipe, "model.vision_memory=recompute").exit_code == 0
+    chosen = manifest(tmp_path)["chosen"]["memory"]
+    assert chosen["vision"] == "recompute"
+    assert chosen["asked"] == ["auto", "recompute"]
+    assert chosen["bound"]["most"] == 1024
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / STATE_FILE).read_text())
+    assert state["settings"]["chosen"]["memory"] == chosen
+
+
+@pytest.mark.slow
+def test_a_pair_that_is_out_of_memory_ends_with_one_message(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Qwen2MLP.forward
+
+    def full(self: Any, states: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return plain(self, states)
+
+    monkeypatch.setattr(Qwen2MLP, "forward", full)
+    write_data(tmp_path, records(6))
+    done = call("train", write_recipe(tmp_path, checkpoint))
+    assert done.exit_code == 2
+    text = " ".join(done.output.split())
+    assert "pairs.jsonl:" in text
+    assert (
+        "image patches, is out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); set training.grad" in text
+    )
+    assert "Traceback" not in text
+    assert manifest(tmp_path)["status"] == "failed"
+    assert manifest(tmp_path)["chosen"]["memory"]["out_of_memory"] == 1  # rows of two pairs were tried first
 
 
 @pytest.mark.slow

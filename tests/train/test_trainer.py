@@ -15,7 +15,7 @@ from tests.tiny_models import processor, random_pair
 from tests.training import Gradients, config, flat_weights, logged, pairs, relative, trainer
 from vlmpo import MPOConfig, MPOTrainer
 from vlmpo.errors import RecipeError, RecordError
-from vlmpo.train.config import row_tokens
+from vlmpo.train.memory_choice import row_tokens
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import build_row
 
@@ -25,7 +25,7 @@ START = 0.8 * math.log(2) + 0.2 * 2 * math.log(2)
 
 
 def test_rows_are_bounded_by_what_suits_the_device(tmp_path):
-    assert MPOConfig(str(tmp_path), use_cpu=True).max_tokens_per_row == 1024
+    assert MPOConfig(str(tmp_path), use_cpu=True).max_tokens_per_row == "auto"
     assert MPOConfig(str(tmp_path), use_cpu=True, max_tokens_per_row=90).max_tokens_per_row == 90
     assert MPOConfig(str(tmp_path), use_cpu=True, max_tokens_per_row=None).max_tokens_per_row is None
     assert row_tokens("cuda") == 16384

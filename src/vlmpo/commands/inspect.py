@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import AutoConfig
 
 from vlmpo.commands.config import check_training_keys
+from vlmpo.commands.inspect_memory import describe_memory
 from vlmpo.commands.run_data import RunData, none_left, open_run_data, show_examples, show_pair_counts
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import image_token_id, tokenizer_of
@@ -28,8 +29,10 @@ from vlmpo.models.families import support_for
 from vlmpo.models.fit import check_config, limits_of_config
 from vlmpo.models.loading import load_processor
 from vlmpo.recipe import Recipe
-from vlmpo.train.config import MPOConfig, row_tokens
+from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
+from vlmpo.train.memory_choice import row_tokens
+from vlmpo.train.row_probe import tree_of
 from vlmpo.train.sampler import explain_small_micro_batch
 from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import pack
@@ -77,6 +80,7 @@ class Encoded:
         notices: remarks on the data and on the chat template.
         forms: in how many pairs of each data set images and videos are given in each form, kept or dropped here.
         end_id: token with which the model ends its turn.
+        largest: the pair of the most tokens.
     """
 
     sizes: list[PairSize] = field(default_factory=list)
@@ -85,10 +89,16 @@ class Encoded:
     notices: Sequence[str] = ()
     forms: dict[str, Counter[str]] = field(default_factory=dict)
     end_id: int = -1
+    largest: EncodedPair | None = None
 
 
-def inspect(recipe: Recipe, pairs: int = 1) -> None:
+def inspect(recipe: Recipe, pairs: int = 1, card: float | None = None) -> None:
     """Print ``pairs`` pairs as the model reads them, drops by reason, lengths and tiles, pairs and rows of a step.
+
+    Args:
+        recipe: of a run.
+        pairs: how many pairs to show.
+        card: GiB of the card to train on, for an estimate of memory; None: this machine's.
 
     Raises:
         VlmpoError: the recipe, the data or the processor cannot be used, or no pair is left to train on; the first bad
@@ -128,7 +138,8 @@ def inspect(recipe: Recipe, pairs: int = 1) -> None:
     if not encoded.sizes:
         raise none_left("data.train", num_encoded, "train", encoded.dropped)
     show_sizes(encoded.sizes)
-    for line in describe_steps(recipe, len(data.train), encoded.sizes, is_shared(recipe)):
+    memory, tokens = _memory(recipe, encoded.largest, per_device, card)
+    for line in [*describe_steps(recipe, len(data.train), encoded.sizes, is_shared(recipe), tokens), *memory]:
         print_line(line)
     if (too_few := explain_small_micro_batch(recipe.data.group_by_prompt, per_device)) is not None:
         print_line(f"note: {too_few}", style="yellow")
@@ -166,6 +177,8 @@ def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int
                 encoded.dropped.drop(data.train.source(index), error)
                 continue
             encoded.sizes.append(PairSize.of(pair))
+            if encoded.largest is None or PairSize.of(pair).shared > PairSize.of(encoded.largest).shared:
+                encoded.largest = pair
             if len(encoded.samples) < num_samples and position * num_samples >= len(encoded.samples) * len(indices):
                 encoded.samples.append(pair)
     encoded.notices, encoded.end_id = encoder.notices, encoder.end_id
@@ -294,13 +307,27 @@ def read_config(recipe: Recipe) -> Any | None:
         return None
 
 
-def describe_steps(recipe: Recipe, num_train: int, sizes: Sequence[PairSize], shared: bool | None) -> list[str]:
+def _memory(
+    recipe: Recipe, largest: EncodedPair | None, per_device: int, card: float | None
+) -> tuple[list[str], int | None]:
+    """Return lines on memory, and how many tokens a row will have; None if that is not known."""
+    config = read_config(recipe)
+    if config is None or largest is None:
+        return [], None
+    shared = bool(is_shared(recipe))
+    return describe_memory(recipe, config, tree_of(largest), pairs_at_once=per_device, shared=shared, card=card)
+
+
+def describe_steps(
+    recipe: Recipe, num_train: int, sizes: Sequence[PairSize], shared: bool | None, tokens: int | None = None
+) -> list[str]:
     """Return lines on pairs, rows and tokens of an optimizer step, and steps of an epoch.
 
     Args:
         num_train: pairs to train on.
         sizes: sizes of some of them, for the estimate of rows.
         shared: what :func:`is_shared` returned.
+        tokens: of a row, as estimated.
 
     Raises:
         RecipeError: a batch size or ``max_tokens_per_row`` is not a whole number above 0.
@@ -310,16 +337,17 @@ def describe_steps(recipe: Recipe, num_train: int, sizes: Sequence[PairSize], sh
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     pairs = per_device * accumulation * devices
     product = f"{per_device} a device x {accumulation} accumulated x {devices} device(s)"
+    bound = _row_bound(recipe) if tokens is None else tokens
     lines = [f"\npairs per optimizer step: {pairs} ({product})"]
     if shared is None:
         lines.append("rows per optimizer step: not known, the model's config cannot be read")
     elif sizes:
-        rows = pairs * _count_rows(sizes, per_device, _row_bound(recipe), shared) / len(sizes)
+        rows = pairs * _count_rows(sizes, per_device, bound, shared) / len(sizes)
         kind = "prompts shared" if shared else "one response a row"
         lines.append(f"rows per optimizer step: about {rows:.1f} ({kind})")
     lines.append(f"optimizer steps per epoch: {math.ceil(num_train / pairs)}")
     if shared and sizes:
-        lines.append(row_line(_row_bound(recipe), max(size.shared for size in sizes)))
+        lines.append(row_line(bound, max(size.shared for size in sizes)))
     return lines
 
 
@@ -334,7 +362,7 @@ def positive_setting(recipe: Recipe, name: str) -> int:
 
 def _row_bound(recipe: Recipe) -> int | None:
     """Return ``training.max_tokens_per_row``, or the default for this machine; None if rows have no limit."""
-    if "max_tokens_per_row" not in recipe.training:
+    if recipe.training.get("max_tokens_per_row", "auto") == "auto":
         on_accelerator = torch.accelerator.is_available() and not recipe.training.get("use_cpu")
         return row_tokens("cuda" if on_accelerator else "cpu")
     unbounded = recipe.training["max_tokens_per_row"] is None

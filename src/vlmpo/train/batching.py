@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from vlmpo.data.encode.encoder import EncodedPair, Unusable
 from vlmpo.hashing import content_key
 from vlmpo.train.sampler import split_runs
-from vlmpo.tree.layout import PackedRow, PromptTree, build_row
-from vlmpo.tree.packing import pack
+from vlmpo.tree.layout import PackedRow, PromptTree, build_row, trees_of
+from vlmpo.tree.packing import RowBound, pack
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class MicroBatch:
         sources, origins: each pair's data set and ``file:line``.
         keys: for each response a hash of the data that decide its log-prob (prompt, images, tokens); empty unless the
             collator is ``keyed``.
+        groups: for each tree its place in the batch and its number of pairs, which are consecutive.
     """
 
     rows: list[PackedRow]
@@ -38,6 +39,7 @@ class MicroBatch:
     sources: list[str]
     origins: list[str]
     keys: list[bytes] = field(default_factory=list)
+    groups: list[tuple[int, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -72,12 +74,14 @@ class MicroBatch:
 class Batch:
     """Holds the micro-batches of one training step on one rank, and the records that cannot be used.
 
-    ``notices`` are those of its pairs: a loader's worker can tell the user nothing itself.
+    ``notices`` are those of its pairs: a loader's worker can tell the user nothing itself. ``bound`` is that of its
+    rows.
     """
 
     micro_batches: list[MicroBatch]
     dropped: list[Unusable] = field(default_factory=list)
     notices: dict[str, str] = field(default_factory=dict)
+    bound: RowBound = field(default_factory=RowBound)
 
     def __len__(self) -> int:
         return sum(len(micro_batch) for micro_batch in self.micro_batches)
@@ -92,13 +96,26 @@ class Batch:
         return sum(int(micro_batch.chosen_lengths.sum()) for micro_batch in self.micro_batches)
 
 
-class PromptGroup(NamedTuple):
-    """Holds pairs of one prompt, their tree, and the index in it of each pair's chosen and rejected response."""
+class PairName(NamedTuple):
+    """Names a pair: its data set and ``file:line``."""
 
-    pairs: list[EncodedPair]
+    source: str
+    origin: str
+
+
+class PromptGroup(NamedTuple):
+    """Holds pairs of one prompt, their tree, and the index in it of each pair's chosen and rejected response.
+
+    ``rejected`` is empty in supervised fine-tuning, ``keys`` unless responses have keys; ``place`` is the group's in
+    its batch.
+    """
+
+    pairs: list[PairName]
     tree: PromptTree
     chosen: list[int]
     rejected: list[int]
+    keys: list[bytes]
+    place: int
 
 
 @dataclass
@@ -106,72 +123,142 @@ class Collator:
     """Turns encoded pairs into a Batch.
 
     Attributes:
-        max_tokens_per_row: most tokens of a row; None: one row a batch.
+        max_tokens_per_row: most tokens of a row; None: one row a batch. Only to make one.
+        bound: what a row holds at most; may be set later.
         shared: whether a prompt is read once for its responses. If not, each response gets a row of its own, and the
             pairs of one prompt are a micro-batch.
         keyed: whether micro-batches get the keys of their responses.
         group: most pairs that share one prompt.
     """
 
-    max_tokens_per_row: int | None
+    max_tokens_per_row: InitVar[int | None]
     shared: bool
     keyed: bool = False
     group: int = 1
+    bound: RowBound = field(init=False)
+
+    def __post_init__(self, max_tokens_per_row: int | None) -> None:
+        self.bound = RowBound(max_tokens_per_row)
 
     def __call__(self, items: Sequence[EncodedPair | Unusable]) -> Batch:
         pairs = [item for item in items if isinstance(item, EncodedPair)]
-        groups = []
-        for indices in split_runs(
+        runs = split_runs(
             range(len(pairs)), max(1, self.group), lambda one, other: _same_prompt(pairs[one], pairs[other])
-        ):
-            members = [pairs[index] for index in indices]
-            # A response that several pairs have is read once.
-            position: dict[tuple[int, ...], int] = {}
-            responses: list[Tensor] = []
-            chosen: list[int] = []
-            rejected: list[int] = []
-            for pair in members:
-                for ids, positions in ((pair.chosen_ids, chosen), (pair.rejected_ids, rejected)):
-                    if ids is None:
-                        continue
-                    at = position.setdefault(tuple(ids.tolist()), len(responses))
-                    if at == len(responses):
-                        responses.append(ids)
-                    positions.append(at)
-            tree = PromptTree(members[0].prompt_ids, tuple(responses), members[0].vision, members[0].token_types)
-            groups.append(PromptGroup(members, tree, chosen, rejected))
+        )
+        groups = [_group([pairs[index] for index in indices], place, self.keyed) for place, indices in enumerate(runs)]
+        notices = {kind: remark for pair in pairs for kind, remark in pair.notices.items()}
+        dropped = [item for item in items if isinstance(item, Unusable)]
+        return Batch(self._micro_batches(groups), dropped, notices, self.bound)
+
+    def again(self, batch: Batch) -> Batch:
+        """Return ``batch``, which another bound was set for, as it would be under this one."""
+        if batch.bound == self.bound:
+            return batch
+        groups = [group for part in batch.micro_batches for group in groups_of(part, self.shared)]
+        groups.sort(key=lambda group: group.place)
+        return replace(batch, micro_batches=self._micro_batches(groups), bound=self.bound)
+
+    def _micro_batches(self, groups: Sequence[PromptGroup]) -> list[MicroBatch]:
+        """Lay groups, in the order of a batch, out in rows."""
+        most, cost = self.bound.most, self.bound.cost
+        if self.bound.divide and most is not None:
+            parts = [_divided(group) if cost(group.tree) > most else [group] for group in groups]
+            groups = list(itertools.chain.from_iterable(parts))
         if self.shared:
-            packed = pack([group.tree for group in groups], self.max_tokens_per_row)
+            packed = pack([group.tree for group in groups], most, cost)
         else:
             packed = [[index] for index in range(len(groups))]
         # Without pairs there is still one micro-batch, of no rows: a step is a forward and a backward pass.
-        micro_batches = []
-        for indices in packed or [[]]:
-            members_of_row = [groups[index] for index in indices]
-            trees = [group.tree for group in members_of_row]
-            if self.shared:
-                rows = [build_row(trees)] if trees else []
-            else:
-                rows = [build_row([alone]) for tree in trees for alone in tree.separate()]
-            offsets = [0, *itertools.accumulate(len(tree.responses) for tree in trees)]
-            numbered = list(zip(members_of_row, offsets, strict=False))
-            row_pairs = [pair for group in members_of_row for pair in group.pairs]
-            with_rejected = not row_pairs or row_pairs[0].rejected_ids is not None
-            micro_batches.append(
-                MicroBatch(
-                    rows=rows,
-                    chosen=_indices([offset + at for group, offset in numbered for at in group.chosen]),
-                    rejected=_indices([offset + at for group, offset in numbered for at in group.rejected])
-                    if with_rejected
-                    else None,
-                    chosen_lengths=_indices([pair.chosen_ids.numel() for pair in row_pairs]),
-                    sources=[pair.source for pair in row_pairs],
-                    origins=[pair.origin for pair in row_pairs],
-                    keys=[key for tree in trees for key in response_keys(tree)] if self.keyed else [],
-                )
+        return [_micro_batch([groups[index] for index in indices], self.shared) for indices in packed or [[]]]
+
+
+def _group(members: Sequence[EncodedPair], place: int, keyed: bool) -> PromptGroup:
+    """Put pairs of one prompt together; a response that several of them have is read once."""
+    position: dict[tuple[int, ...], int] = {}
+    responses: list[Tensor] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    for pair in members:
+        for ids, positions in ((pair.chosen_ids, chosen), (pair.rejected_ids, rejected)):
+            if ids is None:
+                continue
+            at = position.setdefault(tuple(ids.tolist()), len(responses))
+            if at == len(responses):
+                responses.append(ids)
+            positions.append(at)
+    tree = PromptTree(members[0].prompt_ids, tuple(responses), members[0].vision, members[0].token_types)
+    pairs = [PairName(pair.source, pair.origin) for pair in members]
+    return PromptGroup(pairs, tree, chosen, rejected, response_keys(tree) if keyed else [], place)
+
+
+def _divided(group: PromptGroup) -> list[PromptGroup]:
+    """Return each pair of ``group`` as a group of its own."""
+    parts = []
+    for at, pair in enumerate(group.pairs):
+        used = list(dict.fromkeys([group.chosen[at], *group.rejected[at : at + 1]]))
+        tree = replace(group.tree, responses=tuple(group.tree.responses[index] for index in used))
+        rejected = [used.index(index) for index in group.rejected[at : at + 1]]
+        keys = [group.keys[index] for index in used] if group.keys else []
+        parts.append(PromptGroup([pair], tree, [0], rejected, keys, group.place))
+    return parts
+
+
+def _micro_batch(groups: Sequence[PromptGroup], shared: bool) -> MicroBatch:
+    trees = [group.tree for group in groups]
+    if shared:
+        rows = [build_row(trees)] if trees else []
+    else:
+        rows = [build_row([alone]) for tree in trees for alone in tree.separate()]
+    offsets = [0, *itertools.accumulate(len(tree.responses) for tree in trees)]
+    numbered = list(zip(groups, offsets, strict=False))
+    pairs = [pair for group in groups for pair in group.pairs]
+    chosen = [(group.tree.responses[at].numel(), offset + at) for group, offset in numbered for at in group.chosen]
+    rejected = [offset + at for group, offset in numbered for at in group.rejected]
+    return MicroBatch(
+        rows=rows,
+        chosen=_indices([at for _, at in chosen]),
+        rejected=_indices(rejected) if rejected or not pairs else None,
+        chosen_lengths=_indices([length for length, _ in chosen]),
+        sources=[pair.source for pair in pairs],
+        origins=[pair.origin for pair in pairs],
+        keys=[key for group in groups for key in group.keys],
+        groups=[(group.place, len(group.pairs)) for group in groups],
+    )
+
+
+def groups_of(micro_batch: MicroBatch, shared: bool) -> list[PromptGroup]:
+    """Return the groups that a micro-batch on the host was laid out from; none for one that holds only dummies.
+
+    Needed only if it turns out too large to be read; its rows are taken apart for that.
+
+    Args:
+        micro_batch: from a :class:`Collator`.
+        shared: whether its rows share prompts; if not, it is of one group.
+    """
+    if not len(micro_batch):
+        return []
+    trees = [tree for row in micro_batch.rows for tree in trees_of(row)]
+    if not shared:
+        trees = [replace(trees[0], responses=tuple(tree.responses[0] for tree in trees))]
+    groups: list[PromptGroup] = []
+    pair = response = 0
+    chosen = micro_batch.chosen.tolist()
+    rejected = None if micro_batch.rejected is None else micro_batch.rejected.tolist()
+    for (place, count), tree in zip(micro_batch.groups, trees, strict=True):
+        of_pairs, of_tree = slice(pair, pair + count), slice(response, response + len(tree.responses))
+        names = zip(micro_batch.sources[of_pairs], micro_batch.origins[of_pairs], strict=True)
+        groups.append(
+            PromptGroup(
+                [PairName(*name) for name in names],
+                tree,
+                [at - response for at in chosen[of_pairs]],
+                [] if rejected is None else [at - response for at in rejected[of_pairs]],
+                micro_batch.keys[of_tree],
+                place,
             )
-        notices = {kind: remark for pair in pairs for kind, remark in pair.notices.items()}
-        return Batch(micro_batches, [item for item in items if isinstance(item, Unusable)], notices)
+        )
+        pair, response = of_pairs.stop, of_tree.stop
+    return groups
 
 
 def lay_out(pairs: Sequence[EncodedPair], shared: bool = True, keyed: bool = False, group: int = 1) -> MicroBatch:
@@ -194,6 +281,7 @@ def merge(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
         sources=[source for part in micro_batches for source in part.sources],
         origins=[origin for part in micro_batches for origin in part.origins],
         keys=[key for part in micro_batches for key in part.keys],
+        groups=[group for part in micro_batches for group in part.groups],
     )
 
 

@@ -78,6 +78,7 @@ class CachedReference:
         self._reload = reload
         self._any_rank = any_rank
         self._lasting = lasting
+        self._in_blocks = False
 
     def load(self) -> Reference:
         """Return the model behind the store; load it if it is not in memory.
@@ -88,6 +89,8 @@ class CachedReference:
         if self.model is None:
             logger.info(f"reference: some log-probs are not in {self.store.folder}; its model is loaded for them")
             model = self._reload()
+            if self._in_blocks:
+                model.read_in_blocks(True)
             if model.weights_hash() != self._weights:
                 raise RunError(
                     "cannot reload the reference: its weights on disk have changed since this run began; start again "
@@ -158,6 +161,12 @@ class CachedReference:
         """Read every response in a row of its own from now on; a model loaded later does so anyway."""
         if self.model is not None:
             self.model.stop_sharing()
+
+    def read_in_blocks(self, on: bool) -> None:
+        """Read images in blocks of tiles, as the policy does, with a model loaded later too; or not."""
+        self._in_blocks = on
+        if self.model is not None:
+            self.model.read_in_blocks(on)
 
     def tower_owner(self) -> Any | None:
         """Return None: the store reads no images."""

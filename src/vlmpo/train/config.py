@@ -26,6 +26,7 @@ from vlmpo.settings import (
     Precision,
     ReferenceKind,
     ShiftMode,
+    VisionMemory,
 )
 from vlmpo.train.arguments import check_numbers
 from vlmpo.train.determinism import prepare_determinism
@@ -42,18 +43,9 @@ CHOICES = {
     "attention": get_args(Attention),
     "kernels": get_args(Kernels),
     "precision": get_args(Precision),
+    "vision_memory": get_args(VisionMemory),
     "train_sampling_strategy": ("random", "sequential"),
 }
-
-
-# Tokens of a row. A GPU needs many at once to be busy; on a CPU two pairs of 7 tiles take as long in one row as in two
-# (0.99 and 1.01 times the seconds, online and cached), which take a sixth less memory.
-ROW_TOKENS = {"cpu": 1024, "cuda": 16384}
-
-
-def row_tokens(device: str) -> int:
-    """Return the default of ``max_tokens_per_row`` on a ``device`` of that type."""
-    return ROW_TOKENS.get(device, ROW_TOKENS["cuda"])
 
 
 def asked_precision(precision: str, bf16: bool | None, fp16: bool) -> str:
@@ -112,8 +104,8 @@ class MPOConfig(TrainingArguments):
             processor allows one image.
         video_frames: most frames that are read of a video.
         max_tokens_per_row: most tokens of a row; a micro-batch is read in several rows, each with a backward pass, so
-            that a row's length bounds the memory, not the micro-batch's. 0: the device's default, see ROW_TOKENS; None:
-            no bound.
+            that a row's length bounds the memory, not the micro-batch's. ``auto``: as many as fit, by a measure at the
+            start (see vlmpo.train.memory_choice); None: no bound.
         group_by_prompt: put up to this many pairs of one prompt next to each other, so that they share the prompt, and
             a response that several of them have is read once. Pairs of one prompt are then in one step more often than
             by chance. 0: leave pairs in shuffled order.
@@ -133,6 +125,8 @@ class MPOConfig(TrainingArguments):
             machine's cores, see vlmpo.train.readers.
         allow_changes: recipe keys, e.g. ``loss.beta``, that may differ from what the checkpoint was made by that is
             resumed from; the change is noted in the run's history.
+        vision_memory: ``keep`` the vision tower's activations, ``recompute`` them in the backward pass, a few tiles
+            at a time, or ``auto``: by the same measure.
         attention: ``auto`` shares prompts if the model family allows it; ``separate`` reads each response in a row of
             its own.
         kernels: ``auto`` computes norms and gated MLPs by fused kernels on CUDA if liger-kernel is installed and agrees
@@ -155,7 +149,7 @@ class MPOConfig(TrainingArguments):
     over_long: str = "drop"
     max_tiles: int | None = None
     video_frames: int = 8
-    max_tokens_per_row: int | None = 0
+    max_tokens_per_row: int | str | None = "auto"
     group_by_prompt: int = 0
     balance_ranks: bool = True
     on_bad_record: str = "skip"
@@ -164,6 +158,7 @@ class MPOConfig(TrainingArguments):
     kernels: str = "auto"
     precision: str = "auto"
     bf16: bool | None = None
+    vision_memory: str = "auto"
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
     deterministic: bool = False
@@ -208,8 +203,9 @@ class MPOConfig(TrainingArguments):
                     f"{self.metric_for_best_model} the best, though a {better} one is better; leave it out if that is "
                     "not meant"
                 )
-        if self.max_tokens_per_row == 0:
-            self.max_tokens_per_row = row_tokens(self.device.type)
+        rows = self.max_tokens_per_row
+        if rows not in ("auto", None) and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise ValueError(f"max_tokens_per_row must be a whole number above 0, auto, or None, not {rows!r}")
         self.loss_weights = check_weights(MPO_WEIGHTS if self.loss_weights is None else self.loss_weights)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

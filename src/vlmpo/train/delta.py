@@ -34,6 +34,10 @@ class DeltaUpdates:
         self._unread: list[Tensor] = []  # sums of rewards in the optimizer step under way, on this rank
         self._count = 0.0
 
+    def restart_step(self) -> None:
+        """Forget the rewards of the step under way, which is made again."""
+        self._unread, self._count = [], 0.0
+
     def before_loss(self, micro_batch: MicroBatch, policy: Tensor, reference: Tensor | None) -> None:
         """Let a micro-batch's mean reward, averaged over the ranks that have one, enter delta: mode ``running``.
 

@@ -65,6 +65,15 @@ class StepSums:
                 self._values[name] += number
         return self._values
 
+    def snapshot(self) -> tuple[dict[str, float], list[tuple[list[str], Tensor]]]:
+        """Return what the sums are now, for :meth:`restore`; nothing is read from the device."""
+        return dict(self._values), list(self._unread)
+
+    def restore(self, snapshot: tuple[dict[str, float], list[tuple[list[str], Tensor]]]) -> None:
+        """Be what the sums were then."""
+        values, unread = snapshot
+        self._values, self._unread = defaultdict(float, values), list(unread)
+
     def add(
         self,
         output: LossOutput,

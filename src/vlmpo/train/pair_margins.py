@@ -75,6 +75,15 @@ class PairMargins(TrainerCallback):
         if output.chosen_rewards is not None and output.rejected_rewards is not None:
             self._fresh.append((origins, (output.chosen_rewards - output.rejected_rewards).detach()))
 
+    @property
+    def added(self) -> int:
+        """How many micro-batches were added since :meth:`collect`."""
+        return len(self._fresh)
+
+    def forget_from(self, number: int) -> None:
+        """Forget the micro-batches that were added after the first ``number``: their step is made again."""
+        del self._fresh[number:]
+
     def collect(self, step: int, gather: Callable[[Any], list[Any]]) -> None:
         """Take in what all ranks have added since the last call; all of them call it together."""
         names = [origin for origins, _ in self._fresh for origin in origins]

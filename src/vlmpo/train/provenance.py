@@ -32,6 +32,7 @@ _KEYS = {
     "reference_cache_dir": "reference.cache_dir",
     "attention": "model.attention",
     "kernels": "model.kernels",
+    "vision_memory": "model.vision_memory",
 }
 # Fields that say nothing about what the run makes.
 _PASSING = {"output_dir", "resume_from_checkpoint", "allow_changes", "local_rank", "logging_dir", "run_name"}
@@ -150,7 +151,7 @@ def changes(before: Settings, now: Settings) -> Changes:
         made_in = now.get("training.precision")  # before there was a choice, weights of another type counted as these
     if made_in is not None:
         before = {"training.precision": made_in, **before}
-    for key in sorted(before.keys() & now.keys() - {"recipe"}):  # its parts are there under their own keys
+    for key in sorted(before.keys() & now.keys() - {"recipe", "chosen"}):  # a recipe's parts have keys of their own
         old, new = before[key], now[key]
         if key == "model.lora" and isinstance(old, dict) and isinstance(new, dict):
             fields = sorted(old.keys() | new.keys())

@@ -28,6 +28,7 @@ from vlmpo.train.batching import MicroBatch
 from vlmpo.train.host_weights import HostWeights, can_rest
 from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
 from vlmpo.tree.forward import install, sum_by_response, uses_shared_rows
+from vlmpo.tree.vision_blocks import read_in_blocks
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
 _DROPOUT_RATES = (
@@ -52,6 +53,9 @@ class Reference(Protocol):
 
     def stop_sharing(self) -> None:
         """Read every response in a row of its own from now on."""
+
+    def read_in_blocks(self, on: bool) -> None:
+        """Read images in blocks of tiles, as the policy does; or not."""
 
     def tower_owner(self) -> Any | None:
         """Return the model whose image features the policy may take; None if the reference reads no images here."""
@@ -97,6 +101,10 @@ class CopyReference:
     def stop_sharing(self) -> None:
         """Read every response in a row of its own from now on."""
         install(self.tower_owner(), shared=False)
+
+    def read_in_blocks(self, on: bool) -> None:
+        """Read images in blocks of tiles, as the policy does; or not."""
+        read_in_blocks(self.tower_owner(), on)
 
     def tower_owner(self) -> Any | None:
         """Return the model, under no wrapper."""
@@ -153,6 +161,9 @@ class AdapterReference:
 
     def stop_sharing(self) -> None:
         """Do nothing: the policy, which is the model that is read here, is set up by the trainer."""
+
+    def read_in_blocks(self, on: bool) -> None:
+        """Do nothing: the policy is the model that is read here."""
 
     def tower_owner(self) -> Any | None:
         """Return the policy's own base model."""

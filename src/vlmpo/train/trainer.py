@@ -22,7 +22,7 @@ from vlmpo.data.encode.processors import tokenizer_of, with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
-from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
+from vlmpo.models.adapters import is_peft, prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.fit import check_features, check_processor
 from vlmpo.models.masters import HALF, Masters
 from vlmpo.models.recompute import free_inputs_of_gradients
@@ -51,7 +51,18 @@ from vlmpo.train.inputs import (
 )
 from vlmpo.train.kernel_choice import CHOSEN, choose_kernels
 from vlmpo.train.launcher import refuse_unseen_ranks
+from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.loaders import LoaderFactory
+from vlmpo.train.memory_choice import (
+    MemoryChoice,
+    Situation,
+    choose_memory,
+    fixed_tokens,
+    log_choice,
+    pending_bytes,
+    ranks_of_machine,
+    refuse_blocks,
+)
 from vlmpo.train.metrics import (
     StepSums,
     carried_on,
@@ -70,6 +81,7 @@ from vlmpo.train.model_card import (
     objective_fields,
     training_settings,
 )
+from vlmpo.train.out_of_memory import StepAgain, explained, free_what_is_left, remedies
 from vlmpo.train.pair_margins import PairMargins, decoder, score_pairs
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.precision import choose_precision, is_sharded, reads_masters, recorded_precision, without_sharding
@@ -78,6 +90,7 @@ from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.readers import choose_readers, cores_of_a_rank
 from vlmpo.train.reference import CopyReference, Reference, online_reference, switch_dropout_off
 from vlmpo.train.resume import refuse_damaged_best
+from vlmpo.train.row_probe import RowProbe
 from vlmpo.train.run_checkpoints import RunCheckpoints
 from vlmpo.train.run_watch import RunWatch
 from vlmpo.train.sampler import PairLoader
@@ -96,6 +109,7 @@ from vlmpo.tree.forward import install, response_logps, response_logps_and_route
 from vlmpo.tree.ordered import Select
 from vlmpo.tree.positions import ready_on_host
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
+from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, trains_tower
 
 
 class MPOTrainer(Trainer):
@@ -128,6 +142,10 @@ class MPOTrainer(Trainer):
         trained_pairs: what became of the pairs of all ranks, once training is over.
         card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
         given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
+        memory: what rows may hold and whether the vision tower is computed again, once training has begun.
+        chosen_before: what an earlier session of the run has chosen, as :meth:`chosen` returns it; a checkpoint's goes
+            before it.
+        on_choice: called whenever :meth:`chosen` changes.
         checkpoints: finds and writes them; knows the run's history.
         watch: ends the run if its data or numbers are good for nothing.
         margins: keeps the margins of pairs for the run's report; None unless :meth:`keep_margins` is called.
@@ -189,7 +207,10 @@ class MPOTrainer(Trainer):
                 model=model,
                 args=args,
                 data_collator=Collator(
-                    args.max_tokens_per_row, shared, keyed=args.reference_kind == "cache", group=args.group_by_prompt
+                    fixed_tokens(args.max_tokens_per_row, args.device),
+                    shared,
+                    keyed=args.reference_kind == "cache",
+                    group=args.group_by_prompt,
                 ),
                 train_dataset=pairs_of(train_dataset, self.with_preferences, "train_dataset"),
                 eval_dataset=pairs_of(eval_dataset, self.with_preferences, "eval_dataset"),
@@ -251,6 +272,12 @@ class MPOTrainer(Trainer):
         self.given_settings: Settings = {}
         self._at_start = BeforeFirstStep()
         self.margins: PairMargins | None = None
+        self.memory: MemoryChoice | None = None
+        self.chosen_before: Settings = {}
+        self.on_choice: Callable[[], None] = lambda: None
+        self._step_batches: list[Batch] = []  # of the step under way, on the host
+        self._sums_before = self.sums.snapshot()  # when it began
+        self._margins_before = 0
         self._steps_before = 0  # steps of the checkpoint that is resumed from
         self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
         self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
@@ -268,6 +295,14 @@ class MPOTrainer(Trainer):
             reuse=self._reuse_choices,
             reference_hash=self._reference_hash,
             deepspeed=self.is_deepspeed_enabled,
+        )
+        self.step_again = StepAgain(
+            self.data_collator,
+            alone=self.accelerator.num_processes == 1 and not self.ranks.share_passes,
+            whole=self.reward_shift.mode == "running",
+            patch_pixels=count_patch_pixels(self.model),
+            remedies=self._remedies,
+            lowered=self._note_lower_bound,
         )
         self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
         self.add_callback(self.stopping)
@@ -376,6 +411,61 @@ class MPOTrainer(Trainer):
             if self.reference is not None:
                 self.reference.stop_sharing()
 
+    # ---- memory ----
+
+    def _choose_memory(self, before: Any) -> None:
+        """Choose what rows hold; or take over ``before``, what an earlier session of this run chose."""
+        policy, args = unwrap_peft(self.model), self.args
+        in_blocks = can_read_in_blocks(policy)
+        refuse_blocks(args.vision_memory, known=in_blocks, share_passes=self.ranks.share_passes)
+        situation = Situation(
+            device=args.device,
+            tokens=args.max_tokens_per_row,
+            vision=args.vision_memory,
+            pairs_at_once=compat.batch_size_per_device(self),
+            can_recompute=in_blocks and trains_tower(policy) and not self.ranks.share_passes,
+            can_measure=not self.ranks.share_passes,
+            ranks_here=ranks_of_machine(),
+        )
+        choice = MemoryChoice.from_json(before, situation.asked)
+        known = choice is not None
+        if choice is None:
+            probe = RowProbe(
+                EncodedPairs(self.train_dataset, self.loader_encoder),
+                policy=policy,
+                wrapped=self.model_wrapped,
+                shared=self.shared,
+                with_router=self.router_coefficient is not None,
+                prepare=self._prepare_inputs,
+                accelerator=self.accelerator,
+            )
+            pending = functools.partial(pending_bytes, self.model, self.optimizer)
+            choice = choose_memory(situation, probe=probe, pending=pending, gather=self.ranks.all_gather)
+        log_choice(choice, known)
+        self.memory = choice
+        self.data_collator.bound = choice.bound
+        if in_blocks:
+            read_in_blocks(policy, choice.vision == "recompute")
+            if self.reference is not None:
+                self.reference.read_in_blocks(choice.vision == "recompute")
+        self.on_choice()
+
+    def chosen(self) -> Settings:
+        """Return what the run has chosen for itself, in plain JSON values; a run that goes on takes it over."""
+        return {} if self.memory is None else {"memory": self.memory.to_json()}
+
+    def _remedies(self) -> str:
+        policy = unwrap_peft(self.model)
+        recomputes = self.memory is not None and self.memory.vision == "recompute"
+        could = can_read_in_blocks(policy) and trains_tower(policy) and not self.ranks.share_passes
+        return remedies(self.args, trains_tower=could, recomputes=recomputes, adapter=is_peft(self.model))
+
+    def _note_lower_bound(self) -> None:
+        if self.memory is not None:
+            times = self.memory.out_of_memory + 1
+            self.memory = replace(self.memory, bound=self.data_collator.bound, out_of_memory=times)
+        self.on_choice()
+
     # ---- data ----
 
     def get_train_dataloader(self) -> PairLoader:
@@ -406,6 +496,9 @@ class MPOTrainer(Trainer):
         self.watch.see_data(info, self.pair_counts, step=self.state.global_step + 1, epoch=done)
         if self.average is not None:
             self.average.paused = self.watch.step_is_empty
+        self._step_batches = []
+        self._sums_before = self.sums.snapshot()
+        self._margins_before = 0 if self.margins is None else self.margins.added
         counts = {"pairs": float(info.pairs), "chosen_tokens": float(info.chosen_tokens)}
         empty = not all(part.rows for batch in batches for part in batch.micro_batches)
         if empty or self.accelerator.num_processes > 1:
@@ -426,22 +519,55 @@ class MPOTrainer(Trainer):
     # ---- one step ----
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """Run forward and backward of a batch, one micro-batch after the other.
+        """Run forward and backward of a batch; if a row is out of memory, of the whole step again in smaller ones.
 
-        Under ``reward_shift: running`` all its rewards must be known before any backward: it is then one micro-batch.
+        Raises:
+            RunError: a row that cannot be smaller is out of memory.
         """
-        micro_batches = inputs.micro_batches
-        if self.reward_shift.mode == "running":
-            micro_batches = [merge(micro_batches)]
-        total = torch.zeros((), device=self.args.device)
-        for micro_batch in micro_batches:
-            last = micro_batch is micro_batches[-1]
-            due = contextlib.nullcontext() if last else no_gradient_sync(self.accelerator, model)
-            with due, contextlib.nullcontext() if self.masters is None else self.masters.kept_for_backward():
-                total = total + super().training_step(model, micro_batch, num_items_in_batch)
+        self._step_batches.append(inputs)
+        todo = [inputs]
+        while todo:
+            with self.step_again.watched() as attempt:
+                for batch in todo:
+                    total = torch.zeros((), device=self.args.device)
+                    micro_batches = self._micro_batches(batch)
+                    for micro_batch in micro_batches:
+                        attempt.reading = micro_batch
+                        with self._one_pass(model, last=micro_batch is micro_batches[-1]):
+                            total = total + super().training_step(model, micro_batch, num_items_in_batch)
+            todo = [] if attempt.failure is None else self._step_batches
+            if todo:
+                self._undo_step(model)
         if self.accelerator.sync_gradients:
             self.ranks.drop_dummy_gradients(model)
         return total
+
+    @contextlib.contextmanager
+    def _one_pass(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Run the body, a forward and a backward pass; ``last``: of a batch."""
+        due = contextlib.nullcontext() if last else no_gradient_sync(self.accelerator, model)
+        with due, contextlib.nullcontext() if self.masters is None else self.masters.kept_for_backward():
+            yield
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """Return what of a batch is read in one pass each, in rows as large as they may be by now.
+
+        Under ``reward_shift: running`` all its rewards must be known before any backward: it is then one micro-batch.
+        """
+        if batch.bound != self.data_collator.bound:
+            batch = self.data_collator.again(batch)
+        return [merge(batch.micro_batches)] if self.reward_shift.mode == "running" else batch.micro_batches
+
+    def _undo_step(self, model: nn.Module) -> None:
+        """Put gradients and sums back to where they were when the optimizer step began."""
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.sums.restore(self._sums_before)
+        if self.margins is not None:
+            self.margins.forget_from(self._margins_before)
+        self.delta.restart_step()
+        self.watch.numbers.start()
+        free_what_is_left()
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
@@ -798,12 +924,14 @@ class MPOTrainer(Trainer):
             before_first_step.insert(0, self._check_rows)
         else:
             self._check_rows()
+        state = read_state(checkpoint) if checkpoint else {}
+        before = (state.get("settings") or {}).get("chosen", self.chosen_before).get("memory")
+        before_first_step.append(functools.partial(self._choose_memory, before))
         self.settle_best_metric()
         if self.average is not None:
             self.average.start_from(checkpoint)
         self._steps_before, self._loss_known = 0, True
         if checkpoint:
-            state = read_state(checkpoint)
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
             before_first_step.append(functools.partial(self._go_on, state))
@@ -811,8 +939,9 @@ class MPOTrainer(Trainer):
         self._at_start = BeforeFirstStep(*before_first_step)
         self.add_callback(self._at_start)
         self.watch.start()
+        watched = self.stopping.watched(self.args.enable_jit_checkpoint)
         try:
-            with self.stopping.watched(self.args.enable_jit_checkpoint), deterministic_run(self.args.deterministic):
+            with watched, explained(), deterministic_run(self.args.deterministic):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             if isinstance(loader := self.callback_handler.train_dataloader, PairLoader):
@@ -833,7 +962,8 @@ class MPOTrainer(Trainer):
         """Return what the run is made by: JSON values by recipe key."""
         if "data.train.pairs" not in self.given_settings and self.train_dataset is not None:
             self.given_settings["data.train.pairs"] = pairs_hash(self.train_dataset)
-        return run_settings(self.args, self.model, {**self.given_settings, CHOSEN: self.kernels.kinds})
+        chosen = {CHOSEN: self.kernels.kinds, "chosen": self.chosen()}
+        return run_settings(self.args, self.model, {**self.given_settings, **chosen})
 
     def _reuse_choices(self, before: Settings) -> None:
         """Choose again what the run that is resumed chose, if it was asked for the same."""

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmpo.tree.vision import merge_vision
+from vlmpo.tree.vision import item_dimension, merge_vision, split_vision
 
 
 @dataclass(frozen=True)
@@ -240,6 +240,7 @@ class PackedRow:
         token_types: ``[1, tokens]`` each, by the processor's name.
         dummy_tokens: tokens at the row's end that no scored token sees, see :func:`append_dummy`.
         host_ids: ``input_ids`` before the row was moved to its device; None: it was not.
+        vision_counts: how many entries of each vision tensor each tree has.
     """
 
     input_ids: Tensor
@@ -253,6 +254,7 @@ class PackedRow:
     token_types: dict[str, Tensor] = field(default_factory=dict)
     dummy_tokens: int = 0
     host_ids: Tensor | None = None
+    vision_counts: tuple[dict[str, int], ...] = ()
 
     @property
     def response_lengths(self) -> list[int]:
@@ -309,7 +311,25 @@ def build_row(trees: Sequence[PromptTree]) -> PackedRow:
         num_responses=num_responses,
         vision=merge_vision([tree.vision for tree in trees]),
         token_types=_token_types(trees),
+        vision_counts=tuple(
+            {name: tensor.shape[item_dimension(name, tree.vision.keys())] for name, tensor in tree.vision.items()}
+            for tree in trees
+        ),
     )
+
+
+def trees_of(row: PackedRow) -> list[PromptTree]:
+    """Return the trees that ``row``, without dummies, was built of; needed only if it turns out too large to read."""
+    trees = []
+    vision = split_vision(row.vision, row.vision_counts)
+    for span, of_tree in zip(row.layout.spans, vision, strict=True):
+        prompt, *responses = row.input_ids[0, span.start :].split(
+            [span.prompt, *span.responses, row.layout.num_tokens - span.start - span.prompt - sum(span.responses)]
+        )[:-1]
+        ends = slice(span.start, span.start + span.prompt)
+        types = {name: marks[0, ends] for name, marks in row.token_types.items()}
+        trees.append(PromptTree(prompt, tuple(responses), of_tree, types))
+    return trees
 
 
 def _token_types(trees: Sequence[PromptTree]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ Nearly every family lists its tiles, images, patches or grids along dimension 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,23 @@ def merge_vision(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: _merge(name, [part for part in parts if name in part]) for name in names}
 
 
+def split_vision(merged: dict[str, Tensor], counts: Sequence[dict[str, int]]) -> list[dict[str, Tensor]]:
+    """Return each prompt's part of what :func:`merge_vision` returned; zeros that were added stay.
+
+    Args:
+        merged: the vision tensors of a row.
+        counts: how many entries of each tensor each of its prompts has, along :func:`item_dimension`.
+    """
+    parts: list[dict[str, Tensor]] = [{} for _ in counts]
+    for name, tensor in merged.items():
+        pieces = tensor.split([count[name] for count in counts if name in count], dim=item_dimension(name, merged))
+        of_prompt = iter(pieces)
+        for part, count in zip(parts, counts, strict=True):
+            if name in count:
+                part[name] = next(of_prompt)
+    return parts
+
+
 def refuse_bytes(pixels: Tensor | None) -> None:
     """Raise ModelError for pixels that are still bytes: some models would read 0 to 255 as normalised pixels."""
     if pixels is not None and pixels.dtype == torch.uint8:
@@ -52,10 +69,15 @@ def refuse_bytes(pixels: Tensor | None) -> None:
         )
 
 
+def item_dimension(name: str, names: Collection[str]) -> int:
+    """Return the dimension along which the tensor ``name`` lists pictures, if ``names`` are those of a prompt."""
+    return 1 if name in (_PIXELS, _MASK) and _MASK in names else 0
+
+
 def _merge(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
     tensors = [part[name] for part in parts]
-    by_prompt = name in (_PIXELS, _MASK) and all(_MASK in part for part in parts)
-    item = 1 if by_prompt else 0
+    item = min(item_dimension(name, part) for part in parts)
+    by_prompt = item == 1
     may_pad = _PADDED.get(tensors[0].dim(), ()) if name == _PIXELS and all(_SIZES in part for part in parts) else ()
     if len({tensor.dim() for tensor in tensors}) == 1:
         tensors = [_padded(tensor, tensors, may_pad) for tensor in tensors]

@@ -1,0 +1,115 @@
+"""What ``vlmpo inspect`` says about memory: what weights and rows take on a card, before there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlmpo.commands.adapter_settings import lora_config
+from vlmpo.errors import VlmpoError
+from vlmpo.loss import needs_reference
+from vlmpo.models.adapters import put_adapter_on, unwrap_peft
+from vlmpo.models.loading import freeze_parts
+from vlmpo.recipe import Recipe
+from vlmpo.train.lengths import count_patch_pixels
+from vlmpo.train.memory import RowMemory
+from vlmpo.train.memory_choice import MARGIN, Situation, free_bytes, settled
+from vlmpo.train.memory_estimate import estimate_rows, meta_model
+from vlmpo.tree.layout import PromptTree
+from vlmpo.tree.packing import count_patches
+from vlmpo.tree.vision_blocks import can_read_in_blocks, trains_tower
+
+_GIB = 1024**3
+_CONTEXT = 1.5 * _GIB  # what CUDA and its libraries take for themselves
+# Rows of float32 weights under autocast take more than those of bf16 weights (measured: 66 to 52 GiB).
+_AUTOCAST = 1.26
+# Bytes a weight under quantisation, scales included.
+_QUANTIZED = {"8bit": 1.1, "4bit": 0.6}
+# Bytes a trained weight of an optimizer's states, by what is in its name; of all others two of a weight's size.
+_STATES = {"8bit": 2.0, "4bit": 1.0, "sgd": 0.0, "adafactor": 0.1}
+
+
+def describe_memory(
+    recipe: Recipe, config: Any, pair: PromptTree, *, pairs_at_once: int, shared: bool, card: float | None
+) -> tuple[list[str], int | None]:
+    """Return lines on memory, and how many tokens a row will have; None if that is not known.
+
+    Args:
+        recipe: of the run.
+        config: of its model.
+        pair: the largest of the pairs that were encoded.
+        pairs_at_once: pairs of a micro-batch.
+        shared: whether rows share prompts.
+        card: GiB of the card to train on; None: this machine's, or its free memory if it has none.
+    """
+    try:
+        model = _model(recipe, config)
+        resident, parts = _resident(recipe, model)
+        base = unwrap_peft(model)
+        in_blocks = can_read_in_blocks(base) and trains_tower(base)
+        device = torch.device("cpu" if card is None and not _has_card(recipe) else "cuda")
+        tokens, vision = recipe.training.get("max_tokens_per_row", "auto"), recipe.model.vision_memory
+        situation = Situation(device, tokens, vision, pairs_at_once, in_blocks, can_measure=True, ranks_here=1)
+        total = _total(device, card)
+        room = int((1 - MARGIN) * (total - resident))
+        largest = pair.num_tokens, count_patches(pair, count_patch_pixels(base))
+        factor = _AUTOCAST if model.dtype == torch.bfloat16 and recipe.model.dtype == "float32" else 1.0
+
+        def look(recompute: bool) -> tuple[RowMemory, int]:
+            return estimate_rows(base, pair, recompute=recompute, shared=shared).times(factor), room
+
+        choice, memory = settled(situation, largest, look)
+    except VlmpoError:
+        raise
+    except Exception as error:  # of a family that asks for values; its data can be inspected all the same
+        return [f"memory: not estimated for this model ({type(error).__name__})"], None
+    assert memory is not None
+    where = f"{total / _GIB:.0f} GiB {'of the card' if device.type == 'cuda' else 'that are free here'}"
+    lines = [f"memory: {resident / _GIB:.1f} GiB of the {where} for {parts}"]
+    if memory.peak(*largest) > room:
+        needs = f"{memory.peak(*largest) / _GIB:.1f} GiB, and there are {max(room, 0) / _GIB:.1f} GiB for a row"
+        sizes = f"{largest[0]} tokens, {largest[1]} patches"
+        return [*lines, f"memory: the largest pair here ({sizes}) does not fit: it takes about {needs}"], None
+    took = f"the largest pair here takes about {memory.peak(*largest) / _GIB:.1f} GiB of {room / _GIB:.1f}"
+    lines.append(f"memory, estimated: {choice.line or took}")
+    cost = choice.bound.cost_of(*largest)
+    return lines, max((choice.bound.most or 0) * largest[0] // max(cost, 1), 1) if choice.bound.limits else None
+
+
+def _has_card(recipe: Recipe) -> bool:
+    return torch.cuda.is_available() and not recipe.training.get("use_cpu")
+
+
+def _total(device: torch.device, card: float | None) -> int:
+    """Return the bytes that a run can take in all."""
+    if card is not None:
+        return int(card * _GIB - _CONTEXT)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory - _CONTEXT)
+    return free_bytes(device)
+
+
+def _model(recipe: Recipe, config: Any) -> Any:
+    """Return the model without values, its parts frozen and its adapter on it as the recipe says."""
+    training = recipe.training
+    half = recipe.model.dtype == "bfloat16" or any(training.get(kind) for kind in ("bf16", "fp16"))
+    checkpointing = any(training.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
+    model = meta_model(config, torch.bfloat16 if half else torch.float32, checkpointing)
+    freeze_parts(model, recipe.model.freeze)
+    adapter = lora_config(recipe)
+    return model if adapter is None else put_adapter_on(model, adapter).train()
+
+
+def _resident(recipe: Recipe, model: Any) -> tuple[int, str]:
+    """Return the bytes that do not depend on rows, and what they are for."""
+    size = 2 if recipe.model.dtype == "bfloat16" else 4
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = trained * size + frozen * _QUANTIZED.get(recipe.model.quantize or "", size)
+    states = next((b for name, b in _STATES.items() if name in recipe.training.get("optim", "adamw")), 2.0 * size)
+    kind = recipe.reference.kind
+    copied = needs_reference(recipe.loss.weights) and (kind == "copy" or (kind == "auto" and recipe.model.lora is None))
+    total = weights * (2 if copied else 1) + trained * (size + states)
+    parts = "weights, gradients, optimizer states" + (" and the reference" if copied else "")
+    return int(total), parts

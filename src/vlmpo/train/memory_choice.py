@@ -1,0 +1,330 @@
+"""Choose at the start of a run what a row may hold, and whether the vision tower's activations are kept.
+
+The choice is recorded: how pairs are packed into rows decides in which order their gradients are summed, so that a run
+that goes on must pack them as it did.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlmpo.errors import RunError
+from vlmpo.log import logger
+from vlmpo.train.memory import RowMemory, is_out_of_memory
+from vlmpo.tree.packing import RowBound
+
+# Tokens of a row if nothing is measured. A GPU needs many at once to be busy; on a CPU two pairs of 7 tiles take as
+# long in one row as in two (0.99 and 1.01 times the seconds, online and cached), which take a sixth less memory.
+ROW_TOKENS = {"cpu": 1024, "cuda": 16384}
+FULL_ROW = 8192  # tokens of a row with which a GPU is busy: to make room for larger ones nothing is computed again
+MARGIN = 0.1  # of what is free stays so: memory is not handed out without gaps
+LOOKED_AT = 8  # pairs, spread over the data set, of which the largest is measured
+_SMALL = 0.1  # of a CPU's free memory: a model whose weights take less is not measured
+_TRIED = 64  # rows and columns of the weight on which an optimizer is tried
+_GIB = 1024**3
+
+
+def row_tokens(device: str) -> int:
+    """Return the tokens of a row on a ``device`` of that type if nothing is measured."""
+    return ROW_TOKENS.get(device, ROW_TOKENS["cuda"])
+
+
+def fixed_tokens(tokens: int | str | None, device: torch.device) -> int | None:
+    """Return the most tokens of a row before anything is measured: ``tokens``, unless they are ``auto``."""
+    return row_tokens(device.type) if isinstance(tokens, str) else tokens
+
+
+@dataclass
+class MemoryChoice:
+    """Holds what a run has chosen, and what it was asked for.
+
+    Attributes:
+        asked: ``max_tokens_per_row`` and ``vision_memory`` as they are set.
+        bound: of rows.
+        vision: ``keep`` or ``recompute``.
+        out_of_memory: how often a row did not fit, so that the bound was lowered.
+    """
+
+    asked: list[Any]
+    bound: RowBound
+    vision: str = "keep"
+    out_of_memory: int = 0
+    line: str = field(default="", compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it in plain JSON values."""
+        values = {"asked": self.asked, "vision": self.vision, "out_of_memory": self.out_of_memory}
+        return {**values, "bound": self.bound.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Any, asked: list[Any]) -> MemoryChoice | None:
+        """Return what an earlier session of the run chose; None if it was asked for something else, or is damaged."""
+        try:
+            if values["asked"] != asked:
+                return None
+            bound = RowBound.from_json(values["bound"])
+            return cls(asked, bound, str(values["vision"]), int(values["out_of_memory"]))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+# ---- what is free ----
+
+
+def free_bytes(device: torch.device, ranks_here: int = 1) -> int:
+    """Return the bytes that this process can still take on ``device``; on a CPU its share of what is free."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    return max(min(_available(), _left_of_group()), 0) // ranks_here
+
+
+def _available() -> int:
+    """Return the machine's memory that is free or can be freed; half of all of it if the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_of_group() -> int:
+    """Return what is left of the limit that a container sets, if there is one; files in memory can be freed."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        held = int((group / "memory.current").read_text())
+        lines = (group / "memory.stat").read_text().splitlines()
+        files = next(int(line.split()[1]) for line in lines if line.startswith("file "))
+    except (OSError, ValueError, IndexError, StopIteration):  # "max": no limit; or another system
+        return 2**62
+    return limit - held + files
+
+
+def pending_bytes(model: nn.Module, optimizer: Any) -> int:
+    """Return what a step takes beside its rows and has not been allocated yet: gradients and optimizer states."""
+    trained = [_local(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(weight.nbytes for weight in trained)
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if inner is None or inner.state:
+        return gradients
+    rates = {weight.dtype: _state_bytes(inner, weight) for weight in {w.dtype: w for w in trained}.values()}
+    return gradients + int(sum(rates[weight.dtype] * weight.numel() for weight in trained))
+
+
+def _local(parameter: Any) -> Tensor:
+    """Return a weight, or this rank's shard of it."""
+    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local
+
+
+def _state_bytes(optimizer: Any, weight: Tensor) -> float:
+    """Return the bytes of ``optimizer``'s states for each entry of a weight: tried on a small one."""
+    tried = nn.Parameter(torch.zeros(_TRIED, _TRIED, dtype=weight.dtype, device=weight.device))
+    tried.grad = torch.zeros_like(tried)
+    try:
+        other = type(optimizer)([tried], **optimizer.defaults)
+        other.step()
+        states = [value for value in other.state[tried].values() if isinstance(value, Tensor) and value.dim()]
+        return sum(state.nbytes for state in states) / tried.numel()
+    except Exception:  # an optimizer that cannot be made so: as much as AdamW's
+        return 2.0 * max(weight.itemsize, 2)
+
+
+# ---- the choice ----
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Holds what the choice depends on, on one rank.
+
+    Attributes:
+        device: of the run.
+        tokens: ``max_tokens_per_row``: a number, None for no bound, or ``auto``.
+        vision: ``vision_memory``.
+        pairs_at_once: pairs of a micro-batch.
+        can_recompute: whether the tower can be read in blocks, and trains.
+        can_measure: whether rows can be read alone before the first step (not under FSDP or DeepSpeed).
+        ranks_here: ranks that share this machine's memory.
+    """
+
+    device: torch.device
+    tokens: int | str | None
+    vision: str
+    pairs_at_once: int
+    can_recompute: bool
+    can_measure: bool
+    ranks_here: int
+
+    @property
+    def asked(self) -> list[Any]:
+        """What a choice is only good for."""
+        return [self.tokens, self.vision]
+
+
+class Probe(Protocol):
+    """Reads rows before the first step."""
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the model's weights."""
+
+    def largest(self) -> tuple[int, int]:
+        """Return tokens and patches of the largest of some pairs."""
+
+    def measure(self, recompute: bool) -> RowMemory:
+        """Return what rows take, with the vision tower in blocks of tiles or not."""
+
+
+def choose_memory(
+    situation: Situation,
+    *,
+    probe: Probe,
+    pending: Callable[[], int],
+    gather: Callable[[Any], list[Any]],
+) -> MemoryChoice:
+    """Choose what rows hold, the same on every rank.
+
+    Args:
+        situation: of this rank.
+        probe: reads rows of the largest of some pairs.
+        pending: returns what will be allocated beside rows.
+        gather: returns what each rank gives.
+    """
+    s = situation
+    free = free_bytes(s.device, s.ranks_here)
+    enough = s.device.type == "cpu" and probe.weights < _SMALL * free
+    wanted = s.tokens == "auto" or (s.vision == "auto" and s.can_recompute)
+    if not s.can_measure or not wanted or any(gather(enough)):
+        return MemoryChoice(
+            s.asked, RowBound(fixed_tokens(s.tokens, s.device)), "keep" if s.vision == "auto" else s.vision
+        )
+
+    def look(recompute: bool) -> tuple[RowMemory | None, int]:
+        memory = _measured(probe, recompute)
+        room = int((1 - MARGIN) * (free_bytes(s.device, s.ranks_here) - pending()))
+        found = gather((memory, room))
+        measured = [memory for memory, _ in found if memory is not None]
+        return _largest(measured) if len(measured) == len(found) else None, min(room for _, room in found)
+
+    return settled(s, probe.largest(), look)[0]
+
+
+def settled(
+    s: Situation, largest: tuple[int, int], look: Callable[[bool], tuple[RowMemory | None, int]]
+) -> tuple[MemoryChoice, RowMemory | None]:
+    """Return the choice, and what rows take under it: the vision tower is computed again only if it must be.
+
+    Args:
+        s: what the choice depends on.
+        largest: tokens and patches of the largest of some pairs.
+        look: returns what rows take, with the tower in blocks or not, and how many bytes there are for a row.
+    """
+    rows = s.tokens if isinstance(s.tokens, int) else FULL_ROW
+    row = [max(min(s.pairs_at_once, rows // max(largest[0], 1)), 1) * size for size in largest]
+    tried = ["keep", "recompute"] if s.vision == "auto" and s.can_recompute else [s.vision]
+    vision, memory, room = "keep", None, 0
+    for way in tried:
+        vision = "keep" if way == "auto" else way
+        memory, room = look(vision == "recompute")
+        if memory is not None and memory.peak(*row) <= room:
+            break
+    return _choice(s, vision, memory, max(room, 0), largest), memory
+
+
+def _measured(probe: Probe, recompute: bool) -> RowMemory | None:
+    """Return what rows take; None if not even one pair fits."""
+    try:
+        return probe.measure(recompute)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def _largest(of_ranks: Sequence[RowMemory]) -> RowMemory:
+    """Return the most that any rank measured, so that all pack alike."""
+    phases = zip(*(memory.phases for memory in of_ranks), strict=True)
+    return of_ranks[0]._replace(
+        phases=tuple(type(same[0])(*(max(values) for values in zip(*same, strict=True))) for same in phases)
+    )
+
+
+def _choice(s: Situation, vision: str, memory: RowMemory | None, room: int, largest: tuple[int, int]) -> MemoryChoice:
+    how = "the vision tower's activations are computed again, a few tiles at a time" if vision == "recompute" else ""
+    if not isinstance(s.tokens, str):
+        return MemoryChoice(s.asked, RowBound(s.tokens), vision, line=how)
+    if memory is None:
+        line = f"rows of one pair each: one of {largest[0]} tokens and {largest[1]} patches hardly fits"
+        return MemoryChoice(s.asked, RowBound(0), vision, line=line)
+    bound = memory.bound(room)
+    if s.device.type == "cpu":  # larger rows are no faster there
+        bound = replace(bound, limits=(*bound.limits, (1, 0, row_tokens("cpu"))))
+    line = rows_line(bound, memory, room, largest)
+    return MemoryChoice(s.asked, bound, vision, line=f"{line}; {how}" if how else line)
+
+
+def rows_line(bound: RowBound, memory: RowMemory, room: int, largest: tuple[int, int]) -> str:
+    """Return a line on what rows may hold.
+
+    Args:
+        bound: of rows.
+        memory: what they take.
+        room: bytes there are for them.
+        largest: tokens and patches of the largest pair that was looked at.
+    """
+    cost = bound.cost_of(*largest)
+    pairs = (bound.most or 0) // max(cost, 1)
+    tokens = max((bound.most or 0) * largest[0] // max(cost, 1), largest[0])
+    each = f"a pair of {largest[0]} tokens and {largest[1]} patches takes {memory.peak(*largest) / _GIB:.1f} GiB"
+    fits = f"{pairs} such pairs" if pairs > 1 else "one such pair"
+    return f"rows of up to {tokens} tokens ({fits}): {each} of the {room / _GIB:.1f} GiB there are for a row"
+
+
+def log_choice(choice: MemoryChoice, known: bool) -> None:
+    """Say in one line what was chosen, or that it is what the run had ``known`` from before."""
+    if known:
+        bound = choice.bound
+        size = f"of up to {bound.most} tokens" if not bound.limits and bound.most else "as large"
+        logger.info(f"rows {size} as this run had before (max_tokens_per_row, vision_memory: {choice.vision})")
+    elif choice.line:
+        logger.info(choice.line)
+
+
+def spread(count: int) -> Iterable[int]:
+    """Return the places of up to LOOKED_AT items, evenly spread over ``count``."""
+    looked_at = min(LOOKED_AT, count)
+    return [at * (count - 1) // max(looked_at - 1, 1) for at in range(looked_at)]
+
+
+def refuse_blocks(vision: str, *, known: bool, share_passes: bool) -> None:
+    """Raise RunError if ``vision_memory: recompute`` cannot be had.
+
+    Args:
+        vision: ``vision_memory``.
+        known: whether the model has a tower that can be read in blocks.
+        share_passes: whether ranks must make the same passes: those with fewer tiles would have fewer blocks.
+    """
+    if vision != "recompute" or (known and not share_passes):
+        return
+    if share_passes:
+        raise RunError(
+            "model.vision_memory: recompute reads as many blocks as a rank has tiles, and under FSDP or DeepSpeed all "
+            "ranks must make the same passes; set keep, and training.gradient_checkpointing: true"
+        )
+    raise RunError(
+        "model.vision_memory: recompute needs a vision tower that is known to read each tile by itself; this model has "
+        "none: set keep, and training.gradient_checkpointing: true"
+    )
+
+
+def ranks_of_machine() -> int:
+    """Return how many ranks share this machine."""
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

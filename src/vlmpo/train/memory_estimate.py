@@ -1,0 +1,119 @@
+"""Estimate what rows take without a GPU and without weights: the model runs on torch's meta device, shapes alone.
+
+The model is made from its config at its full size and read forward and backward as training reads it, operation by
+operation; only memory is missing. Attention stands in for the kernels of a GPU, which keep queries, keys, values and
+their output.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from vlmpo import compat
+from vlmpo.models.families import logit_scale_and_softcap
+from vlmpo.models.vision import encode_images
+from vlmpo.train.lengths import count_patch_pixels
+from vlmpo.train.memory import LiveBytes, RowMemory, measure_rows
+from vlmpo.tree.chunked_logprobs import CHUNK_ELEMENTS, LogitTransform, linear_token_logps, token_logps
+from vlmpo.tree.layout import PackedRow, PromptTree, build_row
+from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, vision_tower_of
+
+_ATTENTION = "vlmpo_memory_estimate"
+_META = torch.device("meta")
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what a fused attention keeps, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, tokens, _ = query.shape
+        out = query.new_empty(batch, tokens, heads, value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, tokens, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    out: Tensor = _Attention.apply(query, key, value)
+    return out, None
+
+
+def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool) -> Any:
+    """Make the model of ``config`` on the meta device, ready to be trained.
+
+    Args:
+        config: of a whole model, not changed.
+        dtype: in which passes compute.
+        checkpointing: whether each layer's activations are computed again.
+    """
+    AttentionInterface.register(_ATTENTION, _attend)
+    kind: Any = AutoModelForImageTextToText if compat.is_image_text_config(config) else AutoModelForCausalLM
+    with _META:
+        # A copy: transformers writes the attention's name into the config, and would change the model it belongs to.
+        model = kind.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=_ATTENTION)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool) -> RowMemory:
+    """Return what rows take with ``model``, from :func:`meta_model`; trained parameters require gradients.
+
+    Args:
+        model: from :func:`meta_model`.
+        pair: the largest of some real pairs.
+        recompute: whether the vision tower is read in blocks of tiles.
+        shared: whether rows share prompts.
+
+    Raises:
+        RuntimeError, ValueError, NotImplementedError, TypeError: the model asks for values, which there are none of.
+    """
+    if can_read_in_blocks(model):
+        read_in_blocks(model, recompute)
+    with compat.shapes_alone():
+        return measure_rows(
+            lambda trees: _read(model, trees, shared),
+            pair,
+            tower=vision_tower_of(model),
+            meter=LiveBytes(),
+            patch_pixels=count_patch_pixels(model),
+        )
+
+
+def _read(model: Any, trees: Sequence[PromptTree], shared: bool) -> Tensor:
+    if shared:
+        return _read_row(model, build_row(trees))
+    rows = [build_row([alone]) for tree in trees for alone in tree.separate()]
+    return torch.stack([_read_row(model, row) for row in rows]).sum()
+
+
+def _read_row(model: Any, row: PackedRow) -> Tensor:
+    embeds = model.get_input_embeddings()(row.input_ids.to(_META))
+    if row.vision:
+        vision = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in row.vision.items()}
+        features = encode_images(model.base_model, vision).pooler_output
+        features = features if isinstance(features, Tensor) else torch.cat(list(features))
+        mask = torch.zeros(embeds.shape, dtype=torch.bool, device=_META)
+        embeds = embeds.masked_scatter(mask, features.to(embeds.dtype))
+    positions = row.position_ids.to(_META)
+    hidden = model.get_decoder()(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state[0]
+    transform = LogitTransform(*logit_scale_and_softcap(model.config))
+    scored, targets = row.logit_positions.to(_META), row.targets.to(_META)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return token_logps(hidden[scored], head, targets, logit_transform=transform).sum()
+    # The function behind: around it autocast is switched off, which knows no meta device.
+    return linear_token_logps(hidden[scored], head.weight, head.bias, targets, CHUNK_ELEMENTS["cuda"], transform).sum()
