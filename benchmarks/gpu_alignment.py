@@ -6,20 +6,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmpo.tree import attention, varlen
+from vlmpo.tree import segments, varlen
 from vlmpo.tree.layout import RowLayout, TreeSpan
 
 Reader = Callable[[list[Tensor], RowLayout], Tensor]  # query, key and value of a row to its attention
 
 
-def in_segments(states: list[Tensor], layout: RowLayout) -> Tensor:
+def in_segments(states: list[Tensor], layout: RowLayout, masked: bool = False) -> Tensor:
     """Return the attention of a row by SDPA, segment by segment."""
     query, key, value = (part.transpose(0, 1)[None] for part in states)
-    return attention._in_segments(query, key, value, layout, None, None)[0].transpose(0, 1)
+    return segments.in_segments(query, key, value, layout, None, None, masked)[0].transpose(0, 1)
 
 
 def in_one_call(kernel: varlen.Kernel) -> Reader:
@@ -27,7 +28,7 @@ def in_one_call(kernel: varlen.Kernel) -> Reader:
 
     def read(states: list[Tensor], layout: RowLayout) -> Tensor:
         query, key, value = states
-        return varlen.attend_in_one_call(kernel, query, key, value, layout, None)
+        return varlen.attend_in_one_call(kernel, query, key, value, layout.segments(query.device), None)
 
     return read
 
@@ -106,3 +107,10 @@ def times_of(reader: Reader, device: torch.device, miniature: bool) -> dict[str,
         wait_for(device)
         taken.append(1e3 * (time.perf_counter() - started))
     return {"median": statistics.median(taken[1:]), "min": min(taken[1:])}
+
+
+def part_attention(run: Any) -> dict[str, Any]:
+    """Run the part of gpu_check that compares ways to read a row; see :mod:`benchmarks.gpu_attention`."""
+    from benchmarks.gpu_attention import part_attention  # which imports this module
+
+    return part_attention(run)

@@ -15,5 +15,5 @@ for level in 2_34 2_28 2_27 2_24 2_17 2_12 2_5; do tags+=(--platform "manylinux_
   transformers tokenizers huggingface_hub hf-xet httpx2 httpcore2 truststore h11 anyio idna \
   regex typer annotated-doc click shellingham rich markdown-it-py mdurl Pygments \
   pydantic pydantic_core annotated-types typing-inspection typing_extensions \
-  peft trl datasets dill multiprocess fsspec xxhash
+  liger-kernel peft trl datasets dill multiprocess fsspec xxhash
 du -sh .wheels

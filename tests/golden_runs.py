@@ -24,7 +24,7 @@ Record = dict[str, Any]
 # Not of the record: how long things took.
 TIMES = frozenset(
     {
-        *("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "total_flos"),
+        *("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "total_flos", "memory_gib"),
         *("train_runtime", "train_samples_per_second", "train_steps_per_second"),
     }
 )

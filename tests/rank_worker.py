@@ -15,6 +15,7 @@ RUNS is JSON: a list of runs, one after another in the same process group. Each 
 - ``save``: write the final model;
 - ``spoil``: ``[RANK, WHAT, STEP]``, see tests.ranks.spoil: training must end in an error;
 - ``garbage``: every rank but the first begins with weights of its own, as where only the first loads them;
+- ``standins``: fused kernels, by stand-ins;
 - ``out_of_step``: break what is tested: rows without an image are left so.
 """
 
@@ -31,10 +32,12 @@ import torch
 from torch import distributed
 
 import tests.conftest  # noqa: F401  torchvision and threads, before anything else
+from tests.fused_standins import FUNCTIONS
 from tests.ranks import family_trainer, full_weights, make_trainer, sharded_on_cpu, spoil
 from tests.training import AfterSteps
 from vlmpo.errors import RunError, VlmpoError
-from vlmpo.train import rank_sync
+from vlmpo.models.kernels import is_bound
+from vlmpo.train import kernel_choice, rank_sync
 from vlmpo.train.trainer import MPOTrainer
 
 
@@ -59,6 +62,9 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
     spoilt = run.pop("spoil", None)
     if run.pop("out_of_step", False):
         rank_sync.append_dummy = lambda row, tree: row  # type: ignore[assignment]
+    if run.pop("standins", False):
+        kernel_choice.why_unusable = lambda device: None
+        kernel_choice.load_functions = lambda: FUNCTIONS
     if run.pop("garbage", False) and os.environ["RANK"] != "0":
         run["model_seed"] = 99
     make = family_trainer if "family" in run else make_trainer
@@ -91,6 +97,7 @@ def one(folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
         "reference_wrapper": [kind.__name__ for kind in type(getattr(made.reference, "model", None)).__mro__],
         "accounts": made.all_pair_counts().to_json(),
         "batches": list(sampler),
+        "bound": sum(map(is_bound, made.model.modules())),
         "costs": None if sampler.costs is None else sampler.costs.pair.tolist(),
     }
 

@@ -19,7 +19,7 @@ SOURCE = REPO / "src" / "vlmpo"
 FLOORS = [
     {"compat", "errors", "fileio", "hashing", "interrupt", "log", "recipe", "recipe_yaml", "settings", "stats"}
     | {"torchvision_shim"},
-    {"data", "verifiers", "loss"},
+    {"data", "verifiers", "loss", "report"},
     {"models"},
     {"tree"},
     {"train", "generate", "scoring"},

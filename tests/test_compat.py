@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests import tiny_models
 from tests.paths import REPO
 from tests.zoo.text import build
 from vlmpo import MPOTrainer, compat
+from vlmpo.models import families
 
 SOURCE = REPO / "src" / "vlmpo"
 # Documented, although they begin with an underscore: methods of every NamedTuple.
@@ -73,6 +75,22 @@ def test_names_of_models_and_configs() -> None:
     assert compat.attention_implementation(build(0, "llama").config) == "sdpa"
     assert compat.layers_to_wrap(build(0, "llama")) == {"LlamaDecoderLayer"}
     assert not compat.has_transformers_adapter(build(0, "llama"))
+
+
+def test_an_attention_rotates_by_a_global_of_its_module() -> None:
+    kinds = [name for name, fused in families._FUSED.items() if fused.kind == "rotary"]
+    for package, name in (kind.split(".") for kind in kinds):
+        module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+        kind, plain = getattr(module, name), module.apply_rotary_pos_emb
+        forward = kind.forward
+        assert parameters(plain) == "(q, k, cos, sin, unsqueeze_dim=1)"
+        assert compat.rotation_of(kind) is plain
+        made = compat.rotating_by(kind, parameters)
+        assert made.__globals__["apply_rotary_pos_emb"] is parameters
+        assert parameters(made) == parameters(kind.forward)
+        assert (kind.forward, module.apply_rotary_pos_emb) == (forward, plain)
+    with pytest.raises(AttributeError, match="forward calls no apply_rotary_pos_emb"):
+        compat.rotation_of(torch.nn.Linear)
 
 
 def test_routers_are_found_by_what_transformers_records() -> None:

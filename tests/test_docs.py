@@ -111,6 +111,7 @@ def named_keys(text: str) -> set[str]:
 def test_every_recipe_key_is_documented() -> None:
     documented = named_keys("\n".join(prose(page) for page in PAGES))
     own = {"training.max_tokens_per_row", "training.learning_rates", "training.ema_decay"}
+    own |= {"training.deterministic"}
     assert sorted({*section_keys(), *own} - documented) == []
 
 
@@ -219,7 +220,7 @@ def links(page: Path) -> list[str]:
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in link]
 
 
-@pytest.mark.parametrize("page", [*PAGES, REPO / "benchmarks/results/h100.md"], ids=page_id)
+@pytest.mark.parametrize("page", [*PAGES, *(REPO / "benchmarks/results").glob("*.md")], ids=page_id)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for link in links(page):
         path, _, anchor = link.partition("#")

@@ -188,6 +188,27 @@ def merge(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, of evaluations or of a demo.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write into, instead of the run's own.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a report of one run, or of several over one another.
+
+    An HTML page that needs no network, report.html, and a picture of the main curves, report.png. Training, evaluation
+    and demo write it by themselves.
+    """
+    with _exit_codes():
+        from vlmpo.commands.report import report as run
+
+        run(runs, output)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the data, the models and the logs.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the images, the model and the training.")] = 0,

@@ -7,7 +7,9 @@ fails there, in one place.
 
 from __future__ import annotations
 
+import inspect
 import os
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +76,35 @@ def settings_merger(processor: Any) -> Callable[..., Any] | None:
 def replace_settings_merger(processor: Any, merge: Callable[..., Any]) -> None:
     """Make this one processor merge its settings by ``merge`` (``_merge_kwargs``)."""
     processor._merge_kwargs = merge
+
+
+def rotation_of(kind: type) -> Callable[..., Any]:
+    """Return the function by which an attention class rotates queries and keys (``apply_rotary_pos_emb``).
+
+    It is a global of the class's module, so it cannot be replaced for one model alone; :func:`rotating_by` can.
+    """
+    rotate: Callable[..., Any] = _forward_of(kind).__globals__["apply_rotary_pos_emb"]
+    return rotate
+
+
+def rotating_by(kind: type, rotate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of an attention class with ``rotate`` in the place of :func:`rotation_of`.
+
+    The class and its module stay as they are: the function's code is read with globals of its own.
+    """
+    forward = _forward_of(kind)
+    scope = {**forward.__globals__, "apply_rotary_pos_emb": rotate}
+    made = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+def _forward_of(kind: Any) -> Any:
+    """Return the forward of a class, under any decorator; raise AttributeError if it rotates by no such global."""
+    forward = inspect.unwrap(kind.forward)
+    if "apply_rotary_pos_emb" not in forward.__code__.co_names:
+        raise AttributeError(f"{kind.__name__}.forward calls no apply_rotary_pos_emb")
+    return forward
 
 
 # ---- transformers: Trainer and TrainingArguments ----

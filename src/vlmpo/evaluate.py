@@ -45,6 +45,7 @@ class Answer:
         return {
             "question_id": self.question.id,
             "origin": self.question.origin,
+            "question": self.question.question,
             "truth": self.question.answer,
             "text": self.text,
             "finish_reason": self.finish_reason,

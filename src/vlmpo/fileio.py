@@ -76,16 +76,21 @@ def writing(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the file ``path`` by ``text`` (UTF-8) in one step: a kill or a crash leaves the old file or the new one.
+    """Replace the file ``path`` by ``text`` (UTF-8) in one step; see :func:`replace_bytes`."""
+    # A lone surrogate has no UTF-8 encoding; JSON writes its escape.
+    replace_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Replace the file ``path`` by ``content`` in one step: a kill or a crash leaves the old file or the new one.
 
     Two processes may write at once: each has its own partial file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        # A lone surrogate has no UTF-8 encoding; JSON writes its escape.
         with open(partial, "wb") as file:
-            append(file.fileno(), text.encode("utf-8", "backslashreplace"))
+            append(file.fileno(), content)
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync_folder(path.parent)

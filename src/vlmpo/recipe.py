@@ -16,7 +16,7 @@ from vlmpo import settings
 from vlmpo.errors import RecipeError
 
 # Keys that `training` accepts in addition to the fields of transformers.TrainingArguments.
-EXTRA_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay", "precision")
+EXTRA_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay", "precision", "deterministic")
 
 
 def _check_weights(weights: dict[str, float]) -> dict[str, float]:
@@ -63,6 +63,7 @@ class ModelSection(_Section):
         lora: fields of ``peft.LoraConfig``; None trains the whole model.
         quantize: keep the frozen base under an adapter in 4 or 8 bits (QLoRA).
         attention: ``separate`` gives every response its own row instead of sharing the prompt.
+        kernels: ``off`` uses no fused kernels on CUDA.
         trust_remote_code: run the Python files that come with the model, with all your rights. Only if you have read
             them.
     """
@@ -74,7 +75,13 @@ class ModelSection(_Section):
     lora: dict[str, Any] | None = None
     quantize: Literal["4bit", "8bit"] | None = None
     attention: settings.Attention = "auto"
+    kernels: settings.Kernels = "auto"
     trust_remote_code: bool = False
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads an unquoted `off` as false
 
 
 class ReferenceSection(_Section):
@@ -265,6 +272,7 @@ class Recipe(_Section):
             "reference_kind": self.reference.kind,
             "reference_cache_dir": self.reference.cache_dir,
             "attention": self.model.attention,
+            "kernels": self.model.kernels,
         }
 
 

@@ -144,10 +144,12 @@ def test_a_config_that_is_none(tmp_path: Path, content: str, words: str) -> None
     assert all(words in said for said in refusals(tmp_path))
 
 
-def test_no_folder_and_a_file(tmp_path: Path) -> None:
+def test_no_folder_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").write_text("weights")
     assert all("it is a file" in said for said in refusals(tmp_path / "model"))
-    for missing in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()  # "runs/sft" might be a name on the hub, but not here
+    for missing in (tmp_path / "nowhere", "./nowhere", "a/b/c", "runs/sft"):
         assert all("there is no such folder" in said for said in refusals(missing))
 
 

@@ -137,8 +137,8 @@ def test_gemma_needs_its_image_blocks_and_its_windows(monkeypatch: pytest.Monkey
         patch.setattr(positions, "family_of", lambda config: Family(config.model_type))
         assert off() > 1e-3
     with monkeypatch.context() as patch:
-        plain = attention._in_segments
-        patch.setattr(attention, "_in_segments", lambda *arguments: plain(*arguments[:-1], None))  # no window
+        plain = attention.in_segments
+        patch.setattr(attention, "in_segments", lambda *arguments: plain(*arguments[:-1], None))  # no window
         assert off() > 1e-3
     assert off() < 1e-5
 

@@ -13,6 +13,7 @@ from tests.tiny_models import SIZE, image_tree, noise_image
 from tests.tiny_models import model as tiny_model
 from tests.training import relative
 from tests.zoo import FAMILIES, encoded_pairs
+from vlmpo.models.kernels import Kernels
 from vlmpo.models.masters import HALF, Masters, can_be_masters, round_weights
 from vlmpo.train.batching import lay_out
 from vlmpo.train.reference import freeze
@@ -214,7 +215,7 @@ def test_a_rounded_reference_reads_the_same_and_shares_a_frozen_tower() -> None:
     model = with_masters(tiny_model())
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
-    reference = freeze(copy.deepcopy(model), shared=True)
+    reference = freeze(copy.deepcopy(model), True, Kernels())
     assert not share_features(model, reference)  # one in bfloat16, one in float32
     round_weights(reference)
     with torch.no_grad():

@@ -414,6 +414,25 @@ def test_dropout_continues_the_first_half_without_the_image() -> None:
     assert report.outcomes == {"paired": 1}
 
 
+@pytest.mark.parametrize(
+    ("text", "truth", "is_used"),
+    [
+        ("I see two circles. Answer: 2", "3", False),
+        ("I see three circles. Answer: 3", "3", True),
+        ("There are two red circles.", "3", True),  # nobody can tell what it answers
+        ("I see it. Answer: B", "A", False),
+        ("I see it. Answer: B", "", True),  # no answer is known
+    ],
+)
+def test_dropout_drops_a_response_that_is_known_to_be_wrong(text: str, truth: str, is_used: bool) -> None:
+    engine = Recorder(says=lambda kept: " blue squares.")
+    question = Question("q", ("/images/a.png",), "<image>\nhow many?", truth)
+    records, report = pair_dropout_ntp([question], answers("q", text), engine)
+    assert [record["chosen"] for record in records] == [text] * is_used
+    assert report.dropped == ({} if is_used else {"wrong_response": 1})
+    assert len(engine.requests) == is_used
+
+
 def test_dropout_counts_every_failure_by_its_reason() -> None:
     says = {
         "same same": " again again.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.training import config, flat_weights, pairs, trainer
 from vlmpo import MPOConfig, MPOTrainer
 from vlmpo.errors import ModelError, RecipeError
 from vlmpo.models.loading import load_processor
+from vlmpo.train.arguments import check_surroundings
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"])
 
@@ -215,3 +217,65 @@ def test_the_number_in_use_is_on_the_model_card(tmp_path: Path) -> None:
     rows = dict(trainer(tmp_path / "none", pairs(2)).run_summary().settings)
     assert rows["tiles"] == "at most 2 a pair, the processor's own bound"
     assert dict(trainer(tmp_path / "one", pairs(2), max_tiles=1).run_summary().settings)["tiles"] == "at most 1 a pair"
+
+
+# ---- settings of transformers ----
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": "abc"}, "learning_rate must be a number, not 'abc'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, not nan"),
+        ({"weight_decay": -1}, "weight_decay must be at least 0, not -1"),
+        ({"adam_beta1": 1.0}, "adam_beta1 must be below 1, not 1.0"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be above 0, not 0"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, not 2.5"),
+        ({"max_steps": True}, "max_steps must be a number, not True"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"save_steps": 0}, "save_steps must be above 0, not 0"),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1, not 0"),
+        ({"load_best_model_at_end": "maybe"}, "load_best_model_at_end must be true or false, not 'maybe'"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0, not -1"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha adds noise to the policy alone"),
+    ],
+)
+def test_numbers_that_transformers_would_take(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(tmp_path, **given)
+
+
+def test_a_number_written_as_text_is_one(tmp_path: Path) -> None:
+    """YAML reads 1e-6 as text."""
+    args = config(tmp_path, learning_rate="1e-6", max_steps="3", load_best_model_at_end="false")
+    assert (args.learning_rate, args.max_steps, args.load_best_model_at_end) == (1e-6, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optim": "galore_adamw"}, "training.optim: galore_adamw cannot be used: You need to install `galore_torch`"),
+        ({"optim": "adamw_torch", "optim_args": "zz"}, "training.optim: adamw_torch cannot be used: not enough values"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "training.lr_scheduler_type: cosine_with_min_lr cannot be used: One of min_lr",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"x": 1}},
+            "training.lr_scheduler_type: polynomial cannot be used: ",
+        ),
+        ({"report_to": "nowhere"}, "training.report_to: nowhere is not supported, only "),
+        ({"report_to": "codecarbon"}, "training.report_to: CodeCarbonCallback requires"),
+        ({"fsdp": True}, "training.fsdp: it shards a model over processes, and there is one; start with torchrun"),
+    ],
+)
+def test_surroundings_are_tried_before_the_model_is_loaded(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)) as told:
+        check_surroundings(config(tmp_path, **given))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("given", [{}, {"optim": "adafactor"}, {"lr_scheduler_type": "cosine"}])
+def test_sound_surroundings(given: dict[str, Any], tmp_path: Path) -> None:
+    check_surroundings(config(tmp_path, **given))

@@ -24,11 +24,12 @@ from vlmpo.errors import RunError
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import lay_out, response_keys
 from vlmpo.train.cached_reference import CachedReference
+from vlmpo.train.host_weights import HostWeights, make_room, memory_needed
 from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import PromptTree
 
-TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
+TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "memory_gib")
 
 
 def cached(folder: Path, data: Any, name: str, **settings: Any):
@@ -171,9 +172,9 @@ def lets_go(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     plain = CopyReference.__init__
 
-    def counted(self: CopyReference, model: Any) -> None:
+    def counted(self: CopyReference, model: Any, known_hash: str | None = None) -> None:
         made.append(type(model).__name__)
-        plain(self, model)
+        plain(self, model, known_hash)
 
     monkeypatch.setattr(CopyReference, "__init__", counted)
     return made
@@ -355,10 +356,141 @@ def online_run(folder: Path) -> Path:
     return folder / "online"
 
 
+def nothing() -> Any:
+    raise AssertionError("no model is needed")
+
+
+# ---- where the model is ----
+
+
+class Uses(TrainerCallback):
+    """Notes at the end of every step whether the run's reference has a model, and whether it rests in host memory."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[bool, bool]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = self.run.reference.model
+        self.seen.append((model is not None, getattr(model, "_host", None) is not None))
+
+
+@pytest.fixture
+def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Weights on the CPU count as on a device; every tensor that is brought to it is noted."""
+    brought: list[Any] = []
+    plain = HostWeights.__init__
+
+    def bring(tensor: torch.Tensor) -> torch.Tensor:
+        brought.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(HostWeights, "__init__", lambda self, model: plain(self, model, bring))
+    monkeypatch.setattr("vlmpo.train.reference.can_rest", lambda model: True)
+    return brought
+
+
+def in_memory(folder: Path, name: str, **settings: Any) -> tuple[Any, Uses]:
+    """A run of two epochs whose model has no name, on pairs of a file."""
+    uses = Uses()
+    data = open_pairs([SourceSpec(str(folder / "set" / "meta.json"))])
+    settings = {"num_train_epochs": 2, "learning_rate": 1e-2, "callbacks": [uses], **settings}
+    uses.run = cached(folder, data, name, **settings)
+    return uses.run, uses
+
+
+@pytest.mark.slow
+def test_a_model_made_in_memory_leaves_the_device_once_the_store_is_full(
+    tmp_path: Path, device_of_its_own: list[Any]
+) -> None:
+    """The first run keeps it in host memory, the second makes none; the numbers are the online run's."""
+    write_data(tmp_path, records(4))
+    first, uses = in_memory(tmp_path, "first")
+    first.train()
+    assert uses.seen == [(True, False)] * 2 + [(True, True)] * 2
+    assert not device_of_its_own  # not once needed
+    second, uses = in_memory(tmp_path, "second")
+    assert second.reference.model is None
+    second.train()
+    assert uses.seen == [(False, False)] * 4
+    same_lines(tmp_path / "second", tmp_path / "first", 1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_at_rest_is_read_where_it_is_needed(tmp_path: Path, device_of_its_own: list[Any]) -> None:
+    """Held-out pairs that no store has: the model comes to the device for them, and leaves it."""
+    write_data(tmp_path, records(4))
+    in_memory(tmp_path, "fill")[0].train()
+    held_out = pairs(2, first=50)
+    online = trainer(tmp_path / "online", pairs(4))
+    run, _ = in_memory(tmp_path, "run", eval_dataset=held_out)
+    assert run.reference.model._host is not None
+    weights = [weight.data_ptr() for weight in run.reference.model.model.parameters()]
+    found = run.evaluate()
+    assert len(device_of_its_own) >= len(weights)
+    assert [weight.data_ptr() for weight in run.reference.model.model.parameters()] == weights
+    expected = online.evaluate(held_out)
+    for key in ("eval_rewards/chosen", "eval_loss", "eval_logps/rejected"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.slow
+def test_a_missing_log_prob_of_a_model_that_was_trained_is_an_error(tmp_path: Path) -> None:
+    write_data(tmp_path, records(4))
+    in_memory(tmp_path, "fill")[0].train()
+    run, _ = in_memory(tmp_path, "run")
+    assert run.evaluate(pairs(1, first=50))["eval_rewards/chosen"] == pytest.approx(0.0, abs=1e-5)  # as yet untrained
+    run.train()
+    assert run.reference.model is not None  # it lasts no longer than this run: it is kept
+    untouched, _ = in_memory(tmp_path, "untouched")
+    untouched.train()
+    with pytest.raises(RunError, match="made in memory, has been trained since; start again with another"):
+        untouched.evaluate(pairs(1, first=60))
+
+
+def test_an_online_reference_that_rests_gives_the_same_numbers(tmp_path: Path, device_of_its_own: list[Any]) -> None:
+    run = trainer(tmp_path, pairs(2))
+    batch = run._prepare_inputs(next(iter(run.get_train_dataloader())).micro_batches[0])
+    before = run.reference.response_logps(batch)
+    assert run.reference.rest_on_host()
+    assert not run.reference.rest_on_host()  # it does already
+    assert torch.equal(run.reference.response_logps(batch), before)
+    tensors = [*run.reference.model.parameters(), *run.reference.model.buffers()]
+    assert len(device_of_its_own) == len(tensors)
+    assert all(tensor.data_ptr() == host.data_ptr() for tensor, host in zip(tensors, device_of_its_own, strict=True))
+
+
+def test_a_reference_makes_room_only_if_rows_lack_it() -> None:
+    """By hand: of 80 bytes an eighth, 10, must be left for rows."""
+
+    class Resting:
+        rests = 0
+
+        def rest_on_host(self) -> bool:
+            self.rests += 1
+            return True
+
+    one = Resting()
+    assert not make_room(one, None, 100)  # no device with memory of its own
+    assert not make_room(one, (40, 80), 30)
+    assert one.rests == 0
+    assert make_room(one, (40, 80), 31)
+    assert one.rests == 1
+    model = torch.nn.Linear(3, 2, bias=False)  # 24 bytes
+    assert memory_needed(model, None) == 24
+    assert memory_needed(model, torch.optim.SGD(model.parameters())) == 24
+    assert memory_needed(model, torch.optim.SGD(model.parameters(), momentum=0.9)) == 48
+    adam = torch.optim.AdamW(model.parameters())
+    assert memory_needed(model, adam) == 72
+    adam.state[model.weight] = {name: torch.zeros(2, 3) for name in ("exp_avg", "exp_avg_sq")}
+    assert memory_needed(model, adam) == 24  # the states are there
+    model.requires_grad_(False)
+    assert memory_needed(model, None) == 0
+
+
 def test_what_an_older_store_holds_that_is_not_finite_is_computed_anew(tmp_path: Path) -> None:
     store = ReferenceStore(tmp_path)
     store.put([b"a" * 16, b"b" * 16], [Scored(math.nan, 3), Scored(-2.0, 4)])
-    reference = CachedReference(store, "", lambda: "", None, bool)
+    reference = CachedReference(store, "", lambda: "", nothing, bool)
     assert reference._stored(b"a" * 16) is None
     assert reference._stored(b"b" * 16) == Scored(-2.0, 4)
     assert reference._stored(b"c" * 16) is None

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 # The wrapped model must be of these classes: on the CPU accelerate silently makes DDP of FSDP.
 CLASS = {"ddp": "DistributedDataParallel", "fsdp": "FSDPModule"}
-TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
+TIMING = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "memory_gib")
 
 CLIPPED = {"count": 18, "max_grad_norm": 0.5}  # five steps, all clipped; in the last one rank 1 has no pair
 EVALUATED = {"evaluate": 7, "eval_strategy": "steps", "eval_steps": 1}
@@ -46,6 +46,11 @@ EXACT: dict[str, dict[str, Any]] = {
     "ddp_static": {**CLIPPED, "ddp_find_unused_parameters": False},
     "fsdp_tied": {**CLIPPED, "fsdp": True, "tied": True},
     "ddp_checkpointing": {"count": 18, "activation_checkpointing": True},
+    "ddp_every_second_layer": {
+        "count": 18,
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"every_n_layers": 2},
+    },
     "fsdp_checkpointing": {"count": 18, "fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
     "fsdp_no_wrap": {"count": 18, "fsdp": True, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
     "ddp_accumulated": {"count": 21, "mixed": True, **ACCUMULATED},
@@ -91,7 +96,7 @@ SPOILT: dict[str, dict[str, Any]] = {
     "fsdp_lora_accumulated": {"count": 16, "lora": True, "fsdp": True, **ACCUMULATED, "spoil": [1, "reference", 2]},
 }
 SCORED = {"count": 2, "fsdp": True, "evaluate": 7, "score_only": True}
-WORKER_ONLY = ("fsdp", "fsdp_config", "ddp_find_unused_parameters", "garbage")
+WORKER_ONLY = ("fsdp", "fsdp_config", "ddp_find_unused_parameters", "garbage", "standins")
 
 Ranks = dict[str, list[dict[str, Any]]]
 

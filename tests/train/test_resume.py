@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 def same_numbers(mine: list[dict], theirs: list[dict]) -> None:
-    timing = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
+    timing = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "memory_gib")
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
@@ -143,7 +143,7 @@ def test_lines_after_the_checkpoint_are_not_doubled(tmp_path: Path) -> None:
 
 
 def all_lines(folder: Path) -> list[dict]:
-    timing = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "train_runtime")
+    timing = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "train_runtime", "memory_gib")
     per_second = ("train_samples_per_second", "train_steps_per_second")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in (*timing, *per_second)} for line in lines]

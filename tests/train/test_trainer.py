@@ -52,7 +52,7 @@ def test_every_promised_metric_is_logged(tmp_path: Path) -> None:
     promised = (
         "step epoch loss loss/sigmoid loss/bco_pair loss/nll rewards/chosen rewards/rejected rewards/margins "
         "rewards/accuracies reward_shift logps/chosen logps/rejected grad_norm learning_rate step_seconds "
-        "pairs_per_second tokens_per_second data_wait_share"
+        "pairs_per_second tokens_per_second data_wait_share memory_gib"
     )
     for line in logged(tmp_path):
         assert set(promised.split()) <= line.keys()

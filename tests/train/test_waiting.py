@@ -33,7 +33,7 @@ class Slow:
 @pytest.fixture(autouse=True)
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever machine this is."""
-    monkeypatch.setattr(callbacks.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(callbacks, "cores_of_a_rank", lambda: 8)
 
 
 @pytest.fixture
@@ -65,24 +65,24 @@ def take_step(steps: StepClock, hand: Any, fetching: float, computing: float) ->
 
 def test_shares_by_hand(clock: Any, told: list[str]) -> None:
     steps = StepClock()
-    take_step(steps, clock, fetching=3.0, computing=7.0)
-    take_step(steps, clock, fetching=1.0, computing=5.0)
-    assert steps.take() == (16.0, 4.0)
+    take_step(steps, clock, fetching=0.5, computing=9.5)
+    take_step(steps, clock, fetching=0.5, computing=5.5)
+    assert steps.take() == (16.0, 1.0)
     assert steps.take() == (0.0, 0.0)
     take_step(steps, clock, fetching=0.0, computing=4.0)
     assert steps.take() == (4.0, 0.0)
     steps.on_train_end(ARGS, None, None)
-    assert told == ["waiting for data: 20.0% of all steps' time"]  # 4 of 20 seconds: at the bound, not above it
-    take_step(steps, clock, fetching=1.0, computing=0.0)
+    assert told == ["waiting for data: 5.0% of all steps' time"]  # 1 of 20 seconds: at the bound, not above it
+    take_step(steps, clock, fetching=4.0, computing=1.0)
     steps.on_train_end(ARGS, None, None)
     assert told[1].startswith(
-        "waiting for data: 23.8% of all steps' time; raise training.dataloader_num_workers (now 3"
+        "waiting for data: 20.0% of all steps' time; raise training.dataloader_num_workers (now 3"
     )
 
 
 def test_it_is_told_once_while_training_and_not_at_the_first_log(told: list[str]) -> None:
     steps = StepClock()
-    for share in (0.9, 0.1, 0.5, 0.6):
+    for share in (0.9, 0.05, 0.5, 0.6):
         steps.on_log(ARGS, None, None, logs={"data_wait_share": share})
         steps.on_log(ARGS, None, None, logs={"eval_loss": 1.0})
     assert told == [waiting_line(0.5, "of the last steps' time", 3)]
@@ -126,6 +126,6 @@ def test_what_a_worker_has_ready_is_not_waited_for(tmp_path: Path, told: list[st
 
 
 def test_more_workers_than_cores_are_no_remedy() -> None:
-    assert "raise training.dataloader_num_workers (now 7; 8 cores here)" in waiting_line(0.5, "of it", 7)
+    assert "raise training.dataloader_num_workers (now 7; 8 cores for this rank)" in waiting_line(0.5, "of it", 7)
     assert "raise" not in waiting_line(0.5, "of it", 8)
-    assert "data.max_tiles would help (8 workers on 8 cores here)" in waiting_line(0.5, "of it", 8)
+    assert "data.max_tiles would help (8 workers on 8 cores)" in waiting_line(0.5, "of it", 8)

@@ -93,7 +93,7 @@ def test_branches_that_differ_in_their_first_token_only() -> None:
     both = PromptTree(tree.prompt_ids, (tree.responses[0], other), tree.vision)
     rows = [build_row([both])]
     sums = sum_by_response(ours(packed_rows=rows), rows)
-    expected = separate_logps(plain, [both]).view(2, 4).sum(1)
+    expected = separate_logps(plain, [both]).double().view(2, 4).sum(1)
     torch.testing.assert_close(sums, expected, atol=2e-5, rtol=0)
     assert abs(sums[0] - sums[1]) > 1e-2
 

@@ -166,6 +166,7 @@ def test_a_run_from_recipe_to_reloaded_model(recipe: str, tmp_path: Path) -> Non
     (counts,) = written["data"]["sets"].values()
     assert counts == {"read": 9, "used": 8, "held_out": 0, "dropped": {"images_unsupported": 1}, "not_reached": 0}
     assert written["model"]["shared_rows"] is True
+    assert written["model"]["kernels"] == ""
     assert written["evaluation"]["eval"]["eval_pairs"] == 8
     tuned, own = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
     before = load_model(yaml.safe_load(Path(recipe).read_text())["model"]["path"])

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tests.tiny_models import image_tree, model, noise_image
 from vlmpo.tree import attention, varlen
-from vlmpo.tree.attention import _in_segments
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import RowLayout, Segments, TreeSpan, build_row
+from vlmpo.tree.segments import in_segments as by_segments
 from vlmpo.tree.varlen import attend_densely, attend_in_one_call, can_read, misreading, visible
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def with_gradients(attend: Any, layout: RowLayout, groups: int) -> list[Tensor]:
 
 def in_segments(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
     query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
-    return _in_segments(query, key, value, layout, None, None)[0].transpose(0, 1)
+    return by_segments(query, key, value, layout, None, None)[0].transpose(0, 1)
 
 
 def test_segments_worked_out_by_hand() -> None:
@@ -77,15 +77,18 @@ def test_segments_worked_out_by_hand() -> None:
     assert segments.cu_seqlens_q.tolist() == [0, 5, 6, 8, 13]
     assert segments.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 6, 7, 8, 9, 10, 11, 12]
     assert segments.cu_seqlens_k.tolist() == [0, 5, 9, 14, 19]
-    assert segments.key_of_token.tolist() == [0, 1, 2, 3, 4, 8, 12, 13, 14, 15, 16, 17, 18]
-    assert segments.repeats == ((0, 5, 3), (0, 9, 3))
+    # the first prompt's three tokens are gathered three times, every other token once
+    assert segments.places.tolist() == [0, 5, 9, 1, 6, 10, 2, 7, 11, 3, 4, 8, 12, 13, 14, 15, 16, 17, 18]
+    assert segments.first_place.tolist() == [0, 3, 6, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
     assert (segments.max_seqlen_q, segments.max_seqlen_k) == (5, 5)
-    assert segments.cu_seqlens_q.dtype == segments.cu_seqlens_k.dtype == torch.int32
+    assert {value.dtype for value in segments if isinstance(value, Tensor)} == {torch.int32}
+    moved = segments.to(torch.device("meta"))
+    assert [getattr(value, "shape", value) for value in moved] == [getattr(value, "shape", value) for value in segments]
 
 
 def test_without_further_branches_nothing_is_gathered() -> None:
     segments = layout_from([(3, [2]), (1, [4])]).segments(CPU)
-    assert segments.keys is None
+    assert segments.keys is segments.places is segments.first_place is None
     assert segments.cu_seqlens_q.tolist() == segments.cu_seqlens_k.tolist() == [0, 5, 10]
 
 
@@ -105,7 +108,7 @@ def test_three_ways_to_read_a_row_agree(trees: list[tuple[int, list[int]]], grou
     """One call, a call a segment, and a dense mask: outputs and all gradients in float64."""
     layout = layout_from(trees)
     dense = with_gradients(lambda *qkv: attend_densely(*qkv, layout), layout, groups)
-    one = with_gradients(lambda *qkv: attend_in_one_call(slow, *qkv, layout, None), layout, groups)
+    one = with_gradients(lambda *qkv: attend_in_one_call(slow, *qkv, layout.segments(CPU), None), layout, groups)
     many = with_gradients(lambda *qkv: in_segments(*qkv, layout), layout, groups)
     for expected, a, b in zip(dense, one, many, strict=True):
         torch.testing.assert_close(a, expected, atol=1e-11, rtol=0)
@@ -158,7 +161,9 @@ def test_torch_kernel_is_called_as_this_torch_wants() -> None:
     layout = layout_from([(3, [2, 1]), (2, [4])])
     with FakeTensorMode():
         query, key = (torch.empty(layout.num_tokens, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
-        assert attend_in_one_call(varlen._torch_kernel(), query, key, key, layout, 0.1).shape == query.shape
+        assert (
+            attend_in_one_call(varlen._torch_kernel(), query, key, key, layout.segments(CPU), 0.1).shape == query.shape
+        )
 
 
 def test_off_cuda_there_is_no_kernel() -> None:

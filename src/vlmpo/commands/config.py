@@ -8,12 +8,13 @@ from transformers import TrainingArguments
 
 from vlmpo.errors import RecipeError
 from vlmpo.recipe import EXTRA_TRAINING_KEYS, Recipe, check_keys
+from vlmpo.train.arguments import refuse_missing_deepspeed
 from vlmpo.train.config import MPOConfig
 
 # Keys of `training` that have no meaning in an evaluation without training.
 _TRAINING_ONLY = (
     *("eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-    *("push_to_hub", "learning_rates", "ema_decay", "resume_from_checkpoint"),
+    *("push_to_hub", "learning_rates", "ema_decay", "resume_from_checkpoint", "use_liger_kernel"),
 )
 
 # Keys under which transformers takes settings, or the name of a JSON file with them.
@@ -24,7 +25,8 @@ def training_config(recipe: Recipe) -> MPOConfig:
     """Return the MPOConfig of a recipe.
 
     Raises:
-        RecipeError: an unknown key, a token for the Hub, or a value that MPOConfig or TrainingArguments refuse.
+        RecipeError: an unknown key, a token for the Hub, a value that MPOConfig or TrainingArguments refuse, or
+            DeepSpeed without its package.
     """
     check_training_keys(recipe)
     if recipe.training.get("hub_token") is not None:
@@ -35,10 +37,11 @@ def training_config(recipe: Recipe) -> MPOConfig:
     for key in _FILES:
         if isinstance(recipe.training.get(key), bool | int | float):  # a number would be taken for an open file
             raise RecipeError(f"training.{key}: expected settings or a JSON file, got {recipe.training[key]!r}")
+    refuse_missing_deepspeed(recipe.training.get("deepspeed"))
     try:
         return MPOConfig(**recipe.trainer_settings())
     except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
-        raise RecipeError(f"training: {error}") from error
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
 
 
 def evaluation_config(recipe: Recipe) -> MPOConfig:

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from vlmpo.commands.report import SHARE_OF_TIME, ReportRefresh, never_failing, report_at_end
 from vlmpo.data.records import PreferencePair
-from vlmpo.demo.answers import generate, make_pairs, marks
+from vlmpo.demo.answers import answer_records, generate, make_pairs, marks
 from vlmpo.demo.model import demo_model, demo_processor
 from vlmpo.demo.task import Lesson, Lessons, Question, SceneSource
 from vlmpo.errors import RecipeError
-from vlmpo.fileio import replace_json
+from vlmpo.fileio import replace_json, replace_json_lines
 from vlmpo.log import logger, print_line, print_table
+from vlmpo.report.files import ANSWERS, ANSWERS_BEFORE
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.trainer import MPOTrainer
 
@@ -30,6 +32,7 @@ ARMS: dict[str, dict[str, float]] = {
     "dpo": {"sigmoid": 1.0},
     "mpo": {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0},
 }
+_ANSWERS = {"warm_up": ANSWERS_BEFORE, "mpo": ANSWERS}  # files of answers for the report
 # One thread computes, beside one process that encodes: the fastest on two cores, since matrices this small gain nothing
 # from more threads; and sums are rounded the same on every machine.
 THREADS = 1
@@ -87,11 +90,13 @@ def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> d
     replace_json(output / MARK_FILE, {"seed": seed})
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
-    try:
-        results = DemoRun(output, seed, settings or DemoSettings()).run()
-    finally:
-        torch.set_num_threads(threads)
-    replace_json(output / RESULTS_FILE, results)
+    (output / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier demo
+    with report_at_end(output):
+        try:
+            results = DemoRun(output, seed, settings or DemoSettings()).run()
+        finally:
+            torch.set_num_threads(threads)
+        replace_json(output / RESULTS_FILE, results)
     show(results)
     print_line(f"Models, logs and {RESULTS_FILE} are in {output}")
     return results
@@ -129,8 +134,12 @@ class DemoRun:
             trainer = self._trainer(name, train, self.settings.steps, self.settings.rate, weights, held_out)
             if name == "mpo":  # policy and reference are still the warm-up
                 arms["warm_up"] |= _pair_figures(trainer)
+            trainer.keep_margins()
+            trainer.add_callback(ReportRefresh(self.output))
             with self._stage(name, f"{self.settings.steps} steps on {len(train)} pairs"):
                 trainer.train()
+            with never_failing("the part of the report on single pairs"):
+                trainer.score_kept_pairs(SHARE_OF_TIME)
             arms[name] = {**self._examine(name), **_pair_figures(trainer)}
             self._save("model" if name == "mpo" else name)
         return {
@@ -191,7 +200,7 @@ class DemoRun:
             weight_decay=0.01,
             beta=self.settings.beta,
             nll_reduction="token",
-            logging_steps=50,
+            logging_steps=50 if held_out is None else 10,  # the report draws the arms
             save_strategy="no",
             seed=self.seed,
             use_cpu=True,
@@ -204,8 +213,10 @@ class DemoRun:
 
     def _examine(self, name: str) -> dict[str, Any]:
         with self._stage(f"test {name}", f"{len(self.test)} held-out questions"):
-            responses = generate(self.model, self.processor, self.test)
-        return marks(self.test, [response for (response,) in responses])
+            responses = [response for (response,) in generate(self.model, self.processor, self.test)]
+        if name in _ANSWERS:
+            replace_json_lines(self.output / _ANSWERS[name], answer_records(self.test, responses))
+        return marks(self.test, responses)
 
     def _save(self, name: str) -> None:
         self.model.save_pretrained(self.output / name)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmpo.commands.config import evaluation_config
 from vlmpo.commands.guard import output_folder
+from vlmpo.commands.report import never_failing, report_done
 from vlmpo.commands.run_data import open_eval, open_run_data, overlaps_with_training
+from vlmpo.commands.run_folder import MANIFEST
 from vlmpo.data.encode.processors import tokenizer_of
 from vlmpo.data.readers.questions import QuestionSet, read_questions
 from vlmpo.data.records import Question
@@ -22,13 +25,15 @@ from vlmpo.loss import needs_reference
 from vlmpo.models.loading import load_model, load_processor
 from vlmpo.models.masters import round_weights
 from vlmpo.recipe import EvaluateSection, Recipe
+from vlmpo.report.files import ANSWERS as ANSWERS_FILE
+from vlmpo.report.files import ANSWERS_BEFORE
+from vlmpo.report.write import PICTURE_FILE, REPORT_FILE
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.metrics import length_warning
 from vlmpo.train.precision import choose_precision, reads_masters, recorded_precision
 from vlmpo.train.trainer import MPOTrainer
 
 RESULTS_FILE = "evaluation.json"
-ANSWERS_FILE = "answers.jsonl"
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -42,9 +47,13 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     """
     section = recipe.evaluate or EvaluateSection()
     folder = Path(section.output_dir or Path(str(recipe.training["output_dir"])) / "evaluation")
-    written = (RESULTS_FILE, ANSWERS_FILE, f"against_{ANSWERS_FILE}")
+    written = (RESULTS_FILE, ANSWERS_FILE, f"against_{ANSWERS_FILE}", REPORT_FILE, PICTURE_FILE)
     with output_folder(recipe, folder, "evaluate", "evaluate.output_dir", written):
-        return _evaluate(recipe, section, folder)
+        results = _evaluate(recipe, section, folder)
+    if os.environ.get("RANK", "0") == "0":
+        of_run = (folder.parent / MANIFEST).exists()  # the run's own report shows its evaluations
+        report_done(folder.parent if of_run else folder)
+    return results
 
 
 def _evaluate(recipe: Recipe, section: EvaluateSection, folder: Path) -> dict[str, Any]:
@@ -101,7 +110,11 @@ def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
 
     def answer() -> dict[str, float]:
         # Every rank has the whole model and answers all questions: there is nothing to gather or to wait for.
-        _, figures = _ask(recipe, section, model, processor, questions)
+        answers, figures = _ask(recipe, section, model, processor, questions)
+        if trainer.accelerator.is_main_process:
+            with never_failing("the part of the report on answers"):
+                name = ANSWERS_FILE if trainer.state.global_step else ANSWERS_BEFORE
+                replace_json_lines(Path(trainer.args.output_dir) / name, [one.to_json() for one in answers])
         return {f"answers/{name}": value for name, value in figures.items()}
 
     # The names must be known before the first evaluation.

@@ -92,6 +92,7 @@ def _dropout_ntp(recipe: Recipe, build: BuildSection, folder: Path) -> PairingRe
             keep=build.keep,
             seed=build.seed,
             max_pairs=build.max_pairs,
+            verifier=build.verifier,
             known={r.question_id: Generated(r.text, r.finish_reason) for r in read_responses(file.path)},
             save=lambda key, continuation: file.append(key, [continuation]),
         )

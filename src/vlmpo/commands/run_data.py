@@ -20,6 +20,8 @@ from vlmpo.loss import needs_reference
 from vlmpo.recipe import Recipe, Source
 from vlmpo.train.counts import PairCounts, nothing_left
 
+_MISSING = ("missing_image", "missing_video")
+
 
 @dataclass
 class RunData:
@@ -115,12 +117,18 @@ def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, 
     with Progress("reading records", 0, "records", transient=True) as progress:
         screening = screen(data, progress=progress.update, waiting=_report_waiting)
     pair_counts = PairCounts()
+    found = {name: f"its files are in {root}: name that as its image_root" for name, root in screening.roots.items()}
     for drop in screening.dropped:
-        error = RecordError(drop.reason, drop.origin, drop.detail)
+        detail = drop.detail
+        if drop.reason in _MISSING and (elsewhere := found.get(data.source(drop.index))):
+            detail = f"{detail}; {elsewhere}"
+        error = RecordError(drop.reason, drop.origin, detail)
         if recipe.data.on_bad_record == "fail":
             error.met_by = "node"  # every rank reads the same files
             raise error
         pair_counts.drop(data.source(drop.index), error)
+    for name, elsewhere in found.items():
+        logger.info(f"data set {name}: {elsewhere}")
     read = Counter({name: count for name, count in screening.read.items() if count})
     return screening.kept, pair_counts, read
 

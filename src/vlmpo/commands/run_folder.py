@@ -25,6 +25,7 @@ WRITTEN = (
     *("*.safetensors", "*.index.json", "pytorch_model*", "adapter_model*", "training_args.bin"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
     *("chat_template*", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"),
+    *("report.html", "report.png", "report_data.json", "answers.jsonl", "answers_before.jsonl"),
 )
 # What each command reads from, beside the model of model.path.
 _READ = {

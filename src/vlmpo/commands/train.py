@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from vlmpo.commands.adapter_settings import check_adapter_settings, lora_config,
 from vlmpo.commands.config import training_config
 from vlmpo.commands.evaluate import add_questions, show_pair_metrics
 from vlmpo.commands.guard import end_noted, training_folder
+from vlmpo.commands.report import SHARE_OF_TIME, ReportRefresh, never_failing, report_at_end
 from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_pair_counts
 from vlmpo.commands.run_folder import MANIFEST, same_run
 from vlmpo.data.index.store import cache_folder
@@ -25,6 +26,7 @@ from vlmpo.models.adapters import is_peft
 from vlmpo.models.loading import freeze_parts, load_model, load_processor
 from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import dump_recipe
+from vlmpo.train.arguments import check_surroundings
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.checkpoint_io import checkpoints_in
@@ -52,6 +54,7 @@ def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
         VlmpoError: the recipe, the data, the model or the run folder cannot be used.
     """
     args = training_config(recipe)
+    check_surroundings(args)
     args.allow_changes = list(allow_changes)
     with training_folder(recipe, args) as before:
         return _train(recipe, args, before)
@@ -70,6 +73,7 @@ def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MP
     if before is not None and newest and _is_finished(folder, before, manifest, trainer):
         return trainer
     checkpoint = trainer.checkpoints.choose(args.resume_from_checkpoint or None)
+    manifest["model"]["kernels"] = trainer.kernels.key  # those of the checkpoint, if there is one
     known = (before or {}).get("history") or []
     manifest["history"] = [*known, *(entry for entry in trainer.checkpoints.history if entry not in known)]
     if before is not None and checkpoint is not None:
@@ -77,10 +81,19 @@ def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MP
     if trainer.accelerator.is_main_process:
         replace_json(folder / MANIFEST, {**manifest, "status": "running"})
         replace_text(folder / "recipe.yaml", dump_recipe(recipe))
-    with end_noted(folder) if trainer.accelerator.is_main_process else nullcontext():
+    trainer.keep_margins()
+    trainer.add_callback(ReportRefresh(folder))
+    with _end_reported(folder, args.world_size) if trainer.accelerator.is_main_process else nullcontext():
         trainer.train(resume_from_checkpoint=checkpoint)
         _finish(recipe, trainer, data, manifest)
     return trainer
+
+
+@contextmanager
+def _end_reported(folder: Path, ranks: int) -> Iterator[None]:
+    """Note in the manifest how the body ends, and then write the report, which says so."""
+    with report_at_end(folder, ranks=ranks), end_noted(folder):
+        yield
 
 
 def cache(recipe: Recipe) -> None:
@@ -176,7 +189,7 @@ def _build_trainer(recipe: Recipe, args: MPOConfig, data: RunData) -> MPOTrainer
     processor = load_processor(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     _ = args.device  # sets up the process group; without it ZeRO-3 and FSDP cannot shard weights as they are loaded
     model = _load_policy(recipe)
-    if args.dataloader_num_workers:
+    if args.dataloader_num_workers != 0:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
     evaluation: Any = data.evaluation
     if len(evaluation) == 1:  # transformers names the metrics of a single set without the set's name
@@ -290,6 +303,8 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
         print_line(f"model and processor: {folder}")
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    with never_failing("the part of the report on single pairs"):  # after the push: it holds texts and images
+        trainer.score_kept_pairs(SHARE_OF_TIME)
 
 
 def _data_counts(data: RunData, trained: PairCounts) -> dict[str, Any]:

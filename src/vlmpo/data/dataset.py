@@ -140,11 +140,13 @@ class ScannedSource:
         name: name of the source.
         pairs: int64 [pairs], indices in the data set of the source's pairs, ascending.
         index: a row for each of these pairs, in that order.
+        image_root: the folder that its relative paths start from.
     """
 
     name: str
     pairs: Indices
     index: RecordIndex
+    image_root: str
 
 
 class PairDataset:
@@ -262,7 +264,7 @@ class PairDataset:
             index = file.index(distinct, show, functools.partial(waiting, file.path))
             rows = index.find(records)
             assert rows is not None
-            yield ScannedSource(file.name, pairs, index.take(rows))
+            yield ScannedSource(file.name, pairs, index.take(rows), file.image_root)
             done += len(distinct)
 
     def common_root(self) -> str:

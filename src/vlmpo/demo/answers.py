@@ -90,6 +90,21 @@ def marks(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, 
     }
 
 
+def answer_records(questions: Sequence[Question], responses: Sequence[str]) -> list[dict[str, Any]]:
+    """Return answers as lines of ``answers.jsonl``; one that cannot be parsed is ``unparsed``."""
+    status = {True: "correct", False: "incorrect"}
+    return [
+        {
+            "question_id": str(number),
+            "question": question.text,
+            "truth": str(question.truth),
+            "text": response,
+            "status": "unparsed" if parse(response) is None else status[parse(response) == question.truth],
+        }
+        for number, (question, response) in enumerate(zip(questions, responses, strict=True))
+    ]
+
+
 def _mean(values: Sequence[bool]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -110,5 +125,6 @@ def make_pairs(
         both = [(good, bad) for good in right for bad in wrong]
         for index in random.permutation(len(both))[:most]:
             chosen, rejected = both[index]
-            pairs.append(PreferencePair(prompt(question.text), (render(question.scene),), chosen, rejected, SOURCE))
+            image, origin = render(question.scene), f"{SOURCE}:{len(pairs) + 1}"
+            pairs.append(PreferencePair(prompt(question.text), (image,), chosen, rejected, SOURCE, origin))
     return pairs

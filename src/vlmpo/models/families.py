@@ -83,6 +83,71 @@ FAMILIES = {row.model_type: row for row in _ROWS}
 
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
+
+@dataclass(frozen=True)
+class Fused:
+    """Says which fused kernel computes what the modules of one class compute, and how; see vlmpo.models.kernels.
+
+    Attributes:
+        kind: ``rms_norm``; ``glu``, a gated MLP ``down(act(gate(x)) * up(x))``; ``layer_norm``; ``rotary``, an
+            attention that rotates queries and keys by halves.
+        eps: the attribute of a norm that holds its epsilon.
+        offset: what a norm adds to its weight.
+        casting: ``llama``: normalised in float32, cast back, then multiplied by the weight; ``gemma``: all of it in
+            float32, cast at the end.
+    """
+
+    kind: Literal["rms_norm", "glu", "layer_norm", "rotary"]
+    eps: str = "variance_epsilon"
+    offset: float = 0.0
+    casting: Literal["llama", "gemma"] = "llama"
+
+
+# By package of transformers and class, of version 5.23. Not here: Cohere's norms, which have a mean and no bias;
+# experts; MLPs with one projection for gate and up.
+_FUSED = {
+    **dict.fromkeys(
+        (
+            *("granite.GraniteRMSNorm", "granitemoe.GraniteMoeRMSNorm", "granitemoeshared.GraniteMoeSharedRMSNorm"),
+            *("idefics3.Idefics3RMSNorm", "internvl.InternVLVisionRMSNorm", "llama.LlamaRMSNorm"),
+            *("ministral3.Ministral3RMSNorm", "mistral.MistralRMSNorm", "mistral3.Mistral3RMSNorm"),
+            *("mixtral.MixtralRMSNorm", "pixtral.PixtralRMSNorm", "qwen2.Qwen2RMSNorm", "qwen2_5_vl.Qwen2_5_VLRMSNorm"),
+            *("qwen2_moe.Qwen2MoeRMSNorm", "qwen2_vl.Qwen2VLRMSNorm", "qwen3.Qwen3RMSNorm"),
+            *("qwen3_moe.Qwen3MoeRMSNorm", "qwen3_vl.Qwen3VLTextRMSNorm", "qwen3_vl_moe.Qwen3VLMoeTextRMSNorm"),
+        ),
+        Fused("rms_norm"),
+    ),
+    **dict.fromkeys(
+        ("gemma2.Gemma2RMSNorm", "gemma3.Gemma3RMSNorm", "qwen3_5.Qwen3_5RMSNorm"),
+        Fused("rms_norm", eps="eps", offset=1.0, casting="gemma"),
+    ),
+    **dict.fromkeys(
+        (
+            *("cohere.CohereMLP", "cohere2.Cohere2MLP", "gemma2.Gemma2MLP", "gemma3.Gemma3MLP", "granite.GraniteMLP"),
+            *("llama.LlamaMLP", "ministral3.Ministral3MLP", "mistral.MistralMLP", "pixtral.PixtralMLP"),
+            *("qwen2.Qwen2MLP", "qwen2_5_vl.Qwen2MLP", "qwen2_5_vl.Qwen2_5_VLMLP", "qwen2_moe.Qwen2MoeMLP"),
+            *("qwen2_vl.Qwen2MLP", "qwen3.Qwen3MLP", "qwen3_5.Qwen3_5MLP", "qwen3_moe.Qwen3MoeMLP"),
+            *("qwen3_vl.Qwen3VLTextMLP", "qwen3_vl_moe.Qwen3VLMoeTextMLP"),
+        ),
+        Fused("glu"),
+    ),
+    "torch.LayerNorm": Fused("layer_norm", eps="eps"),
+    **dict.fromkeys(
+        (
+            *("llama.LlamaAttention", "mistral.MistralAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention"),
+            *("qwen2_5_vl.Qwen2_5_VLAttention", "qwen2_vl.Qwen2VLAttention", "qwen3_vl.Qwen3VLTextAttention"),
+        ),
+        Fused("rotary"),
+    ),
+}
+
+
+def fused_of(module: Any) -> Fused | None:
+    """Return how a fused kernel may compute ``module``, by its very class; None if it has no row."""
+    package = type(module).__module__.removeprefix("transformers.models.").partition(".")[0]
+    return _FUSED.get(f"{package}.{type(module).__name__}")
+
+
 # Names of submodules, over all families that transformers loads as image-text-to-text models.
 _VISION_MODULES = frozenset(
     {

@@ -63,7 +63,7 @@ def pair_correctness(
             report.outcomes["without_responses"] += 1
             continue
         try:
-            name = _verifier(question, verifier)
+            name = verifier_of(question, verifier)
         except RecordError as error:
             report.errors.append(error)
             continue
@@ -190,7 +190,7 @@ def _unpaired_outcome(statuses: set[str]) -> str:
     return "hard" if "wrong" in statuses else "unreadable"
 
 
-def _verifier(question: Question, default: str) -> str:
+def verifier_of(question: Question, default: str) -> str:
     """Return the verifier for this question. Raise RecordError, naming the question's line, if it cannot decide it."""
     try:
         return choose_verifier(question.answer, question.verifier or default)

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from vlmpo.data.encode.continuations import THOUGHT_CLOSE, THOUGHT_OPEN
 from vlmpo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Message, Question, Response
 from vlmpo.errors import RecordError
-from vlmpo.generate.base import Engine, Generated, GenerationRequest, incomplete_batches
+from vlmpo.generate.base import Engine, Generated, GenerationRequest, incomplete_batches, judged_text
 from vlmpo.generate.prompts import prompt_hash, seed_for
+from vlmpo.generate.responses import IN_THOUGHT
 from vlmpo.log import Progress, logger
+from vlmpo.pairs.correctness import verifier_of
 from vlmpo.pairs.records import Record, draw, pair_record, prompt_of, responses_by_question
 from vlmpo.pairs.report import PairingReport
+from vlmpo.verifiers.verifiers import verify
 
 # A word with the white space before it; in scripts written without spaces, a character.
 _WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
@@ -34,19 +37,21 @@ def pair_dropout_ntp(
     keep: float = 0.5,
     seed: int = 0,
     max_pairs: int = 15,
+    verifier: str = "auto",
     known: Mapping[str, Generated] | None = None,
     save: Save = lambda key, generated: None,
 ) -> tuple[list[Record], PairingReport]:
     """Pair each response with its first part continued without the image.
 
-    Responses are taken as they are, right or wrong. Each is cut between two words, after ``keep`` of its words (rounded
-    down, at least one). Not used are responses that were cut off (``unfinished_response``), of one word
-    (``too_short``), to a question without image (``text_only``) or of nothing but images (``empty_prompt``). A
-    continuation makes no pair if it is empty (``no_continuation``), was cut off (``unfinished``) or repeats the
-    response (``identical``), nor does a request that the engine cannot process (the error's reason).
+    Each is cut between two words, after ``keep`` of its words (rounded down, at least one). Not used are responses that
+    were cut off (``unfinished_response``), of one word (``too_short``), to a question without image (``text_only``) or
+    of nothing but images (``empty_prompt``), and those of which the question's answer says that they are wrong
+    (``wrong_response``): they would be learned. One that cannot be judged is taken as it is. A continuation makes no
+    pair if it is empty (``no_continuation``), was cut off (``unfinished``) or repeats the response (``identical``), nor
+    does a request that the engine cannot process (the error's reason).
 
     Args:
-        questions, responses, seed, max_pairs: as in :func:`vlmpo.pairs.correctness.pair_correctness`.
+        questions, responses, seed, max_pairs, verifier: as in :func:`vlmpo.pairs.correctness.pair_correctness`.
         engine: continues the kept parts, drawing tokens as it was set up to.
         keep: the part of a response's words that is kept, between 0 and 1, both excluded.
         known: continuations that exist already, by the key with which ``save`` was called.
@@ -60,7 +65,7 @@ def pair_dropout_ntp(
     cuts = [
         cut
         for question in sorted(questions, key=lambda question: question.id)
-        for cut in _cuts(question, grouped.get(question.id, []), keep, seed, max_pairs, report)
+        for cut in _cuts(question, grouped.get(question.id, []), keep, seed, max_pairs, verifier, report)
     ]
     continued = dict(known or {})
     to_continue = incomplete_batches(cuts, engine.batch_size, lambda cut: cut.key in continued)
@@ -144,7 +149,13 @@ def _without_images(prompt: str) -> str:
 
 
 def _cuts(
-    question: Question, responses: Sequence[Response], keep: float, seed: int, max_pairs: int, report: PairingReport
+    question: Question,
+    responses: Sequence[Response],
+    keep: float,
+    seed: int,
+    max_pairs: int,
+    verifier: str,
+    report: PairingReport,
 ) -> list[_Cut]:
     cuts: list[_Cut] = []
     for response in responses:
@@ -157,9 +168,21 @@ def _cuts(
             report.dropped["unfinished_response"] += 1
         elif kept is None:
             report.dropped["too_short"] += 1
+        elif _is_wrong(question, response, verifier):
+            report.dropped["wrong_response"] += 1
         else:
             cuts.append(_Cut(question, response, kept))
     return draw(cuts, question, seed, max_pairs, report)
+
+
+def _is_wrong(question: Question, response: Response, verifier: str) -> bool:
+    """Return whether the question's answer, if it has one that can be compared with, says that a response is wrong."""
+    try:
+        name = verifier_of(question, verifier)
+    except RecordError:
+        return False
+    text = judged_text(response.text, bool(response.settings.get(IN_THOUGHT)))
+    return verify(text, question.answer, name).status == "wrong"
 
 
 def _unfit(cut: _Cut, continuation: Generated) -> str | None:

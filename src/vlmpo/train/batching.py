@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,16 @@ class MicroBatch:
     def __len__(self) -> int:
         return len(self.sources)
 
+    def pin_memory(self) -> MicroBatch:
+        """Return the micro-batch in memory from which a CUDA device copies while it computes."""
+        return replace(
+            self,
+            rows=[row.pin_memory() for row in self.rows],
+            chosen=self.chosen.pin_memory(),
+            rejected=None if self.rejected is None else self.rejected.pin_memory(),
+            chosen_lengths=self.chosen_lengths.pin_memory(),
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens read for the pairs, each prompt counted once and dummies left out."""
@@ -55,7 +65,7 @@ class MicroBatch:
     @property
     def response_lengths(self) -> list[int]:
         """Scored tokens of each response, over all rows."""
-        return [int(n) for row in self.rows for n in torch.bincount(row.response_index, minlength=row.num_responses)]
+        return [length for row in self.rows for length in row.response_lengths]
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,10 @@ class Batch:
 
     def __len__(self) -> int:
         return sum(len(micro_batch) for micro_batch in self.micro_batches)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in pinned memory; torch's loader calls this if it is to pin."""
+        return replace(self, micro_batches=[micro_batch.pin_memory() for micro_batch in self.micro_batches])
 
     @property
     def num_chosen_tokens(self) -> int:

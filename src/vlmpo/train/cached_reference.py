@@ -2,8 +2,10 @@
 
 Whatever decides a log-prob is in its key: the reference's weights and config (a rope scaling is no weight), the token
 ids, the image as the model reads it (its pixels after the processor, so the file's bytes and the processor's settings
-too), the precision, and whether prompts are shared. If no key matches, the log-prob is computed anew. Once a whole
-epoch is in the store the model is freed; a run whose data set an earlier run has completed loads no model at all.
+too), the precision, the fused kernels, and whether prompts are shared. If no key matches, the log-prob is computed
+anew. Once a whole epoch is in the store the model is freed, or moved to host memory if it was made in memory and cannot
+be loaded again; a run whose data set an earlier run has completed makes no model at all, unless an evaluation may need
+one.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ from vlmpo.fileio import replace_json
 from vlmpo.hashing import content_key
 from vlmpo.log import logger
 from vlmpo.models.adapters import is_peft, unwrap_peft
+from vlmpo.models.kernels import Kernels
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import Batch, MicroBatch
+from vlmpo.train.compiling import compile_text_layers
 from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import Reference, copy_reference, freeze, weights_hash
 from vlmpo.train.sharding import all_gather_object, passes_are_shared
+from vlmpo.tree.ordered import sum_dtype
 
 # Settings of a config that decide no log-prob: where the model is from, how it is stored, how it generates.
 _IDLE_SETTINGS = frozenset(
@@ -45,7 +50,9 @@ class CachedReference:
         store: the log-probs.
         weights: hash of the reference's weights.
         reading: returns how log-probs are read at present (config, precision, shared prompts): part of every key.
-        reload: makes the model when it is needed; None if it cannot be made again, so that it is never freed.
+        reload: makes the model when it is needed.
+        lasting: whether ``reload`` makes the same model at any time. If not, one that was made is never freed, but
+            moved to host memory.
         any_rank: returns whether its argument is true on some rank: ranks that share their passes read the model
             together, or none of them does.
 
@@ -59,8 +66,9 @@ class CachedReference:
         store: ReferenceStore,
         weights: str,
         reading: Callable[[], str],
-        reload: Callable[[], Reference] | None,
+        reload: Callable[[], Reference],
         any_rank: Callable[[bool], bool],
+        lasting: bool = True,
     ) -> None:
         self.store = store
         self.hits = self.misses = 0
@@ -69,29 +77,42 @@ class CachedReference:
         self._reading = reading
         self._reload = reload
         self._any_rank = any_rank
+        self._lasting = lasting
 
     def load(self) -> Reference:
         """Return the model behind the store; load it if it is not in memory.
 
         Raises:
-            RunError: the weights on disk are not those that the log-probs in the store were computed with.
+            RunError: the weights are no longer those that the log-probs in the store were computed with.
         """
         if self.model is None:
-            assert self._reload is not None  # a model that cannot be made again is in memory from the start
             logger.info(f"reference: some log-probs are not in {self.store.folder}; its model is loaded for them")
-            self.model = self._reload()
-            if self.model.weights_hash() != self._weights:
+            model = self._reload()
+            if model.weights_hash() != self._weights:
                 raise RunError(
                     "cannot reload the reference: its weights on disk have changed since this run began; start again "
                     "with the initial model in its place"
+                    if self._lasting
+                    else f"some of the reference's log-probs are missing from {self.store.folder}, and its model, made "
+                    "in memory, has been trained since; start again with another reference_cache_dir, or pass the "
+                    "initial model a second time as ref_model"
                 )
+            self.model = model
         return self.model
 
-    def free(self) -> None:
-        """Free the model if it can be reloaded."""
-        if self.model is not None and self._reload is not None:
-            self.model = None
-            gc.collect()  # its modules hold methods bound to themselves: without this it is freed at some later time
+    def free(self) -> str | None:
+        """Free the device of the model; return what became of it, None if there was none or it stays."""
+        if self.model is None:
+            return None
+        if not self._lasting:
+            return "moved to host memory" if self.model.rest_on_host() else None
+        self.model = None
+        gc.collect()  # its modules hold methods bound to themselves: without this it is freed at some later time
+        return "freed"
+
+    def rest_on_host(self) -> bool:
+        """Keep the model, if there is one, in host memory between uses; return whether that frees any memory."""
+        return self.model is not None and self.model.rest_on_host()
 
     def context(self) -> bytes:
         """Hash what all keys have in common: the reference's weights and how log-probs are read."""
@@ -111,7 +132,7 @@ class CachedReference:
         self.hits += len(keys) - missing
         lengths = micro_batch.response_lengths
         if self._any_rank(missing > 0):
-            logps = self.load().response_logps(micro_batch).double()
+            logps = self.load().response_logps(micro_batch)
             if missing:  # dummy responses, the last ones, have no key
                 scored = zip(keys, map(Scored, logps.tolist(), lengths), strict=False)
                 sound = {key: score for key, score in scored if math.isfinite(score.logp)}
@@ -122,7 +143,11 @@ class CachedReference:
             raise RunError(f"the reference's log-probs in {self.store.folder} are of other responses; remove it")
         dummies = [0.0] * (micro_batch.num_responses - len(scores))
         logps_or_zeros = [*(score.logp for score in scores), *dummies]
-        return torch.tensor(logps_or_zeros, dtype=torch.float64, device=micro_batch.chosen.device)
+        device = micro_batch.chosen.device
+        return torch.tensor(logps_or_zeros, dtype=sum_dtype(device)).to(device, non_blocking=True)
+
+    def token_logps(self, micro_batch: MicroBatch) -> None:
+        """Return None: the store holds sums."""
 
     def _stored(self, key: bytes) -> Scored | None:
         """Return what the store has for ``key``; a log-prob that is not finite counts as missing."""
@@ -176,6 +201,11 @@ class Completeness(TrainerCallback):
         note = self._note()
         return note is not None and note.is_file()
 
+    def settle(self) -> None:
+        """Know from the start that the whole data set is in the store: the model stays only while it is read."""
+        self._reached = True
+        self._reference.free()
+
     def reach(self) -> None:
         """Note that the whole data set has been read, and free the model."""
         store = self._reference.store
@@ -191,18 +221,21 @@ class Completeness(TrainerCallback):
                     f"reference.cache_dir: {note} cannot be written ({error}); the next run will load the reference"
                 )
         self._reached = True
-        had_model = self._reference.model is not None
-        self._reference.free()
-        if had_model and self._reference.model is None:
+        became = self._reference.free()
+        if became is not None:
             damage = f"{store.damaged} damaged entries were computed anew; " if store.damaged else ""
-            logger.info(f"reference: its log-probs of all pairs are in {store.folder}; {damage}the model is freed")
+            logger.info(f"reference: its log-probs of all pairs are in {store.folder}; {damage}the model is {became}")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Free the model again if an evaluation loaded it after training no longer needed it.
+        """Free the model again if some pair needed it since; note whether the epoch is read whole.
 
-        An epoch that a resumed run enters in the middle is not read whole.
+        One that a resumed run enters in the middle is not.
         """
         self._whole_epoch = float(state.epoch or 0.0).is_integer()
+        self.on_evaluate(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Free the model again if the evaluation loaded it after training no longer needed it."""
         if self._reached:
             self._reference.free()
 
@@ -232,10 +265,12 @@ def open_cached_reference(
     online: Callable[[], Reference],
     pixel_scale: Any,
     shared: Callable[[], bool],
+    kernels: Kernels,
     accelerator: Any,
     rounded: bool,
     dataset: Any,
     encoding: Sequence[Any],
+    will_evaluate: bool,
 ) -> tuple[CachedReference, Completeness]:
     """Open the store that the settings name, and load the reference's model if the store may lack some log-probs.
 
@@ -245,9 +280,11 @@ def open_cached_reference(
         online: makes the reference as it would be without a store, from the policy as it is now.
         pixel_scale: normalises pixels that are bytes, so it is part of every key.
         shared: returns whether rows share prompts at present.
+        kernels: of the run.
         accelerator: of the run.
         rounded: whether the weights are read in bfloat16 over float32 masters.
         dataset, encoding: see :class:`Completeness`.
+        will_evaluate: whether there are evaluation pairs, whose log-probs may be missing when training's are all there.
 
     Returns:
         The reference, and the callback that notes when all of the data set is in its store.
@@ -255,6 +292,7 @@ def open_cached_reference(
     base = unwrap_peft(source)
     mixed = "rounded" if rounded else f"bf16={args.mixed_precision == 'bf16'} fp16={args.mixed_precision == 'fp16'}"
     precision = f"{next(base.parameters()).dtype} {mixed} {args.device.type} {pixel_scale}"
+    precision += " compiled" * args.torch_compile  # its sums are of another order
     config = config_hash(base.config)
     dtype = str(base.dtype).removeprefix("torch.")
     name = compat.name_or_path(base.config)
@@ -262,25 +300,37 @@ def open_cached_reference(
 
     def reload() -> Reference:  # holds no model
         model = load_model(str(name), dtype, trust_remote_code=ran_code)
-        return copy_reference(freeze(model, shared()), accelerator, rounded)
+        compile_text_layers(model, args)
+        return copy_reference(freeze(model, shared(), kernels), accelerator, rounded)
+
+    def reading() -> str:
+        by = f" kernels={kernels.key}" if kernels.key else ""
+        return f"{precision} shared={shared()}{by} config={config}"
 
     def any_rank(value: bool) -> bool:
         return any(all_gather_object(accelerator, value)) if passes_are_shared(accelerator) else value
 
-    # A model under an adapter cannot be reloaded by its base's name: it stays in memory.
-    pinned = online() if is_peft(source) or not name else None
+    # A model under an adapter cannot be reloaded by its base's name, and one made in memory has no name.
+    adapted, lasting = is_peft(source), bool(name) and not is_peft(source)
+    model = online() if adapted else None
     reference = CachedReference(
         store=ReferenceStore(args.reference_cache_dir or cache_folder() / "reference"),
-        weights=weights_hash(base, None) if pinned is None else pinned.weights_hash(),
-        reading=lambda: f"{precision} shared={shared()} config={config}",
-        reload=reload if pinned is None else None,
+        weights=weights_hash(base, None) if model is None else model.weights_hash(),
+        reading=reading,
+        reload=reload if lasting else online,
         any_rank=any_rank,
+        lasting=lasting,
     )
+    reference.model = model
     completeness = Completeness(reference, dataset, encoding, accelerator)
-    if pinned is not None or any_rank(not completeness.known()):
-        reference.model = pinned or online()
-    else:
-        logger.info(f"reference: its log-probs of all pairs are in {reference.store.folder}; no model is loaded")
+    if any_rank(not completeness.known()):
+        reference.model = model or online()
+        return reference, completeness
+    if not lasting and will_evaluate:  # of the initial weights, while they are there
+        reference.model = model or online()
+    completeness.settle()
+    where = "no model is loaded" if reference.model is None else "its model stays for evaluation"
+    logger.info(f"reference: its log-probs of all pairs are in {reference.store.folder}; {where}")
     return reference, completeness
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from vlmpo.fileio import dump_json, replace_text
 from vlmpo.log import logger
+from vlmpo.train.readers import cores_of_a_rank
 
 METRICS_FILE = "metrics.jsonl"
 _SHORT = (
@@ -107,7 +107,7 @@ class StepClock(TrainerCallback):
     Logging, saving and evaluating do not count.
     """
 
-    TOO_LONG = 0.2  # of a step's time
+    TOO_LONG = 0.05  # of a step's time
 
     def __init__(self) -> None:
         self._seconds = self._waited = 0.0  # of all steps
@@ -153,19 +153,19 @@ def waiting_line(share: float, of_what: str, workers: int) -> str:
     line = f"waiting for data: {share:.1%} {of_what}"
     if share <= StepClock.TOO_LONG:
         return line
-    cores = os.cpu_count() or 1
+    cores = cores_of_a_rank()
     if workers < cores:
-        return f"{line}; raise training.dataloader_num_workers (now {workers}; {cores} cores here)"
-    return f"{line}; more cores or a lower data.max_tiles would help ({workers} workers on {cores} cores here)"
+        return f"{line}; raise training.dataloader_num_workers (now {workers}; {cores} cores for this rank)"
+    return f"{line}; more cores or a lower data.max_tiles would help ({workers} workers on {cores} cores)"
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Calls ``check`` once: when the model has been wrapped and no step has been made."""
+    """Calls each of ``checks`` once: when the model has been wrapped and no step has been made."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
-        self._check: Callable[[], None] | None = check
+    def __init__(self, *checks: Callable[[], None]) -> None:
+        self._checks = checks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        check, self._check = self._check, None
-        if check is not None:
+        checks, self._checks = self._checks, ()
+        for check in checks:
             check()

@@ -13,10 +13,13 @@ import torch
 from transformers import TrainingArguments
 
 from vlmpo import compat
+from vlmpo.log import logger
 from vlmpo.loss import check_weights
+from vlmpo.models.recompute import recomputation_settings
 from vlmpo.settings import (
     MPO_WEIGHTS,
     Attention,
+    Kernels,
     NllReduction,
     OnBadRecord,
     OverLong,
@@ -24,6 +27,9 @@ from vlmpo.settings import (
     ReferenceKind,
     ShiftMode,
 )
+from vlmpo.train.arguments import check_numbers
+from vlmpo.train.determinism import prepare_determinism
+from vlmpo.train.kernel_choice import settle_liger
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
@@ -34,6 +40,7 @@ CHOICES = {
     "over_long": get_args(OverLong),
     "on_bad_record": get_args(OnBadRecord),
     "attention": get_args(Attention),
+    "kernels": get_args(Kernels),
     "precision": get_args(Precision),
     "train_sampling_strategy": ("random", "sequential"),
 }
@@ -119,11 +126,18 @@ class MPOConfig(TrainingArguments):
         num_train_epochs, learning_rate: as in TrainingArguments, with the defaults 1 and 1e-6.
         learning_rates: learning rates of the parts ``vision``, ``projector`` and ``text``; a part without one takes
             ``learning_rate``.
+        deterministic: two runs with one seed are equal to the bit on a GPU too, more slowly (see
+            vlmpo.train.determinism). To be set before CUDA is used in the process.
         ema_decay: decay of an exponential moving average of the weights (see vlmpo.train.ema); 0 or None: no average.
+        dataloader_num_workers: processes that read data for this rank, 0: the training process itself; None: by the
+            machine's cores, see vlmpo.train.readers.
         allow_changes: recipe keys, e.g. ``loss.beta``, that may differ from what the checkpoint was made by that is
             resumed from; the change is noted in the run's history.
         attention: ``auto`` shares prompts if the model family allows it; ``separate`` reads each response in a row of
             its own.
+        kernels: ``auto`` computes norms and gated MLPs by fused kernels on CUDA if liger-kernel is installed and agrees
+            with the plain modules; ``off`` does not. ``use_liger_kernel`` is another name for ``auto``, and an error
+            if there can be none.
         precision: ``float32`` reads and trains the weights in their own type, ``bf16`` in bfloat16 over float32
             weights, ``autocast`` by torch's autocast; ``auto``: ``bf16`` if the hardware is fast at it, see
             :mod:`vlmpo.train.precision`.
@@ -147,14 +161,17 @@ class MPOConfig(TrainingArguments):
     on_bad_record: str = "skip"
     max_bad_share: float = 0.05
     attention: str = "auto"
+    kernels: str = "auto"
     precision: str = "auto"
     bf16: bool | None = None
     learning_rates: dict[str, float] | None = field(default=None)
     ema_decay: float | None = None
+    deterministic: bool = False
     allow_changes: list[str] | None = field(default=None)
     # The published recipes: one epoch, small steps (transformers' 3 epochs at 5e-5 would ruin an SFT checkpoint).
     num_train_epochs: float = 1.0
     learning_rate: float = 1e-6
+    dataloader_num_workers: int | None = None
     # A NaN must appear in the log, not be replaced by the mean of earlier losses.
     logging_nan_inf_filter: bool = False
     logging_first_step: bool = True
@@ -164,25 +181,45 @@ class MPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         # Read before transformers guesses: it takes a higher value for the better one unless the name ends in "loss".
+        check_numbers(self)
         chosen_by_user = self.greater_is_better is not None
+        readers = self.dataloader_num_workers
+        self.dataloader_num_workers = 1 if readers is None else readers  # transformers compares it with numbers
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic must be true or false, not {self.deterministic!r}")
+        prepare_determinism(self.deterministic, self.full_determinism)  # transformers uses CUDA in what follows
         self._set_up_precision(super().__post_init__)
+        self.dataloader_num_workers = readers
+        given: Any = self.gradient_checkpointing_kwargs  # transformers has made the two names equal
+        if self.activation_checkpointing or given:
+            recomputation = recomputation_settings(given, self.device.type)
+            self.activation_checkpointing_kwargs: Any = recomputation
+            self.gradient_checkpointing_kwargs: Any = recomputation  # its deprecated alias
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError("save_strategy: best: best by what? Set metric_for_best_model, e.g. eval_loss")
-        if self.metric_for_best_model is not None and not chosen_by_user:
-            self.greater_is_better: bool | None = greater_is_better(self.metric_for_best_model)
+        if self.metric_for_best_model is not None:
+            by_nature = greater_is_better(self.metric_for_best_model)
+            if not chosen_by_user:
+                self.greater_is_better: bool | None = by_nature
+            elif by_nature is not None and self.greater_is_better != by_nature:
+                kept, better = ("highest", "lower") if self.greater_is_better else ("lowest", "higher")
+                logger.info(
+                    f"note: greater_is_better: {str(self.greater_is_better).lower()} makes the {kept} "
+                    f"{self.metric_for_best_model} the best, though a {better} one is better; leave it out if that is "
+                    "not meant"
+                )
         if self.max_tokens_per_row == 0:
             self.max_tokens_per_row = row_tokens(self.device.type)
         self.loss_weights = check_weights(MPO_WEIGHTS if self.loss_weights is None else self.loss_weights)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        settle_liger(self)
         tiles = self.max_tiles
         if tiles is not None and (isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1):
             raise ValueError(f"max_tiles must be a whole number above 0, or None for the model's own, not {tiles!r}")
         if self.group_by_prompt < 0:
             raise ValueError(f"group_by_prompt must be at least 0, not {self.group_by_prompt}")
-        if self.dataloader_num_workers < 0:
-            raise ValueError(f"dataloader_num_workers must be at least 0, not {self.dataloader_num_workers}")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
         if self.label_smoothing_factor:

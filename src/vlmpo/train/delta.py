@@ -31,7 +31,8 @@ class DeltaUpdates:
         self._beta = beta
         self._device = device
         self._with_rewards = with_rewards
-        self._rewards = [0.0, 0.0]  # sum and count in the optimizer step under way, on this rank
+        self._unread: list[Tensor] = []  # sums of rewards in the optimizer step under way, on this rank
+        self._count = 0.0
 
     def before_loss(self, micro_batch: MicroBatch, policy: Tensor, reference: Tensor | None) -> None:
         """Let a micro-batch's mean reward, averaged over the ranks that have one, enter delta: mode ``running``.
@@ -47,17 +48,18 @@ class DeltaUpdates:
         self._observe([float(rewards.mean()), 1.0] if rewards.numel() else [0.0, 0.0])
 
     def add(self, output: LossOutput) -> None:
-        """Add the rewards of a micro-batch."""
+        """Add the rewards of a micro-batch. They stay on the device: to read a number is to wait for it."""
         if output.chosen_rewards is not None and output.rejected_rewards is not None:
-            self._rewards[0] += float(output.chosen_rewards.sum()) + float(output.rejected_rewards.sum())
-            self._rewards[1] += 2.0 * len(output.chosen_rewards)
+            self._unread += [output.chosen_rewards.sum(), output.rejected_rewards.sum()]
+            self._count += 2.0 * len(output.chosen_rewards)
 
     def end_step(self) -> None:
         """Move delta, once, by the rewards of all ranks in the optimizer step: mode ``previous``."""
         if self._shift.mode == "previous" and self._with_rewards:
-            self._observe(self._rewards)
+            rewards = torch.stack(self._unread).tolist() if self._unread else []
+            self._observe([sum(rewards), self._count])
         self._shift.step()
-        self._rewards = [0.0, 0.0]
+        self._unread, self._count = [], 0.0
 
     def _observe(self, sum_and_count: list[float]) -> None:
         """Let rewards of all ranks enter delta, unless they are not finite: delta would never be finite again."""

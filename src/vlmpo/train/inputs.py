@@ -24,6 +24,7 @@ from vlmpo.models.checkpoint_files import INTERNVL_CHAT, why_foreign
 from vlmpo.models.families import support_for
 from vlmpo.models.fit import limits_of
 from vlmpo.train.config import MPOConfig
+from vlmpo.train.kernel_choice import settle_liger
 
 _UNUSED = {
     "data_collator": "vlmpo lays pairs out in rows itself",
@@ -50,6 +51,10 @@ def check_arguments(args: Any, peft_config: Any) -> None:
         raise RecipeError(
             f"MPOTrainer: args is of type {kind}, without MPO's own settings; pass an MPOConfig: {remedy}"
         )
+    try:
+        settle_liger(args)  # it may have been set since
+    except ValueError as error:
+        raise RecipeError(f"MPOTrainer: {error}") from error
     if peft_config is not None and not hasattr(peft_config, "peft_type"):
         raise RecipeError(
             f"MPOTrainer: peft_config is of type {type(peft_config).__name__}; pass a configuration of PEFT, e.g. "

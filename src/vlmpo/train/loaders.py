@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import torch
@@ -107,6 +109,7 @@ class LoaderFactory:
             max_group=args.group_by_prompt,
             costs=self._costs,
         )
+        loader.last_epoch = math.ceil(args.num_train_epochs) - 1 if args.max_steps <= 0 else sys.maxsize
         if first_time:
             balanced, dealt = (loader.pair_sampler.mean_imbalance(_STEPS_SHOWN, way) for way in (True, False))
             figures = f"{balanced:.2f} times the mean work of a step ({dealt:.2f} in plain order)"
@@ -118,7 +121,7 @@ class LoaderFactory:
         return self._loader(pairs, per_device=self.args.eval_batch_size)
 
     def _loader(self, pairs: Any, **order: Any) -> PairLoader:
-        num_workers = self.args.dataloader_num_workers
+        num_workers = self.args.dataloader_num_workers or 0
         return PairLoader(
             EncodedPairs(pairs, self.loader_encoder),
             batch_sampler=PairBatchSampler(
@@ -133,4 +136,5 @@ class LoaderFactory:
             generator=torch.Generator(),  # its own: reading data must not change the random state of training
             persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import resource
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -41,15 +42,28 @@ def is_right(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
 # ---- training ----
 
 
-@dataclass
 class StepSums:
     """Sums metrics over the pairs of one or more optimizer steps on this rank; the sums of several ranks add up.
 
-    Values under ``loss/`` hold each term's share of its step's global mean, so that their sum over a step is the mean.
-    All others are plain sums over pairs.
+    Numbers stay on the device until ``values`` is read: to read one is to wait for all that the device was given.
     """
 
-    values: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    def __init__(self) -> None:
+        self._values: dict[str, float] = defaultdict(float)
+        self._unread: list[tuple[list[str], Tensor]] = []
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The sums by name.
+
+        Those under ``loss/`` hold each term's share of its step's global mean, so that their sum over a step is the
+        mean. All others are plain sums over pairs.
+        """
+        unread, self._unread = self._unread, []
+        for names, numbers in unread:
+            for name, number in zip(names, numbers.tolist(), strict=True):
+                self._values[name] += number
+        return self._values
 
     def add(
         self,
@@ -68,24 +82,26 @@ class StepSums:
             sources: the data set of each pair.
             num_tokens: tokens that were read.
         """
-        values = self.values
+        values = self._values
         values["tokens"] += num_tokens
         values["pairs"] += len(sources)
-        for name, value in output.terms.items():
-            values[f"loss/{name}"] += float(value)
-        values["logps/chosen"] += float(chosen_logps.sum())
+        numbers = {f"loss/{name}": value for name, value in output.terms.items()}
+        numbers["logps/chosen"] = chosen_logps.sum()
         if rejected_logps is not None:
-            values["logps/rejected"] += float(rejected_logps.sum())
-        if output.chosen_rewards is None or output.rejected_rewards is None:
-            return
-        right = is_right(output.chosen_rewards, output.rejected_rewards).tolist()
-        values["rewarded"] += len(sources)
-        values["rewards/chosen"] += float(output.chosen_rewards.sum())
-        values["rewards/rejected"] += float(output.rejected_rewards.sum())
-        values["rewards/accuracies"] += sum(right)
-        for source, hit in zip(sources, right, strict=True):
-            values[f"pairs/{source}"] += 1.0
-            values[f"right/{source}"] += hit
+            numbers["logps/rejected"] = rejected_logps.sum()
+        right = chosen_logps[:0]
+        rewarded: list[str] = []
+        if output.chosen_rewards is not None and output.rejected_rewards is not None:
+            right = is_right(output.chosen_rewards, output.rejected_rewards)
+            rewarded = [f"right/{source}" for source in sources]
+            values["rewarded"] += len(sources)
+            numbers["rewards/chosen"] = output.chosen_rewards.sum()
+            numbers["rewards/rejected"] = output.rejected_rewards.sum()
+            numbers["rewards/accuracies"] = right.sum()
+            for source in sources:
+                values[f"pairs/{source}"] += 1.0
+        together = torch.cat([*(number.reshape(1) for number in numbers.values()), right])
+        self._unread.append(([*numbers, *rewarded], together))
 
 
 def add_up(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -140,10 +156,13 @@ def window_metrics(ranks: Sequence[Mapping[str, float]], seconds: float) -> dict
     """Return the logged metrics of the optimizer steps since the last log.
 
     Args:
-        ranks: the values of each rank's StepSums, with ``steps`` and the seconds of ``data_wait`` among them.
+        ranks: the values of each rank's StepSums, with ``steps``, the seconds of ``data_wait`` and the bytes of
+            ``peak_memory`` among them.
         seconds: time that these steps took.
     """
     total = add_up(ranks)
+    total.pop("peak_memory", None)  # of the rank that takes most
+    peak = max(rank.get("peak_memory", 0.0) for rank in ranks)
     waited = total.pop("data_wait", 0.0) / len(ranks)
     steps = max(total.pop("steps", 0.0) / len(ranks), 1.0)
     empty = total.pop("empty_steps", 0.0) / len(ranks)
@@ -154,7 +173,17 @@ def window_metrics(ranks: Sequence[Mapping[str, float]], seconds: float) -> dict
         metrics["data_wait_share"] = waited / seconds
         metrics["pairs_per_second"] = total.get("pairs", 0.0) / seconds
         metrics["tokens_per_second"] = total.get("tokens", 0.0) / seconds
+    if peak:
+        metrics["memory_gib"] = peak / 2**30
     return metrics
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes this process has held at once: of the accelerator if there is one, else of the system."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def leave_out_empty_steps(logs: dict[str, float]) -> None:

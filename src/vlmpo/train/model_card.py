@@ -24,7 +24,10 @@ from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.train.reference import AdapterReference
 
 CARD_FILE = "README.md"
-_PACKAGES = ("vlmpo", "torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "tokenizers", "pillow")
+_PACKAGES = (
+    *("vlmpo", "torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "tokenizers", "pillow"),
+    "liger-kernel",
+)
 _PROGRESS = ("loss", "loss/sigmoid", "loss/bco_pair", "loss/nll", "rewards/accuracies", "rewards/margins")
 _INTERVALS = (("rewards/accuracies", "{:.3f} [{:.3f}, {:.3f}]"), ("rewards/margins", "{:+.3f} [{:+.3f}, {:+.3f}]"))
 

@@ -31,6 +31,7 @@ _KEYS = {
     "reference_kind": "reference.kind",
     "reference_cache_dir": "reference.cache_dir",
     "attention": "model.attention",
+    "kernels": "model.kernels",
 }
 # Fields that say nothing about what the run makes.
 _PASSING = {"output_dir", "resume_from_checkpoint", "allow_changes", "local_rank", "logging_dir", "run_name"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +22,12 @@ from vlmpo.models.adapters import (
     unwrap_peft,
     use_adapter,
 )
+from vlmpo.models.kernels import Kernels
 from vlmpo.models.masters import round_weights
 from vlmpo.train.batching import MicroBatch
+from vlmpo.train.host_weights import HostWeights, can_rest
 from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
-from vlmpo.tree.forward import install, response_logps, uses_shared_rows
+from vlmpo.tree.forward import install, sum_by_response, uses_shared_rows
 
 # Attributes under which transformers' attention layers keep a dropout rate that is no module.
 _DROPOUT_RATES = (
@@ -44,6 +47,9 @@ class Reference(Protocol):
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """Return each response's log-prob summed over its scored tokens, ``[responses]``, without gradient."""
 
+    def token_logps(self, micro_batch: MicroBatch) -> Tensor | None:
+        """Return each scored token's log-prob, ``[scored]``, without gradient; None if only their sums are known."""
+
     def stop_sharing(self) -> None:
         """Read every response in a row of its own from now on."""
 
@@ -52,6 +58,9 @@ class Reference(Protocol):
 
     def weights_hash(self) -> str:
         """Return a hash of the reference's weights."""
+
+    def rest_on_host(self) -> bool:
+        """Keep a model of its own in host memory between uses from now on; return whether that frees any memory."""
 
 
 class CopyReference:
@@ -65,13 +74,25 @@ class CopyReference:
     def __init__(self, model: nn.Module, known_hash: str | None = None) -> None:
         self.model = model
         self._hash = known_hash
+        self._host: HostWeights | None = None  # its weights, if they are in host memory between uses
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """Return ``[responses]``, without gradient."""
-        with torch.no_grad():
-            logps = response_logps(self.model, micro_batch.rows)
+        return sum_by_response(self.token_logps(micro_batch), micro_batch.rows)
+
+    def token_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Return ``[scored]``, without gradient."""
+        with torch.no_grad(), nullcontext() if self._host is None else self._host.on_device():
+            logps: Tensor = self.model(packed_rows=micro_batch.rows)
         release(self.model)
         return logps
+
+    def rest_on_host(self) -> bool:
+        """Keep the weights in host memory between uses; a model that other ranks hold parts of stays as it is."""
+        if self._host is not None or not can_rest(self.model) or unwrapped(self.model) is not self.model:
+            return False
+        self._host = HostWeights(self.model)
+        return True
 
     def stop_sharing(self) -> None:
         """Read every response in a row of its own from now on."""
@@ -118,8 +139,17 @@ class AdapterReference:
 
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """Return ``[responses]``, without gradient."""
+        return sum_by_response(self.token_logps(micro_batch), micro_batch.rows)
+
+    def token_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Return ``[scored]``, without gradient."""
         with torch.no_grad(), use_adapter(self.policy, self.frozen):
-            return response_logps(self.policy, micro_batch.rows)
+            logps: Tensor = self.policy(packed_rows=micro_batch.rows)
+        return logps
+
+    def rest_on_host(self) -> bool:
+        """Return False: the weights are the policy's own."""
+        return False
 
     def stop_sharing(self) -> None:
         """Do nothing: the policy, which is the model that is read here, is set up by the trainer."""
@@ -141,6 +171,7 @@ def online_reference(
     given: Any | None,
     fresh_adapter: bool,
     shared: bool,
+    kernels: Kernels,
     accelerator: Any,
     rounded: bool,
 ) -> Reference:
@@ -152,16 +183,18 @@ def online_reference(
         given: a reference model of the user's, or None.
         fresh_adapter: whether the policy's adapter was put on for this run.
         shared: whether rows share prompts.
+        kernels: of the run.
         accelerator: of the run.
         rounded: whether the policy's weights are masters, of which roundings are read; a copy is rounded then.
     """
     kind = choose_kind(kind, policy, given, fresh_adapter)
     if kind != "copy":
         return AdapterReference(policy, add_frozen_adapter(policy) if kind == "frozen_adapter" else None)
-    return copy_reference(frozen_copy(policy) if given is None else freeze(given, shared), accelerator, rounded)
+    model = frozen_copy(policy, kernels) if given is None else freeze(given, shared, kernels)
+    return copy_reference(model, accelerator, rounded)
 
 
-def frozen_copy(policy: Any) -> nn.Module:
+def frozen_copy(policy: Any, kernels: Kernels) -> nn.Module:
     """Return a deep copy of the policy, its adapter included, that never learns.
 
     Raises:
@@ -172,15 +205,16 @@ def frozen_copy(policy: Any) -> nn.Module:
             "under DeepSpeed ZeRO-3 the policy cannot be copied for the reference; pass the initial model a second "
             "time as ref_model, or train with model.lora"
         )
-    return freeze(copy.deepcopy(policy), uses_shared_rows(unwrap_peft(policy)))
+    return freeze(copy.deepcopy(policy), uses_shared_rows(unwrap_peft(policy)), kernels)
 
 
-def freeze(model: Any, shared: bool) -> nn.Module:
+def freeze(model: Any, shared: bool, kernels: Kernels) -> nn.Module:
     """Make ``model`` a reference: without gradients or dropout, reading rows as the policy does."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     switch_dropout_off(model)
     install(unwrap_peft(model), shared)
+    kernels.bind(model)
     unwrap_peft(model)._vlmpo.masters = None  # of the policy that it is a copy of
     return model.eval()
 

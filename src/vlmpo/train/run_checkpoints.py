@@ -28,6 +28,7 @@ class RunCheckpoints:
         args: the settings of the run.
         ranks: its collectives.
         made_by: returns what the run is made by.
+        reuse: takes over what a run chose by itself, from the settings of the checkpoint it goes on from.
         reference_hash: returns the hash of its reference's weights; None without one.
         deepspeed: whether DeepSpeed loads the optimizer.
 
@@ -42,6 +43,7 @@ class RunCheckpoints:
         ranks: RankSync,
         *,
         made_by: Callable[[], Settings],
+        reuse: Callable[[Settings], None],
         reference_hash: Callable[[], str | None],
         deepspeed: bool,
     ) -> None:
@@ -50,6 +52,7 @@ class RunCheckpoints:
         self._args = args
         self._ranks = ranks
         self._made_by = made_by
+        self._reuse = reuse
         self._reference_hash = reference_hash
         self._deepspeed = deepspeed
         self._chosen: tuple[Any, str | None] | None = None  # what was asked for, and the answer
@@ -123,7 +126,9 @@ class RunCheckpoints:
     def _check_made_by(self, checkpoint: Path) -> None:
         """Compare the run with what a checkpoint was made by, and note the resume in the history."""
         state = read_state(checkpoint)
-        found = self.check_settings(settings_of(checkpoint, state), str(checkpoint))
+        before = settings_of(checkpoint, state)
+        self._reuse(before)
+        found = self.check_settings(before, str(checkpoint))
         check_rates(checkpoint, self._args.learning_rates)
         check_reference(checkpoint, self.first_reference_hash())
         if found:

@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -201,6 +201,7 @@ class PairBatchSampler(Sampler[list[int]]):
         max_group: most pairs of one prompt that are brought together.
         costs: costs of each pair, to balance the ranks; None deals the pairs of a step out in order.
         epoch: the epoch whose order is yielded next.
+        last_epoch: the epoch that an iteration goes on to; None, and any that is past, stand for ``epoch``.
     """
 
     num_pairs: int
@@ -214,6 +215,7 @@ class PairBatchSampler(Sampler[list[int]]):
     max_group: int = 1
     costs: PairCosts | None = None
     epoch: int = 0
+    last_epoch: int | None = None
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_pairs, self.global_batch)
@@ -221,8 +223,13 @@ class PairBatchSampler(Sampler[list[int]]):
         return full * self.accumulation + math.ceil(rest / (self.per_device * self.num_ranks))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps():
-            yield from self.split(step)[self.rank]
+        last = self.epoch if self.last_epoch is None else self.last_epoch
+        return self._batches(range(self.epoch, max(self.epoch, last) + 1))
+
+    def _batches(self, epochs: Iterable[int]) -> Iterator[list[int]]:
+        for epoch in epochs:
+            for step in self.steps(epoch):
+                yield from self.split(step)[self.rank]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is yielded next.
@@ -236,11 +243,11 @@ class PairBatchSampler(Sampler[list[int]]):
         """Pairs in an optimizer step, over all ranks and micro-batches."""
         return self.per_device * self.accumulation * self.num_ranks
 
-    def steps(self) -> Iterator[list[int]]:
-        """Yield the pairs of each optimizer step of the epoch, over all ranks."""
+    def steps(self, epoch: int | None = None) -> Iterator[list[int]]:
+        """Yield the pairs of each optimizer step of ``epoch``, None: the one that is next, over all ranks."""
         order = list(range(self.num_pairs))
         if self.seed is not None:
-            order = shuffle(self.num_pairs, seed=self.seed, epoch=self.epoch)
+            order = shuffle(self.num_pairs, seed=self.seed, epoch=self.epoch if epoch is None else epoch)
             if self.keys is not None:
                 order = bring_prompts_together(order, self.keys, self.max_group)
         end = self.num_pairs // self.global_batch * self.global_batch if self.drop_last else self.num_pairs
@@ -277,7 +284,47 @@ class PairBatchSampler(Sampler[list[int]]):
 
 
 class PairLoader(DataLoader[Any]):
-    """Loads the batches of one rank, in the order of its :class:`PairBatchSampler`."""
+    """Loads the batches of one rank, in the order of its :class:`PairBatchSampler`.
+
+    With workers it reads ahead over the end of an epoch: while its last batches are trained on, the first ones of the
+    next are made. A small data set would otherwise be waited for once an epoch.
+
+    Attributes:
+        last_epoch: the last one that is read ahead; None reads none ahead.
+    """
+
+    last_epoch: int | None = None
+    _ahead: Iterator[Any] | None = None  # batches of this epoch and those after it
+    _due = (0, 0)  # epoch and number of the next of them
+
+    def __iter__(self) -> Any:
+        last = self.last_epoch
+        return super().__iter__() if self.num_workers == 0 or last is None else self._read_on(last)
+
+    def _read_on(self, last_epoch: int) -> Iterator[Any]:
+        """Yield the batches of an epoch; those that an earlier epoch's iteration has made ready first."""
+        sampler, epoch = self.pair_sampler, self.pair_sampler.epoch
+        if self._ahead is None or self._due != (epoch, 0):
+            self._ahead = None  # of an epoch that was left: its workers end before others start
+            sampler.last_epoch = last_epoch
+            try:
+                self._ahead = super().__iter__()
+            finally:  # whoever else reads the sampler, as a resumed run does, wants one epoch
+                sampler.last_epoch = None
+        for number in range(len(self)):
+            self._due = (epoch, number + 1)
+            yield next(self._ahead)
+        self._due = (epoch + 1, 0)
+        if epoch >= last_epoch:
+            self._ahead = None
+
+    def close(self) -> None:
+        """End the workers now.
+
+        The garbage collector closes their queues before it tells them to end, and then waits five seconds for each.
+        """
+        self._ahead = None
+        self._iterator = None  # torch's, of persistent workers
 
     @property
     def pair_sampler(self) -> PairBatchSampler:

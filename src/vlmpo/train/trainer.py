@@ -18,23 +18,27 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat, interrupt
 from vlmpo.data.encode.encoder import EncodedPairs
-from vlmpo.data.encode.processors import with_tiles
+from vlmpo.data.encode.processors import tokenizer_of, with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.fit import check_features, check_processor
 from vlmpo.models.masters import HALF, Masters
+from vlmpo.models.recompute import free_inputs_of_gradients
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
 from vlmpo.train.checkpoint import load_weights, read_state, restore_state, settings_as_given, steps_done
 from vlmpo.train.checkpoint_io import TRAINER_FILE, model_beside, rotate
+from vlmpo.train.compiling import check_backend, compile_policy, compile_text_layers
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.delta import DeltaUpdates
+from vlmpo.train.determinism import deterministic_run
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
+from vlmpo.train.host_weights import free_memory, make_room, memory_needed
 from vlmpo.train.hub import hub_errors
 from vlmpo.train.inputs import (
     check_arguments,
@@ -45,6 +49,7 @@ from vlmpo.train.inputs import (
     refuse_unused,
     shares_prompts,
 )
+from vlmpo.train.kernel_choice import CHOSEN, choose_kernels
 from vlmpo.train.launcher import refuse_unseen_ranks
 from vlmpo.train.loaders import LoaderFactory
 from vlmpo.train.metrics import (
@@ -52,6 +57,7 @@ from vlmpo.train.metrics import (
     carried_on,
     leave_out_empty_steps,
     may_be_best,
+    peak_memory,
     settle_best_metric,
     start_loss,
     window_metrics,
@@ -64,11 +70,13 @@ from vlmpo.train.model_card import (
     objective_fields,
     training_settings,
 )
+from vlmpo.train.pair_margins import PairMargins, decoder, score_pairs
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.precision import choose_precision, is_sharded, reads_masters, recorded_precision, without_sharding
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
-from vlmpo.train.reference import Reference, online_reference, switch_dropout_off
+from vlmpo.train.readers import choose_readers, cores_of_a_rank
+from vlmpo.train.reference import CopyReference, Reference, online_reference, switch_dropout_off
 from vlmpo.train.resume import refuse_damaged_best
 from vlmpo.train.run_checkpoints import RunCheckpoints
 from vlmpo.train.run_watch import RunWatch
@@ -85,6 +93,8 @@ from vlmpo.train.start_check import shared_rows_hold
 from vlmpo.train.stopping import StopAtSignal, without_jit_checkpoint
 from vlmpo.tree.features import share_features
 from vlmpo.tree.forward import install, response_logps, response_logps_and_router_losses
+from vlmpo.tree.ordered import Select
+from vlmpo.tree.positions import ready_on_host
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
 
 
@@ -107,6 +117,7 @@ class MPOTrainer(Trainer):
         data_collator: turns encoded pairs into batches; its ``shared`` says whether rows share prompts.
         reference: answers with the frozen reference's log-probs; None if no term needs it.
         reward_shift: delta.
+        kernels: the fused kernels that policy and reference are read by.
         ranks: collectives, and dummies that keep ranks in step.
         pair_counts: what became of the pairs of the first epoch so far, on this rank.
         average: of the weights, if ``ema_decay`` is set.
@@ -119,6 +130,7 @@ class MPOTrainer(Trainer):
         given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
         checkpoints: finds and writes them; knows the run's history.
         watch: ends the run if its data or numbers are good for nothing.
+        margins: keeps the margins of pairs for the run's report; None unless :meth:`keep_margins` is called.
 
     Raises:
         RecipeError: the reference that is asked for contradicts the model, or an argument is of the wrong kind.
@@ -170,19 +182,8 @@ class MPOTrainer(Trainer):
         probe = check_processor(model, self.encoder)
         if ref_model is not None:
             check_processor(ref_model, self.encoder)
-        self.loader_encoder = self.encoder.for_loader()
-        self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
-        self.sums = StepSums()
-        self.clock = StepClock()
-        self.metrics_file = MetricsFile(args.output_dir)
-        self.pair_counts = PairCounts()
-        self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
-        self.card_fields: dict[str, Any] = {}
-        self.trained_pairs = PairCounts()
-        self.given_settings: Settings = {}
-        self._steps_before = 0  # steps of the checkpoint that is resumed from
-        self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
-        self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
+        self.loader_encoder = self.encoder.for_loader(grouped=args.group_by_prompt > 1)
+        self._start_counts(args)
         with without_jit_checkpoint(args):
             super().__init__(
                 model=model,
@@ -196,6 +197,7 @@ class MPOTrainer(Trainer):
                 callbacks=[*(callbacks or []), self.clock, self.metrics_file],
                 optimizers=optimizers,
             )
+        self.add_callback(self._at_start)
         self.masters = Masters(self.model) if reads_masters(args, self.precision) else None
         unwrap_peft(self.model)._vlmpo.masters = self.masters
         in_bf16 = self.precision == "bf16" or args.mixed_precision == "bf16"
@@ -217,6 +219,9 @@ class MPOTrainer(Trainer):
         self.average = WeightAverage.for_run(args.ema_decay, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if self.average is not None:
             self.add_callback(self.average)
+        if args.dataloader_num_workers is None:
+            pairs = 0 if self.train_dataset is None else len(self.train_dataset)
+            args.dataloader_num_workers = choose_readers(pairs, args.device.type, cores_of_a_rank())
         self.loaders = LoaderFactory(
             args,
             encoder=self.encoder,
@@ -227,8 +232,28 @@ class MPOTrainer(Trainer):
         )
         if self.train_dataset is not None:
             self.loaders.check_steps(len(self.train_dataset), compat.batch_size_per_device(self))
+        self.kernels = choose_kernels(
+            args, self.model, ref_model, self.ranks.all_gather, rounded=self.masters is not None
+        )
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
+
+    def _start_counts(self, args: MPOConfig) -> None:
+        """Start all that counts, sums and keeps while a run goes on."""
+        self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
+        self.sums = StepSums()
+        self.clock = StepClock()
+        self.metrics_file = MetricsFile(args.output_dir)
+        self.pair_counts = PairCounts()
+        self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
+        self.card_fields: dict[str, Any] = {}
+        self.trained_pairs = PairCounts()
+        self.given_settings: Settings = {}
+        self._at_start = BeforeFirstStep()
+        self.margins: PairMargins | None = None
+        self._steps_before = 0  # steps of the checkpoint that is resumed from
+        self._loss_known = True  # whether the sum of the loss over all steps is known, of earlier sessions too
+        self._scored_model: nn.Module | None = None  # the policy as prepared for an evaluation before training
 
     def _compose(self, args: MPOConfig) -> None:
         """Make what watches a run, moves delta, stops at signals, and keeps checkpoints, on all ranks together."""
@@ -240,6 +265,7 @@ class MPOTrainer(Trainer):
             args,
             self.ranks,
             made_by=self.settings,
+            reuse=self._reuse_choices,
             reference_hash=self._reference_hash,
             deepspeed=self.is_deepspeed_enabled,
         )
@@ -257,14 +283,17 @@ class MPOTrainer(Trainer):
         """Do as transformers does; refuse wrappers that cannot be exact, and use one GPU a process.
 
         Raises:
-            RecipeError: FSDP of version 1, or a launcher whose processes do not see each other.
+            RecipeError: FSDP of version 1, a launcher whose processes do not see each other, or no compiler for
+                torch_compile.
         """
         if self.args.n_gpu > 1:  # transformers would use all by DataParallel, which gives each the same rows
             use_all = f"torchrun --nproc_per_node {self.args.n_gpu} (docs/distributed.md)"
             logger.info(f"one of {self.args.n_gpu} GPUs is used; to use all, start with {use_all}")
             compat.use_one_gpu(self.args)
+        check_backend(self.args)
         super().create_accelerator_and_postprocess()
         refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
+        compile_policy(self.accelerator, self.model, self.args)
         configure_fsdp(self.accelerator, self.model, asked_for=bool(self.args.fsdp))
         without_sharding(self.args, self.accelerator, self.precision)
 
@@ -273,15 +302,19 @@ class MPOTrainer(Trainer):
             return None
 
         def online(kind: str) -> Reference:
-            return online_reference(
+            reference = online_reference(
                 kind,
                 policy=self.model,
                 given=given,
                 fresh_adapter=fresh_adapter,
                 shared=self.shared,
+                kernels=self.kernels,
                 accelerator=self.accelerator,
                 rounded=self.masters is not None,
             )
+            if isinstance(reference, CopyReference):  # a copy of compiled layers is not compiled
+                compile_text_layers(reference.tower_owner(), self.args)
+            return reference
 
         if self.args.reference_kind != "cache":
             return online(self.args.reference_kind)
@@ -293,10 +326,12 @@ class MPOTrainer(Trainer):
             online=lambda: online("auto"),
             pixel_scale=self.loader_encoder.pixel_scale,
             shared=lambda: self.shared,
+            kernels=self.kernels,
             accelerator=self.accelerator,
             rounded=self.masters is not None,
             dataset=self.train_dataset,
             encoding=[encoder.max_length, encoder.over_long, tiles, encoder.video_frames],
+            will_evaluate=self.eval_dataset is not None,
         )
         self.add_callback(self.completeness)
         return reference
@@ -310,6 +345,16 @@ class MPOTrainer(Trainer):
         owner = None if self.reference is None else self.reference.tower_owner()
         if owner is not None:
             share_features(unwrap_peft(self.model), owner, share=not self.ranks.share_passes)
+
+    def _make_room(self) -> None:
+        """Let the reference rest in host memory between uses if the device would have too little room for rows.
+
+        And keep nothing for gradients that no weight wants.
+        """
+        if self.args.activation_checkpointing and not self.args.activation_checkpointing_kwargs["use_reentrant"]:
+            free_inputs_of_gradients(self.model)
+        if self.reference is not None:
+            make_room(self.reference, free_memory(self.args.device), memory_needed(self.model, self.optimizer))
 
     def _check_rows(self) -> None:
         """Stop sharing prompts if shared rows differ from separate ones; see :func:`shared_rows_hold`."""
@@ -396,17 +441,17 @@ class MPOTrainer(Trainer):
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.ranks.drop_dummy_gradients(model)
-            self.delta.end_step()  # the losses of the optimizer step are all computed
-            self.sums.values["steps"] += 1
-            self.sums.values["empty_steps"] += self.watch.step_is_empty
         return total
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         """Move a micro-batch to the device; there, make the processor's pixels of those that came as bytes."""
         device, scale = self.args.device, self.loader_encoder.pixel_scale
         dtype = compute_dtype(self.accelerator) if self.masters is None else HALF
-        rows = []
-        for row in (row.to(device) for row in inputs.rows):
+        policy, rows = unwrap_peft(self.model), []
+        for on_host in inputs.rows:
+            if self.shared:
+                ready_on_host(policy, on_host)
+            row = on_host.to(device)
             vision = row.vision if scale is None else scale.normalise(row.vision)
             if dtype is not None:
                 vision = {name: t.to(dtype) if t.is_floating_point() else t for name, t in vision.items()}
@@ -414,9 +459,9 @@ class MPOTrainer(Trainer):
         return replace(
             inputs,
             rows=rows,
-            chosen=inputs.chosen.to(device),
-            rejected=None if inputs.rejected is None else inputs.rejected.to(device),
-            chosen_lengths=inputs.chosen_lengths.to(device),
+            chosen=inputs.chosen.to(device, non_blocking=True),
+            rejected=None if inputs.rejected is None else inputs.rejected.to(device, non_blocking=True),
+            chosen_lengths=inputs.chosen_lengths.to(device, non_blocking=True),
         )
 
     def compute_loss(
@@ -468,8 +513,8 @@ class MPOTrainer(Trainer):
     ) -> LossOutput:
         chosen, rejected = micro_batch.chosen, micro_batch.rejected if reference is not None else None
         return mpo_loss(
-            policy[chosen],
-            None if rejected is None else policy[rejected],
+            Select.apply(policy, chosen),
+            None if rejected is None else Select.apply(policy, rejected),
             None if reference is None else reference[chosen],
             None if reference is None or rejected is None else reference[rejected],
             micro_batch.chosen_lengths,
@@ -490,11 +535,14 @@ class MPOTrainer(Trainer):
             num_tokens=micro_batch.num_tokens,
         )
         self.delta.add(output)
+        if self.margins is not None:
+            self.margins.add(micro_batch.origins, output)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, and let nothing move the weights that should not.
 
-        transformers calls this between the backward pass and the optimizer's step, whether it clips or not.
+        transformers calls this between the backward pass and the optimizer's step, whether it clips or not. Here, once
+        a step, the host waits for the device and reads whatever it needs to know.
 
         Raises:
             RunError: the norm, a loss or a log-prob is not finite; all ranks raise it.
@@ -507,6 +555,9 @@ class MPOTrainer(Trainer):
             # and weight decay. (DeepSpeed has stepped already.)
             for parameter in model.parameters():
                 parameter.grad = None
+        self.delta.end_step()  # the losses of the optimizer step are all computed
+        self.sums.values["steps"] += 1
+        self.sums.values["empty_steps"] += self.watch.step_is_empty
         return norm
 
     # ---- log and evaluation ----
@@ -515,7 +566,10 @@ class MPOTrainer(Trainer):
         """Add MPO's metrics to a training log, and the rates of parts beside the base one."""
         if "loss" in logs:
             seconds, waited = self.clock.take()
-            logs |= window_metrics(self.ranks.all_gather({**self.sums.values, "data_wait": waited}), seconds)
+            own = {**self.sums.values, "data_wait": waited, "peak_memory": peak_memory(self.args.device)}
+            logs |= window_metrics(self.ranks.all_gather(own), seconds)
+            if self.margins is not None:
+                self.margins.collect(self.state.global_step, self.ranks.all_gather)
             self.sums = StepSums()
             leave_out_empty_steps(logs)
             if self.reference is not None:
@@ -544,7 +598,7 @@ class MPOTrainer(Trainer):
             RecordError: some rank met a bad record under ``on_bad_record="fail"``; all of them raise it.
             RunError: the wrapper of the run cannot score before training.
         """
-        with interrupt.at_once():
+        with interrupt.at_once(), deterministic_run(self.args.deterministic):
             return self._evaluate_sets(eval_dataset, metric_key_prefix)
 
     def _evaluate_sets(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -578,6 +632,37 @@ class MPOTrainer(Trainer):
             self._scored_model = prepare_to_score(self.accelerator, self.model_wrapped)
         return self._scored_model
 
+    def keep_margins(self) -> None:
+        """Keep the margins that training will see in a small file of the output folder, for the run's report."""
+        self.margins = PairMargins(self.args.output_dir, compat.batch_size_per_device(self))
+        self.add_callback(self.margins)
+
+    def score_kept_pairs(self, share: float) -> None:
+        """Score the pairs with the largest and the most negative margins by token, for the run's report; on all ranks.
+
+        Args:
+            share: of the time of training that it may take, at most.
+        """
+        if self.margins is None or self.reference is None:
+            return
+        self.margins.collect(self.state.global_step, self.ranks.all_gather)
+        with interrupt.at_once():
+            self.margins.kept.pairs = score_pairs(
+                self.margins.kept.extremes(),
+                pairs=EncodedPairs(self.train_dataset, self.loader_encoder),
+                dataset=self.train_dataset,
+                policy=self._model_to_score(),
+                reference=self.reference,
+                prepare=self._prepare_inputs,
+                gather=self.ranks.all_gather,
+                shared=self.shared,
+                keyed=self.data_collator.keyed,
+                beta=self.args.beta,
+                decode=decoder(tokenizer_of(self.encoder.processor)),
+                seconds=self.margins.seconds_to_score(share),
+            )
+        self.margins.write(self.args.should_save)
+
     @property
     def _fail_on_bad(self) -> bool:
         return self.args.on_bad_record == "fail"
@@ -601,12 +686,13 @@ class MPOTrainer(Trainer):
         evaluation = self.eval_dataset
         sets = evaluation.values() if isinstance(evaluation, dict) else [] if evaluation is None else [evaluation]
         loaders = itertools.chain.from_iterable(self.get_eval_dataloader(data) for data in sets)
-        counts = precompute(
-            self.reference,
-            training=map(self._counted, training),
-            evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
-            prepare=self._prepare_inputs,
-        )
+        with deterministic_run(self.args.deterministic):
+            counts = precompute(
+                self.reference,
+                training=map(self._counted, training),
+                evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
+                prepare=self._prepare_inputs,
+            )
         pair_counts = self.all_pair_counts()
         if not pair_counts.used.total():
             raise self.watch.nothing_left("nothing to train on: none of the pairs can be used")
@@ -707,8 +793,9 @@ class MPOTrainer(Trainer):
                 "under FSDP a model that was evaluated cannot be trained any more; "
                 "to evaluate at the start set training.eval_on_start: true"
             )
+        before_first_step: list[Callable[[], None]] = [self._make_room]
         if self.ranks.share_passes:  # the weights can be read only once they are wrapped
-            self.add_callback(BeforeFirstStep(self._check_rows))
+            before_first_step.insert(0, self._check_rows)
         else:
             self._check_rows()
         self.settle_best_metric()
@@ -719,10 +806,17 @@ class MPOTrainer(Trainer):
             state = read_state(checkpoint)
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
-            self.add_callback(BeforeFirstStep(functools.partial(self._go_on, state)))
+            before_first_step.append(functools.partial(self._go_on, state))
+        self.remove_callback(self._at_start)  # of an earlier call, which may not have come so far
+        self._at_start = BeforeFirstStep(*before_first_step)
+        self.add_callback(self._at_start)
         self.watch.start()
-        with self.stopping.watched(self.args.enable_jit_checkpoint):
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            with self.stopping.watched(self.args.enable_jit_checkpoint), deterministic_run(self.args.deterministic):
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            if isinstance(loader := self.callback_handler.train_dataloader, PairLoader):
+                loader.close()
         self.watch.end_data(self.state.epoch or 0.0)
         self.trained_pairs = self.all_pair_counts()
         if self.args.load_best_model_at_end and self._best_checkpoint is None:
@@ -730,13 +824,21 @@ class MPOTrainer(Trainer):
                 f"NOT the best checkpoint: none was kept with a {self.args.metric_for_best_model} to go by. "
                 f"The model is that of the last step, {self.state.global_step}."
             )
+        elif self._best_checkpoint is not None:
+            value = f"{self.args.metric_for_best_model} {self.state.best_metric:.4g}"
+            logger.info(f"best checkpoint: {self._best_checkpoint} ({value}); the model is that of its step")
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
     def settings(self) -> Settings:
         """Return what the run is made by: JSON values by recipe key."""
         if "data.train.pairs" not in self.given_settings and self.train_dataset is not None:
             self.given_settings["data.train.pairs"] = pairs_hash(self.train_dataset)
-        return run_settings(self.args, self.model, self.given_settings)
+        return run_settings(self.args, self.model, {**self.given_settings, CHOSEN: self.kernels.kinds})
+
+    def _reuse_choices(self, before: Settings) -> None:
+        """Choose again what the run that is resumed chose, if it was asked for the same."""
+        if CHOSEN in before and before.get("model.kernels") == self.args.kernels:
+            self.kernels.use(before[CHOSEN])
 
     def planned_steps(self) -> int:
         """Return the optimizer steps of the whole run."""

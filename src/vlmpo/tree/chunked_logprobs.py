@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 # Logits in a block, by device. On a CPU a block should stay in its cache (measured: benchmarks/head.py).
@@ -111,7 +112,7 @@ def token_logps(
     def score(states: Tensor, labels: Tensor) -> Tensor:
         projected = head(states)
         logits = logit_transform.apply(projected.to(wide(projected.dtype)))
-        return logits.gather(1, labels[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+        return -cross_entropy(logits, labels, reduction="none")  # the gradient of gather() would add by atomics
 
     size = max(1, chunk_elements // int(getattr(head, "out_features", 32768)))
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
@@ -237,7 +238,8 @@ def _excess(projected: Tensor, total: Tensor, targets: Tensor, block: slice, log
     logits = logit_transform.apply(projected.to(total.dtype))
     excess = (logits - total[:, None]).exp_()
     inside, column = _place(targets, block)
-    excess.scatter_add_(1, column[:, None], -inside[:, None].to(excess.dtype))
+    at_target = excess.gather(1, column[:, None]) - inside[:, None].to(excess.dtype)
+    excess.scatter_(1, column[:, None], at_target)  # one entry a row: nothing is summed
     return logit_transform.backward(excess, logits)
 
 

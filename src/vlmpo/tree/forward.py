@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from vlmpo import compat
 from vlmpo.models.families import logit_scale_and_softcap
 from vlmpo.models.masters import HALF, Masters
-from vlmpo.tree.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, reading_a_row, register
+from vlmpo.tree.attention import ATTENTION_NAME, layout_arguments, register
 from vlmpo.tree.chunked_logprobs import LogitTransform, ScoringHead, token_logps, wide
 from vlmpo.tree.features import vision_arguments
 from vlmpo.tree.layout import PackedRow
+from vlmpo.tree.ordered import ResponseSums, scored_states, sum_dtype
+from vlmpo.tree.placeholders import placeholders_from_host
 from vlmpo.tree.positions import layout_of, positions_of, refuse_missing_types
 from vlmpo.tree.router_loss import recording_routers, response_router_losses
 from vlmpo.tree.vision import refuse_bytes
 
 
 def response_logps(model: Any, rows: Sequence[PackedRow]) -> Tensor:
-    """Return the log-probability of each response of ``rows``, ``[responses]``, summed over its scored tokens.
+    """Return the log-probability of each response of ``rows``, summed over its scored tokens: ``[responses]``, float64.
 
     Args:
         model: set up by :func:`install`, or a wrapper around such a model.
@@ -48,15 +50,25 @@ def response_logps_and_router_losses(model: Any, rows: Sequence[PackedRow]) -> t
 
 
 def sum_by_response(token_logps: Tensor, rows: Sequence[PackedRow]) -> Tensor:
-    """Sum the log-probs of each response's scored tokens: ``[scored]`` of all rows to ``[responses]``."""
-    index: list[Tensor] = []
+    """Sum the log-probs of each response's scored tokens, in an order that nothing else in the rows changes.
+
+    Args:
+        token_logps: ``[scored]`` of all rows.
+        rows: on the same device.
+
+    Returns:
+        ``[responses]``, float64 (float32 on a device without).
+    """
+    if not rows:  # the empty input itself, which still depends on the model's weights
+        return token_logps.to(sum_dtype(token_logps.device))
+    owners: list[Tensor] = []
     seen = 0
     for row in rows:
-        index.append(row.response_index + seen)
+        owners.append(row.response_index + seen)
         seen += row.num_responses
-    sums = token_logps.new_zeros(seen)
-    # Without rows return the empty input itself, which still depends on the model's weights.
-    return sums.index_add(0, torch.cat(index), token_logps) if index else token_logps
+    lengths = [length for row in rows for length in row.response_lengths]
+    sums: Tensor = ResponseSums.apply(token_logps, lengths, torch.cat(owners))
+    return sums
 
 
 # ---- the patch ----
@@ -198,12 +210,13 @@ def _read_row(model: Any, row: PackedRow, shared: bool) -> Tensor:
     arguments |= accepted(model.base_model, row.token_types)
     if shared:
         # A separate row is an ordinary prompt: the model counts its positions as it always does.
-        arguments |= {"position_ids": positions_of(model, row), LAYOUT_ARGUMENT: layout_of(model, row)}
-    with reading_a_row(row.input_ids.device) if shared else nullcontext():
+        arguments |= layout_arguments(layout_of(model, row), row.input_ids)
+        arguments["position_ids"] = positions_of(model, row)
+    with placeholders_from_host(model.base_model, row):
         hidden = model.base_model(**arguments).last_hidden_state[0]  # [tokens, hidden]
     transform = LogitTransform(*logit_scale_and_softcap(model.config))
     head = model.get_output_embeddings()
-    return token_logps(hidden[row.logit_positions], head, row.targets, logit_transform=transform)
+    return token_logps(scored_states(hidden, row), head, row.targets, logit_transform=transform)
 
 
 def _empty_on_weights(model: Any) -> Tensor:

@@ -7,7 +7,7 @@ continue from the end of its prompt, so a response reads exactly as if it were t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -64,12 +64,14 @@ class TreeSpan(NamedTuple):
 class Segments(NamedTuple):
     """Describes a row as one attention call over segments of queries, each with its own stretch of gathered keys.
 
+    All tensors are int32.
+
     Attributes:
-        cu_seqlens_q, cu_seqlens_k: ``[segments + 1]`` int32, where each begins; the last entry is the end.
+        cu_seqlens_q, cu_seqlens_k: ``[segments + 1]``, where each begins; the last entry is the end.
         max_seqlen_q, max_seqlen_k: tokens of the longest.
         keys: ``[gathered]``, the token of the row that each key is; None if the keys are the row itself.
-        key_of_token: ``[tokens]``, the place in ``keys`` of each token in its own segment; None if ``keys`` is.
-        repeats: the further copies of prompts: first token in the row, first place in ``keys``, length.
+        places: ``[gathered]``, the places in ``keys`` of the row's first token, of its second, and so on.
+        first_place: ``[tokens]``, where in ``places`` those of each token begin.
     """
 
     cu_seqlens_q: Tensor
@@ -77,41 +79,46 @@ class Segments(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     keys: Tensor | None
-    key_of_token: Tensor | None
-    repeats: tuple[tuple[int, int, int], ...]
+    places: Tensor | None
+    first_place: Tensor | None
+
+    def to(self, device: torch.device) -> Segments:
+        """Return the segments on ``device``, moved by one copy."""
+        whole = [tensor for tensor in self if isinstance(tensor, Tensor)]
+        moved = torch.cat(whole).to(device, non_blocking=True).split([tensor.numel() for tensor in whole])
+        names = [name for name, value in self._asdict().items() if isinstance(value, Tensor)]
+        return self._replace(**dict(zip(names, moved, strict=True)))
 
 
-def _attention_segments(spans: Sequence[TreeSpan], device: torch.device) -> Segments:
+def _attention_segments(spans: Sequence[TreeSpan]) -> Segments:
     queries: list[int] = []
-    keys: list[Tensor] = []
-    key_of_token: list[Tensor] = []
-    repeats: list[tuple[int, int, int]] = []
-    place = 0
+    stretches: list[NDArray[np.int64]] = []  # numpy: quicker than torch with a few numbers
+    seen: list[int] = []
     for span in spans:
         at = span.start
+        prompt = np.arange(at, at + span.prompt)
         for number, length in enumerate(span.responses):
-            if number:
-                repeats.append((span.start, place, span.prompt))
-                keys.append(torch.arange(span.start, span.start + span.prompt))
-                place += span.prompt
-            else:
-                length += span.prompt
-            queries.append(length)
-            keys.append(torch.arange(at, at + length))
-            key_of_token.append(torch.arange(place, place + length))
-            at, place = at + length, place + length
-    longest = max(span.prompt + max(span.responses) for span in spans)
-    starts = torch.tensor([0, *queries]).cumsum(0)
-    # A segment's keys end where its own tokens end.
-    ends = torch.cat([part[-1:] + 1 for part in key_of_token])
+            own = length if number else span.prompt + length
+            keys = [prompt, np.arange(at, at + own)] if number else [np.arange(at, at + own)]
+            queries.append(own)
+            stretches += keys
+            seen.append(sum(map(len, keys)))
+            at += own
+    gathered = np.concatenate(stretches)
+    repeated = len(gathered) > sum(queries)
+    counts = np.bincount(gathered)  # of a token: 1, and of a prompt's as many as it has responses
+
+    def starts(lengths: Any) -> Tensor:
+        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
     return Segments(
-        cu_seqlens_q=starts.to(device, torch.int32),
-        cu_seqlens_k=torch.cat([ends.new_zeros(1), ends]).to(device, torch.int32),
+        cu_seqlens_q=starts(queries),
+        cu_seqlens_k=starts(seen),
         max_seqlen_q=max(queries),
-        max_seqlen_k=longest,
-        keys=torch.cat(keys).to(device) if repeats else None,
-        key_of_token=torch.cat(key_of_token).to(device) if repeats else None,
-        repeats=tuple(repeats),
+        max_seqlen_k=max(seen),
+        keys=torch.from_numpy(gathered.astype(np.int32)) if repeated else None,
+        places=torch.from_numpy(np.argsort(gathered, kind="stable").astype(np.int32)) if repeated else None,
+        first_place=starts(counts)[:-1] if repeated else None,
     )
 
 
@@ -123,6 +130,11 @@ class RowLayout:
 
     Attributes:
         spans: the trees, in order.
+        num_tokens: tokens in the row.
+        longest: of prompts with one of their responses, the most tokens.
+        numbers: on the CPU: of each tree the tokens of its prompt, how many responses it has, and the tokens of each.
+        kernel: attends over the whole row in one call; None: SDPA does, segment by segment. Chosen when a row is read.
+        parts: the segments that the kernel attends over, on the model's device; None without a kernel.
         blocks: ``[tokens]``, for a family whose images attend to themselves in both directions: the block of image
             tokens that each token belongs to, -1 for text; None for other families. A response holds no image.
         positions: ``[3, 1, tokens]``, for a family that counts in three dimensions, once its model has counted.
@@ -131,21 +143,45 @@ class RowLayout:
 
     def __init__(self, spans: tuple[TreeSpan, ...]) -> None:
         self.spans = spans
+        self.num_tokens = sum(span.prompt + sum(span.responses) for span in spans)
+        self.longest = max((span.prompt + max(span.responses) for span in spans), default=0)
+        self.numbers = torch.tensor([n for s in spans for n in (s.prompt, len(s.responses), *s.responses)])
+        self.kernel: Any = None
+        self.parts: Segments | None = None
         self.blocks: Tensor | None = None
         self.positions: Tensor | None = None
         self.features: Any = None
         self._masks: dict[tuple[Any, ...], Tensor | None] = {}
         self._segments: dict[torch.device, Segments] = {}
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the row."""
-        return sum(span.prompt + sum(span.responses) for span in self.spans)
+    @classmethod
+    def from_numbers(cls, numbers: Tensor, blocks: Tensor | None) -> RowLayout:
+        """Build a layout again from its ``numbers`` and ``blocks``."""
+        spans, start = [], 0
+        values = iter(numbers.tolist())
+        for prompt in values:
+            responses = tuple(next(values) for _ in range(next(values)))
+            spans.append(TreeSpan(start, prompt, responses))
+            start += prompt + sum(responses)
+        layout = cls(tuple(spans))
+        layout.blocks = blocks
+        return layout
+
+    def to(self, device: torch.device) -> RowLayout:
+        """Return the layout with all that the layers need on ``device``, so that none of them has to wait for it."""
+        moved = RowLayout(self.spans)
+        if self.blocks is not None:
+            moved.blocks = self.blocks.to(device, non_blocking=True)
+        if self.positions is not None:
+            moved.positions = self.positions.to(device, non_blocking=True)
+        if device.type == "cuda":  # elsewhere rows are read segment by segment
+            moved.segments(device)
+        return moved
 
     def segments(self, device: torch.device) -> Segments:
         """Return the segments of one attention call over the row; they are made once for all layers."""
         if device not in self._segments:
-            self._segments[device] = _attention_segments(self.spans, device)
+            self._segments[device] = _attention_segments(self.spans).to(device)
         return self._segments[device]
 
     def prompt_mask(self, span: TreeSpan, window: int | None, device: torch.device) -> Tensor | None:
@@ -162,8 +198,6 @@ class RowLayout:
 
     def _prompt_mask(self, start: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
         blocks = None if self.blocks is None else self.blocks[start : start + tokens].to(device)
-        if blocks is not None and not bool((blocks >= 0).any()):
-            blocks = None
         if blocks is None and window is None:
             return None
         ones = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
@@ -205,6 +239,7 @@ class PackedRow:
         vision: the trees' vision tensors, put together in order of the trees.
         token_types: ``[1, tokens]`` each, by the processor's name.
         dummy_tokens: tokens at the row's end that no scored token sees, see :func:`append_dummy`.
+        host_ids: ``input_ids`` before the row was moved to its device; None: it was not.
     """
 
     input_ids: Tensor
@@ -217,13 +252,28 @@ class PackedRow:
     vision: dict[str, Tensor]
     token_types: dict[str, Tensor] = field(default_factory=dict)
     dummy_tokens: int = 0
+    host_ids: Tensor | None = None
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """Scored tokens of each response; dummies, which come last, are not scored."""
+        return [length for span in self.layout.spans for length in span.responses][: self.num_responses]
 
     def to(self, device: torch.device) -> PackedRow:
         """Return the row with its tensors on ``device``."""
-        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in _TEXT_TENSORS}
+        host_ids = self.input_ids if self.host_ids is None else self.host_ids
+        moved = self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, layout=self.layout.to(device), host_ids=host_ids)
+
+    def pin_memory(self) -> PackedRow:
+        """Return the row with its tensors in memory from which a CUDA device copies while it computes."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> PackedRow:
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in _TEXT_TENSORS}
         for name in ("vision", "token_types"):
-            moved[name] = {key: tensor.to(device, non_blocking=True) for key, tensor in getattr(self, name).items()}
-        return replace(self, **moved)
+            changed[name] = {key: change(tensor) for key, tensor in getattr(self, name).items()}
+        return replace(self, **changed)
 
 
 def build_row(trees: Sequence[PromptTree]) -> PackedRow:

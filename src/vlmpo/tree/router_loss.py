@@ -21,6 +21,7 @@ from vlmpo.loss import LossOutput
 from vlmpo.models.families import family_of
 from vlmpo.tree.chunked_logprobs import wide
 from vlmpo.tree.layout import RowLayout
+from vlmpo.tree.ordered import Select
 
 TERM = "router_aux"  # its name among the terms of the loss
 
@@ -62,7 +63,7 @@ def add_router_loss(
     """
     counted = [chosen] if rejected is None else [chosen, rejected]
     responses = len(counted) * (len(chosen) if num_pairs is None else num_pairs)
-    share = losses[torch.cat(counted)].sum() / max(responses, 1.0)
+    share = Select.apply(losses, torch.cat(counted)).sum() / max(responses, 1.0)
     return replace(output, loss=output.loss + coefficient * share, terms={**output.terms, TERM: share.detach()})
 
 
@@ -82,31 +83,23 @@ def response_router_losses(layers: Sequence[Tensor], layout: RowLayout, top_k: i
         ``[responses of the layout]``, float32 or better; the gradient goes through the probabilities alone.
     """
     device, experts = layers[0].device, layers[0].shape[1]
-    lengths: list[int] = []  # of the parts of the row: prompts and responses, in order
-    prompt_of: list[int] = []  # for each response, the index of its prompt among the parts
-    response_at: list[int] = []  # and its own index there
-    for span in layout.spans:
-        prompt_of += [len(lengths)] * len(span.responses)
-        lengths += [span.prompt, *span.responses]
-        response_at += range(len(lengths) - len(span.responses), len(lengths))
-    sizes = torch.tensor(lengths, device=device)
     sent = torch.zeros(layout.num_tokens, experts, dtype=wide(layers[0].dtype), device=device)
     probabilities = torch.zeros_like(sent)
     for logits in layers:
         routed = logits.softmax(dim=-1)
         probabilities = probabilities + routed.to(sent.dtype)
         sent = sent + torch.zeros_like(sent).scatter_(1, routed.topk(top_k, dim=-1).indices, 1.0)
-    part_of_token = torch.repeat_interleave(
-        torch.arange(len(lengths), device=device), sizes, output_size=layout.num_tokens
-    )
-
-    def by_response(values: Tensor) -> Tensor:
-        """Sum ``[tokens, experts]`` over each response and its prompt: ``[responses, experts]``."""
-        sums = values.new_zeros(len(lengths), experts).index_add(0, part_of_token, values)
-        return sums[prompt_of] + sums[response_at]
-
-    rows = len(layers) * (sizes[prompt_of] + sizes[response_at])[:, None]
-    return experts * ((by_response(sent) / rows) * (by_response(probabilities) / rows)).sum(dim=1)
+    # Summed part by part, prompts and responses: index_add would add by atomics.
+    sizes = [size for span in layout.spans for size in (span.prompt, *span.responses)]
+    parts = iter([part.sum(dim=0) for part in torch.cat([sent, probabilities], dim=1).split(sizes)])
+    sums: list[Tensor] = []  # of each response and its prompt, [2 x experts]
+    tokens: list[int] = []
+    for span in layout.spans:
+        prompt = next(parts)
+        sums += [prompt + next(parts) for _ in span.responses]
+        tokens += [span.prompt + length for length in span.responses]
+    means = torch.stack(sums) / (len(layers) * torch.tensor(tokens, device=device)[:, None])
+    return experts * (means[:, :experts] * means[:, experts:]).sum(dim=1)
 
 
 # ---- the routers of a model ----

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from vlmpo.errors import first_line
 from vlmpo.tree.layout import RowLayout, Segments, TreeSpan
@@ -66,13 +66,35 @@ def _flash_attn_kernel() -> Kernel:
     def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
         starts = segments.cu_seqlens_q, segments.cu_seqlens_k
         longest = segments.max_seqlen_q, segments.max_seqlen_k
-        out: Tensor = flash_attn_varlen_func(query, key, value, *starts, *longest, softmax_scale=scale, causal=True)
+        in_order = torch.are_deterministic_algorithms_enabled()  # torch's own kernel reads the switch by itself
+        out: Tensor = flash_attn_varlen_func(
+            query, key, value, *starts, *longest, softmax_scale=scale, causal=True, deterministic=in_order
+        )
         return out
 
     return kernel
 
 
-CANDIDATES: dict[str, Callable[[], Kernel]] = {"torch": _torch_kernel, "flash-attn": _flash_attn_kernel}
+def _flash_attn_3_kernel() -> Kernel:
+    """Load FlashAttention 3, which has a package of its own and runs on Hopper alone, if it is installed."""
+    flash_attn_varlen_func = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+        starts = segments.cu_seqlens_q, segments.cu_seqlens_k
+        longest = segments.max_seqlen_q, segments.max_seqlen_k
+        out = flash_attn_varlen_func(query, key, value, *starts, *longest, softmax_scale=scale, causal=True)
+        attended: Tensor = out[0] if isinstance(out, tuple) else out  # early versions return the log-sums too
+        return attended
+
+    return kernel
+
+
+# In order of preference. A fixed order, and no race at the start: kernels differ in the last bits.
+CANDIDATES: dict[str, Callable[[], Kernel]] = {
+    "torch": _torch_kernel,
+    "flash-attn": _flash_attn_kernel,
+    "flash-attn-3": _flash_attn_3_kernel,
+}
 
 
 @functools.cache
@@ -114,11 +136,12 @@ def misreading(kernel: Kernel, device: torch.device, dtype: torch.dtype = torch.
     # The first row may be read under no_grad, autocast or inference mode.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         layout = RowLayout((TreeSpan(0, 5, (3, 2, 4)), TreeSpan(14, 9, (1,)), TreeSpan(24, 2, (6, 70))))
+        segments = layout.segments(device)
         generator = torch.Generator().manual_seed(0)
         shapes = [(layout.num_tokens, heads, 64) for heads in (4, 2, 2, 4)]
         states = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
         wide = [state.float() for state in states]
-        got = _with_gradients(lambda q, k, v: attend_in_one_call(kernel, q, k, v, layout, None), states)
+        got = _with_gradients(lambda q, k, v: attend_in_one_call(kernel, q, k, v, segments, None), states)
         expected = _with_gradients(lambda q, k, v: attend_densely(q, k, v, layout), wide)
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True)]
     return max(error if error == error else float("inf") for error in errors)
@@ -160,11 +183,11 @@ def can_read(layout: RowLayout, dtype: torch.dtype, head: int, window: int | Non
     """Return whether one call is enough: half precision, no image blocks, no window that cuts anything off."""
     if dtype not in HALF or head % 8 or head > _LARGEST_HEAD or layout.blocks is not None:
         return False
-    return window is None or window >= max(span.prompt + max(span.responses) for span in layout.spans)
+    return window is None or window >= layout.longest
 
 
 def attend_in_one_call(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float | None
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
 ) -> Tensor:
     """Attend over a whole row by one call of ``kernel``.
 
@@ -172,34 +195,36 @@ def attend_in_one_call(
         kernel: from :func:`kernel_for`.
         query: ``[tokens, heads, head]``.
         key, value: ``[tokens, kv_heads, head]``.
-        layout: of the row.
+        segments: of the row, on the same device.
         scale: of the scores; None: ``head ** -0.5``.
 
     Returns:
         ``[tokens, heads, head]``.
     """
-    segments = layout.segments(query.device)
     if segments.keys is not None:
-        key, value = _Gather.apply(key, segments), _Gather.apply(value, segments)
+        key, value = _Gather.apply(key, value, segments.keys, segments.places, segments.first_place)
     return kernel(query, key, value, segments, scale)
 
 
 class _Gather(torch.autograd.Function):
-    """Gathers a row's keys (or values) in order of the segments: a prompt's once more for every further response.
+    """Gathers a row's keys and values in order of the segments: a prompt's once more for every further response.
 
-    The gradient is added up slice by slice, always in the same order; ``index_select``'s own would add by atomics.
+    A token's gradient is the sum over its places, added up in their order in float32 or better: ``index_select``'s own
+    would add by atomics, in any order.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        assert segments.keys is not None
-        return states.index_select(0, segments.keys)
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, keys: Tensor, places: Tensor, first_place: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(places, first_place)
+        return key.index_select(0, keys), value.index_select(0, keys)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grad_outputs
-        total = grad.index_select(0, ctx.segments.key_of_token)
-        for start, again, length in ctx.segments.repeats:
-            total[start : start + length] += grad[again : again + length]
-        return total, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        places, first_place = ctx.saved_tensors
+        key, value = (
+            embedding_bag(places, grad.flatten(1), first_place, mode="sum").unflatten(1, grad.shape[1:])
+            for grad in grad_outputs
+        )
+        return key, value, None, None, None

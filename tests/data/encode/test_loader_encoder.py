@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from tests.tiny_models import noise_image, processor, tokenizer
 from tests.zoo import FAMILIES, Family
@@ -94,6 +95,33 @@ def test_images_in_memory_are_always_read(opened: list[Any]) -> None:
     image.paste((0, 0, 0), (0, 0, 60, 40))
     assert not torch.equal(encoder.encode(pair(image)).vision["pixel_values"], before)
     assert len(opened) == 2
+
+
+def test_pictures_of_a_group_are_read_once_until_one_is_drawn_on(opened: list[Any]) -> None:
+    """A picture is known by its content, whichever object holds it, and by how it is to be turned."""
+    encoder, image = PairEncoder(processor()).for_loader(grouped=True), noise_image(112, 40, 0)
+    first = encoder.encode(pair(image)).vision["pixel_values"]
+    assert encoder.encode(pair(image.copy(), chosen="green")).vision["pixel_values"] is first
+    assert len(opened) == 1
+    image.putpixel((3, 3), (1, 2, 3))
+    drawn_on = encoder.encode(pair(image)).vision["pixel_values"]
+    assert torch.equal(drawn_on, PairEncoder(processor()).for_loader().encode(pair(image)).vision["pixel_values"])
+    assert not torch.equal(drawn_on, first)
+    image.getexif()[ExifTags.Base.Orientation] = 3
+    upside_down = encoder.encode(pair(image)).vision["pixel_values"]
+    assert not torch.equal(upside_down, drawn_on)
+
+
+def test_encoded_images_are_read_once_and_opened_files_are_left_to_pillow(opened: list[Any], tmp_path: Path) -> None:
+    (path,) = files(tmp_path, 1)
+    content = Path(path).read_bytes()
+    encoder = PairEncoder(processor()).for_loader(grouped=True)
+    kept = encoder.encode(pair(content)).vision["pixel_values"]
+    assert encoder.encode(pair(bytes(bytearray(content)))).vision["pixel_values"] is kept
+    assert len(opened) == 1
+    for _ in range(2):
+        assert torch.equal(encoder.encode(pair(Image.open(path))).vision["pixel_values"], kept)
+    assert len(opened) == 3
 
 
 def test_only_the_last_few_are_kept_and_none_is_sent_to_workers(tmp_path: Path, opened: list[Any]) -> None:

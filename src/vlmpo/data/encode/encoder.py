@@ -160,16 +160,20 @@ class PairEncoder:
         """Add the ``notices`` of pairs that a copy of this encoder has encoded in another process."""
         self._chat.add_notices(notices)
 
-    def for_loader(self) -> PairEncoder:
+    def for_loader(self, grouped: bool = False) -> PairEncoder:
         """Return a faster encoder of the same pairs, for a data loader.
 
         Its processor does less work a call. If it can leave its last step out exactly, pixels are uint8, a quarter of
         the bytes, and ``pixel_scale.normalise`` takes that step on the device.
+
+        Args:
+            grouped: whether pairs of one prompt follow each other: then pictures in memory are read once for them.
         """
         encoder = copy.copy(self)
         encoder.pixel_scale = pixel_scale(self.processor)
         encoder.processor = fast_processor(self.processor)
         encoder._prompt_cache = PromptCache()
+        encoder._prompt_cache.pictures = grouped
         encoder._reported = set(self._reported)
         return encoder
 

@@ -104,13 +104,14 @@ def _decode(image: Image.Image) -> tuple[Image.Image, int]:
         raise ValueError("an EPS file is a program, which is not run: save it as PNG")
     image.load()
     # Only now: Pillow turns TIFF files upright while loading and then removes the tag.
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     rgb = _to_rgb(image)
     rgb.info = {}  # an orientation left here would be applied a second time
     return rgb, orientation
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image that is decoded; 1 if it has none that can be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data; the pixels are still good

@@ -15,6 +15,7 @@ only if the results are bit-equal.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +93,9 @@ class PixelScale:
 
     def _normalise_pixels(self, pixels: Tensor) -> Tensor:
         """Return ``[..., colours, height, width]``, or ``[patches, colours * rest]``, normalised, in float32."""
-        mean, std = (torch.tensor(values) * (1.0 / self.rescale) for values in (self.mean, self.std))
         colours, trailing = len(self.mean), (1, 1) if pixels.dim() > 2 else (1,)
-        mean, std = (values.to(pixels.device).view(colours, *trailing) for values in (mean, std))
+        bytes_of_colours = (_in_bytes(values, self.rescale, pixels.device) for values in (self.mean, self.std))
+        mean, std = (values.view(colours, *trailing) for values in bytes_of_colours)
         values = pixels.to(torch.float32)
         flat = values if pixels.dim() > 2 else values.view(values.shape[0], colours, -1)
         flat.sub_(mean).div_(std)
@@ -128,6 +129,12 @@ class PixelScale:
             height, width = select_best_resolution(size, list(self.grids)) if alone and self.grids else (0, 0)
             counts.append(1 + (height // side) * (width // side))
         return counts
+
+
+@functools.cache  # a copy to a CUDA device would wait for all that the device still computes
+def _in_bytes(values: tuple[float, ...], rescale: float, device: torch.device) -> Tensor:
+    """Return ``values`` of rescaled pixels as those of bytes, on ``device``."""
+    return (torch.tensor(values, device="cpu") * (1.0 / rescale)).to(device)
 
 
 def pixel_scale(processor: Any) -> PixelScale | None:

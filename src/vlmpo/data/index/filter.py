@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmpo.data.dataset import PairDataset
+from vlmpo.data.dataset import PairDataset, ScannedSource
 from vlmpo.data.encode.images import missing_file
+from vlmpo.data.formats.paths import is_below
+from vlmpo.data.index.near_root import find_root
 from vlmpo.data.index.record_index import Hashes, Indices, RecordIndex
 from vlmpo.data.index.scan import Progress
 from vlmpo.data.index.store import ignore
@@ -21,6 +23,7 @@ from vlmpo.hashing import stable_hash
 
 # A folder of which fewer files are wanted is not listed: it may hold millions of others.
 MIN_LISTED = 32
+_LOOKED_FOR = 3  # missing files by which another image root is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +44,13 @@ class Screening:
         kept: int64 [kept], indices of the pairs that can be used, ascending.
         dropped: the other pairs, in order.
         read: number of pairs, kept or dropped, by name of every source; a repeated pair counts each time.
+        roots: by name of a source of whose files most are missing: a folder near its image root that has them.
     """
 
     kept: Indices
     dropped: list[Dropped]
     read: dict[str, int]
+    roots: dict[str, str] = field(default_factory=dict)
 
 
 def screen(
@@ -64,7 +69,7 @@ def screen(
         progress: called now and then, and at the end, with (records read, records in all).
         waiting: called with the path of a source that another process is reading, before waiting for it.
     """
-    read = {}
+    read, roots = {}, {}
     is_kept = np.ones(len(dataset), np.bool_)
     dropped: list[Dropped] = []
     for source in dataset.scan(progress, waiting):
@@ -82,8 +87,10 @@ def screen(
             is_kept[pair] = False
             dropped.append(Dropped(pair, dataset.origin(pair), reason, detail))
         read[source.name] = len(index)
+        if len(missing) * 2 > index.media_count and (root := _better_root(source, missing)):
+            roots[source.name] = root
     dropped.sort(key=lambda pair: pair.index)
-    return Screening(np.flatnonzero(is_kept), dropped, read)
+    return Screening(np.flatnonzero(is_kept), dropped, read, roots)
 
 
 def find_missing(index: RecordIndex) -> dict[int, tuple[str, str]]:
@@ -109,6 +116,13 @@ def find_missing(index: RecordIndex) -> dict[int, tuple[str, str]]:
                 error = missing_file(path, "", kind)
                 missing[number] = error.reason, error.detail
     return missing
+
+
+def _better_root(source: ScannedSource, missing: dict[int, tuple[str, str]]) -> str | None:
+    """Look near a source's image root for the first of its missing files."""
+    paths = [medium.name for _, medium in source.index.describe(np.array(sorted(missing)[:_LOOKED_FOR]))]
+    names = [os.path.relpath(path, source.image_root) for path in paths if is_below(path, source.image_root)]
+    return find_root(source.image_root, names) if names else None
 
 
 def _files_in(folder: str, names: Container[str]) -> set[str]:

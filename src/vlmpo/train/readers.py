@@ -1,0 +1,28 @@
+"""Decide how many processes read data for a rank."""
+
+from __future__ import annotations
+
+import os
+
+MOST = 8  # of a rank: each holds batches ahead, and more were never waited for less
+FEW_PAIRS = 64  # are read sooner than processes start
+
+
+def cores_of_a_rank() -> int:
+    """Return the cores that this process may use, shared with the other ranks on this machine; at least 1."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, usable // max(1, int(ranks) if ranks.isdecimal() else 1))
+
+
+def choose_readers(num_pairs: int, device_type: str, cores: int) -> int:
+    """Return the default of ``dataloader_num_workers``; 0 reads in the training process itself.
+
+    Args:
+        num_pairs: of the training data.
+        device_type: where the model runs; on a CPU its threads use all cores themselves.
+        cores: of this rank; one is left to the training process.
+    """
+    if device_type == "cpu" or cores <= 2 or num_pairs < FEW_PAIRS:
+        return 0
+    return min(MOST, cores - 1)
