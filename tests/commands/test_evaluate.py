@@ -95,15 +95,16 @@ def write_questions(folder: Path, count: int = 4) -> None:
 
 
 @pytest.mark.slow
-def test_a_trained_model_on_pairs_and_questions(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_trained_model_on_pairs_and_questions(tmp_path: Path, checkpoint: Path, precision: str) -> None:  # noqa: F811
     write_data(tmp_path, records(16))
     write_questions(tmp_path)
     section = {"questions": "questions.jsonl", "image_root": "set/images", "max_new_tokens": 4}
     section["against"] = str(checkpoint)
     recipe = write_recipe(tmp_path, checkpoint, data={"hold_out": 0.25}, evaluate=section)
-    trained = call("train", recipe)
+    trained = call("train", recipe, f"training.precision={precision}")
     assert trained.exit_code == 0, trained.output
-    result = call("evaluate", recipe)
+    result = call("evaluate", recipe)  # left open, it takes the run's precision
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     # The same pairs against the same reference as at the end of training: the same figures.
