@@ -266,14 +266,14 @@ def test_a_resumed_run_uses_what_it_began_with(tmp_path: Path, standins: None, m
     monkeypatch.setattr(kernel_choice, "load_functions", lambda: wrong("silu_mul", 0.1))
     whole = trainer(tmp_path / "whole", pairs(4), **settings)
     whole.train()
-    assert read_state(tmp_path / "whole" / "checkpoint-1")["settings"]["chosen.kernels"] == ["rms_norm"]
+    assert read_state(tmp_path / "whole" / "checkpoint-1")["settings"]["chosen.kernels"] == ["rms_norm", "rotary"]
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-2")
     monkeypatch.setattr(kernel_choice, "load_functions", lambda: FUNCTIONS)
     resumed = trainer(tmp_path / "cut", pairs(4), **settings)
     assert kinds_in(resumed.model) == ALL
     resumed.train(resume_from_checkpoint=True)
-    assert kinds_in(resumed.model) == kinds_in(resumed.reference.model) == {"Qwen2RMSNorm"}
+    assert kinds_in(resumed.model) == kinds_in(resumed.reference.model) == {"Qwen2RMSNorm", "Qwen2Attention"}
     assert torch.equal(flat_weights(resumed.model), flat_weights(whole.model))
     assert "chosen.kernels" not in resumed.checkpoints.history[-1]["changes"]
 

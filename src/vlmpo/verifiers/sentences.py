@@ -86,5 +86,6 @@ def without_ending(text: str) -> str:
 
 
 def is_denied_after(text: str) -> bool:
-    """Return whether a denial follows what is denied, as in ``3ではありません``."""
-    return _DENIED_END.search(text) is not None
+    """Return whether a denial follows what is denied, as in ``3ではありません``; alone it denies nothing."""
+    found = _DENIED_END.search(text)
+    return found is not None and found.start() > 0
