@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import Counter
 
@@ -478,9 +479,11 @@ def test_real_responses_are_judged_as_their_authors_did(file: str, least_read: f
 # --- properties -------------------------------------------------------------------------------------------------------
 
 MARKS = ("answer", "boxed", "fbox", "<think", "</think", "option", "choice", "choose", "chose", "select", "pick", "go ")
-line = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=30).filter(
-    lambda text: bool(text.strip()) and not any(mark in text.lower() for mark in MARKS)
-)
+line = (
+    st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=30)
+    .filter(lambda text: bool(text.strip()) and not any(mark in text.lower() for mark in MARKS))
+    .filter(lambda text: not re.search(r"[.!?]\s|[。！？]\S", text))
+)  # several sentences are not one answer
 whole = st.integers(-(10**9), 10**9)
 number = st.one_of(
     whole.map(str),
