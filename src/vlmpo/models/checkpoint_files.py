@@ -38,13 +38,13 @@ def why_unloadable(path: str, *, processor_only: bool = False, trust_remote_code
             return None if alone else _without_config(Path(path), files)
     elif os.path.exists(path):
         return "it is a file; name the folder of a checkpoint"
-    elif _means_folder(path):
+    elif means_folder(path):
         return "there is no such folder"
     config = _read_config(path)
     return config if isinstance(config, str) else why_foreign(config, trust_remote_code=trust_remote_code)
 
 
-def _means_folder(path: str) -> bool:
+def means_folder(path: str) -> bool:
     """Return whether what is not there was meant to be a folder here: by its form, or as the folder above is here."""
     above = os.path.dirname(path)
     return os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1 or os.path.isdir(above)
