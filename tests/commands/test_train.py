@@ -290,7 +290,7 @@ def test_resuming_by_the_command_line(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "run" / "checkpoint-4" / STATE_FILE).unlink()  # as if killed while it was written
     resumed = call("train", recipe, "training.resume_from_checkpoint=true")
     assert resumed.exit_code == 0, resumed.output
-    timing = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share")
+    timing = ("step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "memory_gib")
     for mine, other in zip(logged(tmp_path / "run"), first, strict=True):
         assert {k: v for k, v in mine.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
     assert manifest(tmp_path)["data"]["sets"]["noise"]["used"] == 8

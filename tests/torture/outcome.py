@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.torture.scene import STEPS
 
-TIMES = ("_seconds", "_per_second", "_runtime", "_share")
+TIMES = ("_seconds", "_per_second", "_runtime", "_share", "_gib")
 
 
 @dataclass

@@ -153,7 +153,7 @@ def test_two_runs_with_one_seed_are_equal_to_the_bit(tmp_path: Path, settings: d
         assert on == [True, True, True]
         assert not torch.are_deterministic_algorithms_enabled()
         weights.append(flat_weights(run.model))
-        times = {"step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share"}
+        times = {"step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "memory_gib"}
         lines.append([{k: v for k, v in line.items() if k not in times} for line in logged(tmp_path / name)])
     assert torch.equal(*weights)
     assert lines[0] == lines[1]

@@ -23,7 +23,15 @@ from vlmpo.train.out_of_memory import StepAgain
 from vlmpo.train.sharding import unwrapped
 from vlmpo.tree.packing import RowBound
 
-TIMES = {"step_seconds", "pairs_per_second", "tokens_per_second", "data_wait_share", "train_runtime", "total_flos"}
+TIMES = {
+    "step_seconds",
+    "pairs_per_second",
+    "tokens_per_second",
+    "data_wait_share",
+    "train_runtime",
+    "total_flos",
+    "memory_gib",
+}
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
