@@ -92,6 +92,7 @@ def measure(arm: Arm, setting: Setting) -> dict[str, Any]:
     about = {"size": setting.size.name, "pairs": setting.pairs_a_step, "recomputation": setting.checkpointing}
     if setting.rows is not None:
         about["pairs_a_row"] = setting.rows
+    said = [line.replace(folder, "FOLDER") for line in said]  # a temporary one, whose name says nothing to a reader
     return {**about, **figures, **steps.notes, "said": said, "all_seconds": time.perf_counter() - started}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_a_wrong_kernel_fails_the_alignment(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("part", ["8B", "peaks-8B", "levers-1B", "families", "sizes-1B"])
 def test_every_part_of_whole_steps_in_miniature(part: str, tmp_path: Path) -> None:
     assert gpu_check.check(tmp_path, CPU, True, [part])  # the first losses of all arms agree
+    assert tempfile.gettempdir() + "/tmp" not in (tmp_path / "gpu.json").read_text()  # figures are published
     arms = parts_in(tmp_path)[part]["arms"]
     reasons = {arm["error"].split(":")[0] for arm in arms if "error" in arm}
     assert reasons <= {"left out"}
