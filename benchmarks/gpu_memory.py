@@ -28,10 +28,10 @@ from torch import Tensor
 from benchmarks.gpu_model import INTERNVL3_1B, MINIATURE, VlmSize, make_model, make_pairs, make_processor
 from vlmpo import MPOConfig, MPOTrainer
 from vlmpo.data.encode.encoder import PairEncoder
+from vlmpo.train.batching import tree_of
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import RowMemory, measure_rows, meter_for
 from vlmpo.train.memory_estimate import estimate_rows, meta_model
-from vlmpo.train.row_probe import tree_of
 from vlmpo.tree.forward import install, response_logps
 from vlmpo.tree.layout import PackedRow, PromptTree, build_row
 from vlmpo.tree.packing import count_patches
@@ -144,13 +144,13 @@ def too_large(size: VlmSize, device: torch.device) -> dict[str, Any]:
         with contextlib.redirect_stdout(None):
             trainer.train()
         logs = next(logs for logs in trainer.state.log_history if "loss" in logs)
-    assert trainer.memory is not None
-    times = trainer.memory.out_of_memory
+    assert trainer.row_memory.choice is not None
+    times = trainer.row_memory.choice.out_of_memory
     finished = times > 0 and trainer.state.global_step == 1 and math.isfinite(logs["loss"])
     return {
         "halved": times,
         "finished": finished,
-        "most_tokens": trainer.memory.bound.most,
+        "most_tokens": trainer.row_memory.choice.bound.most,
         "pairs": trainer.trained_pairs.used.total(),
         "rewards": [logs["rewards/chosen"], logs["rewards/rejected"]],
         "seconds": time.perf_counter() - started,

@@ -14,9 +14,10 @@ from vlmpo.data.formats import as_pairs
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import support_for
 from vlmpo.models.fit import check_features, check_processor, limits_of
+from vlmpo.train.batching import tree_of
 from vlmpo.train.memory_choice import row_tokens
 from vlmpo.tree import forward
-from vlmpo.tree.layout import PackedRow, PromptTree, build_row
+from vlmpo.tree.layout import PackedRow, PromptTree, build_row, rows_of
 
 
 def response_logps(
@@ -59,10 +60,9 @@ def _rows(encoder: PairEncoder, pairs: Any, shared: bool, max_tokens: int) -> It
         pair = pairs[index]
         encoded = encoder.encode(pair if pair.origin else replace(pair, origin=f"pairs[{index}]"))
         assert encoded.rejected_ids is not None  # the encoder refuses a pair without
-        responses = (encoded.chosen_ids, encoded.rejected_ids)
-        tree = PromptTree(encoded.prompt_ids, responses, encoded.vision, encoded.token_types)
+        tree = tree_of(encoded)
         if not shared:
-            yield from (build_row([alone]) for alone in tree.separate())
+            yield from rows_of([tree], shared)
             continue
         if trees and sum(other.num_tokens for other in trees) + tree.num_tokens > max_tokens:
             yield build_row(trees)

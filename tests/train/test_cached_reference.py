@@ -24,7 +24,7 @@ from vlmpo.errors import RunError
 from vlmpo.models.loading import load_model
 from vlmpo.train.batching import lay_out, response_keys
 from vlmpo.train.cached_reference import CachedReference
-from vlmpo.train.host_weights import HostWeights, make_room, memory_needed
+from vlmpo.train.host_weights import HostWeights, make_room
 from vlmpo.train.logps_store import ReferenceStore, Scored
 from vlmpo.train.reference import AdapterReference, CopyReference
 from vlmpo.tree.layout import PromptTree
@@ -475,16 +475,6 @@ def test_a_reference_makes_room_only_if_rows_lack_it() -> None:
     assert one.rests == 0
     assert make_room(one, (40, 80), 31)
     assert one.rests == 1
-    model = torch.nn.Linear(3, 2, bias=False)  # 24 bytes
-    assert memory_needed(model, None) == 24
-    assert memory_needed(model, torch.optim.SGD(model.parameters())) == 24
-    assert memory_needed(model, torch.optim.SGD(model.parameters(), momentum=0.9)) == 48
-    adam = torch.optim.AdamW(model.parameters())
-    assert memory_needed(model, adam) == 72
-    adam.state[model.weight] = {name: torch.zeros(2, 3) for name in ("exp_avg", "exp_avg_sq")}
-    assert memory_needed(model, adam) == 24  # the states are there
-    model.requires_grad_(False)
-    assert memory_needed(model, None) == 0
 
 
 def test_what_an_older_store_holds_that_is_not_finite_is_computed_anew(tmp_path: Path) -> None:

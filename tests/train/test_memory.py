@@ -14,20 +14,18 @@ from tests.training import logged, pairs, trainer
 from tests.zoo import FAMILIES, Family, encoded_pairs
 from vlmpo.errors import RunError
 from vlmpo.train import memory_choice
-from vlmpo.train.batching import Collator
+from vlmpo.train.batching import Collator, tree_of
+from vlmpo.train.device_memory import free_bytes, pending_bytes
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import LiveBytes, Phase, RowMemory, measure_rows
 from vlmpo.train.memory_choice import (
     MemoryChoice,
     Situation,
     choose_memory,
-    free_bytes,
-    pending_bytes,
     refuse_blocks,
     spread,
 )
 from vlmpo.train.memory_estimate import estimate_rows, meta_model
-from vlmpo.train.row_probe import tree_of
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, build_row
 from vlmpo.tree.packing import SHARES, RowBound, count_patches, pack
@@ -294,6 +292,20 @@ def test_gradients_and_states_that_are_not_there_yet() -> None:
     assert pending_bytes(both.to(torch.bfloat16), torch.optim.AdamW(model.parameters(), lr=0.1)) == 200 + 400
 
 
+@pytest.mark.slow
+def test_what_a_small_model_takes_beside_its_rows() -> None:
+    model = torch.nn.Linear(3, 2, bias=False)  # 24 bytes
+    assert pending_bytes(model, None) == 24
+    assert pending_bytes(model, torch.optim.SGD(model.parameters())) == 24
+    assert pending_bytes(model, torch.optim.SGD(model.parameters(), momentum=0.9)) == 48
+    adam = torch.optim.AdamW(model.parameters())
+    assert pending_bytes(model, adam) == 72
+    adam.state[model.weight] = {name: torch.zeros(2, 3) for name in ("exp_avg", "exp_avg_sq")}
+    assert pending_bytes(model, adam) == 24  # the states are there
+    model.requires_grad_(False)
+    assert pending_bytes(model, None) == 0
+
+
 def test_free_memory_of_a_cpu_is_shared_by_its_ranks() -> None:
     free = free_bytes(CPU)
     assert 0 < free < 2**50
@@ -328,8 +340,8 @@ def test_a_run_measures_first_and_is_then_the_run_it_would_have_been(
     run = trainer(tmp_path / "run", pairs(6), dtype=torch.float64)
     run.train()
     assert [line["loss"] for line in logged(tmp_path / "run")] == [line["loss"] for line in logged(tmp_path / "plain")]
-    assert run.memory is not None
-    assert len(run.memory.bound.limits) == 3
+    assert run.row_memory.choice is not None
+    assert len(run.row_memory.choice.bound.limits) == 3
     assert "rows of up to " in caplog.text
     assert run.settings()["chosen"]["memory"]["vision"] == "keep"
 
@@ -345,8 +357,8 @@ def test_rewards_start_at_zero_in_blocks(tmp_path: Path, monkeypatch: pytest.Mon
     run.train()
     first = logged(tmp_path / "run")[0]
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
-    assert run.memory is not None
-    assert run.memory.vision == "recompute"
+    assert run.row_memory.choice is not None
+    assert run.row_memory.choice.vision == "recompute"
     kept = trainer(tmp_path / "kept", pairs(6), vision_memory="keep", reference_kind="copy")
     kept.train()
     losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("run", "kept")]

@@ -100,8 +100,8 @@ def test_a_step_that_fails_is_bit_by_bit_that_of_smaller_rows(tmp_path: Path, pl
     bound = run.data_collator.bound
     assert bound.most is not None
     assert bound.most < 400
-    assert run.memory is not None
-    assert run.memory.out_of_memory == 1
+    assert run.row_memory.choice is not None
+    assert run.row_memory.choice.out_of_memory == 1
     small, expected, _ = finished(
         tmp_path / "small", dtype=torch.float64, **{**settings, "max_tokens_per_row": bound.most}
     )
@@ -165,7 +165,7 @@ def test_a_pair_that_does_not_fit_alone_ends_the_run_with_its_name(tmp_path: Pat
     assert text.startswith("memory:")
     assert " tokens and " in text
     assert " image patches, is out of memory (CUDA out of memory." in text
-    assert "training.gradient_checkpointing: true, model.vision_memory: recompute, reference.kind: cache" in text
+    assert "training.activation_checkpointing: true, model.vision_memory: recompute, reference.kind: cache" in text
 
 
 @pytest.mark.slow

@@ -29,10 +29,10 @@ from vlmpo.models.families import support_for
 from vlmpo.models.fit import check_config, limits_of_config
 from vlmpo.models.loading import load_processor
 from vlmpo.recipe import Recipe
+from vlmpo.train.batching import tree_of
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.memory_choice import row_tokens
-from vlmpo.train.row_probe import tree_of
 from vlmpo.train.sampler import explain_small_micro_batch
 from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import pack

@@ -12,9 +12,10 @@ from vlmpo.loss import needs_reference
 from vlmpo.models.adapters import put_adapter_on, unwrap_peft
 from vlmpo.models.loading import freeze_parts
 from vlmpo.recipe import Recipe
+from vlmpo.train.device_memory import free_bytes
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import RowMemory
-from vlmpo.train.memory_choice import MARGIN, Situation, free_bytes, settled
+from vlmpo.train.memory_choice import MARGIN, Situation, settled
 from vlmpo.train.memory_estimate import estimate_rows, meta_model
 from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import count_patches

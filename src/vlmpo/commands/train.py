@@ -81,8 +81,8 @@ def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MP
     if trainer.accelerator.is_main_process:
         replace_json(folder / MANIFEST, {**manifest, "status": "running"})
         replace_text(folder / "recipe.yaml", dump_recipe(recipe))
-    trainer.chosen_before = (before or {}).get("chosen") or {}
-    trainer.on_choice = lambda: _note_choice(folder, trainer, manifest)
+    trainer.row_memory.before = (before or {}).get("chosen") or {}
+    trainer.row_memory.on_change = lambda: _note_choice(folder, trainer, manifest)
     trainer.keep_margins()
     trainer.add_callback(ReportRefresh(folder))
     with _end_reported(folder, args.world_size) if trainer.accelerator.is_main_process else nullcontext():
@@ -124,7 +124,7 @@ def cache(recipe: Recipe) -> None:
 
 def _note_choice(folder: Path, trainer: MPOTrainer, manifest: dict[str, Any]) -> None:
     """Put what the run has chosen for itself into its manifest."""
-    manifest["chosen"] = trainer.chosen()
+    manifest["chosen"] = trainer.row_memory.chosen()
     if trainer.accelerator.is_main_process:
         replace_json(folder / MANIFEST, {**manifest, "status": "running"})
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmpo.data.encode.encoder import EncodedPair, Unusable
 from vlmpo.hashing import content_key
 from vlmpo.train.sampler import split_runs
-from vlmpo.tree.layout import PackedRow, PromptTree, build_row, trees_of
+from vlmpo.tree.layout import PackedRow, PromptTree, rows_of, trees_of
 from vlmpo.tree.packing import RowBound, pack
 
 
@@ -205,17 +205,13 @@ def _divided(group: PromptGroup) -> list[PromptGroup]:
 
 def _micro_batch(groups: Sequence[PromptGroup], shared: bool) -> MicroBatch:
     trees = [group.tree for group in groups]
-    if shared:
-        rows = [build_row(trees)] if trees else []
-    else:
-        rows = [build_row([alone]) for tree in trees for alone in tree.separate()]
     offsets = [0, *itertools.accumulate(len(tree.responses) for tree in trees)]
     numbered = list(zip(groups, offsets, strict=False))
     pairs = [pair for group in groups for pair in group.pairs]
     chosen = [(group.tree.responses[at].numel(), offset + at) for group, offset in numbered for at in group.chosen]
     rejected = [offset + at for group, offset in numbered for at in group.rejected]
     return MicroBatch(
-        rows=rows,
+        rows=rows_of(trees, shared),
         chosen=_indices([at for _, at in chosen]),
         rejected=_indices(rejected) if rejected or not pairs else None,
         chosen_lengths=_indices([length for length, _ in chosen]),
@@ -259,6 +255,12 @@ def groups_of(micro_batch: MicroBatch, shared: bool) -> list[PromptGroup]:
         )
         pair, response = of_pairs.stop, of_tree.stop
     return groups
+
+
+def tree_of(pair: EncodedPair) -> PromptTree:
+    """Return the tree of one pair."""
+    responses = tuple(ids for ids in (pair.chosen_ids, pair.rejected_ids) if ids is not None)
+    return PromptTree(pair.prompt_ids, responses, pair.vision, pair.token_types)
 
 
 def lay_out(pairs: Sequence[EncodedPair], shared: bool = True, keyed: bool = False, group: int = 1) -> MicroBatch:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmpo.log import logger
+from vlmpo.train.device_memory import free_bytes
 
 _GIB = 1024**3
 _LEAST_ROOM = 1 / 8  # of a card's memory: what rows need to be worth reading at once
@@ -70,32 +71,9 @@ def can_rest(model: nn.Module) -> bool:
     return plain and any(weight.device.type != "cpu" for weight in weights)
 
 
-def memory_needed(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Return the bytes that gradients and optimizer states of ``model`` will take once a step has been made.
-
-    Args:
-        model: the policy.
-        optimizer: of the run, before its first step; its settings tell the number of states a weight.
-    """
-    settings = {} if optimizer is None else optimizer.defaults
-    states = 2 if "betas" in settings else int(bool(settings.get("momentum")))
-    held = (
-        0 if optimizer is None else sum(_bytes(part) for state in optimizer.state.values() for part in state.values())
-    )
-    trained = sum(_bytes(weight) for weight in model.parameters() if weight.requires_grad)
-    return trained + max(0, states * trained - held)
-
-
-def _bytes(value: object) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-
-
 def free_memory(device: torch.device) -> tuple[int, int] | None:
     """Return the bytes of a CUDA device that this process could still take, and all it has; None for other devices."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+    return (free_bytes(device), torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
 
 
 def make_room(reference: Resting, memory: tuple[int, int] | None, needed: int) -> bool:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from vlmpo.errors import RunError
 from vlmpo.log import logger
+from vlmpo.train.device_memory import free_bytes
 from vlmpo.train.memory import RowMemory, is_out_of_memory
 from vlmpo.tree.packing import RowBound
 
@@ -27,7 +26,6 @@ FULL_ROW = 8192  # tokens of a row with which a GPU is busy: to make room for la
 MARGIN = 0.1  # of what is free stays so: memory is not handed out without gaps
 LOOKED_AT = 8  # pairs, spread over the data set, of which the largest is measured
 _SMALL = 0.1  # of a CPU's free memory: a model whose weights take less is not measured
-_TRIED = 64  # rows and columns of the weight on which an optimizer is tried
 _GIB = 1024**3
 
 
@@ -73,72 +71,6 @@ class MemoryChoice:
             return cls(asked, bound, str(values["vision"]), int(values["out_of_memory"]))
         except (KeyError, TypeError, ValueError):
             return None
-
-
-# ---- what is free ----
-
-
-def free_bytes(device: torch.device, ranks_here: int = 1) -> int:
-    """Return the bytes that this process can still take on ``device``; on a CPU its share of what is free."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + held
-    return max(min(_available(), _left_of_group()), 0) // ranks_here
-
-
-def _available() -> int:
-    """Return the machine's memory that is free or can be freed; half of all of it if the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, IndexError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _left_of_group() -> int:
-    """Return what is left of the limit that a container sets, if there is one; files in memory can be freed."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        held = int((group / "memory.current").read_text())
-        lines = (group / "memory.stat").read_text().splitlines()
-        files = next(int(line.split()[1]) for line in lines if line.startswith("file "))
-    except (OSError, ValueError, IndexError, StopIteration):  # "max": no limit; or another system
-        return 2**62
-    return limit - held + files
-
-
-def pending_bytes(model: nn.Module, optimizer: Any) -> int:
-    """Return what a step takes beside its rows and has not been allocated yet: gradients and optimizer states."""
-    trained = [_local(parameter) for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(weight.nbytes for weight in trained)
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    if inner is None or inner.state:
-        return gradients
-    rates = {weight.dtype: _state_bytes(inner, weight) for weight in {w.dtype: w for w in trained}.values()}
-    return gradients + int(sum(rates[weight.dtype] * weight.numel() for weight in trained))
-
-
-def _local(parameter: Any) -> Tensor:
-    """Return a weight, or this rank's shard of it."""
-    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return local
-
-
-def _state_bytes(optimizer: Any, weight: Tensor) -> float:
-    """Return the bytes of ``optimizer``'s states for each entry of a weight: tried on a small one."""
-    tried = nn.Parameter(torch.zeros(_TRIED, _TRIED, dtype=weight.dtype, device=weight.device))
-    tried.grad = torch.zeros_like(tried)
-    try:
-        other = type(optimizer)([tried], **optimizer.defaults)
-        other.step()
-        states = [value for value in other.state[tried].values() if isinstance(value, Tensor) and value.dim()]
-        return sum(state.nbytes for state in states) / tried.numel()
-    except Exception:  # an optimizer that cannot be made so: as much as AdamW's
-        return 2.0 * max(weight.itemsize, 2)
-
-
-# ---- the choice ----
 
 
 @dataclass(frozen=True)
@@ -317,11 +249,11 @@ def refuse_blocks(vision: str, *, known: bool, share_passes: bool) -> None:
     if share_passes:
         raise RunError(
             "model.vision_memory: recompute reads as many blocks as a rank has tiles, and under FSDP or DeepSpeed all "
-            "ranks must make the same passes; set keep, and training.gradient_checkpointing: true"
+            "ranks must make the same passes; set keep, and training.activation_checkpointing: true"
         )
     raise RunError(
         "model.vision_memory: recompute needs a vision tower that is known to read each tile by itself; this model has "
-        "none: set keep, and training.gradient_checkpointing: true"
+        "none: set keep, and training.activation_checkpointing: true"
     )
 
 

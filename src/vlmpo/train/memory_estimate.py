@@ -21,7 +21,7 @@ from vlmpo.models.vision import encode_images
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import LiveBytes, RowMemory, measure_rows
 from vlmpo.tree.chunked_logprobs import CHUNK_ELEMENTS, LogitTransform, linear_token_logps, token_logps
-from vlmpo.tree.layout import PackedRow, PromptTree, build_row
+from vlmpo.tree.layout import PackedRow, PromptTree, rows_of
 from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, vision_tower_of
 
 _ATTENTION = "vlmpo_memory_estimate"
@@ -94,10 +94,7 @@ def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool
 
 
 def _read(model: Any, trees: Sequence[PromptTree], shared: bool) -> Tensor:
-    if shared:
-        return _read_row(model, build_row(trees))
-    rows = [build_row([alone]) for tree in trees for alone in tree.separate()]
-    return torch.stack([_read_row(model, row) for row in rows]).sum()
+    return torch.stack([_read_row(model, row) for row in rows_of(trees, shared)]).sum()
 
 
 def _read_row(model: Any, row: PackedRow) -> Tensor:

@@ -147,7 +147,7 @@ def remedies(settings: Any, *, trains_tower: bool, recomputes: bool, adapter: bo
         adapter: whether only an adapter trains.
     """
     known = {
-        "training.gradient_checkpointing: true": not settings.gradient_checkpointing,
+        "training.activation_checkpointing: true": not settings.gradient_checkpointing,
         "model.vision_memory: recompute": trains_tower and not recomputes,
         "reference.kind: cache": settings.reference_kind not in ("cache", "adapter") and not adapter,
         "a lower data.max_tiles or data.max_length": True,

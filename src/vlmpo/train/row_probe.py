@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.data.encode.encoder import EncodedPair, EncodedPairs
-from vlmpo.train.batching import MicroBatch, lay_out
+from vlmpo.train.batching import MicroBatch, lay_out, tree_of
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import RowMemory, measure_rows, meter_for
 from vlmpo.train.memory_choice import spread
 from vlmpo.train.sharding import no_gradient_sync
 from vlmpo.tree.forward import response_logps, response_logps_and_router_losses
-from vlmpo.tree.layout import PromptTree, build_row
+from vlmpo.tree.layout import PromptTree, rows_of
 from vlmpo.tree.packing import count_patches
 from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, vision_tower_of
 
@@ -115,16 +115,7 @@ class RowProbe:
                 torch.cuda.empty_cache()
 
     def _read(self, trees: Sequence[PromptTree]) -> Tensor:
-        rows = [build_row(trees)]
-        if not self._shared:
-            rows = [build_row([alone]) for tree in trees for alone in tree.separate()]
-        rows = self._prepare(replace(lay_out([]), rows=rows)).rows
+        rows = self._prepare(replace(lay_out([]), rows=rows_of(trees, self._shared))).rows
         if self._with_router:
             return torch.cat(response_logps_and_router_losses(self._wrapped, rows)).sum()
         return response_logps(self._wrapped, rows).sum()
-
-
-def tree_of(pair: EncodedPair) -> PromptTree:
-    """Return the tree of one pair."""
-    responses = tuple(ids for ids in (pair.chosen_ids, pair.rejected_ids) if ids is not None)
-    return PromptTree(pair.prompt_ids, responses, pair.vision, pair.token_types)

@@ -22,7 +22,7 @@ from vlmpo.data.encode.processors import tokenizer_of, with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
-from vlmpo.models.adapters import is_peft, prepare_policy_adapter, put_adapter_on, unwrap_peft
+from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.fit import check_features, check_processor
 from vlmpo.models.masters import HALF, Masters
 from vlmpo.models.recompute import free_inputs_of_gradients
@@ -36,9 +36,10 @@ from vlmpo.train.config import MPOConfig
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.delta import DeltaUpdates
 from vlmpo.train.determinism import deterministic_run
+from vlmpo.train.device_memory import pending_bytes
 from vlmpo.train.ema import WeightAverage
 from vlmpo.train.evaluation import evaluate_pairs
-from vlmpo.train.host_weights import free_memory, make_room, memory_needed
+from vlmpo.train.host_weights import free_memory, make_room
 from vlmpo.train.hub import hub_errors
 from vlmpo.train.inputs import (
     check_arguments,
@@ -51,18 +52,8 @@ from vlmpo.train.inputs import (
 )
 from vlmpo.train.kernel_choice import CHOSEN, choose_kernels
 from vlmpo.train.launcher import refuse_unseen_ranks
-from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.loaders import LoaderFactory
-from vlmpo.train.memory_choice import (
-    MemoryChoice,
-    Situation,
-    choose_memory,
-    fixed_tokens,
-    log_choice,
-    pending_bytes,
-    ranks_of_machine,
-    refuse_blocks,
-)
+from vlmpo.train.memory_choice import fixed_tokens
 from vlmpo.train.metrics import (
     StepSums,
     carried_on,
@@ -81,7 +72,7 @@ from vlmpo.train.model_card import (
     objective_fields,
     training_settings,
 )
-from vlmpo.train.out_of_memory import StepAgain, explained, free_what_is_left, remedies
+from vlmpo.train.out_of_memory import explained, free_what_is_left
 from vlmpo.train.pair_margins import PairMargins, decoder, score_pairs
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.precision import choose_precision, is_sharded, reads_masters, recorded_precision, without_sharding
@@ -90,6 +81,7 @@ from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.readers import choose_readers, cores_of_a_rank
 from vlmpo.train.reference import CopyReference, Reference, online_reference, switch_dropout_off
 from vlmpo.train.resume import refuse_damaged_best
+from vlmpo.train.row_memory import RowsInMemory
 from vlmpo.train.row_probe import RowProbe
 from vlmpo.train.run_checkpoints import RunCheckpoints
 from vlmpo.train.run_watch import RunWatch
@@ -109,7 +101,6 @@ from vlmpo.tree.forward import install, response_logps, response_logps_and_route
 from vlmpo.tree.ordered import Select
 from vlmpo.tree.positions import ready_on_host
 from vlmpo.tree.router_loss import add_router_loss, router_coefficient
-from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, trains_tower
 
 
 class MPOTrainer(Trainer):
@@ -142,10 +133,7 @@ class MPOTrainer(Trainer):
         trained_pairs: what became of the pairs of all ranks, once training is over.
         card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
         given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
-        memory: what rows may hold and whether the vision tower is computed again, once training has begun.
-        chosen_before: what an earlier session of the run has chosen, as :meth:`chosen` returns it; a checkpoint's goes
-            before it.
-        on_choice: called whenever :meth:`chosen` changes.
+        row_memory: sets what rows may hold, and whether the vision tower is computed again.
         checkpoints: finds and writes them; knows the run's history.
         watch: ends the run if its data or numbers are good for nothing.
         margins: keeps the margins of pairs for the run's report; None unless :meth:`keep_margins` is called.
@@ -272,9 +260,6 @@ class MPOTrainer(Trainer):
         self.given_settings: Settings = {}
         self._at_start = BeforeFirstStep()
         self.margins: PairMargins | None = None
-        self.memory: MemoryChoice | None = None
-        self.chosen_before: Settings = {}
-        self.on_choice: Callable[[], None] = lambda: None
         self._step_batches: list[Batch] = []  # of the step under way, on the host
         self._sums_before = self.sums.snapshot()  # when it began
         self._margins_before = 0
@@ -296,14 +281,7 @@ class MPOTrainer(Trainer):
             reference_hash=self._reference_hash,
             deepspeed=self.is_deepspeed_enabled,
         )
-        self.step_again = StepAgain(
-            self.data_collator,
-            alone=self.accelerator.num_processes == 1 and not self.ranks.share_passes,
-            whole=self.reward_shift.mode == "running",
-            patch_pixels=count_patch_pixels(self.model),
-            remedies=self._remedies,
-            lowered=self._note_lower_bound,
-        )
+        self.row_memory = RowsInMemory(args, model=self.model, collator=self.data_collator, ranks=self.ranks)
         self.stopping = StopAtSignal(self.ranks.all_gather, self.accelerator.wait_for_everyone)
         self.add_callback(self.stopping)
 
@@ -389,7 +367,7 @@ class MPOTrainer(Trainer):
         if self.args.activation_checkpointing and not self.args.activation_checkpointing_kwargs["use_reentrant"]:
             free_inputs_of_gradients(self.model)
         if self.reference is not None:
-            make_room(self.reference, free_memory(self.args.device), memory_needed(self.model, self.optimizer))
+            make_room(self.reference, free_memory(self.args.device), pending_bytes(self.model, self.optimizer))
 
     def _check_rows(self) -> None:
         """Stop sharing prompts if shared rows differ from separate ones; see :func:`shared_rows_hold`."""
@@ -411,60 +389,27 @@ class MPOTrainer(Trainer):
             if self.reference is not None:
                 self.reference.stop_sharing()
 
-    # ---- memory ----
+    def _choose_rows(self, known: Settings) -> None:
+        """Choose what rows hold; ``known``: the settings of the checkpoint that is resumed from."""
 
-    def _choose_memory(self, before: Any) -> None:
-        """Choose what rows hold; or take over ``before``, what an earlier session of this run chose."""
-        policy, args = unwrap_peft(self.model), self.args
-        in_blocks = can_read_in_blocks(policy)
-        refuse_blocks(args.vision_memory, known=in_blocks, share_passes=self.ranks.share_passes)
-        situation = Situation(
-            device=args.device,
-            tokens=args.max_tokens_per_row,
-            vision=args.vision_memory,
-            pairs_at_once=compat.batch_size_per_device(self),
-            can_recompute=in_blocks and trains_tower(policy) and not self.ranks.share_passes,
-            can_measure=not self.ranks.share_passes,
-            ranks_here=ranks_of_machine(),
-        )
-        choice = MemoryChoice.from_json(before, situation.asked)
-        known = choice is not None
-        if choice is None:
-            probe = RowProbe(
+        def probe() -> RowProbe:
+            return RowProbe(
                 EncodedPairs(self.train_dataset, self.loader_encoder),
-                policy=policy,
+                policy=unwrap_peft(self.model),
                 wrapped=self.model_wrapped,
                 shared=self.shared,
                 with_router=self.router_coefficient is not None,
                 prepare=self._prepare_inputs,
                 accelerator=self.accelerator,
             )
-            pending = functools.partial(pending_bytes, self.model, self.optimizer)
-            choice = choose_memory(situation, probe=probe, pending=pending, gather=self.ranks.all_gather)
-        log_choice(choice, known)
-        self.memory = choice
-        self.data_collator.bound = choice.bound
-        if in_blocks:
-            read_in_blocks(policy, choice.vision == "recompute")
-            if self.reference is not None:
-                self.reference.read_in_blocks(choice.vision == "recompute")
-        self.on_choice()
 
-    def chosen(self) -> Settings:
-        """Return what the run has chosen for itself, in plain JSON values; a run that goes on takes it over."""
-        return {} if self.memory is None else {"memory": self.memory.to_json()}
-
-    def _remedies(self) -> str:
-        policy = unwrap_peft(self.model)
-        recomputes = self.memory is not None and self.memory.vision == "recompute"
-        could = can_read_in_blocks(policy) and trains_tower(policy) and not self.ranks.share_passes
-        return remedies(self.args, trains_tower=could, recomputes=recomputes, adapter=is_peft(self.model))
-
-    def _note_lower_bound(self) -> None:
-        if self.memory is not None:
-            times = self.memory.out_of_memory + 1
-            self.memory = replace(self.memory, bound=self.data_collator.bound, out_of_memory=times)
-        self.on_choice()
+        self.row_memory.choose(
+            known,
+            pairs_at_once=compat.batch_size_per_device(self),
+            probe=probe,
+            pending=functools.partial(pending_bytes, self.model, self.optimizer),
+            reference=self.reference,
+        )
 
     # ---- data ----
 
@@ -527,7 +472,7 @@ class MPOTrainer(Trainer):
         self._step_batches.append(inputs)
         todo = [inputs]
         while todo:
-            with self.step_again.watched() as attempt:
+            with self.row_memory.step_again.watched() as attempt:
                 for batch in todo:
                     total = torch.zeros((), device=self.args.device)
                     micro_batches = self._micro_batches(batch)
@@ -808,7 +753,9 @@ class MPOTrainer(Trainer):
         if not isinstance(self.reference, CachedReference):
             raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
         # Which pairs an epoch leaves out under dataloader_drop_last depends on the seed: all of them are read.
-        training = self.ranks.in_step(self._training_loader(drop_last=False), self.model, self._fail_on_bad)
+        loader = self._training_loader(drop_last=False)
+        loader.last_epoch = None  # it is read once
+        training = self.ranks.in_step(loader, self.model, self._fail_on_bad)
         evaluation = self.eval_dataset
         sets = evaluation.values() if isinstance(evaluation, dict) else [] if evaluation is None else [evaluation]
         loaders = itertools.chain.from_iterable(self.get_eval_dataloader(data) for data in sets)
@@ -925,8 +872,7 @@ class MPOTrainer(Trainer):
         else:
             self._check_rows()
         state = read_state(checkpoint) if checkpoint else {}
-        before = (state.get("settings") or {}).get("chosen", self.chosen_before).get("memory")
-        before_first_step.append(functools.partial(self._choose_memory, before))
+        before_first_step.append(functools.partial(self._choose_rows, state.get("settings") or {}))
         self.settle_best_metric()
         if self.average is not None:
             self.average.start_from(checkpoint)
@@ -962,7 +908,7 @@ class MPOTrainer(Trainer):
         """Return what the run is made by: JSON values by recipe key."""
         if "data.train.pairs" not in self.given_settings and self.train_dataset is not None:
             self.given_settings["data.train.pairs"] = pairs_hash(self.train_dataset)
-        chosen = {CHOSEN: self.kernels.kinds, "chosen": self.chosen()}
+        chosen = {CHOSEN: self.kernels.kinds, "chosen": self.row_memory.chosen()}
         return run_settings(self.args, self.model, {**self.given_settings, **chosen})
 
     def _reuse_choices(self, before: Settings) -> None:

@@ -278,6 +278,13 @@ class PackedRow:
         return replace(self, **changed)
 
 
+def rows_of(trees: Sequence[PromptTree], shared: bool) -> list[PackedRow]:
+    """Lay ``trees`` out in one row; unless they are ``shared``, each response with its prompt in a row of its own."""
+    if shared:
+        return [build_row(trees)] if trees else []
+    return [build_row([alone]) for tree in trees for alone in tree.separate()]
+
+
 def build_row(trees: Sequence[PromptTree]) -> PackedRow:
     """Lay ``trees`` out behind one another in one row."""
     ids: list[Tensor] = []
