@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.paths import SHARED
@@ -228,6 +229,24 @@ def test_rows_are_estimated_if_the_model_is_there(recipe_file, tokenizer):
     assert "optimizer steps per epoch: 2" in text
     assert "tokens read at once: at most 1024 (training.max_tokens_per_row); the longest pair here has " in text
     assert is_shared(load_recipe(recipe_file, ["model.attention=separate"])) is False
+
+
+@pytest.mark.parametrize(
+    ("overrides", "precision", "bytes_a_weight"),
+    [
+        ([], "bf16", 4 + 2 + 2 + 4 + 8),  # masters, what is read, the reference as it is read, gradients, AdamW
+        (["training.precision=float32"], "float32", 4 + 4 + 4 + 8),
+        (["training.bf16=false", "reference.kind=cache"], "float32", 4 + 4 + 8),
+        (["training.precision=autocast"], "autocast", 4 + 4 + 4 + 8),
+        (["training.bf16=true", "training.optim=sgd"], "bf16", 4 + 2 + 2 + 4),
+        (["model.dtype=bfloat16"], "float32", 2 + 2 + 2 + 4),  # read as they are
+    ],
+)
+def test_memory_beside_rows_is_that_of_the_runs_precision(recipe_file, overrides, precision, bytes_a_weight):
+    recipe = load_recipe(recipe_file, overrides)
+    model = torch.nn.Linear(10, 10, bias=False, device="meta")
+    assert inspect_memory._precision(recipe, 80.0) == precision
+    assert inspect_memory._resident(recipe, model, precision)[0] == 100 * bytes_a_weight
 
 
 def test_memory_is_estimated_for_a_card_that_is_not_there(recipe_file, tokenizer):

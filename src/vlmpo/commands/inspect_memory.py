@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from vlmpo import compat
 from vlmpo.commands.adapter_settings import lora_config
 from vlmpo.errors import VlmpoError
 from vlmpo.loss import needs_reference
 from vlmpo.models.adapters import put_adapter_on, unwrap_peft
 from vlmpo.models.loading import freeze_parts
 from vlmpo.recipe import Recipe
+from vlmpo.train.config import asked_precision
 from vlmpo.train.device_memory import free_bytes
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import RowMemory
@@ -45,8 +47,9 @@ def describe_memory(
         card: GiB of the card to train on; None: this machine's, or its free memory if it has none.
     """
     try:
-        model = _model(recipe, config)
-        resident, parts = _resident(recipe, model)
+        precision = _precision(recipe, card)
+        model = _model(recipe, config, precision)
+        resident, parts = _resident(recipe, model, precision)
         base = unwrap_peft(model)
         in_blocks = can_read_in_blocks(base) and trains_tower(base)
         device = torch.device("cpu" if card is None and not _has_card(recipe) else "cuda")
@@ -55,7 +58,7 @@ def describe_memory(
         total = _total(device, card)
         room = int((1 - MARGIN) * (total - resident))
         largest = pair.num_tokens, count_patches(pair, count_patch_pixels(base))
-        factor = _AUTOCAST if model.dtype == torch.bfloat16 and recipe.model.dtype == "float32" else 1.0
+        factor = _AUTOCAST if precision == "autocast" and recipe.model.dtype == "float32" else 1.0
 
         def look(recompute: bool) -> tuple[RowMemory, int]:
             return estimate_rows(base, pair, recompute=recompute, shared=shared).times(factor), room
@@ -91,10 +94,22 @@ def _total(device: torch.device, card: float | None) -> int:
     return free_bytes(device)
 
 
-def _model(recipe: Recipe, config: Any) -> Any:
+def _precision(recipe: Recipe, card: float | None) -> str:
+    """Return how the run will read its weights, as vlmpo.train.precision decides it; a card is fast at bf16."""
+    training = recipe.training
+    asked = asked_precision(training.get("precision", "auto"), training.get("bf16"), bool(training.get("fp16")))
+    if recipe.model.dtype != "float32" or recipe.model.quantize is not None:  # they cannot be masters
+        return "autocast" if asked in ("bf16", "autocast") else "float32"
+    if asked != "auto":
+        return asked
+    fast = card is not None or compat.has_fast_bf16(torch.device("cuda" if _has_card(recipe) else "cpu"))
+    return "bf16" if fast else "float32"
+
+
+def _model(recipe: Recipe, config: Any, precision: str) -> Any:
     """Return the model without values, its parts frozen and its adapter on it as the recipe says."""
     training = recipe.training
-    half = recipe.model.dtype == "bfloat16" or any(training.get(kind) for kind in ("bf16", "fp16"))
+    half = recipe.model.dtype == "bfloat16" or precision != "float32"
     checkpointing = any(training.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
     model = meta_model(config, torch.bfloat16 if half else torch.float32, checkpointing)
     freeze_parts(model, recipe.model.freeze)
@@ -102,8 +117,9 @@ def _model(recipe: Recipe, config: Any) -> Any:
     return model if adapter is None else put_adapter_on(model, adapter).train()
 
 
-def _resident(recipe: Recipe, model: Any) -> tuple[int, str]:
+def _resident(recipe: Recipe, model: Any, precision: str) -> tuple[int, str]:
     """Return the bytes that do not depend on rows, and what they are for."""
+    rounded = precision == "bf16"  # its float32 weights are masters then
     size = 2 if recipe.model.dtype == "bfloat16" else 4
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -111,6 +127,7 @@ def _resident(recipe: Recipe, model: Any) -> tuple[int, str]:
     states = next((b for name, b in _STATES.items() if name in recipe.training.get("optim", "adamw")), 2.0 * size)
     kind = recipe.reference.kind
     copied = needs_reference(recipe.loss.weights) and (kind == "copy" or (kind == "auto" and recipe.model.lora is None))
-    total = weights * (2 if copied else 1) + trained * (size + states)
+    read = 2 * (frozen + trained) if rounded else weights  # what passes read; the reference holds nothing else
+    total = weights + (read if rounded else 0) + (read if copied else 0) + trained * (size + states)
     parts = "weights, gradients, optimizer states" + (" and the reference" if copied else "")
     return int(total), parts
