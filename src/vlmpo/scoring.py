@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from vlmpo.data.formats import as_pairs
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import support_for
 from vlmpo.models.fit import check_features, check_processor, limits_of
+from vlmpo.models.mode import in_mode
 from vlmpo.train.batching import tree_of
 from vlmpo.train.memory_choice import row_tokens
 from vlmpo.tree import forward
@@ -47,7 +47,11 @@ def response_logps(
     base = unwrap_peft(model)
     device = next(model.parameters()).device
     logps: list[float] = []
-    with torch.no_grad(), _evaluating(model), forward.installed(base, support_for(base.config).shared) as shared:
+    with (
+        torch.no_grad(),
+        in_mode(model, training=False),
+        forward.installed(base, support_for(base.config).shared) as shared,
+    ):
         for row in _rows(encoder, as_pairs(pairs, name="pairs"), shared, row_tokens(device.type)):
             logps += forward.response_logps(model, [row.to(device)]).tolist()
     return list(zip(logps[::2], logps[1::2], strict=True))
@@ -70,15 +74,3 @@ def _rows(encoder: PairEncoder, pairs: Any, shared: bool, max_tokens: int) -> It
         trees.append(tree)
     if trees:
         yield build_row(trees)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module of ``model`` into evaluation mode during a ``with`` block."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -353,7 +353,7 @@ def test_start_up_check_falls_back_where_shared_rows_are_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Positions that go on after the sibling: caught on the first pair, and the run is that of separate rows."""
-    from vlmpo.train import batching
+    from vlmpo.tree import layout
 
     def broken(trees: list) -> object:
         row = build_row(trees)
@@ -362,7 +362,7 @@ def test_start_up_check_falls_back_where_shared_rows_are_wrong(
     separate = trainer(tmp_path / "separate", pairs(4), attention="separate")
     separate.train()
     assert "NOT sharing" not in capsys.readouterr().err
-    monkeypatch.setattr(batching, "build_row", broken)
+    monkeypatch.setattr(layout, "build_row", broken)
     fallen = trainer(tmp_path / "fallen", pairs(4))
     fallen.train()
     assert "NOT sharing the prompt between responses: on memory:0" in capsys.readouterr().err

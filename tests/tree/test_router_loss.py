@@ -292,6 +292,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
     assert relative(steps[1], steps[0]) < 1e-6
 
 
+@pytest.mark.slow
 def test_checkpointing_that_would_lose_the_gradient_is_refused(tmp_path: Path) -> None:
     settings = {**SETTINGS, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     run = trainer(tmp_path, text_pairs(4), model=routed("qwen3_moe"), **settings)

@@ -25,6 +25,7 @@ from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import family_of
 from vlmpo.models.fit import check_features, check_processor, limits_of
+from vlmpo.models.mode import in_mode
 from vlmpo.tree.forward import accepted
 
 
@@ -234,13 +235,11 @@ def _set_to_generate(model: Any, config: GenerationConfig) -> Iterator[None]:
 
     Afterwards the model's settings and the state of the global random numbers are as before: training is undisturbed.
     """
-    config_before, was_training = model.generation_config, model.training
+    config_before = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
     model.generation_config = config
-    model.eval()
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), in_mode(model, training=False):
             yield
     finally:
         model.generation_config = config_before
-        model.train(was_training)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmpo.models.mode import in_mode
 from vlmpo.train.batching import Batch, MicroBatch
 from vlmpo.train.metrics import ScoredPair, evaluation_metrics
 
@@ -33,16 +34,13 @@ def evaluate_pairs(
         loss_settings: keywords of :func:`vlmpo.loss.mpo_loss`.
         reward_shift: delta's present value.
     """
-    was_training = model.training
-    model.eval()
     scored: list[ScoredPair] = []
     dropped = 0
-    with torch.no_grad():
+    with torch.no_grad(), in_mode(model, training=False):
         for batch in batches:
             dropped += len(batch.dropped)
             for micro_batch in batch.micro_batches:
                 scored += _scored(micro_batch, *score(micro_batch))
-    model.train(was_training)
     ranks = gather((scored, dropped))
     pairs = [pair for of_rank, _ in ranks for pair in of_rank]
     dropped = sum(count for _, count in ranks)

@@ -22,6 +22,7 @@ from vlmpo.data.records import PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.fileio import writing
 from vlmpo.loss import LossOutput
+from vlmpo.models.mode import in_mode
 from vlmpo.report.kept import KeptData, ScoredPair, ScoredResponse, read_kept
 from vlmpo.train.batching import MicroBatch, lay_out
 from vlmpo.train.reference import Reference
@@ -130,9 +131,8 @@ def score_pairs(
     """
     index = find_pairs(dataset, {origin for origin, *_ in extremes})
     found = []
-    started, was_training = time.perf_counter(), policy.training
-    policy.eval()
-    with torch.no_grad():
+    started = time.perf_counter()
+    with torch.no_grad(), in_mode(policy, training=False):
         for done, (origin, kind, step, margin) in enumerate(extremes):
             encoded = pairs[index[origin]] if origin in index else None
             usable = isinstance(encoded, EncodedPair) and encoded.rejected_ids is not None
@@ -161,7 +161,6 @@ def score_pairs(
                     rejected=rejected,
                 )
             )
-    policy.train(was_training)
     return [pair for pair in found if math.isfinite(pair.margin)]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.data.encode.encoder import EncodedPair, EncodedPairs
+from vlmpo.models.mode import in_mode
 from vlmpo.train.batching import MicroBatch, lay_out, tree_of
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import RowMemory, measure_rows, meter_for
@@ -91,13 +92,11 @@ class RowProbe:
             if compat.is_batch_norm(module)
             for buffer in module.buffers(recurse=False)
         ]
-        was_training = self._wrapped.training
-        self._wrapped.train()
         device = self._accelerator.device
         masters = self._policy._vlmpo.masters
         kept = nullcontext() if masters is None else masters.kept_for_backward()
         try:
-            with no_gradient_sync(self._accelerator, self._wrapped), kept:
+            with no_gradient_sync(self._accelerator, self._wrapped), kept, in_mode(self._wrapped, training=True):
                 return measure_rows(
                     self._read,
                     self._largest(),
@@ -106,7 +105,6 @@ class RowProbe:
                     patch_pixels=self._patch_pixels,
                 )
         finally:
-            self._wrapped.train(was_training)
             for buffer, before in running:
                 buffer.copy_(before)
             for parameter in self._wrapped.parameters():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmpo import compat
 from vlmpo.errors import ModelError
+from vlmpo.models.mode import in_mode
 from vlmpo.tree.chunked_logprobs import wide
 from vlmpo.tree.forward import accepted
 from vlmpo.tree.layout import PackedRow
@@ -46,16 +47,12 @@ def check_rows(
     rounded = half or model._vlmpo.masters is not None
     bound = max(ROUNDING[weight.dtype], ROUNDING[torch.bfloat16] if rounded else 0.0)
     shortest = min(range(len(separate)), key=lambda at: separate[at].targets.numel())  # whole logits are large
-    was_training = model.training
-    model.eval()
     read = model if wrapped is None else wrapped
-    try:
-        with torch.no_grad(), torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=half):
-            apart = [read(packed_rows=[row], share_prompts=False) for row in separate]
-            expected, rounding = plain_logps(model, separate[shortest], read)
-            together = None if shared is None else read(packed_rows=shared, share_prompts=True)
-    finally:
-        model.train(was_training)
+    autocast = torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=half)
+    with torch.no_grad(), autocast, in_mode(model, training=False):
+        apart = [read(packed_rows=[row], share_prompts=False) for row in separate]
+        expected, rounding = plain_logps(model, separate[shortest], read)
+        together = None if shared is None else read(packed_rows=shared, share_prompts=True)
     wrong = _mean_difference(apart[shortest], expected)
     if not bool(expected.isfinite().all()):
         name = compat.name_or_path(model.config) or type(model).__name__
