@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vlmpo import compat
 from vlmpo.models.families import logit_scale_and_softcap
 from vlmpo.models.masters import HALF, Masters
+from vlmpo.tree import products
 from vlmpo.tree.attention import ATTENTION_NAME, layout_arguments, register
 from vlmpo.tree.chunked_logprobs import LogitTransform, ScoringHead, token_logps, wide
 from vlmpo.tree.features import vision_arguments
@@ -105,6 +106,7 @@ def install(model: Any, shared: bool) -> None:
     if shared:
         register()
         model.set_attn_implementation(_for_text_part(model, ATTENTION_NAME))
+    _set_tower(model, "sdpa", products.TOWER_ATTENTION)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and "forward" not in vars(head):
         head.__class__ = ScoringHead
@@ -139,6 +141,16 @@ def installed(model: Any, shared: bool) -> Iterator[bool]:
             head.__class__ = nn.Linear  # type: ignore[assignment]
         if shared:
             model.set_attn_implementation(_for_text_part(model, attention))
+        _set_tower(model, products.TOWER_ATTENTION, "sdpa")
+
+
+def _set_tower(model: Any, before: str, after: str) -> None:
+    """Exchange the attention of the vision tower on a CPU, if it is ``before``."""
+    config = getattr(model.config, "vision_config", None)
+    if config is None or model.device.type != "cpu" or compat.attention_implementation(config) != before:
+        return
+    products.register()
+    model.set_attn_implementation({"vision_config": after})
 
 
 def _for_text_part(model: Any, attention: str) -> str | dict[str, str]:

@@ -15,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlmpo.tree.layout import RowLayout
+from vlmpo.tree.products import attend_by_products, can_attend
 
 
 def in_segments(
@@ -26,7 +27,7 @@ def in_segments(
     window: int | None,
     masked: bool = False,
 ) -> Tensor:
-    """Attend by one SDPA call a segment.
+    """Attend by one call a segment, of SDPA, or of :mod:`vlmpo.tree.products` if that is faster.
 
     Args:
         query: ``[1, heads, tokens, head]``; key, value: ``[1, kv_heads, tokens, head]``.
@@ -42,7 +43,7 @@ def in_segments(
     grouped = groups > 1 and query.device.type == "cpu"  # there SDPA reads grouped heads without a copy
     if groups > 1 and not grouped:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = functools.partial(scaled_dot_product_attention, scale=scaling, enable_gqa=grouped)
+    attend = functools.partial(_attend_to_segment, scaling=scaling, grouped=grouped)
     sizes = [size for span in layout.spans for size in (span.prompt + span.responses[0], *span.responses[1:])]
     # Split rather than sliced: the gradient of a split is one concatenation, that of a slice a row of zeros.
     segments = iter(zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True))
@@ -50,7 +51,10 @@ def in_segments(
     for span in layout.spans:
         first_query, first_key, first_value = next(segments)
         mask: Any = layout.prompt_mask(span, window, query.device)
-        pieces.append(attend(first_query, first_key, first_value, attn_mask=mask, is_causal=mask is None))
+        if mask is None and can_attend(first_query, first_key, masked=True):
+            tokens = first_query.shape[2]
+            mask = layout.response_mask(tokens, tokens, None, query.device)
+        pieces.append(attend(first_query, first_key, first_value, mask))
         # A response's first token sees the last ``window - 1`` tokens of the prompt, those after it fewer.
         seen = span.prompt if window is None else min(span.prompt, window - 1)
         prompt_key, prompt_value = (
@@ -63,10 +67,21 @@ def in_segments(
                     response_query,
                     torch.cat([prompt_key, response_key], dim=2),
                     torch.cat([prompt_value, response_value], dim=2),
-                    attn_mask=_response_mask(layout, length, seen + length, window, query.device, masked),
+                    _response_mask(layout, length, seen + length, window, query.device, masked),
                 )
             )
     return torch.cat(pieces, dim=2)
+
+
+def _attend_to_segment(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float | None, grouped: bool
+) -> Tensor:
+    """Attend under ``mask``; None: causally."""
+    if mask is not None and can_attend(query, key, masked=True):
+        return attend_by_products(query, key, value, mask, scaling)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
 
 
 def _response_mask(
