@@ -20,6 +20,7 @@ from vlmpo.generate.base import Generated, Sampling
 from vlmpo.generate.conversation import Conversation, Speaker
 from vlmpo.generate.local import LocalEngine
 from vlmpo.log import logger, print_error, print_line, shown
+from vlmpo.recipe import EvaluateSection
 
 WIDE = 80  # columns of a terminal from which answers stand side by side
 _COMMANDS = "/image PATH adds an image to the next question, /new starts a new conversation, /quit ends"
@@ -45,11 +46,13 @@ def chat(
         VlmpoError: there is no such model yet, it cannot be loaded, or an image cannot be read.
     """
     for image in images:
-        open_image(image)
+        _check_image(image)
     if web:
         from vlmpo.commands.chat_web import check_gradio
 
         check_gradio()
+        if len(images) > 1:
+            raise RecipeError("--web: the page asks about one image at a time; give one, or none")
     trained = find_trained(run)
     logger.info(f"model: {trained.what}")
     by_turns = not web and sys.stdin.isatty() and sys.stdout.isatty()
@@ -67,9 +70,14 @@ def chat(
         Session(conversation, images, None).talk(_piped())
 
 
-def _sampling(trained: Trained, temperature: float, max_new_tokens: int | None) -> Sampling:
-    from vlmpo.recipe import EvaluateSection
+def _check_image(path: Path) -> None:
+    """Raise RecordError if ``path`` is no image that can be read."""
+    if not path.is_file():
+        raise RecordError("missing_image", "", f"there is no image file {path}")
+    open_image(path)
 
+
+def _sampling(trained: Trained, temperature: float, max_new_tokens: int | None) -> Sampling:
     section = trained.recipe.evaluate if trained.recipe is not None else None
     default = section.max_new_tokens if section is not None else EvaluateSection().max_new_tokens
     return Sampling(temperature, 1.0, max_new_tokens or default)
@@ -83,7 +91,7 @@ def _open_conversation(trained: Trained, sampling: Sampling, *, with_images: boo
     data = trained.recipe.data.model_dump(include={"max_tiles", "video_frames"}) if trained.recipe is not None else {}
     engine = LocalEngine(model, processor, sampling, 1, **data)
     engine.check_vision()
-    speakers = [Speaker("trained", engine, nullcontext)]
+    speakers = [Speaker("trained" if trained.reference else "model", engine, nullcontext)]
     if (reference := load_reference(trained, model)) is not None:
         logger.info(f"reference: {reference.what}")
         other = engine if reference.model is model else LocalEngine(reference.model, processor, sampling, 1, **data)
@@ -138,7 +146,7 @@ class Session:
         elif word == "/image" and path:
             image = Path(path).expanduser()
             try:
-                open_image(image)
+                _check_image(image)
             except RecordError as error:
                 print_error("error: ", error.detail)
                 return

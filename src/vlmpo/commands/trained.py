@@ -20,6 +20,7 @@ from vlmpo.commands.run_folder import MANIFEST, read_manifest
 from vlmpo.errors import ModelError, RunError, VlmpoError
 from vlmpo.log import logger
 from vlmpo.models.adapters import choose_kind, is_adapter, is_peft, named_base, use_adapter
+from vlmpo.models.checkpoint_files import means_folder
 from vlmpo.models.loading import load_model, load_processor
 from vlmpo.models.masters import round_weights
 from vlmpo.recipe import Recipe
@@ -27,6 +28,7 @@ from vlmpo.recipe_yaml import load_recipe
 from vlmpo.train.checkpoint import damage
 from vlmpo.train.checkpoint_io import TRAINER_FILE, checkpoints_in, step_of
 from vlmpo.train.device_memory import free_bytes
+from vlmpo.train.ema import AVERAGE_FOLDER
 from vlmpo.train.precision import recorded_precision
 
 _RECIPE = "recipe.yaml"
@@ -75,6 +77,8 @@ def find_trained(given: str) -> Trained:
     """
     folder = Path(given)
     if not folder.is_dir():
+        if folder.exists() or means_folder(given):
+            raise ModelError(f"there is no folder {given}; name a run folder, a checkpoint, a model or an adapter")
         return Trained(given, f"the model {given}")
     if (folder / MANIFEST).exists() and (folder / _RECIPE).exists():
         return _of_run(folder)
@@ -82,6 +86,8 @@ def find_trained(given: str) -> Trained:
         if found := damage(folder, to_resume=False):
             raise RunError(f"{folder} is damaged: {', '.join(found[:3])}; name another checkpoint, or the run's folder")
         return _of_recipe(folder.parent, folder, f"{folder.name} of {folder.parent}")
+    if folder.name == AVERAGE_FOLDER and (folder.parent / _RECIPE).exists() and _has_model(folder):
+        return _of_recipe(folder.parent, folder, f"the averaged weights of {folder.parent}")
     if (folder / MARK_FILE).exists() and _has_model(folder / "model"):
         return Trained(str(folder / "model"), f"the demo's model in {folder}", str(folder / "warm_up"))
     if not _has_model(folder):
