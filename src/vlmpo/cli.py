@@ -192,6 +192,50 @@ def merge(
 
 
 @app.command()
+def chat(
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run folder, checkpoint, model or adapter.", show_default=False),
+    ],
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="IMAGE", help="Images to ask about.", show_default=False)
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most; by default as the recipe evaluates.")
+    ] = None,
+    web: Annotated[bool, typer.Option("--web", help="Open a web page on this machine (needs vlmpo[web]).")] = False,
+) -> None:
+    """Ask a trained model and its reference side by side.
+
+    On a terminal questions follow one another; from a pipe each line is a question of its own.
+    """
+    with _exit_codes():
+        from vlmpo.commands.chat import chat as run_chat
+
+        run_chat(run, images or [], temperature, max_new_tokens, web)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A run folder, checkpoint, model or adapter.", show_default=False),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+) -> None:
+    """Serve a model by transformers' OpenAI-compatible chat server.
+
+    Works beside a CPU build of torch too, where transformers serve itself does not start.
+    """
+    with _exit_codes():
+        from vlmpo.commands.serve import serve as run
+
+        run(model, host, port)
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path],

@@ -19,7 +19,7 @@ from vlmpo.data.encode.continuations import THOUGHT_CLOSE
 from vlmpo.data.encode.encoder import EncodedPair, PairEncoder
 from vlmpo.data.encode.processors import reads_images, tokenizer_of
 from vlmpo.data.encode.videos import DEFAULT_FRAMES
-from vlmpo.data.records import PreferencePair
+from vlmpo.data.records import Message, PreferencePair
 from vlmpo.errors import RecordError
 from vlmpo.generate.base import Generated, GenerationRequest, Result, Sampling
 from vlmpo.models.adapters import unwrap_peft
@@ -87,6 +87,15 @@ class LocalEngine:
     def notices(self) -> list[str]:
         """Return remarks on the chat template."""
         return self._encoder.notices
+
+    def takes_turns(self) -> bool:
+        """Return whether the chat template renders a question that follows an earlier one and its answer."""
+        turns = (Message("user", PROBE), Message("assistant", PROBE), Message("user", PROBE))
+        try:
+            self._encoder.encode(PreferencePair(turns, (), chosen=PROBE, rejected=None))
+        except RecordError:
+            return False
+        return True
 
     def check_vision(self) -> None:
         """Read a probe image: raise ModelError if the processor's are not what the model's vision part reads."""
