@@ -51,7 +51,7 @@ from vlmpo.train.inputs import (
     shares_prompts,
 )
 from vlmpo.train.kernel_choice import CHOSEN, choose_kernels
-from vlmpo.train.launcher import refuse_unseen_ranks
+from vlmpo.train.launcher import one_of_several, refuse_unseen_ranks
 from vlmpo.train.loaders import LoaderFactory
 from vlmpo.train.memory_choice import fixed_tokens
 from vlmpo.train.metrics import (
@@ -306,6 +306,8 @@ class MPOTrainer(Trainer):
         check_backend(self.args)
         super().create_accelerator_and_postprocess()
         refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
+        if remark := one_of_several(os.environ):
+            logger.info(f"note: {remark}")
         compile_policy(self.accelerator, self.model, self.args)
         configure_fsdp(self.accelerator, self.model, asked_for=bool(self.args.fsdp))
         without_sharding(self.args, self.accelerator, self.precision)
