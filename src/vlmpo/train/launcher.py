@@ -66,7 +66,9 @@ def one_of_several(environment: Mapping[str, str]) -> str | None:
     launched, ranked = "ACCELERATE_MIXED_PRECISION" in environment, {"RANK", "WORLD_SIZE"} & set(environment)
     if not launched or ranked or "MASTER_ADDR" not in environment:  # accelerate sets it for several
         return None
-    return "accelerate launch started one process; if it was to be more add --multi_gpu (without --cpu), or use torchrun"
+    return (
+        "accelerate launch started one process; if it was to be more add --multi_gpu (without --cpu), or use torchrun"
+    )
 
 
 def _number(text: str) -> int:
