@@ -185,7 +185,8 @@ class MPOConfig(TrainingArguments):
         if not isinstance(self.deterministic, bool):
             raise ValueError(f"deterministic must be true or false, not {self.deterministic!r}")
         prepare_determinism(self.deterministic, self.full_determinism)  # transformers uses CUDA in what follows
-        self.use_cpu = self.use_cpu or (not self.deepspeed and only_cpu(os.environ))
+        if not self.deepspeed and only_cpu(os.environ):
+            self.use_cpu = True
         self._set_up_precision(super().__post_init__)
         self.dataloader_num_workers = readers
         given: Any = self.gradient_checkpointing_kwargs  # transformers has made the two names equal

@@ -61,5 +61,6 @@ def _splits(records: JsonRecords | TableRecords) -> Iterator[str | None]:
 def _no_such(split: str, counts: Counter[str | None]) -> str:
     there = [f"{shorten(name)} ({count})" for name, count in counts.most_common(_SHOWN) if name]
     if not there:
-        return f"has no effect on a file of which no record says its `split`; leave out {split!r}, or keep a part back by data.hold_out"
+        remedy = f"leave out {split!r}, or keep a part back by data.hold_out"
+        return f"has no effect on a file of which no record says its `split`; {remedy}"
     return f"no record is of {split!r}; there are {', '.join(there)}"
