@@ -127,6 +127,7 @@ def model_card(run: RunSummary, given: Mapping[str, Any]) -> str:
     return template.render(
         run=run,
         metadata=yaml.safe_dump(_metadata(run, given), sort_keys=True, allow_unicode=True),
+        location_is_local=hub_name(run.location) is None,
         base_is_local=run.base_model is not None and hub_name(run.base_model) is None,
         base_model=hub_name(run.base_model) or (Path(run.base_model).name if run.base_model else None),
         auto_class="AutoModelForImageTextToText" if run.reads_images else "AutoModelForCausalLM",
@@ -177,14 +178,14 @@ def update_results(folder: Path, pairs: Mapping[str, Mapping[str, float]], answe
             a sentence on another model, or nothing. None leaves what the card says of questions.
 
     Returns:
-        Whether there is such a card.
+        Whether there is such a card, of vlmpo's making.
     """
     file = folder / CARD_FILE
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
-    if not all(mark in text for part in _PARTS for mark in _marks(part)):
+    if any(text.count(mark) != 1 for part in _PARTS for mark in _marks(part)):
         return False
     new = {"none": "", "pairs": _pairs_text(pairs), "answers": "" if answers is None else _answers_text(answers)}
     for part, found in new.items():
@@ -244,7 +245,7 @@ def compared(name: str, figures: Mapping[str, float], comparison: Mapping[str, f
     if not comparison.get("items") or not figures.get("items"):
         return ""
     difference = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**comparison)
-    return f" {_code(name)} has {figures['accuracy']:.3f}; the difference is {difference}."
+    return f" {_name(name)} has {figures['accuracy']:.3f}; the difference is {difference}."
 
 
 def _result_rows(name: str, metrics: Mapping[str, float]) -> Iterator[list[str]]:
@@ -277,7 +278,7 @@ def _answers(run: RunSummary) -> Mapping[str, Any] | None:
 
 def _cell(value: Any) -> str:
     """Put ``value`` on one line of a Markdown table."""
-    return shown(" ".join(str(value).split())).replace("|", "\\|")
+    return shown(" ".join(str(value).split())).replace("|", "\\|").replace("<", "\\<")
 
 
 def _name(value: Any) -> str:
@@ -286,14 +287,15 @@ def _name(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """Put a name on one line as inline code; one with backticks as escaped text, since a line may begin with it."""
+    """Put a name on one line as inline code; one that could end it, or that holds a mark, as escaped text."""
     text = shown(" ".join(str(value).split()))
-    return _name(value) if "`" in text else f"`{text}`"
+    return _name(value) if "`" in text or "<!--" in text else f"`{text}`"
 
 
 def _literal(value: Any) -> str:
-    """Write a name as a Python string, on one line and without a backtick, which could end a block of code."""
+    """Write a name as a Python string, on one line; no backtick ends the block of code, and none is read as a mark."""
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("`", "\\x60")
+    escaped = escaped.replace("<!--", "<\\x21--")
     return f'"{shown(escaped)}"'
 
 
