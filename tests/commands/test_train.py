@@ -522,9 +522,9 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path, checkpoint: 
     [
         (
             "training.optim=adamw_troch",
-            "training.optim: 'adamw_troch' is not known; did you mean adamw_torch? Known are",
+            "training: optim cannot be 'adamw_troch'; did you mean adamw_torch? Known are",
         ),
-        ("training.eval_strategy=often", "training.eval_strategy: 'often' is not known; known are no, steps, epoch"),
+        ("training.eval_strategy=often", "training: eval_strategy cannot be 'often'; known are no, steps, epoch"),
     ],
 )
 def test_a_choice_that_there_is_not_is_named_by_its_key(tmp_path: Path, override: str, message: str) -> None:

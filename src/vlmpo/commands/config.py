@@ -56,7 +56,7 @@ def _unknown_choice(recipe: Recipe, message: str) -> str | None:
     known = match[2].replace("'", "").split(", ")
     near = get_close_matches(match[1], known, n=1)
     hint = f"did you mean {near[0]}? Known are" if near else "known are"
-    return f"training.{key}: {match[1]!r} is not known; {hint} {', '.join(known)}"
+    return f"training: {key} cannot be {match[1]!r}; {hint} {', '.join(known)}"
 
 
 def evaluation_config(recipe: Recipe) -> MPOConfig:

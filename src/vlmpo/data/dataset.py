@@ -82,7 +82,7 @@ class SourceInfo:
 class _Source:
     """The records of one source, and the format they are in."""
 
-    def __init__(self, spec: FileSpec, name: str, need_rejected: bool, cache: Cache) -> None:
+    def __init__(self, spec: FileSpec, records: Records, name: str, need_rejected: bool, cache: Cache) -> None:
         self.name = name
         self.need_rejected = need_rejected
         self.path = spec.path
@@ -92,7 +92,7 @@ class _Source:
         self.columns = spec.columns
         self._cache = cache
         self._index: RecordIndex | None = None  # the last one made
-        self.records = open_records(spec, cache)
+        self.records = records
         # The copy opens the file for itself, so that a change of the file before the first real read is noticed.
         head = _head(copy.copy(self.records))
         self.recognised = recognise(head, spec.format, spec.path, need_rejected=need_rejected)
@@ -294,11 +294,12 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
     rows: list[Indices] = [np.empty(0, np.int64)]
     records_before = 0
     for spec in itertools.chain.from_iterable(file_specs(source, notices, need_rejected) for source in specs):
-        file = _Source(spec, _free_name(spec.name, {file.name for file in files}), need_rejected, cache)
+        records = open_records(spec, cache)
+        used = records_to_use(records, spec, cache)
+        file = _Source(spec, records, _free_name(spec.name, {file.name for file in files}), need_rejected, cache)
         if spec.declared_length is not None and spec.declared_length != len(file):
             said = shorten(repr(spec.declared_length))
             notices.append(f"{file.name}: meta.json says length {said}, {file.path} has {len(file)}")
-        used = records_to_use(file.records, spec, cache)
         repeat = spec.repeat
         if spec.num_samples is not None and len(used):
             repeat *= spec.num_samples / len(used)
