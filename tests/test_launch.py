@@ -99,11 +99,11 @@ def test_the_fsdp_recipe_asks_for_fsdp2() -> None:
 
 @pytest.mark.slow
 def test_accelerate_launch_trains(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
-    """Two processes on the CPU, from the config that ships, by the script that ships."""
+    """Two processes, from the config that ships, by the script that ships; no key says that they are on the CPU."""
     write_data(tmp_path, records(5))
-    recipe = write_recipe(tmp_path, checkpoint, training={"ddp_backend": "gloo"})
+    recipe = write_recipe(tmp_path, checkpoint, training={"use_cpu": False})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}{os.pathsep}{REPO}"}
-    # The launcher does not look for GPUs, and the processes it starts are told by the recipe to use the CPU.
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     config = (RECIPES / "accelerate" / "ddp.yaml").read_text()
     config = config.replace("num_processes: 8", "num_processes: 2").replace("precision: bf16", "precision: 'no'")
     (tmp_path / "cpu.yaml").write_text(config)

@@ -104,7 +104,7 @@ class Source(_Section):
         repeat: how often each pair is used an epoch; below 1, a seeded part of the pairs.
         max_tiles: image tiles of one pair at most; None leaves it to ``data.max_tiles``.
         format: format of the records; ``auto`` detects it.
-        split, subset: which part of a folder's or Hub data set to use.
+        split, subset: which part of a folder's or Hub data set to use; of a file, the records of this ``split``.
     """
 
     path: NonEmpty

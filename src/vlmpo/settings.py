@@ -23,7 +23,9 @@ VisionMemory = Literal["auto", "keep", "recompute"]
 OverLong = Literal["drop", "cut"]
 OnBadRecord = Literal["skip", "fail"]
 # The keys of the tables that implement them: vlmpo.data.formats.detect.FORMATS, vlmpo.verifiers.verifiers.VERIFIERS.
-DataFormat = Literal["auto", "mmpr", "rlaif_v", "rlhf_v", "trl", "trl_implicit", "sharegpt", "alpaca", "swift"]
+DataFormat = Literal[
+    "auto", "mmpr", "rlaif_v", "rlhf_v", "trl", "trl_implicit", "sharegpt", "alpaca", "swift", "questions"
+]
 Verifier = Literal["auto", "exact", "option", "number", "anls", "vqa", "math"]
 # Ways to ask a question; any other prompt is a template that contains QUESTION_FIELD. vlmpo.generate.prompts has the
 # texts of these three.

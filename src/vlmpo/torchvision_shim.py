@@ -18,6 +18,11 @@ _SCHEMAS = (
 _libraries: list[Any] = []  # a torch.library.Library withdraws its operators when it is collected
 
 
+def is_in_use() -> bool:
+    """Return whether torchvision's operators had to be declared in this process."""
+    return bool(_libraries)
+
+
 def ensure_torchvision() -> None:
     """Import torchvision; where its compiled operators are missing, declare their schemas and import it again.
 

@@ -515,3 +515,19 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path, checkpoint: 
     result = call("train", write_recipe(tmp_path, broken))
     assert result.exit_code == 2
     assert "lacks 1 of the model's weights" in result.output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "training.optim=adamw_troch",
+            "training: optim cannot be 'adamw_troch'; did you mean adamw_torch? Known are",
+        ),
+        ("training.eval_strategy=often", "training: eval_strategy cannot be 'often'; known are no, steps, epoch"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_named_by_its_key(tmp_path: Path, override: str, message: str) -> None:
+    result = call("train", write_recipe(tmp_path, tmp_path / "no model"), override)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: {message}")

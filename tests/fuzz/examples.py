@@ -58,6 +58,8 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+RECORDS["questions"] = [{"image": IMAGE, "question": "what is it?", "answer": "red", "choices": ["red", "blue"]}]
+
 QUESTIONS: list[dict[str, Any]] = [
     {"id": "q1", "image": IMAGE, "question": "what colour?", "answer": "red", "verifier": "vqa", "split": "train"},
     {"id": 2, "image": [IMAGE, IMAGE], "question": "<image> or <image>?", "answer": 3, "split": "test"},

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands.test_train import checkpoint, records, write_data, write_recipe  # noqa: F401
-from tests.paths import REPO
+from tests.commands.test_train import call, checkpoint, records, write_data, write_recipe  # noqa: F401
 from vlmpo.errors import RecipeError
-from vlmpo.train.launcher import refuse_unseen_ranks, started_processes
+from vlmpo.train.launcher import one_of_several, only_cpu, refuse_unseen_ranks, started_processes
 
 SEVERAL = {
     "torchrun": {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
@@ -48,16 +44,40 @@ def test_a_single_process_may_run_anywhere(name: str) -> None:
     refuse_unseen_ranks(ALONE[name], 1)
 
 
-@pytest.mark.slow
-def test_two_processes_without_use_cpu_leave_no_run(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+MEETING = {"MASTER_ADDR": "node0"}
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
+
+
+def test_the_cpu_is_used_where_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert {name: only_cpu(environment) for name, environment in ALONE.items()} == {
+        **dict.fromkeys(ALONE, True),
+        # accelerate would take MPI's number of processes, or that of the Slurm step, for the run's
+        **dict.fromkeys(["torchrun with one process", "a run by itself under MPI"], False),
+    }
+    assert not any(only_cpu(environment) for environment in SEVERAL.values())  # no place to meet: to be refused
+    together = {name: only_cpu(environment | MEETING) for name, environment in SEVERAL.items()}
+    assert together == {**dict.fromkeys(SEVERAL, True), "by hand": False, "srun": False}
+    assert not only_cpu({"ACCELERATE_USE_DEEPSPEED": "true"})
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert not only_cpu({})
+
+
+def test_one_process_where_several_were_asked_for_is_told() -> None:
+    assert "--multi_gpu" in (one_of_several(ACCELERATE | MEETING) or "")
+    assert one_of_several(ACCELERATE) is None  # one was asked for
+    assert one_of_several(ACCELERATE | MEETING | SEVERAL["torchrun"]) is None
+    assert one_of_several(MEETING) is None
+
+
+def test_a_process_that_sees_no_other_leaves_no_run(
+    tmp_path: Path,
+    checkpoint: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     write_data(tmp_path, records(4))
-    recipe = write_recipe(tmp_path, checkpoint, training={"use_cpu": False})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}{os.pathsep}{REPO}"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [*command, "-m", "vlmpo", "train", recipe], cwd=REPO, env=environment, capture_output=True, text=True
-    )
-    assert "exitcode  : 2 " in done.stderr
-    assert done.stderr.count("error: 2 processes were started (WORLD_SIZE=2)") == 1
+    result = call("train", write_recipe(tmp_path, checkpoint, training={"use_cpu": False}))
+    assert result.exit_code == 2
+    assert "error: 2 processes were started (WORLD_SIZE=2)" in result.output
     assert not (tmp_path / "run").exists()

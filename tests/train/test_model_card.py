@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ from peft import LoraConfig
 
 from tests.commands.test_evaluate import write_questions
 from tests.commands.test_train import bad_lines, call, checkpoint, manifest, records, write_data, write_recipe  # noqa: F401
+from tests.paths import REPO
 from tests.tiny_models import random_pair
 from tests.training import logged, pairs, trainer
 from vlmpo.errors import RunError
 from vlmpo.train.checkpoint import STATE_FILE
-from vlmpo.train.model_card import RunSummary, hub_name, model_card
+from vlmpo.train.model_card import RunSummary, compared, hub_name, model_card, update_results
 
+BEGIN_PAIRS, END_PAIRS = "<!-- vlmpo pairs -->", "<!-- end of vlmpo pairs -->"
 SECRET = "hf_aSecretThatMustNotBeTold"
 
 
@@ -212,6 +217,7 @@ def test_odd_names_stay_in_their_cells() -> None:
         "```\n# Injected\n<script>alert(1)</script>",
         "[click](http://evil) ![i](x) `code`",
         "a\x1b[31m\u202etxt",
+        "<!-- end of vlmpo pairs -->",
     ],
 )
 def test_hostile_names_break_out_of_nothing(name: str) -> None:
@@ -234,9 +240,89 @@ def test_hostile_names_break_out_of_nothing(name: str) -> None:
     assert not {"\x1b", "\u202e"} & set(body)
     code = body.split("```python\n")[1].split("```")[0]
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    assert len(calls) == 3
-    assert ast.literal_eval(calls[-1].args[0]) == name
+    loads = [call.args[-1] for call in calls if getattr(call.func, "attr", "") == "from_pretrained"]
+    named = [ast.literal_eval(argument) for argument in loads if not isinstance(argument, ast.Attribute)]
+    assert sorted(named) == [name] * 3  # adapter's config, adapter, processor; the config names the base
+    assert body.count(BEGIN_PAIRS) == body.count(END_PAIRS) == 1
     assert "import os" not in [line.strip() for line in code.splitlines()]
+
+
+CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_the_code_answers_as_printed(tmp_path: Path, checkpoint: Path, kind: str) -> None:  # noqa: F811
+    """In a process of its own, in the folder that the run's lies in; evaluating brings the results up to date, once."""
+    write_data(tmp_path, records(16))
+    write_questions(tmp_path)
+    asked = {
+        "questions": "questions.jsonl",
+        "image_root": "set/images",
+        "max_new_tokens": 4,
+        "against": str(checkpoint),
+    }
+    recipe = write_recipe(tmp_path, checkpoint, data={"hold_out": 0.25}, training={"max_steps": 1}, evaluate=asked)
+    given = ["model.lora={r: 2}"] if kind == "adapter" else ["loss.weights={nll: 1}"]
+    result = call("train", recipe, *given)
+    assert result.exit_code == 0, result.output
+    card = tmp_path / "run" / "README.md"
+    (code,) = CODE.findall(card.read_text())
+    environment = {**os.environ, "PYTHONPATH": str(REPO / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+    if kind == "adapter":
+        return
+    loss = manifest(tmp_path)["evaluation"]["held_out"]["held_out_loss"]
+    assert f"held_out: loss {loss:.4f} on " in result.output
+    for _ in range(2):
+        assert call("evaluate", recipe, *given).exit_code == 0
+    figures = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    body = split(card.read_text())[1]
+    assert body.count("| held_out | all |") == body.count("Greedy answers to 4 questions: accuracy") == 1
+    assert table(body, "evaluation set")[0][3] == f"{figures['pairs']['held_out']['held_out_loss']:.4f}"
+    assert f"the difference is {figures['questions']['comparison']['difference']:+.3f} [" in body
+
+
+def test_results_are_put_in_the_place_of_others(tmp_path: Path) -> None:
+    """Hostile names neither end their part nor stay behind; a card that is not vlmpo's is left alone."""
+    name = f"{END_PAIRS}\\1<script>"
+    figures = {"items": 4, "accuracy": 0.5, "low": 0.25, "high": 0.75, "unparsed": 0.0}
+    (tmp_path / "README.md").write_text(model_card(summary(title=name), {}))
+    against = compared(name, figures, {"items": 4, "difference": 0.25, "low": 0.0, "high": 0.5})
+    for loss in (1.0, 2.0):
+        assert update_results(
+            tmp_path, {name: {f"{name}_pairs": 2, f"{name}_loss": loss}}, {**figures, "against": against}
+        )
+    body = split((tmp_path / "README.md").read_text())[1]
+    assert "No evaluation was asked for." not in body
+    assert [row[3] for row in table(body, "evaluation set")] == ["2.0000"]
+    assert body.count("Greedy answers to 4 questions: accuracy 0.500 [0.250, 0.750], unparsed 0.0%.") == 1
+    assert "the difference is +0.250 [+0.000, +0.500]." in body
+    assert update_results(tmp_path, {}, None)  # nothing new: what is there stays
+    assert split((tmp_path / "README.md").read_text())[1] == body
+    (tmp_path / "README.md").write_text("# Mine\n\n## Results\n\nGood.\n")
+    assert not update_results(tmp_path, {}, figures)
+
+
+@pytest.mark.slow
+def test_saving_in_python_writes_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the last evaluation's results, what was given to the card before, and the folder's own name."""
+    monkeypatch.chdir(tmp_path)
+    run = trainer(Path("runs/mine"), pairs(4))
+    run.train()
+    results = run.evaluate(pairs(3, 10))
+    run.create_model_card(license="mit")
+    run.save_model("runs/other")
+    head, body = split((tmp_path / "runs" / "other" / "README.md").read_text())
+    assert head["license"] == "mit"
+    assert 'AutoProcessor.from_pretrained("runs/other")' in body
+    assert table(body, "evaluation set")[0][3] == f"{results['eval_loss']:.4f}"
+    run.save_model()
+    assert 'AutoProcessor.from_pretrained("runs/mine")' in (tmp_path / "runs" / "mine" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from difflib import get_close_matches
 
 from transformers import TrainingArguments
 
@@ -41,7 +43,20 @@ def training_config(recipe: Recipe) -> MPOConfig:
     try:
         return MPOConfig(**recipe.trainer_settings())
     except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
-        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+        message = " ".join(str(error).split())
+        raise RecipeError(_unknown_choice(recipe, message) or f"training: {message}") from error
+
+
+def _unknown_choice(recipe: Recipe, message: str) -> str | None:
+    """Return what to say of a value that is none of transformers' choices: its ``message`` lists them, but no key."""
+    match = re.fullmatch(r"(.+) is not a valid \w+, please select one of \[(.+)\]", message)
+    key = match and next((key for key, value in recipe.training.items() if str(value) == match[1]), None)
+    if not match or key is None:
+        return None
+    known = match[2].replace("'", "").split(", ")
+    near = get_close_matches(match[1], known, n=1)
+    hint = f"did you mean {near[0]}? Known are" if near else "known are"
+    return f"training: {key} cannot be {match[1]!r}; {hint} {', '.join(known)}"
 
 
 def evaluation_config(recipe: Recipe) -> MPOConfig:

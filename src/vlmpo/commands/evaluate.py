@@ -30,6 +30,7 @@ from vlmpo.report.files import ANSWERS_BEFORE
 from vlmpo.report.write import PICTURE_FILE, REPORT_FILE
 from vlmpo.train.config import MPOConfig
 from vlmpo.train.metrics import length_warning
+from vlmpo.train.model_card import CARD_FILE, compared, update_results
 from vlmpo.train.precision import choose_precision, reads_masters, recorded_precision
 from vlmpo.train.trainer import MPOTrainer
 
@@ -95,7 +96,20 @@ def _evaluate(recipe: Recipe, section: EvaluateSection, folder: Path) -> dict[st
     if results["questions"]:
         _show_questions(results["questions"])
     print_line(f"figures: {folder / RESULTS_FILE}")
+    if os.environ.get("RANK", "0") == "0":
+        with never_failing("the model card's part on results"):
+            _update_card(Path(path), results, section.against)
     return results
+
+
+def _update_card(model: Path, results: Mapping[str, Any], against: str | None) -> None:
+    """Put the figures into the model card beside the model that was evaluated, if vlmpo wrote it."""
+    answers = None
+    if (questions := results["questions"]) and (figures := questions["models"][str(results["model"])])["items"]:
+        words = compared(short_name(against), questions["models"][against], questions["comparison"]) if against else ""
+        answers = {**figures, "against": words}
+    if update_results(model, results["pairs"], answers):
+        print_line(f"model card, its results brought up to date: {model / CARD_FILE}")
 
 
 def add_questions(trainer: MPOTrainer, recipe: Recipe) -> None:
@@ -213,9 +227,12 @@ def _ask(
 
 
 def show_pair_metrics(results: Mapping[str, Mapping[str, float]]) -> None:
-    """Print reward accuracy and margin of each set of pairs, as a whole and by data set."""
+    """Print reward accuracy and margin of each set of pairs, as a whole and by data set; without rewards the loss."""
     for name, metrics in results.items():
         if f"{name}_rewards/accuracies" not in metrics:
+            if f"{name}_loss" in metrics:
+                count = int(metrics[f"{name}_pairs"])
+                print_line(f"{name}: loss {metrics[f'{name}_loss']:.4f} on {count} held-out examples")
             continue
         prefix = f"{name}_pairs/"
         sources = [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]

@@ -25,6 +25,7 @@ from vlmpo.data.index.store import Cache, ignore
 from vlmpo.data.readers.arrow import TableRecords, load_named, open_parquet, open_saved
 from vlmpo.data.readers.json import JsonRecords
 from vlmpo.data.readers.spec import FileSpec, SourceSpec, file_specs
+from vlmpo.data.readers.split import records_to_use
 from vlmpo.data.records import PreferencePair, one_record
 from vlmpo.errors import DataError, RecordError, shorten
 from vlmpo.hashing import content_hash, stable_hash
@@ -81,7 +82,7 @@ class SourceInfo:
 class _Source:
     """The records of one source, and the format they are in."""
 
-    def __init__(self, spec: FileSpec, name: str, need_rejected: bool, cache: Cache) -> None:
+    def __init__(self, spec: FileSpec, records: Records, name: str, need_rejected: bool, cache: Cache) -> None:
         self.name = name
         self.need_rejected = need_rejected
         self.path = spec.path
@@ -91,9 +92,12 @@ class _Source:
         self.columns = spec.columns
         self._cache = cache
         self._index: RecordIndex | None = None  # the last one made
-        self.records = open_records(spec, cache)
+        self.records = records
         # The copy opens the file for itself, so that a change of the file before the first real read is noticed.
-        self.recognised = recognise(_head(copy.copy(self.records)), spec.format, spec.path)
+        head = _head(copy.copy(self.records))
+        self.recognised = recognise(head, spec.format, spec.path, need_rejected=need_rejected)
+        if isinstance(self.records, JsonRecords) and not self.recognised.format.is_ranking:
+            self.records = self.records.with_numbers_as_written()  # answers: 2.50 is not 2.5
         if self.columns is not None:
             self.recognised = replace(self.recognised, why="as dataset_info.json says")
         self.stamp = self.records.stamp
@@ -290,16 +294,18 @@ def open_pairs(specs: Sequence[SourceSpec], *, seed: int = 0, need_rejected: boo
     rows: list[Indices] = [np.empty(0, np.int64)]
     records_before = 0
     for spec in itertools.chain.from_iterable(file_specs(source, notices, need_rejected) for source in specs):
-        file = _Source(spec, _free_name(spec.name, {file.name for file in files}), need_rejected, cache)
+        records = open_records(spec, cache)
+        used = records_to_use(records, spec, cache)
+        file = _Source(spec, records, _free_name(spec.name, {file.name for file in files}), need_rejected, cache)
         if spec.declared_length is not None and spec.declared_length != len(file):
             said = shorten(repr(spec.declared_length))
             notices.append(f"{file.name}: meta.json says length {said}, {file.path} has {len(file)}")
         repeat = spec.repeat
-        if spec.num_samples is not None and len(file):
-            repeat *= spec.num_samples / len(file)
-        drawn = _repeated(file.name, len(file), repeat, seed)
+        if spec.num_samples is not None and len(used):
+            repeat *= spec.num_samples / len(used)
+        drawn = used[_repeated(file.name, len(used), repeat, seed)]
         if not len(drawn):
-            notices.append(f"{file.name}: adds no pair ({len(file)} records in {file.path}, repeat {repeat:g})")
+            notices.append(f"{file.name}: adds no pair ({len(used)} records in {file.path}, repeat {repeat:g})")
         files.append(file)
         rows.append(drawn + records_before)
         records_before += len(file)

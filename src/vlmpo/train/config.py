@@ -31,6 +31,7 @@ from vlmpo.settings import (
 from vlmpo.train.arguments import check_numbers
 from vlmpo.train.determinism import prepare_determinism
 from vlmpo.train.kernel_choice import settle_liger
+from vlmpo.train.launcher import only_cpu
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
 
@@ -136,6 +137,7 @@ class MPOConfig(TrainingArguments):
             weights, ``autocast`` by torch's autocast; ``auto``: ``bf16`` if the hardware is fast at it, see
             :mod:`vlmpo.train.precision`.
         bf16: True asks for ``precision: bf16``, False for ``float32``; None: ``precision`` decides.
+        use_cpu: use the CPU although there is an accelerator; it becomes True if there is none.
     """
 
     loss_weights: dict[str, float] | None = field(default=None)
@@ -183,6 +185,8 @@ class MPOConfig(TrainingArguments):
         if not isinstance(self.deterministic, bool):
             raise ValueError(f"deterministic must be true or false, not {self.deterministic!r}")
         prepare_determinism(self.deterministic, self.full_determinism)  # transformers uses CUDA in what follows
+        if not self.deepspeed and only_cpu(os.environ):
+            self.use_cpu = True
         self._set_up_precision(super().__post_init__)
         self.dataloader_num_workers = readers
         given: Any = self.gradient_checkpointing_kwargs  # transformers has made the two names equal

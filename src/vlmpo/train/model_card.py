@@ -1,6 +1,6 @@
 """Write the model card of a run: what was trained, on what, how, and with which results.
 
-It holds names, but no path and no secret.
+It holds names, but no secret, and no path but the run folder's below the working directory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from vlmpo import compat
+from vlmpo import compat, torchvision_shim
+from vlmpo.fileio import replace_text
 from vlmpo.log import shown
 from vlmpo.models.adapters import is_peft, unwrap_peft
 from vlmpo.train.reference import AdapterReference
@@ -49,7 +50,7 @@ class RunSummary:
 
     Attributes:
         title: of the card.
-        location: the model's name on the Hub, or else the run folder's.
+        location: the model's name on the Hub, or else the folder that it is loaded from.
         base_model: path or Hub name of the model that training started from, if known.
         adapter: whether the result is an adapter.
         reads_images: whether the model is an image-text-to-text model.
@@ -65,6 +66,7 @@ class RunSummary:
             ``not_reached``.
         datasets: names of the data sets; those on the Hub go into the metadata.
         results: metrics of each evaluation set after training, by its name, which is their prefix.
+        with_shim: whether torchvision needs vlmpo's help to load beside this torch.
     """
 
     title: str
@@ -87,6 +89,7 @@ class RunSummary:
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    with_shim: bool = False
 
 
 def package_versions() -> dict[str, str | None]:
@@ -124,14 +127,15 @@ def model_card(run: RunSummary, given: Mapping[str, Any]) -> str:
     return template.render(
         run=run,
         metadata=yaml.safe_dump(_metadata(run, given), sort_keys=True, allow_unicode=True),
+        location_is_local=hub_name(run.location) is None,
+        base_is_local=run.base_model is not None and hub_name(run.base_model) is None,
         base_model=hub_name(run.base_model) or (Path(run.base_model).name if run.base_model else None),
         auto_class="AutoModelForImageTextToText" if run.reads_images else "AutoModelForCausalLM",
         objective=OBJECTIVES[frozenset(run.weights)][0],
         progress=[(name, first[name], last[name]) for name in _PROGRESS if name in first and name in last],
         first_step=first.get("step"),
         last_step=last.get("step"),
-        results=[row for name, metrics in run.results.items() for row in _result_rows(name, metrics)],
-        answers=_answers(run),
+        results=_results(run),
         versions=package_versions(),
     )
 
@@ -155,6 +159,95 @@ def _metadata(run: RunSummary, given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in head.items() if value}
 
 
+# ---- results ----
+
+_PARTS = ("none", "pairs", "answers")  # of the results, each between two marks, so that it can be replaced
+_ABOUT_REWARDS = (
+    "On held-out pairs, with 95 % intervals. Accuracy: how often the chosen response's implicit reward is above the "
+    "rejected one's; margin: the mean difference of the two."
+)
+
+
+def update_results(folder: Path, pairs: Mapping[str, Mapping[str, float]], answers: Mapping[str, Any] | None) -> bool:
+    """Put the figures of a later evaluation into the card in ``folder``, in the place of those that are there.
+
+    Args:
+        folder: the model's.
+        pairs: metrics of each evaluation set; empty leaves what the card says of pairs.
+        answers: ``items``, ``accuracy``, ``low``, ``high`` and ``unparsed`` of the answers to questions; ``against``,
+            a sentence on another model, or nothing. None leaves what the card says of questions.
+
+    Returns:
+        Whether there is such a card, of vlmpo's making.
+    """
+    file = folder / CARD_FILE
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    if any(text.count(mark) != 1 for part in _PARTS for mark in _marks(part)):
+        return False
+    new = {"none": "", "pairs": _pairs_text(pairs), "answers": "" if answers is None else _answers_text(answers)}
+    for part, found in new.items():
+        if found or part == "none":
+            before, rest = text.split(_marks(part)[0], 1)
+            text = before + _marked(part, found) + rest.split(_marks(part)[1], 1)[1]
+    replace_text(file, text)
+    return True
+
+
+def _results(run: RunSummary) -> str:
+    answers = _answers(run)
+    pairs = _pairs_text(run.results)
+    texts = {
+        "none": "" if pairs or answers else "No evaluation was asked for.",
+        "pairs": pairs,
+        "answers": "" if answers is None else _answers_text(answers),
+    }
+    return "\n".join(_marked(part, texts[part]) for part in _PARTS)
+
+
+def _marks(part: str) -> tuple[str, str]:
+    return f"<!-- vlmpo {part} -->", f"<!-- end of vlmpo {part} -->"
+
+
+def _marked(part: str, text: str) -> str:
+    start, end = _marks(part)
+    return f"{start}\n\n{text}\n\n{end}" if text else f"{start}\n{end}"
+
+
+def _pairs_text(results: Mapping[str, Mapping[str, float]]) -> str:
+    rows = [row for name, metrics in results.items() for row in _result_rows(name, metrics)]
+    if not rows:
+        return ""
+    with_rewards = any(row[-1] for row in rows)
+    head = ["evaluation set", "data set", "pairs", "loss", "reward accuracy", "reward margin"]
+    table = [head, ["---"] * len(head), *rows]
+    lines = [_ABOUT_REWARDS if with_rewards else "On held-out examples.", ""]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in table)])
+
+
+def _answers_text(answers: Mapping[str, Any]) -> str:
+    when = f" at step {answers['step']}" if "step" in answers else ""
+    accuracy = "{accuracy:.3f} [{low:.3f}, {high:.3f}]".format(**answers)
+    text = f"Greedy answers to {int(answers['items'])} questions{when}: accuracy {accuracy}, "
+    return f"{text}unparsed {100 * answers['unparsed']:.1f}%.{answers.get('against') or ''}"
+
+
+def compared(name: str, figures: Mapping[str, float], comparison: Mapping[str, float]) -> str:
+    """Return a sentence on a second model that answered the same questions; "" if both answered none.
+
+    Args:
+        name: of the second model.
+        figures: of its answers.
+        comparison: see :func:`vlmpo.evaluate.compare`.
+    """
+    if not comparison.get("items") or not figures.get("items"):
+        return ""
+    difference = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**comparison)
+    return f" {_name(name)} has {figures['accuracy']:.3f}; the difference is {difference}."
+
+
 def _result_rows(name: str, metrics: Mapping[str, float]) -> Iterator[list[str]]:
     """Yield a row for the whole evaluation set and one for each of its data sets, if there are several."""
     prefix = f"{name}_pairs/"
@@ -176,12 +269,16 @@ def _result_rows(name: str, metrics: Mapping[str, float]) -> Iterator[list[str]]
 def _answers(run: RunSummary) -> Mapping[str, Any] | None:
     """Return the logged metrics of answers to questions: those of the final weights' step, else the last ones."""
     logged = [entry for entry in run.log_history if entry.get("eval_answers/items")]
-    return next((entry for entry in logged if entry["step"] == run.final_step), logged[-1] if logged else None)
+    entry = next((entry for entry in logged if entry["step"] == run.final_step), logged[-1] if logged else None)
+    if entry is None:
+        return None
+    prefix = "eval_answers/"
+    return {"step": entry["step"], **{k.removeprefix(prefix): v for k, v in entry.items() if k.startswith(prefix)}}
 
 
 def _cell(value: Any) -> str:
     """Put ``value`` on one line of a Markdown table."""
-    return shown(" ".join(str(value).split())).replace("|", "\\|")
+    return shown(" ".join(str(value).split())).replace("|", "\\|").replace("<", "\\<")
 
 
 def _name(value: Any) -> str:
@@ -190,18 +287,26 @@ def _name(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """Put a name on one line as inline code; one with backticks as escaped text, since a line may begin with it."""
+    """Put a name on one line as inline code; one that could end it, or that holds a mark, as escaped text."""
     text = shown(" ".join(str(value).split()))
-    return _name(value) if "`" in text else f"`{text}`"
+    return _name(value) if "`" in text or "<!--" in text else f"`{text}`"
 
 
 def _literal(value: Any) -> str:
-    """Write a name as a Python string, on one line and without a backtick, which could end a block of code."""
+    """Write a name as a Python string, on one line; no backtick ends the block of code, and none is read as a mark."""
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("`", "\\x60")
+    escaped = escaped.replace("<!--", "<\\x21--")
     return f'"{shown(escaped)}"'
 
 
 # ---- fields of the summary ----
+
+
+def location_of(folder: str | os.PathLike[str]) -> str:
+    """Return what a model's folder is loaded by: its path as given from the working directory, or else its name."""
+    whole = Path(folder).absolute()
+    below = not Path(folder).is_absolute() and ".." not in Path(folder).parts and whole != Path.cwd()
+    return Path(folder).as_posix() if below else whole.name
 
 
 def objective_fields(args: Any) -> dict[str, Any]:
@@ -217,6 +322,7 @@ def describe_model(model: Any, processor: Any, reference: Any) -> dict[str, Any]
     if isinstance(reference, AdapterReference):
         words = "the model with its adapter off" if reference.frozen is None else "the model under its first adapter"
     return {
+        "with_shim": torchvision_shim.is_in_use(),
         "base_model": compat.name_or_path(config),
         "adapter": is_peft(model),
         "reads_images": compat.is_image_text_config(config),

@@ -20,6 +20,7 @@ from vlmpo import compat, interrupt
 from vlmpo.data.encode.encoder import EncodedPairs
 from vlmpo.data.encode.processors import tokenizer_of, with_tiles
 from vlmpo.errors import RecipeError, RecordError, RunError
+from vlmpo.fileio import replace_text
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
 from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
@@ -51,7 +52,7 @@ from vlmpo.train.inputs import (
     shares_prompts,
 )
 from vlmpo.train.kernel_choice import CHOSEN, choose_kernels
-from vlmpo.train.launcher import refuse_unseen_ranks
+from vlmpo.train.launcher import one_of_several, refuse_unseen_ranks
 from vlmpo.train.loaders import LoaderFactory
 from vlmpo.train.memory_choice import fixed_tokens
 from vlmpo.train.metrics import (
@@ -68,6 +69,7 @@ from vlmpo.train.model_card import (
     CARD_FILE,
     RunSummary,
     describe_model,
+    location_of,
     model_card,
     objective_fields,
     training_settings,
@@ -256,6 +258,8 @@ class MPOTrainer(Trainer):
         self.pair_counts = PairCounts()
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self.card_fields: dict[str, Any] = {}
+        self._given_to_card: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        self._evaluated: dict[int, dict[str, dict[str, float]]] = {}  # by step and name of the set
         self.trained_pairs = PairCounts()
         self.given_settings: Settings = {}
         self._at_start = BeforeFirstStep()
@@ -306,6 +310,8 @@ class MPOTrainer(Trainer):
         check_backend(self.args)
         super().create_accelerator_and_postprocess()
         refuse_unseen_ranks(os.environ, self.accelerator.num_processes)
+        if remark := one_of_several(os.environ):
+            logger.info(f"note: {remark}")
         compile_policy(self.accelerator, self.model, self.args)
         configure_fsdp(self.accelerator, self.model, asked_for=bool(self.args.fsdp))
         without_sharding(self.args, self.accelerator, self.precision)
@@ -687,7 +693,9 @@ class MPOTrainer(Trainer):
                 loss_settings=self.args.loss_settings,
                 reward_shift=self.reward_shift.value,
             )
-            metrics |= {f"{metric_key_prefix}{name}_{key}": value for key, value in found.items()}
+            of_set = {f"{metric_key_prefix}{name}_{key}": value for key, value in found.items()}
+            self._evaluated.setdefault(self.state.global_step, {})[f"{metric_key_prefix}{name}"] = of_set
+            metrics |= of_set
         if eval_dataset is None:
             for extra in self.extra_evaluations:
                 metrics |= {f"{metric_key_prefix}_{key}": value for key, value in extra().items()}
@@ -953,6 +961,8 @@ class MPOTrainer(Trainer):
             return
         with whole_state_dict(self.accelerator), model_beside(folder, self.args.should_save) as partial:
             super().save_model(os.fspath(partial), _internal_call=True)
+        if not _internal_call:
+            self._write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -1057,19 +1067,27 @@ class MPOTrainer(Trainer):
             model_name: its title; the run folder's name by default.
             finetuned_from: the base model's name on the Hub.
         """
-        if not self.is_world_process_zero():
-            return
         given = {"language": language, "license": license, "datasets": dataset_tags, "tags": tags}
         named = {name: value for name, value in (("title", model_name), ("base_model", finetuned_from)) if value}
-        text = model_card(self.run_summary(**named), given)
-        (Path(self.args.output_dir) / CARD_FILE).write_text(text, encoding="utf-8")
+        self._given_to_card = given, named
+        self._write_card(Path(self.args.output_dir))
+
+    def _write_card(self, folder: Path) -> None:
+        """Write the card into a model's folder, with what was last given to :meth:`create_model_card`."""
+        if not self.is_world_process_zero():
+            return
+        given, named = self._given_to_card
+        elsewhere = {} if folder == Path(self.args.output_dir) else {"location": location_of(folder)}
+        text = model_card(self.run_summary(**elsewhere, **named), given)
+        replace_text(folder / CARD_FILE, text)
 
     def run_summary(self, **fields: Any) -> RunSummary:
         """Summarise the run for its model card; ``card_fields`` and ``fields`` go before what the trainer knows."""
         final = self.final_model()
         known = {
             **describe_model(self.model, self.processing_class, self.reference),
-            "location": getattr(self, "hub_model_id", None) or Path(self.args.output_dir).absolute().name,
+            "location": getattr(self, "hub_model_id", None) or location_of(self.args.output_dir),
+            "results": self._evaluated.get(final["step"], {}),
             "settings": training_settings(
                 self.args,
                 per_device=compat.batch_size_per_device(self),

@@ -64,9 +64,11 @@ class Format:
         title: name that users know it by.
         keys: what its records hold, for messages.
         parse: turns one record into a pair; raises RecordError.
+        is_ranking: whether records can hold a rejected response; others are for fine-tuning alone.
     """
 
     name: str
     title: str
     keys: str
     parse: Callable[[Mapping[str, Any], RecordContext], PreferencePair]
+    is_ranking: bool = True

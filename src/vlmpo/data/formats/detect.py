@@ -10,9 +10,10 @@ from typing import Any
 from PIL import Image
 
 from vlmpo.data.formats.base import Format
+from vlmpo.data.formats.choices import CHOICE_KEYS
 from vlmpo.data.formats.llamafactory import parse_alpaca, parse_sharegpt
 from vlmpo.data.formats.media import MEDIA_KEYS, is_empty, is_null, kind_of_key
-from vlmpo.data.formats.question import parse_question, parse_question_in_text
+from vlmpo.data.formats.question import parse_answered, parse_question, parse_question_in_text
 from vlmpo.data.formats.swift import parse_swift
 from vlmpo.data.formats.trl import parse_explicit, parse_implicit
 from vlmpo.data.formats.turns import holds_prompt, is_conversation, is_message
@@ -38,6 +39,13 @@ FORMATS: dict[str, Format] = {
         ),
         Format("alpaca", "LLaMA-Factory, Alpaca", "`instruction`, `input`, `chosen`, `rejected`", parse_alpaca),
         Format("swift", "ms-swift", "`messages`, `rejected_response` or `rejected_messages`, `images`", parse_swift),
+        Format(
+            "questions",
+            "questions with answers, for fine-tuning",
+            "`question`, `answer`, `choices`, `image`",
+            parse_answered,
+            is_ranking=False,
+        ),
     )
 }
 
@@ -50,17 +58,31 @@ class Recognised:
     why: str
 
 
-def recognise(records: Sequence[Mapping[str, Any]], name: str, where: str) -> Recognised:
+def recognise(
+    records: Sequence[Mapping[str, Any]], name: str, where: str, *, need_rejected: bool = False
+) -> Recognised:
     """Return the one format of a data set.
 
     Args:
         records: its first few readable records.
         name: a name in FORMATS, or AUTO to judge by the records.
         where: name of the data set, for messages.
+        need_rejected: whether pairs are needed.
 
     Raises:
-        DataError: an unknown name, or records that fit no format.
+        DataError: an unknown name, records that fit no format, or questions if pairs are needed.
     """
+    found = _recognised(records, name, where)
+    if need_rejected and not found.format.is_ranking:
+        raise DataError(
+            f"{where}: holds questions with their answers, and pairs of responses are needed: make them by `vlmpo "
+            "sample` and `vlmpo pair correctness` with this file under build.questions, or fine-tune on the answers "
+            "with loss.weights: {nll: 1}"
+        )
+    return found
+
+
+def _recognised(records: Sequence[Mapping[str, Any]], name: str, where: str) -> Recognised:
     if name != AUTO:
         if name not in FORMATS:
             raise DataError(f"{where}: format: {name!r} is not known; known are {AUTO}, {', '.join(FORMATS)}")
@@ -110,6 +132,9 @@ def _match(sample: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str] | None
     if "question" in sample and chosen is not None:
         embedded = any(_kind(sample[key]).startswith("embedded") for key in ("image", "images") if key in sample)
         return ("rlaif_v" if embedded else "mmpr"), ("system", "question", "chosen", "rejected"), ""
+    if "question" in sample and "answer" in sample and "rejected" not in sample:
+        remark = "the question is the prompt as it is, the answer (the first, of several) the response"
+        return "questions", ("system", "question", *CHOICE_KEYS, "answer"), remark
     text = sample.get("text")
     if isinstance(text, Mapping) or (isinstance(text, str) and text.lstrip().startswith("{") and '"chosen"' in text):
         return "rlhf_v", ("text",), ""

@@ -107,7 +107,9 @@ def as_pairs(
         return dataset
     if not head:
         raise DataError(f"{name}: its first items are of type {type(rows[0]).__name__}; {_REMEDY}")
-    pairs = RecordPairs(rows, recognise(head, format, name).format, need_rejected, name, source)
+    pairs = RecordPairs(
+        rows, recognise(head, format, name, need_rejected=need_rejected).format, need_rejected, name, source
+    )
     for index, item in enumerate(head):
         try:
             pairs.pair(item, pairs.origin(index))

@@ -19,6 +19,7 @@ from vlmpo.errors import DataError, RecordError
 
 # Of one row, with all that is embedded in it.
 MAX_ROW_BYTES = 256 << 20
+SAVED_SPLITS = "dataset_dict.json"  # in a folder that holds several saved data sets
 
 _Result = TypeVar("_Result")
 
@@ -52,6 +53,10 @@ class TableRecords:
         part = int(np.searchsorted(self._bounds, index, side="right")) - 1
         return f"{self._labels[part]}:row {index - int(self._bounds[part])}"
 
+    def column(self, name: str) -> list[Any]:
+        """Return all values of a column; None for each row if there is no such column."""
+        return self._rows.column(name)
+
     def record(self, index: int) -> dict[str, Any]:
         """Read record ``index``. Raises RecordError ``too_large``, or ``unreadable_record`` for broken content."""
         with one_record(self.origin(index)):
@@ -76,6 +81,12 @@ class RawRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.values(self.row(index))
+
+    def column(self, name: str) -> list[Any]:
+        """Return all values of a column; None for each row if there is no such column."""
+        if name not in self._features:
+            return [None] * len(self)
+        return [value for batch in self._table.select_columns([name]).iter(4096) for value in batch[name].to_pylist()]
 
     def row(self, index: int) -> Any:
         """Return a row as an Arrow table, which copies nothing."""
@@ -135,7 +146,7 @@ def open_saved(folder: str, split: str | None) -> TableRecords:
     if isinstance(saved, datasets.DatasetDict):
         split = _choose_split(split, list(saved), folder)
         saved, label, kind = saved[split], f"{folder}[{split}]", f"{kind}, split {split}"
-    elif split is not None:
+    elif split is not None and "split" not in saved.column_names:  # whose rows name it: vlmpo.data.readers.split
         raise DataError(f"{folder}: split: one data set without splits is saved here; leave out {split!r}")
     return TableRecords(saved, kind, [(label, len(saved))], [file["filename"] for file in saved.cache_files])
 

@@ -6,6 +6,7 @@ Only the place of each record is held: where it starts and ends, and its line, 2
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -48,7 +49,7 @@ class WrittenNumber:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # and so str()
         return self.text
 
 
@@ -132,6 +133,12 @@ class JsonRecords:
     def origin(self, index: int) -> str:
         """Return ``file:line`` of record ``index``."""
         return f"{self.path}:{self._lines[index]}"
+
+    def with_numbers_as_written(self) -> JsonRecords:
+        """Return a reader of the same file that returns each number as a WrittenNumber."""
+        other = copy.copy(self)
+        other._numbers_as_written = True
+        return other
 
     def record(self, index: int) -> dict[str, Any]:
         """Read record ``index``.

@@ -11,10 +11,10 @@ from typing import Any
 from vlmpo.data.encode.images import missing_file
 from vlmpo.data.formats.assemble import place
 from vlmpo.data.formats.base import PathRules, RecordContext
+from vlmpo.data.formats.choices import CHOICE_KEYS, answer_in_letters, read_choices, with_choices
 from vlmpo.data.formats.media import is_empty, read_media
 from vlmpo.data.formats.turns import text_turn
 from vlmpo.data.formats.unread import refuse_unread_media
-from vlmpo.data.readers.choices import CHOICE_KEYS, answer_in_letters, read_choices, with_choices
 from vlmpo.data.readers.json import JsonRecords, WrittenNumber
 from vlmpo.data.records import Question, check_length, json_kind, one_record, text_field
 from vlmpo.errors import DataError, RecordError, printable, shorten
@@ -63,7 +63,7 @@ def read_questions(
 
     Images and videos are read as those of pairs; their files must exist and are not opened. ``choices`` (or
     ``options``) are put after the question as lettered lines, and the answer becomes a letter: see
-    :mod:`vlmpo.data.readers.choices`. Any other answer that is a number keeps its written form. An id is a string or a
+    :mod:`vlmpo.data.formats.choices`. Any other answer that is a number keeps its written form. An id is a string or a
     whole number; by default it is a hash of question, answer and image names. Records are dropped under the reasons of
     pairs, or as ``ambiguous_answer``, ``answer_not_a_choice`` or ``duplicate_id`` (the second and later records of an
     id).

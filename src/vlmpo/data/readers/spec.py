@@ -13,7 +13,7 @@ from typing import Any, Literal
 from vlmpo.data.formats.base import PathRules
 from vlmpo.data.formats.columns import ColumnMap
 from vlmpo.data.formats.paths import is_really_below
-from vlmpo.data.readers.arrow import download_folders
+from vlmpo.data.readers.arrow import SAVED_SPLITS, download_folders
 from vlmpo.data.readers.dataset_info import is_dataset_info, read_entry, unknown_keys
 from vlmpo.data.readers.json import refuse_other_encodings
 from vlmpo.data.records import BOM, MAX_LINE_BYTES, json_kind
@@ -48,7 +48,8 @@ class SourceSpec:
             recipe.
         name: what metrics call it; default: the file's stem. For a meta.json: put before the name of each set in it.
         format: the format of its records; ``auto`` detects it from the first few.
-        split: part of a folder's or Hub data set; may be left out if there is only one.
+        split: part of a folder's or Hub data set; may be left out if there is only one. Of a file, the records that
+            say so under ``split``.
         subset: configuration of a Hub data set, or of a folder laid out as one; one entry of a ``dataset_info.json``.
         confine: refuse images and videos outside ``image_root``, and files outside the folder above the ``meta.json``
             or ``dataset_info.json`` that names them, links followed.
@@ -109,8 +110,11 @@ def file_specs(spec: SourceSpec, notices: list[str], need_rejected: bool = True)
     is_info = is_dataset_info(entries)
     if kind == "meta" and not is_info and spec.image_root is not None:
         raise DataError(f"{spec.path}: a meta.json names each set's `root` itself; image_root is for other sources")
-    if kind not in ("saved", "folder", "hub") and spec.split is not None:
-        raise DataError(f"{spec.path}: split: has no effect on a file; it is for datasets folders and Hub names")
+    if kind == "meta" and spec.split is not None:
+        raise DataError(
+            f"{spec.path}: split: has no effect on a file that lists others; it is for files of records, datasets "
+            "folders and Hub names"
+        )
     if kind not in ("folder", "hub") and not is_info and spec.subset is not None:
         raise DataError(f"{spec.path}: subset: has no effect here; it is for Hub names and folders laid out as there")
     if is_info:
@@ -164,7 +168,7 @@ def _find_kind(written: str, path: str, patterns: bool = True) -> tuple[Kind, tu
     """Return what is at ``path``, which may be a pattern of file names, and the files if it is Parquet."""
     if os.path.isdir(path):
         _refuse_special_files(path)
-        is_saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
+        is_saved = any(os.path.isfile(os.path.join(path, name)) for name in (SAVED_SPLITS, "state.json"))
         return ("saved" if is_saved else "folder"), ()
     extension = os.path.splitext(path)[1].lower()
     if patterns and not os.path.exists(path) and glob.has_magic(written):
@@ -220,7 +224,7 @@ def _default_name(path: str, kind: Kind, split: str | None) -> str:
     stem = os.path.splitext(base)[0]
     if glob.has_magic(stem):
         stem = re.split(r"[*?\[]", stem)[0].rstrip("-_.") or os.path.basename(os.path.dirname(path))
-    return stem
+    return f"{stem}/{split}" if split else stem
 
 
 def _meta_specs(
