@@ -10,10 +10,10 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -64,10 +64,9 @@ class _AboveProgressBars(logging.Handler):
             print(text, file=sys.__stderr__, flush=True)
             return
         with tqdm.external_write_mode(file=sys.stderr):  # the bars of libraries, e.g. of a download
-            if on_terminal(stderr):  # at spaces; what is too long for a line, e.g. a path, the terminal breaks itself
-                stderr.print(Text(text), highlight=False, overflow="ignore", crop=False)
-            else:
-                stderr.print(Text(text), highlight=False, soft_wrap=True)
+            if on_terminal(stderr):
+                text = "\n".join(line for given in text.split("\n") for line in wrapped(given, stderr.width))
+            stderr.print(Text(text), highlight=False, soft_wrap=True)
 
 
 def _level() -> int:
@@ -107,6 +106,18 @@ def fit(text: str, width: int) -> str:
     return f"{head}…{tail}"
 
 
+def wrapped(line: str, width: int) -> list[str]:
+    """Return ``line`` in lines of at most ``width`` columns, broken at spaces; longer words, e.g. paths, stay whole."""
+    if cell_len(line) <= width:
+        return [line]
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False, drop_whitespace=True)
+
+
+def line_width() -> int:
+    """Return the most columns that a line of a summary has on stderr: on a terminal no more than that has."""
+    return min(stderr.width - 1, WIDTH) if on_terminal(stderr) else WIDTH  # the last column makes some terminals wrap
+
+
 def aligned(rows: Sequence[tuple[str, object]], width: int = WIDTH, *, fold: bool = True) -> list[str]:
     """Return ``label  value`` lines of at most ``width`` columns; what is left of a value stands below it.
 
@@ -116,12 +127,13 @@ def aligned(rows: Sequence[tuple[str, object]], width: int = WIDTH, *, fold: boo
         fold: break a word that is too long for a line; False: it stands whole on a line of its own, and can be copied.
     """
     indent = max((len(label) for label, _ in rows), default=0) + 4
-    overflow: Any = "fold" if fold else "ignore"
+    room = max(width - indent, 10)
     lines = []
     for label, value in rows:
-        parts = Text(cell(value)).wrap(stderr, max(width - indent, 10), overflow=overflow)
+        text = cell(value)
+        parts = [part.plain.rstrip() for part in Text(text).wrap(stderr, room)] if fold else wrapped(text, room)
         for number, part in enumerate(parts):
-            lines.append(f"  {'' if number else label:<{indent - 2}}{part.plain.rstrip()}".rstrip())
+            lines.append(f"  {'' if number else label:<{indent - 2}}{part}".rstrip())
     return lines
 
 
@@ -165,6 +177,7 @@ def print_box(title: str, rows: Sequence[tuple[str, object]]) -> None:
         return
     width = min(console.width, WIDTH)
     body = Text("\n".join(aligned(rows, width - 4)))
+    console.print()
     console.print(Panel(body, title=shown(title), title_align="left", border_style="green", width=width))
 
 
@@ -188,11 +201,6 @@ class MovingLine:
     def possible() -> bool:
         """Return whether stderr is a terminal, and this rank logs."""
         return on_terminal(stderr) and logger.isEnabledFor(logging.INFO)
-
-    @property
-    def width(self) -> int:
-        """The columns there are."""
-        return min(stderr.width - 1, WIDTH)  # some terminals go to the next line after the last column
 
     def is_due(self) -> bool:
         """Return whether the last line has stood long enough to be read."""

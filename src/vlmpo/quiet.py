@@ -56,19 +56,31 @@ NOISE = (
     ),
     Noise(
         UserWarning,
+        r"Setting `save_embedding_layers` to `True` as embedding layers found",
+        "PEFT does what is right; whether they are in the adapter is seen in its files",
+    ),
+    Noise(
+        UserWarning,
+        r"Input and output embeddings are no longer tied after merging",
+        "vlmpo merge says so itself",
+    ),
+    Noise(
+        UserWarning,
         r"Could not find a config file in .* - will assume that the vocabulary was not modified",
         "PEFT asks the Hub for a base model that is a local folder, or there is no network; no vocabulary is resized",
     ),
 )
 
 
-def hold_back_noise() -> None:
-    """Hold back the messages of the table. Does nothing at the level ``debug``.
+def hold_back_noise(training: bool = False) -> None:
+    """Hold back the messages of the table; before ``training`` also what :func:`hide_bars` hides.
 
-    May be called again: whatever resets Python's warnings undoes it.
+    Does nothing at the level ``debug``. May be called again: whatever resets Python's warnings undoes it.
     """
     if logger.isEnabledFor(logging.DEBUG):
         return
+    if training:
+        hide_bars(training=True)
     for noise in NOISE:
         if isinstance(noise.origin, str):
             of_library = logging.getLogger(noise.origin)

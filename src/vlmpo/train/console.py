@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from vlmpo.log import WIDTH, MovingLine, cell, columns, fit, logger
+from vlmpo.log import MovingLine, cell, columns, fit, line_width, logger
 from vlmpo.train.callbacks import StepClock
 from vlmpo.train.metrics import FINAL
 
@@ -98,9 +98,13 @@ class RunConsole(TrainerCallback):
 
     On a terminal one line moves at the bottom; elsewhere, and under ``disable_tqdm``, there is a plain line a log. An
     evaluation is a line that stays. All go through the logger, but for the line that moves.
+
+    Attributes:
+        with_opening: whether to say before the first step what the run is.
     """
 
     def __init__(self) -> None:
+        self.with_opening = True
         self._line: MovingLine | None = None
         self._logs: dict[str, Any] = {}  # the last training log
         self._evaluated: list[list[tuple[str, int]]] = []  # lines that wait for whether they are the best
@@ -132,7 +136,7 @@ class RunConsole(TrainerCallback):
         if self._line is not None:
             self._draw(state)
         elif state.is_world_process_zero:
-            logger.info(step_line(state.global_step, state.max_steps, logs, self._left(state), WIDTH))
+            logger.info(step_line(state.global_step, state.max_steps, logs, self._left(state), line_width()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -153,7 +157,7 @@ class RunConsole(TrainerCallback):
 
     def _draw(self, state: Any) -> None:
         if self._line is not None:
-            left, width = self._left(state), self._line.width
+            left, width = self._left(state), line_width()
             self._line.show(step_line(state.global_step, state.max_steps, self._logs, left, width, bar=True))
 
     # ---- evaluation ----
@@ -179,6 +183,6 @@ class RunConsole(TrainerCallback):
         lines, self._evaluated = self._evaluated, []
         if not lines:
             return
-        for line in lines[:-1]:
-            logger.info(fitting(line, WIDTH))
-        logger.info(fitting([*lines[-1], *([(best, 0)] if best else [])], WIDTH))
+        lines[-1] += [(best, 0)] if best else []
+        for line in lines:
+            logger.info(fitting(line, line_width()))

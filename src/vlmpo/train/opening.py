@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlmpo.data.encode.encoder import EncodedPair, EncodedPairs
-from vlmpo.log import WIDTH, aligned, cell, fit
+from vlmpo.log import aligned, cell, fit, line_width
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.memory_choice import spread
 from vlmpo.train.reference import AdapterReference, Reference
@@ -61,7 +61,7 @@ class Opening:
     held_out: Mapping[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """Return the summary, in lines of at most WIDTH columns."""
+        """Return the summary, in lines of at most 100 columns, and no more than the terminal has."""
         every, trained = self.parameters
         adapter = "" if self.adapter is None else f"; {self.adapter}"
         step = self.per_device * self.ranks * self.accumulation
@@ -79,7 +79,7 @@ class Opening:
             ("memory", self.memory),
             ("run folder", self.folder),
         ]
-        return aligned([row for row in rows if row[1]], WIDTH)
+        return aligned([row for row in rows if row[1]], line_width())
 
     def _pairs(self) -> list[tuple[str, object]]:
         total = f"{self.pairs:,} to train on"

@@ -27,7 +27,7 @@ from vlmpo.models.adapters import is_peft, prepare_policy_adapter, put_adapter_o
 from vlmpo.models.fit import check_features, check_processor
 from vlmpo.models.masters import HALF, Masters
 from vlmpo.models.recompute import free_inputs_of_gradients
-from vlmpo.quiet import hide_bars, hold_back_noise
+from vlmpo.quiet import hold_back_noise
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, StepClock
@@ -141,6 +141,7 @@ class MPOTrainer(Trainer):
         precision: in which the model is read and trained; see vlmpo.train.precision.
         masters: reads it in bfloat16 over float32 weights; None: it is read otherwise.
         parameter_counts: numbers of (all, trained) parameters by part.
+        console: shows how the run goes.
         extra_evaluations: called at every evaluation without a data set of its own; return further metrics.
         trained_pairs: what became of the pairs of all ranks, once training is over.
         read_pairs: of each data set ``read``, ``held_out`` and ``dropped``, if somebody has counted, for the opening.
@@ -177,8 +178,7 @@ class MPOTrainer(Trainer):
         data_collator: Any = None,
         compute_metrics: Any = None,
     ) -> None:
-        hold_back_noise()
-        hide_bars(training=True)
+        hold_back_noise(training=True)
         refuse_unused(data_collator=data_collator, compute_metrics=compute_metrics)
         args = args if args is not None else MPOConfig(output_dir="runs/mpo")
         check_arguments(args, peft_config)
@@ -196,11 +196,7 @@ class MPOTrainer(Trainer):
         install(unwrap_peft(model), shared)
         if not (is_sharded(args) or args.deepspeed):
             compat.undo_preparation(model)
-        before = recorded_precision(args.output_dir, args.resume_from_checkpoint)
-        # Said in the opening of a run.
-        self._precision_line: list[str] = []
-        say = None if train_dataset is None else self._precision_line.append
-        self.precision = choose_precision(args, model, before, say)
+        self.precision = self._choose_precision(args, model, will_open=train_dataset is not None)
         self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
         self.encoder = encoder_for(args, processing_class, self.with_preferences, model, ref_model)
@@ -266,6 +262,12 @@ class MPOTrainer(Trainer):
         )
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
+
+    def _choose_precision(self, args: MPOConfig, model: Any, *, will_open: bool) -> str:
+        """Return the precision; the opening of a run says why, otherwise it is logged now."""
+        self._precision_line: list[str] = []
+        before = recorded_precision(args.output_dir, args.resume_from_checkpoint)
+        return choose_precision(args, model, before, self._precision_line.append if will_open else None)
 
     def _start_counts(self, args: MPOConfig) -> None:
         """Start all that counts, sums and keeps while a run goes on."""
@@ -435,7 +437,7 @@ class MPOTrainer(Trainer):
 
     def _say_what_it_is(self) -> None:
         """Log the opening summary, on the first rank."""
-        if not self.is_world_process_zero():
+        if not (self.console.with_opening and self.is_world_process_zero()):
             return
         args, model, held_out = self.args, self.model, self.eval_dataset
         per_device, counts = compat.batch_size_per_device(self), self.parameter_counts.values()
