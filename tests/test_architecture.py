@@ -17,7 +17,7 @@ SOURCE = REPO / "src" / "vlmpo"
 # A module imports from its own floor and lower ones, and no two packages need each other. `vlmpo/__init__.py` only
 # gathers the public names: it is the top floor, and no other module imports from it.
 FLOORS = [
-    {"compat", "errors", "fileio", "hashing", "interrupt", "log", "recipe", "recipe_yaml", "settings", "stats"}
+    {"compat", "errors", "fileio", "hashing", "interrupt", "log", "quiet", "recipe", "recipe_yaml", "settings", "stats"}
     | {"torchvision_shim"},
     {"data", "verifiers", "loss", "report"},
     {"models"},
@@ -36,7 +36,7 @@ RECIPE = {"recipe", "recipe_yaml"}
 MAY_KNOW_THE_RECIPE = {"recipe", "recipe_yaml", "commands", "cli"}
 MAY_PRINT = {"log", "commands", "cli"}
 
-MAY_PRINT_TOO = {"train.callbacks"}  # the line a log on the screen, if there is no progress bar
+MAY_PRINT_TOO: set[str] = set()
 # Commands build the trainer and see it through; compat.py reads what transformers' Trainer keeps private.
 MAY_TAKE_THE_TRAINER = {"commands", "compat"}
 ALLOWED_CYCLES: list[set[str]] = []

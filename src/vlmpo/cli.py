@@ -24,6 +24,7 @@ from vlmpo.errors import RunError, VlmpoError, first_line
 from vlmpo.fileio import disk_problem
 from vlmpo.interrupt import SIGNALS, Interrupted, ignore_signals, watching
 from vlmpo.log import print_error, shown
+from vlmpo.quiet import hold_back_noise
 from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import load_recipe
 
@@ -290,6 +291,7 @@ def _exit_codes(go_on: str | None = None) -> Iterator[None]:
     Args:
         go_on: the command by which this one goes on after an interruption, if it can.
     """
+    hold_back_noise()
     with watching():  # to the end: a launcher sends signals while messages are printed
         try:
             with _one_line():

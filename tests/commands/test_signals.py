@@ -61,9 +61,11 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(process: subprocess.Popen[str], text: str) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
+def wait_for(process: subprocess.Popen[str], text: str, *, errors: bool = False) -> None:
+    """Wait until the process has printed ``text``; ``errors``: on stderr, as what is logged."""
+    stream = process.stderr if errors else process.stdout
+    assert stream is not None
+    for line in stream:
         if text in line:
             return
     pytest.fail(f"it ended: {process.stderr.read() if process.stderr else ''}")
@@ -119,7 +121,7 @@ def test_a_second_signal_ends_it_within_the_step(tmp_path: Path, recipe: str) ->
 def test_two_runs_of_one_folder(tmp_path: Path, recipe: str) -> None:
     """The second is refused by name and leaves the first alone; once that is killed, the folder is free."""
     first = start("-m", "vlmpo", "train", recipe)
-    wait_for(first, "step 2")
+    wait_for(first, "step 2/", errors=True)
     for further in ((), ("training.resume_from_checkpoint=true",)):
         second = call("train", recipe, *further)
         assert second.exit_code == 2
@@ -145,7 +147,7 @@ def test_outside_of_steps_it_ends_at_once(tmp_path: Path, recipe: str) -> None:
 @pytest.mark.slow
 def test_all_ranks_stop_after_the_same_step(tmp_path: Path, recipe: str) -> None:
     run = start(*TORCHRUN, "-m", "vlmpo", "train", recipe, "training.ddp_backend=gloo")
-    wait_for(run, "step 2")
+    wait_for(run, "step 2/", errors=True)
     ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True, check=True)
     one = int(ranks.stdout.split()[-1])
     os.kill(one, signal.SIGTERM)

@@ -11,7 +11,8 @@ import pytest
 
 from tests.training import logged, pairs, trainer
 from vlmpo.train import callbacks
-from vlmpo.train.callbacks import StepClock, short_line, waiting_line
+from vlmpo.train.callbacks import StepClock, waiting_line
+from vlmpo.train.console import step_line
 
 ARGS = SimpleNamespace(dataloader_num_workers=3)
 
@@ -105,7 +106,7 @@ def test_a_slow_data_set_is_waited_for(tmp_path: Path, told: list[str]) -> None:
         assert 0.2 < line["data_wait_share"] < 1.0
     assert len(told) == 2
     assert all("raise training.dataloader_num_workers (now 0" in line for line in told)
-    assert "waiting " in short_line(1, lines[0])
+    assert "waiting " in step_line(1, 4, lines[0], None, 100)
 
 
 @pytest.mark.slow

@@ -208,9 +208,11 @@ class DemoRun:
             dataloader_num_workers=WORKERS,
             loss_weights=loss_weights,
         )
-        return MPOTrainer(
+        trainer = MPOTrainer(
             self.model, args=args, train_dataset=data, eval_dataset=held_out, processing_class=self.processor
         )
+        trainer.console.with_opening = False  # of six short runs on one model
+        return trainer
 
     def _examine(self, name: str) -> dict[str, Any]:
         with self._stage(f"test {name}", f"{len(self.test)} held-out questions"):

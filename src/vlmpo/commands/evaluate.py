@@ -29,7 +29,7 @@ from vlmpo.report.files import ANSWERS as ANSWERS_FILE
 from vlmpo.report.files import ANSWERS_BEFORE
 from vlmpo.report.write import PICTURE_FILE, REPORT_FILE
 from vlmpo.train.config import MPOConfig
-from vlmpo.train.metrics import length_warning
+from vlmpo.train.metrics import FINAL, length_warning
 from vlmpo.train.model_card import CARD_FILE, compared, update_results
 from vlmpo.train.precision import choose_precision, reads_masters, recorded_precision
 from vlmpo.train.trainer import MPOTrainer
@@ -177,12 +177,24 @@ def _evaluate_pairs(
         reference, _ = _load(recipe, path, processor=False, rounded=rounded)
     args.output_dir = str(folder)
     trainer = MPOTrainer(model=model, ref_model=reference, args=args, processing_class=processor)
-    results = {}
-    for name, dataset in pairs.items():
-        results[name] = trainer.evaluate(dataset, metric_key_prefix=name)
-        if warning := length_warning(results[name], name):
-            logger.info(f"note: {warning}")
+    results = evaluate_sets(trainer, pairs)
+    for warning in filter(None, (length_warning(metrics, name) for name, metrics in results.items())):
+        logger.info(f"note: {warning}")
     return results
+
+
+def evaluate_sets(trainer: MPOTrainer, pairs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the metrics of the final model on each set of pairs, by name; they begin with the set's name.
+
+    They are logged under names that begin with FINAL.
+    """
+    return {
+        name: {
+            key.removeprefix(FINAL): value
+            for key, value in trainer.evaluate(dataset, metric_key_prefix=f"{FINAL}{name}").items()
+        }
+        for name, dataset in pairs.items()
+    }
 
 
 def _read_questions(recipe: Recipe, section: EvaluateSection) -> QuestionSet:

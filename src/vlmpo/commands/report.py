@@ -58,7 +58,7 @@ class ReportRefresh(TrainerCallback):
 
 
 @contextmanager
-def report_at_end(folder: Path, *, ranks: int = 1) -> Iterator[None]:
+def report_at_end(folder: Path, *, ranks: int = 1, say_where: bool = True) -> Iterator[None]:
     """Write the report of the run in ``folder`` however the body ends; on one rank only.
 
     After a signal there is little time, and with several ranks a launcher waits for none: the picture is then left out.
@@ -74,7 +74,10 @@ def report_at_end(folder: Path, *, ranks: int = 1) -> Iterator[None]:
             write_report([folder], folder)
         raise
     else:
-        report_done(folder)
+        if say_where:
+            report_done(folder)
+        else:
+            try_report(folder)
 
 
 def report_done(folder: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from vlmpo.commands.adapter_settings import check_adapter_settings, lora_config, quantization
 from vlmpo.commands.config import training_config
-from vlmpo.commands.evaluate import add_questions, show_pair_metrics
+from vlmpo.commands.evaluate import add_questions, evaluate_sets, show_pair_metrics
 from vlmpo.commands.guard import end_noted, training_folder
 from vlmpo.commands.report import SHARE_OF_TIME, ReportRefresh, never_failing, report_at_end
 from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_pair_counts
@@ -20,17 +22,19 @@ from vlmpo.commands.run_folder import MANIFEST, same_run
 from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RecipeError, RunError
 from vlmpo.fileio import replace_json, replace_text, writing
-from vlmpo.log import logger, print_line
+from vlmpo.log import logger, print_box
 from vlmpo.loss import needs_reference
 from vlmpo.models.adapters import is_peft
 from vlmpo.models.loading import freeze_parts, load_model, load_processor
 from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import dump_recipe
+from vlmpo.report.write import REPORT_FILE
 from vlmpo.train.arguments import check_surroundings
 from vlmpo.train.cached_reference import CachedReference
 from vlmpo.train.checkpoint import last_complete_checkpoint
 from vlmpo.train.checkpoint_io import checkpoints_in
 from vlmpo.train.config import MPOConfig
+from vlmpo.train.console import duration, figures
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.ema import AVERAGE_FOLDER
 from vlmpo.train.metrics import length_warning, without_set_name
@@ -62,7 +66,7 @@ def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
 
 def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MPOTrainer:
     """Do what :func:`train` does, in a folder that this run holds and that has the manifest ``before``."""
-    folder = Path(args.output_dir)
+    folder, began = Path(args.output_dir), time.monotonic()
     data, overlaps = _open_data(recipe)
     trainer = _build_trainer(recipe, args, data)
     if recipe.evaluate is not None and recipe.evaluate.questions is not None:
@@ -83,18 +87,21 @@ def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MP
         replace_text(folder / "recipe.yaml", dump_recipe(recipe))
     trainer.row_memory.before = (before or {}).get("chosen") or {}
     trainer.row_memory.on_change = lambda: _note_choice(folder, trainer, manifest)
+    trainer.read_pairs = manifest["data"]["sets"]
     trainer.keep_margins()
     trainer.add_callback(ReportRefresh(folder))
     with _end_reported(folder, args.world_size) if trainer.accelerator.is_main_process else nullcontext():
         trainer.train(resume_from_checkpoint=checkpoint)
-        _finish(recipe, trainer, data, manifest)
+        results = _finish(recipe, trainer, data, manifest)
+    if trainer.accelerator.is_main_process:
+        print_box("done", closing_rows(recipe, trainer, results, time.monotonic() - began))
     return trainer
 
 
 @contextmanager
 def _end_reported(folder: Path, ranks: int) -> Iterator[None]:
     """Note in the manifest how the body ends, and then write the report, which says so."""
-    with report_at_end(folder, ranks=ranks), end_noted(folder):
+    with report_at_end(folder, ranks=ranks, say_where=False), end_noted(folder):
         yield
 
 
@@ -284,13 +291,19 @@ def _file_hash(path: str) -> str:
 # ---- after training ----
 
 
-def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[str, Any]) -> None:
-    """Save and evaluate the final model; write averaged weights, manifest and model card; push if asked to."""
+def _finish(
+    recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Save and evaluate the final model; write averaged weights, manifest and model card; push if asked to.
+
+    Returns:
+        The metrics of each set of held-out pairs.
+    """
     folder = Path(trainer.args.output_dir)
     trainer.save_model(trainer.args.output_dir, _internal_call=True)  # pushed below, once the card has its results
     if trainer.average is not None:
         trainer.save_average(folder / AVERAGE_FOLDER)
-    results = {name: trainer.evaluate(pairs, metric_key_prefix=name) for name, pairs in data.evaluation.items()}
+    results = evaluate_sets(trainer, data.evaluation)
     warnings = [length_warning(metrics, name) for name, metrics in results.items()]
     notices = [remark for of_rank in trainer.ranks.all_gather(trainer.encoder.notices) for remark in of_rank]
     for remark in dict.fromkeys([*notices, *filter(None, warnings)]):
@@ -309,11 +322,42 @@ def _finish(recipe: Recipe, trainer: MPOTrainer, data: RunData, manifest: dict[s
         replace_json(folder / MANIFEST, {**manifest, "status": "finished", **final})  # last: the folder is whole
         show_pair_counts(data, trainer.trained_pairs)
         show_pair_metrics(results)
-        print_line(f"model and processor: {folder}")
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     with never_failing("the part of the report on single pairs"):  # after the push: it holds texts and images
         trainer.score_kept_pairs(SHARE_OF_TIME)
+    return results
+
+
+def closing_rows(
+    recipe: Recipe, trainer: MPOTrainer, results: Mapping[str, Mapping[str, float]], seconds: float
+) -> list[tuple[str, object]]:
+    """Return what the box at the end of a run says: what it took, came to and left, and what to do next.
+
+    Args:
+        recipe: of the run.
+        trainer: of the run, which is over.
+        results: from the final evaluation, by set.
+        seconds: that the command took.
+    """
+    folder, state = trainer.args.output_dir, trainer.state
+    last: dict[str, Any] = next((log for log in reversed(state.log_history) if "loss" in log), {})
+    rows: list[tuple[str, object]] = [
+        ("time", f"{duration(seconds)}, {state.global_step} steps"),
+        ("training", "  ".join(text for text, _ in figures(last))),
+    ]
+    for name, metrics in results.items():
+        plain = {key.removeprefix(f"{name}_"): value for key, value in metrics.items()}
+        rows.append((name.replace("_", " "), "  ".join(text for text, _ in figures(plain))))
+    final = trainer.final_model()
+    best = [f"the best by {metric}: {value:.4g}" for metric, value in final.get("best_by", {}).items()]
+    rows.append(("model", f"{folder}" + (f" (of step {final['step']}, {best[0]})" if best else "")))
+    if (report := Path(folder) / REPORT_FILE).exists():
+        rows.append(("report", report))
+    rows.append(("try it", shlex.join(["vlmpo", "chat", folder])))
+    if results or (recipe.evaluate is not None and recipe.evaluate.questions is not None):
+        rows.append(("evaluate", shlex.join(["vlmpo", "evaluate", str(Path(folder) / "recipe.yaml")])))
+    return [row for row in rows if row[1]]
 
 
 def _data_counts(data: RunData, trained: PairCounts) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from vlmpo.errors import ModelError, RecipeError
 from vlmpo.models.adapters import is_adapter, load_adapter, named_base
 from vlmpo.models.checkpoint_files import what_processor_lacks, why_refused, why_unloadable
 from vlmpo.models.finite import refuse_non_finite
+from vlmpo.quiet import hide_bars
 
 
 def load_processor(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -65,6 +66,7 @@ def load_model(
         ModelError: no model there, weights missing in the checkpoint, which transformers would fill with noise, or
             weights that are not finite.
     """
+    hide_bars()
     if base := named_base(path):
         load = functools.partial(load_model, dtype=dtype, quantized=quantized, trust_remote_code=trust_remote_code)
         adapted = load_adapter(_base_of_adapter(path, base, load), path)

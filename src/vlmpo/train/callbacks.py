@@ -1,4 +1,4 @@
-"""Log to disk and to the screen, measure the time of steps, and check the model before the first step."""
+"""Log to disk, measure the time of steps, and check the model before the first step."""
 
 from __future__ import annotations
 
@@ -9,50 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from vlmpo.fileio import dump_json, replace_text
 from vlmpo.log import logger
 from vlmpo.train.readers import cores_of_a_rank
 
 METRICS_FILE = "metrics.jsonl"
-_SHORT = (
-    ("loss", "loss", ".4f"),
-    ("loss/sigmoid", "sigmoid", ".4f"),
-    ("loss/bco_pair", "bco", ".4f"),
-    ("loss/nll", "nll", ".4f"),
-    ("rewards/accuracies", "accuracy", ".2f"),
-    ("rewards/margins", "margin", "+.4f"),
-    ("grad_norm", "grad", ".3g"),
-    ("learning_rate", "lr", ".2e"),
-    ("pairs_per_second", "pairs/s", ".2f"),
-    ("data_wait_share", "waiting", ".0%"),
-    ("eval_loss", "eval loss", ".4f"),
-    ("eval_rewards/accuracies", "eval accuracy", ".3f"),
-    ("eval_rewards/margins", "eval margin", "+.4f"),
-)
-
-
-def short_line(step: int, logs: dict[str, Any]) -> str:
-    """Format the most important metrics of ``logs`` in one line."""
-    shown = [f"{name} {logs[key]:{form}}" for key, name, form in _SHORT if isinstance(logs.get(key), (int, float))]
-    return "  ".join([f"step {step}", *shown])
-
-
-class ShortProgress(ProgressCallback):
-    """Shows transformers' progress bar, with one short line per log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and ("loss" in logs or "eval_loss" in logs):
-            self.training_bar.write(short_line(state.global_step, logs))
-
-
-class ShortPrinter(TrainerCallback):
-    """Prints one short line per log; for runs without a progress bar."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_local_process_zero and ("loss" in logs or "eval_loss" in logs):
-            print(short_line(state.global_step, logs), flush=True)
 
 
 class MetricsFile(TrainerCallback):

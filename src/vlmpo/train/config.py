@@ -116,7 +116,7 @@ class MPOConfig(TrainingArguments):
         on_bad_record: ``skip`` a bad record and count it, or ``fail``.
         max_bad_share: share of the records read while training whose images, videos or data files may fail under
             ``skip``, once 1,000 are read; more end the run. 1: any.
-        num_train_epochs, learning_rate: as in TrainingArguments, with the defaults 1 and 1e-6.
+        num_train_epochs, learning_rate, logging_steps: as in TrainingArguments, with the defaults 1, 1e-6 and 10.
         learning_rates: learning rates of the parts ``vision``, ``projector`` and ``text``; a part without one takes
             ``learning_rate``.
         deterministic: two runs with one seed are equal to the bit on a GPU too, more slowly (see
@@ -172,6 +172,7 @@ class MPOConfig(TrainingArguments):
     # A NaN must appear in the log, not be replaced by the mean of earlier losses.
     logging_nan_inf_filter: bool = False
     logging_first_step: bool = True
+    logging_steps: float = 10
     report_to: Any = "none"
 
     _VALID_DICT_FIELDS = [*compat.fields_given_as_json(), "loss_weights", "learning_rates"]  # noqa: RUF012

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from vlmpo.errors import RunError
-from vlmpo.log import logger
 from vlmpo.train.device_memory import free_bytes
 from vlmpo.train.memory import RowMemory, is_out_of_memory
 from vlmpo.tree.packing import RowBound
@@ -220,14 +219,18 @@ def rows_line(bound: RowBound, memory: RowMemory, room: int, largest: tuple[int,
     return f"rows of up to {tokens} tokens ({fits}): {each} of the {room / _GIB:.1f} GiB there are for a row"
 
 
-def log_choice(choice: MemoryChoice, known: bool) -> None:
-    """Say in one line what was chosen, or that it is what the run had ``known`` from before."""
+def describe_choice(choice: MemoryChoice | None, known: bool) -> str:
+    """Return in words what was chosen, or that it is what the run had ``known`` from before."""
+    if choice is None:
+        return ""
+    bound = choice.bound
     if known:
-        bound = choice.bound
         size = f"of up to {bound.most} tokens" if not bound.limits and bound.most else "as large"
-        logger.info(f"rows {size} as this run had before (max_tokens_per_row, vision_memory: {choice.vision})")
-    elif choice.line:
-        logger.info(choice.line)
+        return f"rows {size} as this run had before (max_tokens_per_row, vision_memory: {choice.vision})"
+    if choice.line:
+        return choice.line
+    rows = "each micro-batch is read whole" if bound.most is None else f"rows of up to {bound.most} tokens"
+    return rows if choice.vision == "keep" else f"{rows}; the vision tower's activations are computed again"
 
 
 def spread(count: int) -> Iterable[int]:

@@ -1,4 +1,10 @@
-"""Compute the metrics of training and evaluation, list their names, and decide which are better if higher."""
+"""Compute the metrics of training and evaluation, name them, and decide which are better if higher.
+
+Every reporter, ``metrics.jsonl`` and the screen get the same log, once. Its names are made here: those of training
+stand alone (``rewards/margins``), those of an evaluation begin with ``eval_`` (``eval_held_out_loss`` if there are
+several sets), those of the final model with ``test_``. TensorBoard and W&B show them as ``train/rewards/margins``,
+``eval/held_out_loss`` and ``test/held_out_loss``: transformers takes the beginning for a group.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +25,7 @@ from vlmpo.log import logger
 from vlmpo.loss import LossOutput, expected_start, mpo_loss, needs_reference
 from vlmpo.stats import mean_interval, wilson
 
+FINAL = "test_"  # begins the names of what the final model comes to
 _SIMILAR_LENGTH = 0.8  # of the longer response's tokens, at least, in the shorter one
 _STRONG_LENGTH_RATIO = 1.5
 

@@ -374,7 +374,7 @@ def training_settings(
         ("trained weights kept in", str(weights_dtype).removeprefix("torch.")),
         ("mixed precision", mixed),
         *((f"parameters, {part}", f"{trained:,} trained of {n:,}") for part, (n, trained) in parameter_counts.items()),
-        *([] if adapter is None else [("adapter", _describe_adapter(adapter))]),
+        *([] if adapter is None else [("adapter", describe_adapter(adapter))]),
         ("longest pair", limit),
         ("tiles", f"at most {tiles} a pair" + (", the processor's own bound" if args.max_tiles is None else "")),
         ("prompt shared between responses", "yes" if shared else "no"),
@@ -382,7 +382,8 @@ def training_settings(
     ]
 
 
-def _describe_adapter(config: Any) -> str:
+def describe_adapter(config: Any) -> str:
+    """Return kind, rank and place of an adapter, by its PEFT configuration."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     names = config.target_modules
     targets = names if isinstance(names, str) else ", ".join(sorted(names or ()))

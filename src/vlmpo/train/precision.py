@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ _WORDS = {
 }
 
 
-def choose_precision(args: MPOConfig, model: nn.Module, before: tuple[str, str] | None) -> str:
-    """Return the precision of a run, one of the above, or the type of weights that are not float32; log it.
+def choose_precision(
+    args: MPOConfig, model: nn.Module, before: tuple[str, str] | None, say: Callable[[str], object] | None = None
+) -> str:
+    """Return the precision of a run, one of the above, or the type of weights that are not float32; say why.
 
     Sets ``args.mixed_precision`` to what accelerate is to do.
 
@@ -44,6 +47,7 @@ def choose_precision(args: MPOConfig, model: nn.Module, before: tuple[str, str] 
         args: the settings.
         model: the policy, loaded.
         before: from :func:`recorded_precision`: ``auto`` goes on in it.
+        say: called with a line if the precision is not just what was asked for; None: it is logged.
 
     Raises:
         RecipeError: ``precision`` asks for what the model's weights do not allow.
@@ -57,8 +61,13 @@ def choose_precision(args: MPOConfig, model: nn.Module, before: tuple[str, str] 
     by_accelerate = chosen == "autocast" or (chosen == "bf16" and is_sharded(args))
     args.mixed_precision = half if by_accelerate else "no"
     if why:
-        logger.info(f"precision: {_WORDS.get(chosen, f'{chosen}, as the weights are')} ({why})")
+        (say or logger.info)(f"precision: {precision_words(chosen)} ({why})")
     return chosen
+
+
+def precision_words(precision: str) -> str:
+    """Return a precision in words."""
+    return _WORDS.get(precision, f"{precision}, as the weights are")
 
 
 def reads_masters(args: MPOConfig, precision: str) -> bool:

@@ -16,7 +16,7 @@ from vlmpo.train.memory_choice import (
     Probe,
     Situation,
     choose_memory,
-    log_choice,
+    describe_choice,
     ranks_of_machine,
     refuse_blocks,
 )
@@ -38,6 +38,7 @@ class RowsInMemory:
 
     Attributes:
         choice: what is chosen; None until training has begun.
+        words: it in words; empty until then.
         before: what an earlier session of the run has chosen, as :meth:`chosen` returns it; a checkpoint's goes before
             it.
         on_change: called whenever :meth:`chosen` changes.
@@ -50,6 +51,7 @@ class RowsInMemory:
         self._collator = collator
         self._ranks = ranks
         self.choice: MemoryChoice | None = None
+        self.words = ""
         self.before: Settings = {}
         self.on_change: Callable[[], None] = lambda: None
         self.step_again = StepAgain(
@@ -93,7 +95,7 @@ class RowsInMemory:
         )
         earlier = MemoryChoice.from_json(known.get("chosen", self.before).get("memory"), situation.asked)
         self.choice = earlier or choose_memory(situation, probe=probe(), pending=pending, gather=self._ranks.all_gather)
-        log_choice(self.choice, known=earlier is not None)
+        self.words = describe_choice(self.choice, known=earlier is not None)
         self._collator.bound = self.choice.bound
         if in_blocks:
             read_in_blocks(policy, self.choice.vision == "recompute")

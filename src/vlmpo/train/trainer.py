@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlmpo import compat, interrupt
@@ -23,17 +24,19 @@ from vlmpo.errors import RecipeError, RecordError, RunError
 from vlmpo.fileio import replace_text
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput, RewardShift, mpo_loss, needs_reference
-from vlmpo.models.adapters import prepare_policy_adapter, put_adapter_on, unwrap_peft
+from vlmpo.models.adapters import is_peft, prepare_policy_adapter, put_adapter_on, unwrap_peft
 from vlmpo.models.fit import check_features, check_processor
 from vlmpo.models.masters import HALF, Masters
 from vlmpo.models.recompute import free_inputs_of_gradients
+from vlmpo.quiet import hold_back_noise
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
-from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, ShortPrinter, ShortProgress, StepClock
+from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, StepClock
 from vlmpo.train.checkpoint import load_weights, read_state, restore_state, settings_as_given, steps_done
 from vlmpo.train.checkpoint_io import TRAINER_FILE, model_beside, rotate
 from vlmpo.train.compiling import check_backend, compile_policy, compile_text_layers
 from vlmpo.train.config import MPOConfig
+from vlmpo.train.console import RunConsole
 from vlmpo.train.counts import PairCounts
 from vlmpo.train.delta import DeltaUpdates
 from vlmpo.train.determinism import deterministic_run
@@ -68,16 +71,25 @@ from vlmpo.train.metrics import (
 from vlmpo.train.model_card import (
     CARD_FILE,
     RunSummary,
+    describe_adapter,
     describe_model,
     location_of,
     model_card,
     objective_fields,
     training_settings,
 )
+from vlmpo.train.opening import Opening, device_name, reference_words, sizes_of_some
 from vlmpo.train.out_of_memory import explained, free_what_is_left
 from vlmpo.train.pair_margins import PairMargins, decoder, score_pairs
 from vlmpo.train.param_groups import PartRates, count_by_part
-from vlmpo.train.precision import choose_precision, is_sharded, reads_masters, recorded_precision, without_sharding
+from vlmpo.train.precision import (
+    choose_precision,
+    is_sharded,
+    precision_words,
+    reads_masters,
+    recorded_precision,
+    without_sharding,
+)
 from vlmpo.train.provenance import Settings, pairs_hash, run_settings
 from vlmpo.train.rank_sync import RankSync
 from vlmpo.train.readers import choose_readers, cores_of_a_rank
@@ -131,8 +143,10 @@ class MPOTrainer(Trainer):
         precision: in which the model is read and trained; see vlmpo.train.precision.
         masters: reads it in bfloat16 over float32 weights; None: it is read otherwise.
         parameter_counts: numbers of (all, trained) parameters by part.
+        console: shows how the run goes.
         extra_evaluations: called at every evaluation without a data set of its own; return further metrics.
         trained_pairs: what became of the pairs of all ranks, once training is over.
+        read_pairs: of each data set ``read``, ``held_out`` and ``dropped``, if somebody has counted, for the opening.
         card_fields: fields of the model card's RunSummary that the trainer does not know, or not as well.
         given_settings: what the run is made by and the trainer does not know, by recipe key: kept in checkpoints.
         row_memory: sets what rows may hold, and whether the vision tower is computed again.
@@ -166,6 +180,7 @@ class MPOTrainer(Trainer):
         data_collator: Any = None,
         compute_metrics: Any = None,
     ) -> None:
+        hold_back_noise(training=True)
         refuse_unused(data_collator=data_collator, compute_metrics=compute_metrics)
         args = args if args is not None else MPOConfig(output_dir="runs/mpo")
         check_arguments(args, peft_config)
@@ -183,7 +198,7 @@ class MPOTrainer(Trainer):
         install(unwrap_peft(model), shared)
         if not (is_sharded(args) or args.deepspeed):
             compat.undo_preparation(model)
-        self.precision = choose_precision(args, model, recorded_precision(args.output_dir, args.resume_from_checkpoint))
+        self.precision = self._choose_precision(args, model, will_open=train_dataset is not None)
         self.router_coefficient = router_coefficient(unwrap_peft(model).config)
         self.with_preferences = needs_reference(args.weights)
         self.encoder = encoder_for(args, processing_class, self.with_preferences, model, ref_model)
@@ -216,7 +231,8 @@ class MPOTrainer(Trainer):
         self.pop_callback(PrinterCallback)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they may hold parts of the weights only
             check_features(self.model, processing_class, probe)
-        self.add_callback(ShortProgress if self.pop_callback(ProgressCallback) else ShortPrinter)
+        self.pop_callback(DEFAULT_PROGRESS_CALLBACK)  # a notebook's is another
+        self.add_callback(self.console)
         self.ranks = RankSync(self.accelerator, self.encoder, self.data_collator)
         self._compose(args)
         every, trained = count_by_part(self.model), count_by_part(self.model, trained_only=True)
@@ -249,17 +265,25 @@ class MPOTrainer(Trainer):
         self.reference = self._build_reference(ref_model, fresh_adapter=peft_config is not None)
         self._share_frozen_tower()
 
+    def _choose_precision(self, args: MPOConfig, model: Any, *, will_open: bool) -> str:
+        """Return the precision; the opening of a run says why, otherwise it is logged now."""
+        self._precision_line: list[str] = []
+        before = recorded_precision(args.output_dir, args.resume_from_checkpoint)
+        return choose_precision(args, model, before, self._precision_line.append if will_open else None)
+
     def _start_counts(self, args: MPOConfig) -> None:
         """Start all that counts, sums and keeps while a run goes on."""
         self.reward_shift = RewardShift(args.reward_shift)  # type: ignore[arg-type]
         self.sums = StepSums()
         self.clock = StepClock()
+        self.console = RunConsole()
         self.metrics_file = MetricsFile(args.output_dir)
         self.pair_counts = PairCounts()
         self.extra_evaluations: list[Callable[[], dict[str, float]]] = []
         self.card_fields: dict[str, Any] = {}
         self._given_to_card: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         self._evaluated: dict[int, dict[str, dict[str, float]]] = {}  # by step and name of the set
+        self.read_pairs: dict[str, dict[str, Any]] = {}
         self.trained_pairs = PairCounts()
         self.given_settings: Settings = {}
         self._at_start = BeforeFirstStep()
@@ -416,6 +440,36 @@ class MPOTrainer(Trainer):
             pending=functools.partial(pending_bytes, self.model, self.optimizer),
             reference=self.reference,
         )
+
+    def _say_what_it_is(self) -> None:
+        """Log the opening summary, on the first rank."""
+        if not (self.console.with_opening and self.is_world_process_zero()):
+            return
+        args, model, held_out = self.args, self.model, self.eval_dataset
+        per_device, counts = compat.batch_size_per_device(self), self.parameter_counts.values()
+        per_epoch = len(self.train_dataset) / (per_device * args.world_size * args.gradient_accumulation_steps)
+        sets = held_out if isinstance(held_out, dict) else {} if held_out is None else {"": held_out}
+        opening = Opening(
+            device=device_name(args.device),
+            ranks=args.world_size,
+            precision="".join(self._precision_line).removeprefix("precision: ") or precision_words(self.precision),
+            parameters=(sum(every for every, _ in counts), sum(trained for _, trained in counts)),
+            adapter=describe_adapter(model.peft_config[model.active_adapter]) if is_peft(model) else None,
+            pairs=len(self.train_dataset),
+            sets=self.read_pairs,
+            sizes=sizes_of_some(EncodedPairs(self.train_dataset, self.encoder)),
+            per_device=per_device,
+            accumulation=args.gradient_accumulation_steps,
+            steps=self.state.max_steps,
+            epochs=round(self.state.max_steps / per_epoch, 2) if args.max_steps > 0 else args.num_train_epochs,
+            done=self.state.global_step,
+            reference=reference_words(self.reference),
+            memory=self.row_memory.words,
+            folder=args.output_dir,
+            held_out={name: len(pairs) for name, pairs in sets.items()},
+        )
+        for line in opening.lines():
+            logger.info(line)
 
     # ---- data ----
 
@@ -683,9 +737,10 @@ class MPOTrainer(Trainer):
         data = self.eval_dataset if given is None else given
         sets = {f"_{name}": part for name, part in data.items()} if isinstance(data, dict) else {"": data}
         metrics: dict[str, float] = {}
+        seen: dict[str, dict[str, float]] = {}
         model = self._model_to_score()
         for name, part in sets.items():
-            found = evaluate_pairs(
+            seen[f"{metric_key_prefix}{name.replace('_', ' ', 1)}"] = found = evaluate_pairs(
                 self.ranks.in_step(self.get_eval_dataloader(part), model, self._fail_on_bad),
                 model,
                 score=lambda part: self._response_logps(model, self._prepare_inputs(part))[:2],
@@ -698,8 +753,10 @@ class MPOTrainer(Trainer):
             metrics |= of_set
         if eval_dataset is None:
             for extra in self.extra_evaluations:
-                metrics |= {f"{metric_key_prefix}_{key}": value for key, value in extra().items()}
+                seen[f"{metric_key_prefix} questions"] = found = extra()
+                metrics |= {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         self.log(metrics)
+        self.console.evaluated(self.args, self.state, seen)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -761,6 +818,8 @@ class MPOTrainer(Trainer):
         if not isinstance(self.reference, CachedReference):
             raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
         # Which pairs an epoch leaves out under dataloader_drop_last depends on the seed: all of them are read.
+        for line in self._precision_line:
+            logger.info(line)
         loader = self._training_loader(drop_last=False)
         loader.last_epoch = None  # it is read once
         training = self.ranks.in_step(loader, self.model, self._fail_on_bad)
@@ -824,11 +883,16 @@ class MPOTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Do as transformers does, for evaluations whose weights are kept: one that is not saved cannot be loaded."""
-        if not may_be_best(self.args.metric_for_best_model, metrics, self.state.global_step):
-            return False
-        if self.args.load_best_model_at_end and self.args.save_strategy != "best" and not self.control.should_save:
-            return False
-        return super()._determine_best_metric(metrics, trial)
+        name, state = self.args.metric_for_best_model, self.state
+        is_best = may_be_best(name, metrics, state.global_step) and self._keeps_weights()
+        is_best = is_best and super()._determine_best_metric(metrics, trial)
+        earlier = state.best_global_step and f"best so far: step {state.best_global_step} ({state.best_metric:.4f})"
+        self.console.judged("best so far" if is_best else earlier or "")
+        return is_best
+
+    def _keeps_weights(self) -> bool:
+        saves = self.args.save_strategy == "best" or self.control.should_save
+        return bool(saves or not self.args.load_best_model_at_end)
 
     @property
     def final_step(self) -> int:
@@ -889,6 +953,7 @@ class MPOTrainer(Trainer):
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
             before_first_step.append(functools.partial(self._go_on, state))
+        before_first_step.append(self._say_what_it_is)
         self.remove_callback(self._at_start)  # of an earlier call, which may not have come so far
         self._at_start = BeforeFirstStep(*before_first_step)
         self.add_callback(self._at_start)
@@ -898,6 +963,7 @@ class MPOTrainer(Trainer):
             with watched, explained(), deterministic_run(self.args.deterministic):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
+            self.console.close()
             if isinstance(loader := self.callback_handler.train_dataloader, PairLoader):
                 loader.close()
         self.watch.end_data(self.state.epoch or 0.0)
