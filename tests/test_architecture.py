@@ -17,8 +17,8 @@ SOURCE = REPO / "src" / "vlmpo"
 # A module imports from its own floor and lower ones, and no two packages need each other. `vlmpo/__init__.py` only
 # gathers the public names: it is the top floor, and no other module imports from it.
 FLOORS = [
-    {"compat", "errors", "fileio", "hashing", "interrupt", "log", "recipe", "recipe_yaml", "settings", "stats"}
-    | {"torchvision_shim"},
+    {"compat", "errors", "fileio", "foreign_keys", "hashing", "interrupt", "log", "recipe", "recipe_yaml", "settings"}
+    | {"argument_kinds", "options", "stats", "torchvision_shim"},
     {"data", "verifiers", "loss", "report"},
     {"models"},
     {"tree"},
@@ -33,7 +33,7 @@ FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in 
 MAX_FUNCTION_LINES = 100  # docstring not counted
 LOSS_MAY_IMPORT = {"torch", "vlmpo", "__future__", "collections", "dataclasses", "math", "typing"}
 RECIPE = {"recipe", "recipe_yaml"}
-MAY_KNOW_THE_RECIPE = {"recipe", "recipe_yaml", "commands", "cli"}
+MAY_KNOW_THE_RECIPE = {"recipe", "recipe_yaml", "argument_kinds", "options", "commands", "cli"}
 MAY_PRINT = {"log", "commands", "cli"}
 
 MAY_PRINT_TOO = {"train.callbacks"}  # the line a log on the screen, if there is no progress bar
