@@ -11,10 +11,10 @@ HEAD = """# Keys of other tools
 
 <!-- Written by `python -m tests.foreign_table`; a test compares it with the code. -->
 
-Settings of TRL, LLaMA-Factory, ms-swift, NeMo-RL, InternVL's scripts and transformers 4 that are found in a recipe, in an
-override, as an option of the command line, or as a keyword of `MPOConfig`, are answered with what to write here; nothing
-is converted silently. A whole configuration of such a tool may be given to `vlmpo train`: one message has all answers.
-Fields of `transformers.TrainingArguments` and the recipe's own keys are answered by the section they stand in:
+Settings of TRL, LLaMA-Factory, ms-swift, NeMo-RL, InternVL's scripts and transformers 4 that are found in a recipe, in
+an override, as an option of the command line, or as a keyword of `MPOConfig`, are answered with what to write here;
+nothing is converted silently. A whole configuration of such a tool may be given to `vlmpo train`: one message has all
+answers. Fields of `transformers.TrainingArguments` and the recipe's own keys are answered by the section they stand in:
 
 ```text
 $ vlmpo train recipe.yaml --learning_rate 1e-6 --pref_beta 0.1

@@ -149,7 +149,7 @@ def _share(value: Any) -> float | None:
 
 
 def _bits(value: Any) -> str | None:
-    return {4: "4bit", 8: "8bit"}.get(value)
+    return f"{value}bit" if str(value) in ("4", "8") else None
 
 
 def _adapter(given: Settings) -> dict[str, Any] | None:
@@ -243,6 +243,16 @@ ROWS = (
     Row("quant_bits", SWIFT, "model.quantize", value=_bits),
     Row("load_in_4bit", TRL, "model.quantize", value=lambda value: "4bit" if _is_true(value) else None),
     Row("load_in_8bit", TRL, "model.quantize", value=lambda value: "8bit" if _is_true(value) else None),
+    Row("lora_target_parameters", TRL, "model.lora.target_parameters", value=_items),
+    Row("lora_task_type", TRL, say="leave it out"),
+    Row("bnb_4bit_quant_type", TRL, say="leave it out: 4bit is nf4 with double quantization"),
+    Row("bnb_4bit_quant_storage", TRL, say="leave it out: 4bit is nf4 with double quantization"),
+    Row("use_bnb_nested_quant", TRL, say="leave it out: 4bit is nf4 with double quantization"),
+    Row(
+        "model_init_kwargs", TRL, say="model.dtype, model.quantize and model.trust_remote_code are what there is of it"
+    ),
+    Row("activation_offloading", TRL, say="not available: training.activation_checkpointing holds fewer activations"),
+    Row("ignore_bias_buffers", TRL, say="leave it out"),
     # ---- the objective ----
     *(
         _of_the_objective(key, tools)
@@ -269,6 +279,7 @@ ROWS = (
     Row("simpo_gamma", f"{FACTORY}, {SWIFT}", say="not available: SimPO is none of the terms"),
     Row("cpo_alpha", SWIFT, say="not available: CPO is none of the terms"),
     Row("f_divergence_type", TRL, say="not available: the rewards are those of the reverse KL"),
+    Row("f_alpha_divergence_coef", TRL, say="not available: the rewards are those of the reverse KL"),
     Row("ld_alpha", f"{TRL}, {FACTORY}, {SWIFT}", say="not available"),
     Row("use_weighting", TRL, say="not available"),
     Row("discopop_tau", TRL, say="not available"),
@@ -283,7 +294,10 @@ ROWS = (
     Row("ref_model", f"{FACTORY}, {SWIFT}", say=_INITIAL),
     Row("ref_model_name_or_path", TRL, say=_INITIAL),
     Row("ref_model_adapters", FACTORY, say=_INITIAL),
-    Row("sync_ref_model", TRL, say="not available: the reference stays what it was at the start"),
+    *(
+        Row(key, TRL, say="not available: the reference stays what it was at the start")
+        for key in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+    ),
     # ---- data ----
     Row("dataset", f"{FACTORY}, {SWIFT}", "data.train", "files, meta.json of MMPR, folders or Hub names", _items),
     Row("dataset_name", TRL, "data.train", "files, meta.json of MMPR, folders or Hub names", _items),
@@ -337,7 +351,7 @@ ROWS = (
         Row(key, tools, say=_NO_PADDING)
         for key, tools in (
             *(("padding_free", f"{TRL}, {SWIFT}"), ("packing", f"{FACTORY}, {SWIFT}"), ("neat_packing", FACTORY)),
-            *(("pad_to_multiple_of", TRL), ("padding_value", TRL), ("pad2square", INTERNVL)),
+            *(("pad_to_multiple_of", TRL), ("padding_value", TRL), ("pad_token", TRL), ("pad2square", INTERNVL)),
         )
     ),
     *(
@@ -360,7 +374,6 @@ ROWS = (
     Row("save_safetensors", BEFORE, say="leave it out: weights are always written as safetensors"),
     Row("use_fast_image_processor", BEFORE, say="leave it out"),
     Row("plot_loss", FACTORY, say="leave it out: report.html is written at the end"),
-    Row("include_num_input_tokens_seen", FACTORY, say="leave it out: metrics.jsonl has tokens_per_second"),
     Row("ignore_pad_token_for_loss", FACTORY, say=_NO_PADDING),
     Row("lr", NEMO, "training.learning_rate"),
     Row("max_num_steps", NEMO, "training.max_steps"),

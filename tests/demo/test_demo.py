@@ -145,4 +145,4 @@ def test_what_is_saved_answers_alike_and_a_seed_repeats_the_run(tmp_path: Path, 
     pairs = json.loads((tmp_path / "runs/smoke/manifest.json").read_text())["data"]["sets"]["pairs"]
     assert pairs["read"] == results[0]["pairs"]["train"]
     found = json.loads((tmp_path / "runs/smoke/evaluation/evaluation.json").read_text())
-    assert found["against"]["questions"]["all"]["accuracy"] == results[0]["arms"]["warm_up"]["accuracy"]
+    assert found["questions"]["models"]["runs/demo/warm_up"]["accuracy"] == results[0]["arms"]["warm_up"]["accuracy"]

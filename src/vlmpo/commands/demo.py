@@ -79,8 +79,8 @@ def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> d
     """Run the demo and return what is written to ``output/results.json``.
 
     ``output/warm_up`` and ``output/model`` hold the models before and after MPO with their processors, ``output/logs``
-    the metrics of each training stage, ``output/data`` the pairs and the test's questions. Runs on the CPU, for the same
-    results on every machine.
+    the metrics of each training stage, ``output/data`` the pairs and the test's questions. Runs on the CPU, for
+    the same results on every machine.
 
     Raises:
         RecipeError: ``output`` is a file, or holds a folder of others where the demo would write.
