@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # From questions to an aligned model: samples responses, pairs right ones with wrong ones, trains, evaluates.
-#   examples/mmpr.sh [RECIPE]    (default: examples/mmpr.yaml)
+#   examples/mmpr.sh [RECIPE]    (default: recipes/pipeline.yaml)
 # Each stage continues after a stop, except training: add training.resume_from_checkpoint=true to its line.
 set -euo pipefail
-recipe=${1:-examples/mmpr.yaml}
+recipe=${1:-recipes/pipeline.yaml}
 
 vlmpo sample "$recipe"             # questions -> responses.jsonl
 vlmpo pair correctness "$recipe"   # responses -> pairs_correctness.jsonl

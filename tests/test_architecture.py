@@ -18,7 +18,7 @@ SOURCE = REPO / "src" / "vlmpo"
 # gathers the public names: it is the top floor, and no other module imports from it.
 FLOORS = [
     {"compat", "errors", "fileio", "hashing", "interrupt", "log", "quiet", "recipe", "recipe_yaml", "settings", "stats"}
-    | {"torchvision_shim"},
+    | {"argument_kinds", "foreign_keys", "options", "torchvision_shim"},
     {"data", "verifiers", "loss", "report"},
     {"models"},
     {"tree"},
@@ -33,7 +33,7 @@ FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in 
 MAX_FUNCTION_LINES = 100  # docstring not counted
 LOSS_MAY_IMPORT = {"torch", "vlmpo", "__future__", "collections", "dataclasses", "math", "typing"}
 RECIPE = {"recipe", "recipe_yaml"}
-MAY_KNOW_THE_RECIPE = {"recipe", "recipe_yaml", "commands", "cli"}
+MAY_KNOW_THE_RECIPE = {"recipe", "recipe_yaml", "argument_kinds", "options", "commands", "cli"}
 MAY_PRINT = {"log", "commands", "cli"}
 
 MAY_PRINT_TOO: set[str] = set()

@@ -17,7 +17,7 @@ from tests.paths import REPO
 from vlmpo.cli import _exit_codes, app
 from vlmpo.errors import RecipeError, RecordError
 
-MINIMAL = "model: {path: some/model}\ndata: {train: [pairs.jsonl]}\n"
+MINIMAL = "model: {path: some/model}\ndata: {train: [pairs.jsonl]}\nbuild: {questions: q.jsonl}\n"
 
 
 @pytest.fixture

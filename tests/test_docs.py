@@ -391,7 +391,7 @@ def test_the_example_in_python_runs(tiny: Path) -> None:
 
 
 def test_the_examples_recipe_has_all_stages() -> None:
-    recipe = load_recipe(REPO / "examples" / "mmpr.yaml", [])
+    recipe = load_recipe(REPO / "recipes" / "pipeline.yaml", [])
     assert recipe.build is not None
     assert recipe.evaluate is not None
     assert [source.path for source in recipe.data.train] == [f"{recipe.build.output_dir}/pairs_correctness.jsonl"]

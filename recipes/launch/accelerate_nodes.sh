@@ -2,7 +2,7 @@
 # Several nodes, with accelerate: run it on each of them; RANK_OF_NODE counts from 0, which is MASTER_ADDR.
 #   MASTER_ADDR=node0 NODES=4 RANK_OF_NODE=0 recipes/launch/accelerate_nodes.sh [RECIPE] [KEY=VALUE ...]
 set -euo pipefail
-recipe=${1:-recipes/internvl3_mmpr.yaml}
+recipe=${1:-recipes/internvl3.yaml}
 exec accelerate launch \
   --config_file "${CONFIG:-recipes/accelerate/fsdp2.yaml}" \
   --num_machines "${NODES:?how many nodes take part}" \

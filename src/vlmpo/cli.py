@@ -16,19 +16,45 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from vlmpo.errors import RunError, VlmpoError, first_line
+from vlmpo.argument_kinds import check_recipe_argument, check_run_argument, check_sections, looks_like_path, no_command
+from vlmpo.errors import RecipeError, RunError, VlmpoError, first_line
 from vlmpo.fileio import disk_problem
 from vlmpo.interrupt import SIGNALS, Interrupted, ignore_signals, watching
 from vlmpo.log import print_error, shown
+from vlmpo.options import answer_options
 from vlmpo.quiet import hold_back_noise
 from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import load_recipe
 
+
+class _RecipeCommand(TyperCommand):
+    """A command that takes a recipe and overrides, and answers options of other tools by what to write instead."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)} | {"--help"}
+        if (told := answer_options(args, known)) is not None:
+            _complain(RecipeError(told))
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+class _Group(TyperGroup):
+    """Commands; given a file or folder in the place of a command's name, it says which command wants that."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and looks_like_path(args[0]):
+            with _exit_codes():
+                raise RecipeError(no_command(str(ctx.command_path), Path(args[0])))
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Mixed Preference Optimization for vision-language models.",
     no_args_is_help=True,
     add_completion=False,
@@ -65,7 +91,7 @@ def _root(
     """Mixed Preference Optimization for vision-language models."""
 
 
-@app.command()
+@app.command(cls=_RecipeCommand)
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -87,7 +113,7 @@ def train(
         run(parsed, allowed)
 
 
-@app.command()
+@app.command(cls=_RecipeCommand)
 def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Compute the reference's log-probs ahead of training.
 
@@ -99,7 +125,7 @@ def cache(recipe: RecipePath, overrides: Overrides = None) -> None:
         run(parsed)
 
 
-@app.command()
+@app.command(cls=_RecipeCommand)
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Evaluate a trained model on held-out pairs and questions.
 
@@ -111,7 +137,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
         run(parsed)
 
 
-@app.command()
+@app.command(cls=_RecipeCommand)
 def inspect(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -131,7 +157,7 @@ def inspect(
         run(parsed, pairs, card)
 
 
-@app.command()
+@app.command(cls=_RecipeCommand)
 def sample(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Sample responses to questions.
 
@@ -144,11 +170,11 @@ def sample(recipe: RecipePath, overrides: Overrides = None) -> None:
         run(parsed)
 
 
-pair_app = typer.Typer(help="Pair sampled responses.", no_args_is_help=True, rich_markup_mode=None)
+pair_app = typer.Typer(cls=_Group, help="Pair sampled responses.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(pair_app, name="pair")
 
 
-@pair_app.command("correctness")
+@pair_app.command("correctness", cls=_RecipeCommand)
 def pair_correctness(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Pair correct responses with wrong ones.
 
@@ -161,7 +187,7 @@ def pair_correctness(recipe: RecipePath, overrides: Overrides = None) -> None:
         run(parsed)
 
 
-@pair_app.command("dropout-ntp")
+@pair_app.command("dropout-ntp", cls=_RecipeCommand)
 def pair_dropout_ntp(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Pair responses with their first half, continued without the image.
 
@@ -187,6 +213,7 @@ def merge(
     Writes a whole model and its processor, which transformers can load, to the output folder.
     """
     with _exit_codes():
+        check_run_argument("merge", adapter)
         from vlmpo.commands.merge import merge as run
 
         run(adapter, output, base, dtype.value)
@@ -252,6 +279,8 @@ def report(
     and demo write it by themselves.
     """
     with _exit_codes():
+        for folder in runs:
+            check_run_argument("report", folder)
         from vlmpo.commands.report import report as run
 
         run(runs, output)
@@ -281,7 +310,10 @@ def _parsed(command: str, recipe: Path, overrides: list[str] | None, go_on: Sequ
     key = _RESUME.partition("=")[0]
     kept = [override for override in overrides or [] if override.partition("=")[0] != key or not go_on]
     with _exit_codes(f"vlmpo {command} {shlex.join([str(recipe), *kept, *go_on])}"):
-        yield load_recipe(recipe, overrides or [])
+        check_recipe_argument(command, recipe)
+        parsed = load_recipe(recipe, overrides or [])
+        check_sections(command, recipe, parsed)
+        yield parsed
 
 
 @contextmanager

@@ -6,7 +6,10 @@ other libraries: :func:`check_keys` compares them with the known ones once those
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
@@ -14,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from vlmpo import settings
 from vlmpo.errors import RecipeError
+from vlmpo.foreign_keys import answers, training_fields
 
 # Keys that `training` accepts in addition to the fields of transformers.TrainingArguments.
 EXTRA_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay", "precision", "deterministic")
@@ -293,12 +297,27 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-def check_keys(section: str, keys: Iterable[str], known: Sequence[str], owner: str) -> None:
-    """Raise RecipeError for a key of ``section`` that is not in ``known``, the fields of the class ``owner``."""
-    for key in keys:
-        if key not in known:
-            hint = nearest(key, known, section)
-            raise RecipeError(f"{section}.{key}: unknown key, not a field of {owner}{hint}")
+def check_keys(section: str, given: Mapping[str, Any], known: Sequence[str], owner: str) -> None:
+    """Raise RecipeError for keys of ``section`` that are not in ``known``, the fields of the class ``owner``."""
+    if lines := unknown_keys(section, given, known, f", not a field of {owner}"):
+        raise RecipeError("\n".join(lines))
+
+
+def unknown_keys(section: str, given: Mapping[str, Any], known: Sequence[str], owner: str = "") -> list[str]:
+    """Return a line for each key of ``section`` that is not in ``known``: what to write instead."""
+    unknown = {str(key): value for key, value in given.items() if key not in known}
+    told = answers(unknown)
+    answered = {key for answer in told for key in answer.keys}
+    lines = [f"{section}: {answer.named('key', in_file)}" for answer in told]
+    rest = [key for key in unknown if key not in answered]
+    return lines + [f"{section}.{key}: unknown key{owner}{nearest(key, known, section)}" for key in rest]
+
+
+def in_file(key: str, value: Any) -> str:
+    """Return a dotted key and its value as a message shows them for a file; without the value if it is None or long."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = re.sub(r"(?<=\d)e-0(?=\d)", "e-", text)  # 1e-6, as everyone writes it
+    return key if value is None or len(text) > 80 else f"{key}: {text}"
 
 
 def nearest(name: str, known: Sequence[str], section: str = "") -> str:
@@ -307,8 +326,8 @@ def nearest(name: str, known: Sequence[str], section: str = "") -> str:
     The suggestion is a dotted key; a key of that name in another section is suggested too.
     """
     prefix = f"{section}." if section else ""
-    elsewhere = {key: f"{place}." for place in reversed(SECTIONS) if place for key in SECTIONS[place].model_fields}
-    if name in elsewhere:  # the right key in the wrong section
+    elsewhere = places()
+    if name in elsewhere and elsewhere[name] != prefix:  # the right key in the wrong section
         return f"; did you mean {elsewhere[name]}{name}?"
     if match := get_close_matches(name, known, n=1, cutoff=0.6):
         return f"; did you mean {prefix}{match[0]}?"
@@ -318,3 +337,11 @@ def nearest(name: str, known: Sequence[str], section: str = "") -> str:
         closest = get_close_matches(name, known, n=1, cutoff=0.0)
         return f"; the nearest known key is {prefix}{closest[0]}"
     return f"; known here: {', '.join(known)}"
+
+
+@functools.cache
+def places() -> Mapping[str, str]:
+    """Return the section, as ``section.``, in which a key of each name is meant if none is given."""
+    found = {key: f"{section}." for section in reversed(SECTIONS) if section for key in SECTIONS[section].model_fields}
+    # `seed` is a key of build too, and training's is meant more often
+    return {**found, **dict.fromkeys((*training_fields(), *EXTRA_TRAINING_KEYS), "training.")}

@@ -7,8 +7,9 @@ import glob
 import math
 import os
 import re
+import shlex
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import yaml
 from pydantic import ValidationError
 
 from vlmpo.errors import RecipeError, first_line
-from vlmpo.recipe import SECTIONS, Recipe, nearest
+from vlmpo.foreign_keys import ALL_KEYS, MEANT_BY_SECTION, Answer, answers, training_fields
+from vlmpo.recipe import EXTRA_TRAINING_KEYS, SECTIONS, Recipe, in_file, nearest, unknown_keys
 from vlmpo.settings import MPO_WEIGHTS
 
 
@@ -147,7 +149,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _read_yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -158,7 +160,7 @@ def _read_yaml(text: str, where: str) -> Any:
 
 
 def _read_mapping(text: str, where: str) -> dict[str, Any]:
-    raw = _read_yaml(text, where)
+    raw = read_yaml(text, where)
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{where}: expected a mapping with the keys {', '.join(Recipe.model_fields)}, got {raw!r:.80}"
@@ -204,7 +206,7 @@ def _override(raw: dict[str, Any], override: str) -> str:
     keys = dotted.strip().split(".")
     if not equals or not all(keys) or len(keys) > _MAX_DEPTH:
         raise RecipeError(f"override {override!r}: expected key=value, e.g. loss.beta=0.2")
-    value = _read_yaml(text, f"override {override!r}")
+    value = read_yaml(text, f"override {override!r}")
     if keys[:2] == ["loss", "weights"] and len(keys) > 2:
         # One weight of an objective that the file leaves at its default: the other terms stay on.
         loss = raw.setdefault("loss", {})
@@ -300,24 +302,63 @@ def _validate(raw: dict[str, Any], where: str, overridden: Sequence[str]) -> Rec
         return Recipe.model_validate(raw)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-    lines = []
-    for problem in problems:
-        dotted = ".".join(str(part) for part in problem["loc"])
-        from_command_line = any(dotted == key or dotted.startswith(f"{key}.") for key in overridden)
-        lines.append(f"{'command line' if from_command_line else where}: {_explain(dotted, problem)}")
+    places = ["command line" if _is_given_by(overridden, problem["loc"]) else where for problem in problems]
+    told = _answered(problems, places)
+    lines: dict[str, None] = {}  # an answer for several keys is one line
+    for problem, place in zip(problems, places, strict=True):
+        write = on_command_line if place == "command line" else in_file
+        if answer := told.get(problem["loc"]):
+            lines[f"{place}: {answer.named('key', write)}"] = None
+        elif problem["type"] != "missing" or not any(a.ours == f"{problem['loc'][0]}.path" for a in told.values()):
+            lines[f"{place}: {_explain('.'.join(map(str, problem['loc'])), problem, write)}"] = None
+    if isinstance(training := raw.get("training"), dict):  # otherwise checked once transformers is loaded
+        known = [*training_fields(), *EXTRA_TRAINING_KEYS]
+        lines |= dict.fromkeys(f"{where}: {line}" for line in unknown_keys("training", training, known))
+    if len(told) > 1:
+        lines[f"(keys of other tools and ours: {ALL_KEYS})"] = None
     raise RecipeError("\n".join(lines))
 
 
-def _explain(dotted: str, problem: Any) -> str:
-    """Return one line for one pydantic error at the key ``dotted``."""
+def _is_given_by(overridden: Sequence[str], place: Sequence[str | int]) -> bool:
+    dotted = ".".join(map(str, place))
+    return any(dotted == key or dotted.startswith(f"{key}.") for key in overridden)
+
+
+def _answered(problems: Sequence[Any], places: Sequence[str]) -> dict[tuple[str | int, ...], Answer]:
+    """Return the answers to unknown keys that are another tool's, by the place of the key."""
+    sections: dict[Any, dict[str, Any]] = {}
+    for problem, place in zip(problems, places, strict=True):
+        if problem["type"] == "extra_forbidden":
+            sections.setdefault((place, problem["loc"][:-1]), {})[str(problem["loc"][-1])] = problem["input"]
+    return {
+        (*section, key): answer
+        for (_, section), given in sections.items()
+        for answer in answers(given)
+        for key in answer.keys
+    }
+
+
+def on_command_line(key: str, value: Any) -> str:
+    """Return a dotted key and its value as an argument of a shell command."""
+    return shlex.quote(in_file(key, value).replace(": ", "=", 1)) if value is not None else f"{key}=..."
+
+
+def _explain(dotted: str, problem: Any, write: Callable[[str, Any], str]) -> str:
+    """Return one line for one pydantic error at the key ``dotted``; ``write`` shows a key and its value."""
     kind = problem["type"]
     if kind == "extra_forbidden":
         parts = [part for part in problem["loc"] if isinstance(part, str)]
         section = ".".join(parts[:-1])
+        if "." in parts[-1]:
+            key = parts[-1].rpartition(".")
+            return f"{dotted}: dots are for the command line; in a file {key[2]} is a line under {key[0]}"
         return f"{dotted}: unknown key{nearest(parts[-1], list(SECTIONS[section].model_fields), section)}"
     if kind == "missing":
         return f"{dotted}: missing; the recipe must give it"
     if kind == "value_error":  # raised by a validator of ours, with a full message
         return f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
     expected = _EXPECTED.get(kind, problem["msg"].removeprefix("Input should be "))
-    return f"{dotted}: expected {expected}, got {problem['input']!r:.80}"
+    given = problem["input"]
+    meant = MEANT_BY_SECTION.get(dotted) if isinstance(given, str) else None
+    advice = f"; write {write(meant, given)}" if meant else ""
+    return f"{dotted}: expected {expected}, got {given!r:.80}{advice}"

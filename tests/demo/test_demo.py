@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from tests.paths import REPO
+from vlmpo.cli import app
 from vlmpo.commands.demo import DemoRun, DemoSettings
 from vlmpo.demo.answers import MAX_NEW_TOKENS, generate
 from vlmpo.demo.model import DEMO_SIZE, demo_model, demo_processor
@@ -115,20 +118,31 @@ def test_a_seed_repeats_the_pairs_and_another_does_not(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_what_is_saved_answers_alike_and_a_seed_repeats_the_run(tmp_path: Path):
+def test_what_is_saved_answers_alike_and_a_seed_repeats_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     settings = replace(MINIATURE, habit_steps=30, questions=12, samples=8)
-    runs = [DemoRun(tmp_path / name, 7, settings) for name in ("one", "two")]
+    runs = [DemoRun(tmp_path / name, 7, settings) for name in ("runs/demo", "two")]
     results = [run.run() for run in runs]
     for result in results:
         del result["seconds"]
     assert json.dumps(results[0]) == json.dumps(results[1])
     assert results[0]["pairs"]["train"] > 0
 
-    run, folder = runs[0], tmp_path / "one" / "model"
+    run, folder = runs[0], tmp_path / "runs/demo/model"
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     weights = dict(model.named_parameters())
     assert all(torch.equal(weights[name], value) for name, value in run.model.named_parameters())
     assert generate(model, processor, run.test) == generate(run.model, run.processor, run.test)
+
+    # recipes/smoke.yaml as it ships, but for the steps, on what the demo has written
+    monkeypatch.chdir(tmp_path)
+    smoke = str(REPO / "recipes" / "smoke.yaml")
+    for command, *changes in (["train", "training.max_steps=1", "training.warmup_steps=0"], ["evaluate"]):
+        done = CliRunner().invoke(app, [command, smoke, *changes])
+        assert done.exit_code == 0, done.output[-2000:]
+    pairs = json.loads((tmp_path / "runs/smoke/manifest.json").read_text())["data"]["sets"]["pairs"]
+    assert pairs["read"] == results[0]["pairs"]["train"]
+    found = json.loads((tmp_path / "runs/smoke/evaluation/evaluation.json").read_text())
+    assert found["questions"]["models"]["runs/demo/warm_up"]["accuracy"] == results[0]["arms"]["warm_up"]["accuracy"]

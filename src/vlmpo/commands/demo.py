@@ -15,6 +15,7 @@ from transformers import set_seed
 from vlmpo.commands.report import SHARE_OF_TIME, ReportRefresh, never_failing, report_at_end
 from vlmpo.data.records import PreferencePair
 from vlmpo.demo.answers import answer_records, generate, make_pairs, marks
+from vlmpo.demo.files import DATA_FOLDER, write_data
 from vlmpo.demo.model import demo_model, demo_processor
 from vlmpo.demo.task import Lesson, Lessons, Question, SceneSource
 from vlmpo.errors import RecipeError
@@ -78,7 +79,8 @@ def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> d
     """Run the demo and return what is written to ``output/results.json``.
 
     ``output/warm_up`` and ``output/model`` hold the models before and after MPO with their processors, ``output/logs``
-    the metrics of each training stage. Runs on the CPU, for the same results on every machine.
+    the metrics of each training stage, ``output/data`` the pairs and the test's questions. Runs on the CPU, for
+    the same results on every machine.
 
     Raises:
         RecipeError: ``output`` is a file, or holds a folder of others where the demo would write.
@@ -98,12 +100,12 @@ def demo(output: Path, seed: int = 0, settings: DemoSettings | None = None) -> d
             torch.set_num_threads(threads)
         replace_json(output / RESULTS_FILE, results)
     show(results)
-    print_line(f"Models, logs and {RESULTS_FILE} are in {output}")
+    print_line(f"Models, data, logs and {RESULTS_FILE} are in {output}")
     return results
 
 
 def _refuse_to_overwrite(output: Path) -> None:
-    written = ("warm_up", "model", "logs", RESULTS_FILE, *ARMS)
+    written = ("warm_up", "model", "logs", DATA_FOLDER, RESULTS_FILE, *ARMS)
     taken = sorted(name for name in written if (output / name).exists())
     if taken and not (output / MARK_FILE).exists() and not {"warm_up", "logs", RESULTS_FILE} <= set(taken):
         raise RecipeError(f"--output {output} holds {', '.join(taken)}, which no demo wrote; name a new folder")
@@ -129,6 +131,7 @@ class DemoRun:
         warm = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         arms = {"warm_up": self._examine("warm_up")}
         train, held_out = self.sample_pairs()
+        write_data(self.output / DATA_FOLDER, train, held_out, self.test)
         for name, weights in ARMS.items():
             self.model.load_state_dict(warm)
             trainer = self._trainer(name, train, self.settings.steps, self.settings.rate, weights, held_out)

@@ -31,6 +31,7 @@ from vlmpo.settings import (
 from vlmpo.train.arguments import check_numbers
 from vlmpo.train.determinism import prepare_determinism
 from vlmpo.train.kernel_choice import settle_liger
+from vlmpo.train.keywords import answer_keywords
 from vlmpo.train.launcher import only_cpu
 from vlmpo.train.metrics import greater_is_better
 from vlmpo.train.param_groups import check_values
@@ -84,6 +85,7 @@ def bf16_by_deepspeed(args: Any, asked: str) -> bool | None:
     return True if open_ and compat.has_fast_bf16(torch.device("cuda" if on_gpu else "cpu")) else None
 
 
+@answer_keywords
 @dataclass
 class MPOConfig(TrainingArguments):
     """Holds TrainingArguments and the settings of MPO.
