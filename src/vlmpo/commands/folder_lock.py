@@ -92,7 +92,7 @@ def refuse_if_held(folder: Path, command: str, key: str) -> None:
     path = folder / f"_{command}.lock"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     try:
         is_locked, holder = _flock(descriptor), _read_holder(descriptor)
