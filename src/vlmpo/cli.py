@@ -91,6 +91,24 @@ def _root(
     """Mixed Preference Optimization for vision-language models."""
 
 
+@app.command()
+def init(
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Pairs, or questions: a file, a folder or a Hub name.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="PATH", help="A checkpoint's folder or Hub name.")] = None,
+    output: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a recipe fitted to your data and model.
+
+    What is not named is looked for in the current folder. Prints the commands to go on with.
+    """
+    with _exit_codes():
+        from vlmpo.commands.init import init as run
+
+        run(data, model, output)
+
+
 @app.command(cls=_RecipeCommand)
 def train(
     recipe: RecipePath,
@@ -99,6 +117,12 @@ def train(
         str,
         typer.Option(metavar="KEY[,KEY]", help="Keys that may differ from those of the run that is resumed."),
     ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do all that comes before the first step; train and write nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in the run folder first; files of others stay.")
+    ] = False,
 ) -> None:
     """Train a model.
 
@@ -108,9 +132,14 @@ def train(
     allowed = [key for key in allow_changes.split(",") if key]
     go_on = [_RESUME, *(["--allow-changes", ",".join(allowed)] if allowed else [])]
     with _parsed("train", recipe, overrides, go_on) as parsed:
+        if dry_run:
+            from vlmpo.commands.dry_run import dry_run as try_out
+
+            try_out(parsed, allowed, overwrite=overwrite)
+            return
         from vlmpo.commands.train import train as run
 
-        run(parsed, allowed)
+        run(parsed, allowed, overwrite=overwrite)
 
 
 @app.command(cls=_RecipeCommand)

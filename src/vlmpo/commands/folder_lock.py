@@ -84,11 +84,32 @@ def _acquire(path: Path, folder: Path, command: str, key: str) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
-        raise RunError(
-            f"{folder} is in use by another vlmpo {command} (host {holder.get('host', 'unknown')}, pid "
-            f"{holder.get('pid', 'unknown')}, since {holder.get('since', 'just now')}); wait for it, stop it, or name "
-            f"another folder in {key}"
-        )
+        raise _in_use(folder, command, key, holder)
+
+
+def refuse_if_held(folder: Path, command: str, key: str) -> None:
+    """Raise RunError if another process holds ``folder`` by :func:`locked`; changes nothing."""
+    path = folder / f"_{command}.lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        is_locked, holder = _flock(descriptor), _read_holder(descriptor)
+        elsewhere = holder.get("host") not in (None, socket.gethostname())
+        stale = elsewhere and time.time() - os.fstat(descriptor).st_mtime > STALE
+    finally:
+        os.close(descriptor)
+    if not stale and (elsewhere or not is_locked):
+        raise _in_use(folder, command, key, holder)
+
+
+def _in_use(folder: Path, command: str, key: str, holder: dict[str, Any]) -> RunError:
+    return RunError(
+        f"{folder} is in use by another vlmpo {command} (host {holder.get('host', 'unknown')}, pid "
+        f"{holder.get('pid', 'unknown')}, since {holder.get('since', 'just now')}); wait for it, stop it, or name "
+        f"another folder in {key}"
+    )
 
 
 def _flock(descriptor: int) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmpo.commands.folder_lock import locked
+from vlmpo.commands.overwrite import find_old_run
 from vlmpo.commands.run_folder import MANIFEST, WRITTEN, check_run_folder, read_manifest, read_paths, refuse_inputs
 from vlmpo.errors import VlmpoError, first_line, met_by_all
 from vlmpo.fileio import replace_json, writing
@@ -22,12 +23,13 @@ _KEY = "training.output_dir"
 
 
 @contextmanager
-def training_folder(recipe: Recipe, args: MPOConfig) -> Iterator[dict[str, Any] | None]:
+def training_folder(recipe: Recipe, args: MPOConfig, overwrite: bool = False) -> Iterator[dict[str, Any] | None]:
     """Hold the run folder in the body, on the first rank; yield the manifest of the run that is there, on every rank.
 
     Args:
         recipe: of the run.
         args: its settings.
+        overwrite: a run that is there is to be deleted, and none is yielded; the body does so.
 
     Raises:
         VlmpoError: the folder is an input, holds a run that is not to be resumed or files of others, or another process
@@ -39,7 +41,7 @@ def training_folder(recipe: Recipe, args: MPOConfig) -> Iterator[dict[str, Any] 
         manifest, refusal = None, None
         if args.process_index == 0:
             try:
-                manifest = stack.enter_context(_own(recipe, folder, args.resume_from_checkpoint))
+                manifest = stack.enter_context(_own(recipe, folder, args.resume_from_checkpoint, overwrite))
             except VlmpoError as error:
                 refusal = error
         if args.world_size > 1:
@@ -53,14 +55,27 @@ def training_folder(recipe: Recipe, args: MPOConfig) -> Iterator[dict[str, Any] 
 
 
 @contextmanager
-def _own(recipe: Recipe, folder: Path, resume: str | bool | None) -> Iterator[dict[str, Any] | None]:
+def _own(recipe: Recipe, folder: Path, resume: str | bool | None, overwrite: bool) -> Iterator[dict[str, Any] | None]:
     with ExitStack() as stack:
         with writing(folder):
-            refuse_inputs(read_paths(recipe, "train"), folder, _KEY, WRITTEN, whole=True)
-            check_run_folder(folder, resume=True)  # not even a lock is put into a folder of others
+            look_at_folder(recipe, folder, True, overwrite)  # not even a lock is put into a folder of others
             stack.enter_context(locked(folder, "train", _KEY))
-            manifest = check_run_folder(folder, resume)  # as the last holder left it
+            manifest = look_at_folder(recipe, folder, resume, overwrite)  # as the last holder left it
         yield manifest
+
+
+def look_at_folder(recipe: Recipe, folder: Path, resume: str | bool | None, overwrite: bool) -> dict[str, Any] | None:
+    """Return the manifest of the run in ``folder`` that goes on; refuse what would destroy files. Changes nothing.
+
+    Raises:
+        VlmpoError: as :func:`training_folder`, but for the process that holds the folder.
+    """
+    inputs = read_paths(recipe, "train")
+    refuse_inputs(inputs, folder, _KEY, WRITTEN, whole=True)
+    manifest = check_run_folder(folder, resume or overwrite)
+    if overwrite:
+        find_old_run(folder, inputs)
+    return None if overwrite else manifest
 
 
 @contextmanager

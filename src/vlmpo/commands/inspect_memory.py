@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vlmpo.train.config import asked_precision
 from vlmpo.train.device_memory import free_bytes
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import RowMemory
-from vlmpo.train.memory_choice import MARGIN, Situation, settled
+from vlmpo.train.memory_choice import MARGIN, MemoryChoice, Situation, settled
 from vlmpo.train.memory_estimate import estimate_rows, meta_model
 from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import count_patches
@@ -31,6 +32,71 @@ _AUTOCAST = 1.26
 _QUANTIZED = {"8bit": 1.1, "4bit": 0.6}
 # Bytes a trained weight of an optimizer's states, by what is in its name; of all others two of a weight's size.
 _STATES = {"8bit": 2.0, "4bit": 1.0, "sgd": 0.0, "adafactor": 0.1}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Holds what a run is estimated to take.
+
+    Attributes:
+        resident: bytes that do not depend on rows.
+        parts: what they are for.
+        total: bytes that the run can take in all.
+        on_card: whether that is a card's memory; else the machine's.
+        room: bytes there are for a row.
+        peak: bytes that a row of the largest pair takes.
+        largest: its tokens and patches.
+        choice: what rows would hold.
+    """
+
+    resident: int
+    parts: str
+    total: int
+    on_card: bool
+    room: int
+    peak: int
+    largest: tuple[int, int]
+    choice: MemoryChoice
+
+    @property
+    def fits(self) -> bool:
+        """Whether a row of the largest pair fits."""
+        return self.peak <= self.room
+
+    @property
+    def where(self) -> str:
+        """Whose memory it is, and how much."""
+        return f"{self.total / _GIB:.0f} GiB {'of the card' if self.on_card else 'that are free here'}"
+
+
+def estimate_memory(
+    recipe: Recipe, config: Any, pair: PromptTree, *, pairs_at_once: int, shared: bool, card: float | None
+) -> MemoryEstimate:
+    """Estimate what a run takes; arguments as of :func:`describe_memory`.
+
+    Raises:
+        VlmpoError: the recipe asks for what the model does not have.
+        Exception: of any kind, from a model that asks for values, of which there are none.
+    """
+    precision = _precision(recipe, card)
+    model = _model(recipe, config, precision)
+    resident, parts = _resident(recipe, model, precision)
+    base = unwrap_peft(model)
+    in_blocks = can_read_in_blocks(base) and trains_tower(base)
+    device = torch.device("cpu" if card is None and not _has_card(recipe) else "cuda")
+    tokens, vision = recipe.training.get("max_tokens_per_row", "auto"), recipe.model.vision_memory
+    situation = Situation(device, tokens, vision, pairs_at_once, in_blocks, can_measure=True, ranks_here=1)
+    total = _total(device, card)
+    room = int((1 - MARGIN) * (total - resident))
+    largest = pair.num_tokens, count_patches(pair, count_patch_pixels(base))
+    factor = _AUTOCAST if precision == "autocast" and recipe.model.dtype == "float32" else 1.0
+
+    def look(recompute: bool) -> tuple[RowMemory, int]:
+        return estimate_rows(base, pair, recompute=recompute, shared=shared).times(factor), room
+
+    choice, memory = settled(situation, largest, look)
+    assert memory is not None
+    return MemoryEstimate(resident, parts, total, device.type == "cuda", room, memory.peak(*largest), largest, choice)
 
 
 def describe_memory(
@@ -47,35 +113,18 @@ def describe_memory(
         card: GiB of the card to train on; None: this machine's, or its free memory if it has none.
     """
     try:
-        precision = _precision(recipe, card)
-        model = _model(recipe, config, precision)
-        resident, parts = _resident(recipe, model, precision)
-        base = unwrap_peft(model)
-        in_blocks = can_read_in_blocks(base) and trains_tower(base)
-        device = torch.device("cpu" if card is None and not _has_card(recipe) else "cuda")
-        tokens, vision = recipe.training.get("max_tokens_per_row", "auto"), recipe.model.vision_memory
-        situation = Situation(device, tokens, vision, pairs_at_once, in_blocks, can_measure=True, ranks_here=1)
-        total = _total(device, card)
-        room = int((1 - MARGIN) * (total - resident))
-        largest = pair.num_tokens, count_patches(pair, count_patch_pixels(base))
-        factor = _AUTOCAST if precision == "autocast" and recipe.model.dtype == "float32" else 1.0
-
-        def look(recompute: bool) -> tuple[RowMemory, int]:
-            return estimate_rows(base, pair, recompute=recompute, shared=shared).times(factor), room
-
-        choice, memory = settled(situation, largest, look)
+        found = estimate_memory(recipe, config, pair, pairs_at_once=pairs_at_once, shared=shared, card=card)
     except VlmpoError:
         raise
     except Exception as error:  # of a family that asks for values; its data can be inspected all the same
         return [f"memory: not estimated for this model ({type(error).__name__})"], None
-    assert memory is not None
-    where = f"{total / _GIB:.0f} GiB {'of the card' if device.type == 'cuda' else 'that are free here'}"
-    lines = [f"memory: {resident / _GIB:.1f} GiB of the {where} for {parts}"]
-    if memory.peak(*largest) > room:
-        needs = f"{memory.peak(*largest) / _GIB:.1f} GiB, and there are {max(room, 0) / _GIB:.1f} GiB for a row"
+    lines = [f"memory: {found.resident / _GIB:.1f} GiB of the {found.where} for {found.parts}"]
+    choice, largest = found.choice, found.largest
+    if not found.fits:
+        needs = f"{found.peak / _GIB:.1f} GiB, and there are {max(found.room, 0) / _GIB:.1f} GiB for a row"
         sizes = f"{largest[0]} tokens, {largest[1]} patches"
         return [*lines, f"memory: the largest pair here ({sizes}) does not fit: it takes about {needs}"], None
-    took = f"the largest pair here takes about {memory.peak(*largest) / _GIB:.1f} GiB of {room / _GIB:.1f}"
+    took = f"the largest pair here takes about {found.peak / _GIB:.1f} GiB of {found.room / _GIB:.1f}"
     lines.append(f"memory, estimated: {choice.line or took}")
     cost = choice.bound.cost_of(*largest)
     return lines, max((choice.bound.most or 0) * largest[0] // max(cost, 1), 1) if choice.bound.limits else None

@@ -91,12 +91,12 @@ def _refuse_a_run(folder: Path, manifest: dict[str, Any] | None) -> None:
     if manifest is not None and manifest["status"] != "finished" and not checkpoints_in(folder):
         raise RunError(
             f"{folder} already holds a run, which has not reached its first checkpoint. "
-            "Set training.resume_from_checkpoint=true, which starts it anew, or name another folder in "
-            "training.output_dir"
+            "Set training.resume_from_checkpoint=true, which starts it anew, delete it by --overwrite, or name another "
+            "folder in training.output_dir"
         )
     raise RunError(
-        f"{folder} already holds a run; set training.resume_from_checkpoint=true to resume it, "
-        "or name another folder in training.output_dir"
+        f"{folder} already holds a run; set training.resume_from_checkpoint=true to resume it, --overwrite to "
+        "delete it and start anew, or name another folder in training.output_dir"
     )
 
 

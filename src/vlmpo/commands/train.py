@@ -16,9 +16,10 @@ from vlmpo.commands.adapter_settings import check_adapter_settings, lora_config,
 from vlmpo.commands.config import training_config
 from vlmpo.commands.evaluate import add_questions, evaluate_sets, show_pair_metrics
 from vlmpo.commands.guard import end_noted, training_folder
+from vlmpo.commands.overwrite import delete, find_old_run
 from vlmpo.commands.report import SHARE_OF_TIME, ReportRefresh, never_failing, report_at_end
 from vlmpo.commands.run_data import RunData, open_run_data, overlaps_with_training, show_pair_counts
-from vlmpo.commands.run_folder import MANIFEST, same_run
+from vlmpo.commands.run_folder import MANIFEST, read_paths, same_run
 from vlmpo.data.index.store import cache_folder
 from vlmpo.errors import RecipeError, RunError
 from vlmpo.fileio import replace_json, replace_text, writing
@@ -44,7 +45,7 @@ from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 
 
-def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
+def train(recipe: Recipe, allow_changes: Sequence[str] = (), *, overwrite: bool = False) -> MPOTrainer:
     """Train as the recipe says, evaluate the final model, and fill the run folder, ``training.output_dir``.
 
     With ``training.resume_from_checkpoint`` a run that was begun goes on, one without a checkpoint starts, and one that
@@ -53,29 +54,61 @@ def train(recipe: Recipe, allow_changes: Sequence[str] = ()) -> MPOTrainer:
     Args:
         recipe: the recipe.
         allow_changes: recipe keys that may differ from what the checkpoint was made by that is resumed from.
+        overwrite: delete the run that is in the run folder, once all that comes before training is known to be good.
 
     Raises:
         VlmpoError: the recipe, the data, the model or the run folder cannot be used.
     """
+    args = checked_config(recipe, allow_changes, overwrite)
+    with training_folder(recipe, args, overwrite) as before:
+        return _train(recipe, args, before, overwrite)
+
+
+def checked_config(recipe: Recipe, allow_changes: Sequence[str], overwrite: bool) -> MPOConfig:
+    """Return the settings of a training run. Raises RecipeError for what can be known to be wrong so early."""
     args = training_config(recipe)
+    if overwrite and args.resume_from_checkpoint:
+        raise RecipeError(
+            "--overwrite deletes the run in training.output_dir, and training.resume_from_checkpoint goes on with it; "
+            "leave one out"
+        )
     check_surroundings(args)
     args.allow_changes = list(allow_changes)
-    with training_folder(recipe, args) as before:
-        return _train(recipe, args, before)
+    return args
 
 
-def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None) -> MPOTrainer:
-    """Do what :func:`train` does, in a folder that this run holds and that has the manifest ``before``."""
-    folder, began = Path(args.output_dir), time.monotonic()
+def prepare(
+    recipe: Recipe, args: MPOConfig, folder: Path, before: dict[str, Any] | None, newest: bool
+) -> tuple[MPOTrainer, RunData, dict[str, Any], bool]:
+    """Do all that comes before anything is written.
+
+    Args:
+        recipe, args: of the run.
+        folder: its folder.
+        before: the manifest of the run that is there, if it is to go on.
+        newest: whether it goes on from its newest checkpoint: who names one wants its steps made again.
+
+    Returns:
+        The trainer, its data and manifest, and whether nothing is left to train.
+    """
     data, overlaps = _open_data(recipe)
     trainer = _build_trainer(recipe, args, data)
     if recipe.evaluate is not None and recipe.evaluate.questions is not None:
         add_questions(trainer, recipe)
     trainer.settle_best_metric()  # a wrong name is refused before anything is written
     manifest = _manifest(recipe, trainer, data, overlaps)
-    newest = args.resume_from_checkpoint is True  # the user who names a checkpoint wants its steps made again
-    if before is not None and newest and _is_finished(folder, before, manifest, trainer):
+    return trainer, data, manifest, before is not None and newest and _is_finished(folder, before, manifest, trainer)
+
+
+def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None, overwrite: bool) -> MPOTrainer:
+    """Do what :func:`train` does, in a folder that this run holds and that has the manifest ``before``."""
+    folder, began = Path(args.output_dir), time.monotonic()
+    trainer, data, manifest, is_finished = prepare(recipe, args, folder, before, args.resume_from_checkpoint is True)
+    if is_finished:
         return trainer
+    if overwrite and trainer.accelerator.is_main_process and (old := find_old_run(folder, read_paths(recipe, "train"))):
+        logger.info(f"--overwrite: deleting {old.describe()}")
+        delete(old)
     checkpoint = trainer.checkpoints.choose(args.resume_from_checkpoint or None)
     manifest["model"]["kernels"] = trainer.kernels.key  # those of the checkpoint, if there is one
     known = (before or {}).get("history") or []

@@ -419,24 +419,24 @@ class MPOTrainer(Trainer):
             if self.reference is not None:
                 self.reference.stop_sharing()
 
+    def row_probe(self) -> RowProbe:
+        """Return what reads rows of a few training pairs before the first step; the model is prepared by then."""
+        return RowProbe(
+            EncodedPairs(self.train_dataset, self.loader_encoder),
+            policy=unwrap_peft(self.model),
+            wrapped=self.model_wrapped,
+            shared=self.shared,
+            with_router=self.router_coefficient is not None,
+            prepare=self._prepare_inputs,
+            accelerator=self.accelerator,
+        )
+
     def _choose_rows(self, known: Settings) -> None:
         """Choose what rows hold; ``known``: the settings of the checkpoint that is resumed from."""
-
-        def probe() -> RowProbe:
-            return RowProbe(
-                EncodedPairs(self.train_dataset, self.loader_encoder),
-                policy=unwrap_peft(self.model),
-                wrapped=self.model_wrapped,
-                shared=self.shared,
-                with_router=self.router_coefficient is not None,
-                prepare=self._prepare_inputs,
-                accelerator=self.accelerator,
-            )
-
         self.row_memory.choose(
             known,
             pairs_at_once=compat.batch_size_per_device(self),
-            probe=probe,
+            probe=self.row_probe,
             pending=functools.partial(pending_bytes, self.model, self.optimizer),
             reference=self.reference,
         )
