@@ -121,7 +121,8 @@ def look_at(path: str) -> FoundData:
 
 def _first_records(spec: FileSpec) -> list[Mapping[str, Any]]:
     """Return those of the first few records that can be read."""
-    records, head = open_records(spec, Cache()), []
+    records = open_records(spec, Cache())
+    head: list[Mapping[str, Any]] = []
     for index in range(min(_HEAD, len(records))):
         with suppress(RecordError):
             head.append(records.record(index))
