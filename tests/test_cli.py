@@ -52,13 +52,13 @@ def raising(error: BaseException):
 
 def test_train_gets_the_parsed_recipe(recipe, stage):
     seen = []
-    stage("vlmpo.commands.train", "train", lambda parsed, allowed: seen.append((parsed, allowed)))
+    stage("vlmpo.commands.train", "train", lambda parsed, *given: seen.append((parsed, *given)))
     result = call("train", recipe, "loss.beta=0.2", "training.max_steps=-1")
     assert result.exit_code == 0
-    assert call("train", recipe, "--allow-changes", "loss.beta,data.files").exit_code == 0
+    assert call("train", recipe, "--allow-changes", "loss.beta,data.files", "--overwrite").exit_code == 0
     assert seen[0][0].loss.beta == 0.2
     assert seen[0][0].training == {"max_steps": -1, "output_dir": "runs/r"}
-    assert [allowed for _, allowed in seen] == [[], ["loss.beta", "data.files"]]
+    assert [tuple(given) for _, *given in seen] == [([], False), (["loss.beta", "data.files"], True)]
 
 
 def test_inspect_and_demo_get_their_options(recipe, stage):

@@ -135,11 +135,11 @@ def train(
         if dry_run:
             from vlmpo.commands.dry_run import dry_run as try_out
 
-            try_out(parsed, allowed, overwrite=overwrite)
+            try_out(parsed, allowed, overwrite)
             return
         from vlmpo.commands.train import train as run
 
-        run(parsed, allowed, overwrite=overwrite)
+        run(parsed, allowed, overwrite)
 
 
 @app.command(cls=_RecipeCommand)

@@ -40,7 +40,7 @@ class _BeforeFirstBatch(TrainerCallback):
         raise _Ready
 
 
-def dry_run(recipe: Recipe, allow_changes: Sequence[str] = (), *, overwrite: bool = False) -> None:
+def dry_run(recipe: Recipe, allow_changes: Sequence[str] = (), overwrite: bool = False) -> None:
     """Read, encode and measure as ``vlmpo train`` would before its first step; print what it would do.
 
     Nothing is trained, and nothing is written into the run folder, which is not even made. Reports to no tracker.

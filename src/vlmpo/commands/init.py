@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlmpo.commands.init_fit import Fit, devices, fit
-from vlmpo.commands.init_found import Found, find_data, find_model
+from vlmpo.commands.init_found import Found, find_data, find_model, near
 from vlmpo.commands.init_text import IMAGES, MODEL, PAIRS, recipe_text
 from vlmpo.errors import RecipeError
 from vlmpo.fileio import writing
@@ -45,9 +45,13 @@ def init(data: str | None, model: str | None, output: Path) -> None:
             raise
     load_recipe(output)
     print_line(f"recipe: {output}", style="bold")
-    for line in [f"model: {found.model or 'none found'}", *fitted.notes, *_to_fill_in(found, fitted)]:
+    for line in [
+        f"model: {near(found.model) if found.model else 'none found'}",
+        *fitted.notes,
+        *_to_fill_in(found, fitted),
+    ]:
         print_line(f"  {' '.join(line.split())}")
-    print_line("go on with:" if not list(_to_fill_in(found, fitted)) else "then:")
+    print_line("then:" if any(_to_fill_in(found, fitted)) else "go on with:")
     for command in _commands(fitted, output):
         print_line(f"  {command}")
 
@@ -76,7 +80,7 @@ def _commands(fitted: Fit, output: Path) -> Iterator[str]:
         yield f"vlmpo cache {recipe}"
     launcher = f"torchrun --nproc_per_node {devices()} -m " if devices() > 1 else ""
     yield f"{launcher}vlmpo train {recipe}"
-    if fitted.hold_out or fitted.eval is not None or fitted.pairs is None:
+    if fitted.hold_out or fitted.eval is not None:
         yield f"vlmpo evaluate {recipe}"
     else:
         yield f"vlmpo report {shlex.quote(os.path.join('runs', output.stem))}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vlmpo.commands.init_found import Found, FoundData
+from vlmpo.commands.init_found import Found, FoundData, near
 from vlmpo.commands.inspect import Encoded, encode_pairs, read_config
 from vlmpo.commands.inspect_memory import estimate_memory
 from vlmpo.commands.run_data import none_left, open_run_data
@@ -132,8 +132,8 @@ def _fit_pairs(data: FoundData, evaluation: FoundData | None, result: Fit) -> No
     result.train, result.pairs = entry, len(screening.kept) or len(pairs)
     reasons = Counter(drop.reason for drop in screening.dropped)
     dropped = "".join(f", {count} dropped as {reason}" for reason, count in reasons.most_common())
-    in_root = f"; images in {entry['image_root']}" if "image_root" in entry else ""
-    result.notes.append(f"data: {data.path}: {data.title}, {len(screening.kept)} usable pairs{dropped}{in_root}")
+    in_root = f"; images in {near(entry['image_root'])}" if "image_root" in entry else ""
+    result.notes.append(f"data: {near(data.path)}: {data.title}, {len(screening.kept)} usable pairs{dropped}{in_root}")
     if not len(screening.kept):
         result.needs_root = True
         result.notes.append(f"images: none of them was found, the first: {screening.dropped[0].detail}")
@@ -142,7 +142,7 @@ def _fit_pairs(data: FoundData, evaluation: FoundData | None, result: Fit) -> No
         result.eval, _, kept = _usable(evaluation, need_rejected=not result.supervised)
         if len(kept.kept):
             return
-        result.notes.append(f"evaluation: none of the pairs in {evaluation.path} can be used; it is left out")
+        result.notes.append(f"evaluation: none of the pairs in {near(evaluation.path)} can be used; it is left out")
         result.eval = None
     _fit_hold_out(pairs, screening, result)
 
@@ -214,7 +214,7 @@ def _fit_questions(data: FoundData, result: Fit) -> None:
         result.splits = "train", tests[0]
     judged = f"{answered} with an answer" if answered else "without answers, so that no response can be judged"
     result.notes.append(
-        f"data: {data.path}: {result.questions} questions, {judged}. Pairs are to be made first: the model's own "
+        f"data: {near(data.path)}: {result.questions} questions, {judged}. Pairs are to be made first: the model's own "
         "responses to them, right ones and wrong ones"
     )
     if len(asked.dropped) and asked.questions:
@@ -245,6 +245,9 @@ def _image_names(path: str) -> list[str]:
 
 def _fit_batches(result: Fit) -> None:
     """Choose the pairs of a step so that a run has some hundred steps, and at most the 256 pairs of InternVL's runs."""
+    if (result.pairs is None or result.needs_root) and result.eval is None:
+        result.hold_out = 0.1  # there will be enough pairs
+        result.remarks["hold_out"] = "of the pairs, kept for evaluation, split by image"
     if result.pairs is not None:
         result.epochs = 3 if result.pairs < 2000 else 1
         wanted = min(max(2 ** int(math.log2(max(result.pairs, 1) / 100 + 1)), 8), 256)
@@ -349,7 +352,6 @@ def _fit_memory(path: str, config: Any, encoded: Encoded, result: Fit) -> None:
             break
     for name, value in changes.items():
         setattr(result, name, value)
-    result.remarks["memory"] = line
     result.notes.append(f"memory: {line}{machine}")
     if not found.fits:
         result.notes.append(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vlmpo.data.dataset import open_pairs, open_records
 from vlmpo.data.index.store import Cache
-from vlmpo.data.readers.spec import SourceSpec, file_specs
+from vlmpo.data.readers.spec import FileSpec, SourceSpec, file_specs
 from vlmpo.errors import DataError, ModelError, RecordError, first_line, shorten
 from vlmpo.models.adapters import is_adapter
 from vlmpo.models.checkpoint_files import means_folder, why_unloadable
@@ -19,7 +20,7 @@ _DATA = (".jsonl", ".json", ".parquet")
 _LEVELS_DOWN, _MOST_ENTRIES, _MOST_FILES = 2, 5000, 60
 _NOT_ENTERED = {"runs", "wandb", "node_modules", "site-packages", "venv", "__pycache__"}
 _OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")
-_SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?(?=\.parquet$)")
+_SHARD = re.compile(r"([-_.]?)\d+(-of-\d+)?(?=\.parquet$)", re.IGNORECASE)
 _FOR_EVALUATION = re.compile(r"(^|[-_./])(eval|test|val|valid|validation|dev|held[-_]?out)([-_.]|$)", re.IGNORECASE)
 _HEAD = 8  # records by which questions are told
 
@@ -85,7 +86,11 @@ def find_data(path: str | None, found: Found) -> None:
                 raise
     sets, refused = _data_sets_in(folder)
     if not sets and path is not None:
-        why = f"; {refused[0]}" if refused else f": no {', '.join(_DATA)} file is in it, or in folders in it"
+        why = (
+            f": of {len(refused)} files the first: {refused[0]}"
+            if refused
+            else f": no {', '.join(_DATA)} file is in it, or in folders in it"
+        )
         raise DataError(f"--data: {folder} holds no pairs and no questions{why}")
     _choose(sets, found)
 
@@ -101,48 +106,47 @@ def look_at(path: str) -> FoundData:
     try:
         infos = open_pairs([SourceSpec(path)], need_rejected=False).infos
     except DataError:
-        if len(specs) != 1:
-            raise
-        records = open_records(specs[0], Cache())
-        if not _holds_questions(records):
+        head = _first_records(specs[0]) if len(specs) == 1 else []
+        if not (head and "question" in head[0] and "chosen" not in head[0]):
             raise
         if specs[0].kind != "lines":
             raise DataError(
                 f"{path}: holds questions, which are read from JSON Lines alone; write one object a line into a .jsonl "
                 "file"
             ) from None
-        return FoundData(absolute, "questions", "questions", len(records))
+        return FoundData(absolute, "questions", "questions", len(open_records(specs[0], Cache())))
     titles = ", ".join(dict.fromkeys(info.title for info in infos))
     return FoundData(absolute, "pairs", titles, sum(info.records for info in infos))
 
 
-def _holds_questions(records: object) -> bool:
-    """Return whether the first readable record has a question, and no response to it."""
-    for index in range(min(_HEAD, len(records))):  # type: ignore[arg-type]
-        try:
-            record = records.record(index)  # type: ignore[attr-defined]
-        except RecordError:
-            continue
-        return "question" in record and "chosen" not in record
-    return False
+def _first_records(spec: FileSpec) -> list[Mapping[str, Any]]:
+    """Return those of the first few records that can be read."""
+    records = open_records(spec, Cache())
+    head: list[Mapping[str, Any]] = []
+    for index in range(min(_HEAD, len(records))):
+        with suppress(RecordError):
+            head.append(records.record(index))
+    return head
 
 
 def _data_sets_in(folder: str) -> tuple[list[FoundData], list[str]]:
     """Return the data sets in and near below a folder, and for the files that are none a line each."""
     paths = [path for path in _entries(folder) if path.lower().endswith(_DATA) and os.path.isfile(path)]
-    shards = {path: _SHARD.sub("*", path) for path in paths if path.lower().endswith(".parquet")}
+    shards = {path: _SHARD.sub(r"\1*", path) for path in paths if path.lower().endswith(".parquet")}
     several = {glob for glob in shards.values() if list(shards.values()).count(glob) > 1}
     named = dict.fromkeys(shards[path] if shards.get(path) in several else path for path in paths)
     sets, refused, listed = [], [], set()
     for path in [*named][:_MOST_FILES]:
         try:
             found = look_at(path)
-            inner = {spec.path for spec in file_specs(SourceSpec(path), [], need_rejected=False)}
+            specs = file_specs(SourceSpec(path), [], need_rejected=False)
+            if not any(_first_records(spec) for spec in specs):  # logs and the like: whoever names them is told more
+                raise DataError(f"no record can be read in {path}")
         except (DataError, OSError) as error:
             refused.append(shorten(first_line(error), 400))
             continue
         sets.append(found)
-        listed |= inner - {found.path}  # the annotation files of a meta.json
+        listed |= {spec.path for spec in specs} - {found.path}  # the annotation files of a meta.json
     return [found for found in sets if found.path not in listed], refused
 
 
@@ -157,11 +161,13 @@ def _choose(sets: Sequence[FoundData], found: Found) -> None:
     for_evaluation = [one for one in pairs if one.is_for_evaluation and one is not found.train]
     if for_evaluation:
         found.eval = max(for_evaluation, key=lambda one: one.records)
-        found.notes.append(f"to evaluate on, by its name: {found.eval.path}")
+        found.notes.append(f"to evaluate on, by its name: {near(found.eval.path)}")
     others = [one for one in sets if one not in (found.train, found.eval)]
     if others:
-        listed = ", ".join(f"{one.path} ({one.records} {one.kind})" for one in others)
-        found.notes.append(f"chosen of {len(sets)} data sets: {found.train.path}; left aside: {shorten(listed, 600)}")
+        listed = ", ".join(f"{near(one.path)} ({one.records} {one.kind})" for one in others)
+        found.notes.append(
+            f"chosen of {len(sets)} data sets: {near(found.train.path)}; left aside: {shorten(listed, 600)}"
+        )
 
 
 # ---- models ----
@@ -178,8 +184,8 @@ def find_model(path: str | None, found: Found) -> None:
         models = [folder for folder in folders if _is_model(folder)]
         found.model = models[0] if models else None
         if len(models) > 1:
-            others = shorten(", ".join(models[1:]), 400)
-            found.notes.append(f"chosen of {len(models)} checkpoints: {models[0]}; left aside: {others}")
+            others = shorten(", ".join(map(near, models[1:])), 400)
+            found.notes.append(f"chosen of {len(models)} checkpoints: {near(models[0])}; left aside: {others}")
         return
     expanded = os.path.expanduser(path)
     is_local = os.path.exists(expanded) or means_folder(path) or "/" not in path
@@ -201,6 +207,12 @@ def _is_model(folder: str) -> bool:
 
 
 # ---- near ----
+
+
+def near(path: str) -> str:
+    """Return a path as a message shows it: relative if it is below the current folder."""
+    here = os.getcwd()
+    return os.path.relpath(path, here) if path.startswith(os.path.join(here, "")) else path
 
 
 def _entries(top: str) -> Iterator[str]:

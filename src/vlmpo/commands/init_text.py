@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from vlmpo.commands.init_fit import Fit, devices
+from vlmpo.commands.pair import CORRECTNESS_PAIRS, DROPOUT_PAIRS
 from vlmpo.errors import RecipeError, shorten
 from vlmpo.log import shown
 
 MODEL, PAIRS, IMAGES = "PATH-OF-YOUR-MODEL", "PATH-OF-YOUR-PAIRS.jsonl", "FOLDER-OF-YOUR-IMAGES"
-_PLAIN = re.compile(r"[A-Za-z/][\w/-]*[./][\w./-]*", re.ASCII)  # what YAML reads as text, quoted or not
-
-
-def pairs_made(run: str) -> str:
-    """Return where ``vlmpo pair`` will put its pairs; without answers ``dropout_ntp`` takes the place of the name."""
-    return os.path.join(run, "build", "pairs_correctness.jsonl")
+_PLAIN = re.compile(r"[A-Za-z/][\w./-]*", re.ASCII)
+_WIDTH = 110  # of the comments above the recipe
 
 
 def recipe_text(fit: Fit, model: str | None, recipe: Path) -> str:
@@ -42,7 +40,7 @@ def recipe_text(fit: Fit, model: str | None, recipe: Path) -> str:
 def _head(fit: Fit) -> Iterator[str]:
     yield "# Written by vlmpo init. All keys: docs/training.md of vlmpo; `vlmpo inspect` shows what the model will see."
     for note in fit.notes:
-        yield f"# {_in_comment(note)}"
+        yield from (f"# {line}" for line in textwrap.wrap(_in_comment(note), _WIDTH, subsequent_indent="  "))
     yield ""
 
 
@@ -70,7 +68,7 @@ def _data(fit: Fit, recipe: Path, run: str) -> Iterator[str]:
     yield "data:"
     yield "  train:"
     if fit.questions is not None:
-        made = pairs_made(run) if fit.with_answers else os.path.join(run, "build", "pairs_dropout_ntp.jsonl")
+        made = os.path.join(run, "build", CORRECTNESS_PAIRS if fit.with_answers else DROPOUT_PAIRS)
         yield f"    - path: {_scalar(made)} # made by `vlmpo sample` and `vlmpo pair`"
     elif fit.train is None:
         yield f"    - path: {PAIRS} # fill in: .jsonl, .json, .parquet, a folder or a Hub name"
@@ -79,9 +77,8 @@ def _data(fit: Fit, recipe: Path, run: str) -> Iterator[str]:
     if fit.eval is not None:
         yield "  eval:"
         yield from _source(fit.eval, False, recipe)
-    hold_out = 0.1 if fit.pairs is None and fit.eval is None else fit.hold_out
     if fit.eval is None:
-        yield f"  hold_out: {hold_out:g} # {fit.remarks.get('hold_out', 'of the pairs, kept for evaluation')}"
+        yield f"  hold_out: {fit.hold_out:g} # {fit.remarks['hold_out']}"
     yield f"  max_length: {fit.max_length} # {fit.remarks.get('max_length', 'tokens of prompt and longer response')}"
     if fit.max_tiles is not None:
         yield f"  max_tiles: {fit.max_tiles} # of the images of a pair together; {fit.remarks['max_tiles']}"
@@ -138,9 +135,6 @@ def _training(fit: Fit, run: str) -> Iterator[str]:
     yield "  lr_scheduler_type: cosine"
     yield "  warmup_steps: 0.03 # below 1: a part of all steps"
     yield "  weight_decay: 0.05"
-    remark = fit.remarks.get("memory")
-    if remark:
-        yield f"  # memory: {_in_comment(remark)}"
     yield f"  activation_checkpointing: {str(fit.checkpointing).lower()} # true takes less memory and more time"
     yield f"  logging_steps: {1 if steps is not None and steps <= 100 else 10}"
     evaluates = fit.eval is not None or fit.hold_out > 0
@@ -170,7 +164,7 @@ def _scalar(text: str) -> str:
         raise RecipeError(
             f"{shorten(shown(text))}: its name is not UTF-8 text, which no recipe can hold; rename it"
         ) from None
-    if _PLAIN.fullmatch(text):
+    if _PLAIN.fullmatch(text) and yaml.safe_load(text) == text:  # `no` is no text to YAML
         return text
     quoted = yaml.safe_dump(text, default_style='"', allow_unicode=True, width=1 << 20)
     return str(quoted).strip()

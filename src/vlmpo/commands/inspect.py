@@ -145,8 +145,8 @@ def inspect(recipe: Recipe, pairs: int = 1, card: float | None = None) -> None:
         print_line(f"note: {too_few}", style="yellow")
 
 
-def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int, most: int = MAX_ENCODED) -> Encoded:
-    """Encode the training pairs as training would, or a seeded sample of ``most`` of them.
+def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int, most: int | None = None) -> Encoded:
+    """Encode the training pairs as training would, or a seeded sample of ``most`` (:data:`MAX_ENCODED`) of them.
 
     Raises:
         RecordError: the first pair that cannot be used, under ``data.on_bad_record: fail``.
@@ -162,6 +162,7 @@ def encode_pairs(recipe: Recipe, data: RunData, processor: Any, num_samples: int
     if config is not None:
         check_config(config, encoder)
     indices = range(len(data.train))
+    most = most or MAX_ENCODED
     if len(indices) > most:
         indices = np.sort(np.random.default_rng(0).choice(len(indices), most, replace=False)).tolist()
     encoded = Encoded()

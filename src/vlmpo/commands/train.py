@@ -45,7 +45,7 @@ from vlmpo.train.sharding import is_partitioned
 from vlmpo.train.trainer import MPOTrainer
 
 
-def train(recipe: Recipe, allow_changes: Sequence[str] = (), *, overwrite: bool = False) -> MPOTrainer:
+def train(recipe: Recipe, allow_changes: Sequence[str] = (), overwrite: bool = False) -> MPOTrainer:
     """Train as the recipe says, evaluate the final model, and fill the run folder, ``training.output_dir``.
 
     With ``training.resume_from_checkpoint`` a run that was begun goes on, one without a checkpoint starts, and one that
