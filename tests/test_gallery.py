@@ -32,6 +32,7 @@ LEFT_OUT = {  # keys that are parsed only, as they need several processes or a p
     "full_fsdp2": ["training.fsdp=null", "training.fsdp_config=null"],
     "full_zero3": ["training.deepspeed=null"],
 }
+LIKE_ANOTHER = ("internvl3_5", "internvl3_38b", "full_zero3")  # once shortened: `make test-all` runs them
 SHORT = ("use_cpu=true", "max_steps=2", "per_device_train_batch_size=2", "gradient_accumulation_steps=1")
 SHORT += ("dataloader_num_workers=0", "disable_tqdm=true", "save_steps=1", "save_total_limit=1", "bf16=false")
 
@@ -103,7 +104,14 @@ def overrides(place: Path, stem: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", [path.stem for path in RECIPES if path.stem not in (*PARSED_ONLY, "pipeline")])
+@pytest.mark.parametrize(
+    "stem",
+    [
+        pytest.param(path.stem, marks=[pytest.mark.long] if path.stem in LIKE_ANOTHER else [])
+        for path in RECIPES
+        if path.stem not in (*PARSED_ONLY, "pipeline")
+    ],
+)
 def test_it_runs_on_a_tiny_model_of_its_family(place: Path, stem: str) -> None:
     given = overrides(place, stem)
     given += {

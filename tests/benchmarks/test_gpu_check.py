@@ -85,7 +85,10 @@ def test_a_wrong_kernel_fails_the_alignment(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["8B", "peaks-8B", "levers-1B", "families", "sizes-1B"])
+@pytest.mark.parametrize(
+    "part",
+    ["8B", *(pytest.param(part, marks=pytest.mark.long) for part in ("peaks-8B", "levers-1B", "families", "sizes-1B"))],
+)
 def test_every_part_of_whole_steps_in_miniature(part: str, tmp_path: Path) -> None:
     assert gpu_check.check(tmp_path, CPU, True, [part])  # the first losses of all arms agree
     assert tempfile.gettempdir() + "/tmp" not in (tmp_path / "gpu.json").read_text()  # figures are published

@@ -322,7 +322,7 @@ def test_no_responses_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
 EASY_VQA = SHARED / "data" / "easy_vqa" / "questions.jsonl"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not EASY_VQA.exists(), reason="no ../shared/data/easy_vqa")
 def test_no_chosen_on_easy_vqa_holds_a_wrong_final_answer() -> None:
     """A quarter of the training questions, answers drawn from those the data know; the check reads in its own way."""

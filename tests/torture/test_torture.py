@@ -15,12 +15,12 @@ from tests.torture.outcome import Outcome, differences, first_step
 from tests.torture.report import groups, summary, table
 from tests.torture.starts import Ended
 
-CASES = ("kill-00", *(f"damage-{number:02d}" for number in (0, 1, 3, 8, 12, 24)), "full-02")
+CASES = ("kill-00", *(f"damage-{number:02d}" for number in (0, 8, 24)), "full-02")
 
 
 @pytest.mark.slow
 def test_kills_damages_and_a_full_disk(tmp_path: Path) -> None:
-    """Three kills, six damages, one full disk; ``make torture`` does ten to twenty times as many."""
+    """Three kills, three damages, one full disk; ``make torture`` does ten to twenty times as many."""
     report = tmp_path / "torture.json"
     command = [sys.executable, "-m", "tests.torture", "--only", ",".join(CASES), "--json", str(report)]
     done = subprocess.run(

@@ -207,7 +207,7 @@ def break_images(folder: Path, how: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["removed", "emptied", "cut"])
+@pytest.mark.parametrize("how", ["removed", *(pytest.param(how, marks=pytest.mark.long) for how in ("emptied", "cut"))])
 def test_images_that_go_bad_in_the_middle_end_the_run(tmp_path: Path, how: str) -> None:
     """Whether the rest of the epoch is short, or long enough not to be read to its end."""
     for count, step in ((70, 5 + IN_A_ROW // 2), (24, 12)):

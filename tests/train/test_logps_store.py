@@ -101,7 +101,7 @@ def test_any_flipped_byte_is_detected(tmp_path: Path) -> None:
             ReferenceStore(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hundred_kills_lose_nothing_acknowledged(tmp_path: Path) -> None:
     command = [sys.executable, str(REPO / "tests" / "store_killer.py"), str(tmp_path), "200", "7"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, cwd=REPO)

@@ -406,7 +406,11 @@ def test_ranks_that_find_no_sound_checkpoint_end_with_one_message(tmp_path: Path
     ("override", "told"),
     [
         ("training.learning_rate=1e12", "step 2: log-probs of the policy are not finite in 4 of its 4 pairs"),
-        ("data.max_length=20", "nothing to train on: none of the 8 pairs can be used (8 over_long)"),
+        pytest.param(
+            "data.max_length=20",
+            "nothing to train on: none of the 8 pairs can be used (8 over_long)",
+            marks=pytest.mark.long,
+        ),
         ("model.path=damaged", "weight lm_head.weight has 1 non-finite values"),
     ],
 )
