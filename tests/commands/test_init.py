@@ -155,7 +155,7 @@ def test_what_is_not_found_is_a_placeholder(here: Path) -> None:
         (["--data", "void"], "of 2 files the first: no pair in"),
         (["--data", "nowhere/pairs.jsonl"], "no such file"),
         (["--data", "photos/0.png"], "no .jsonl, .json, .parquet file and no folder"),
-        (["--data", "q.json"], "read from JSON Lines alone"),
+        (["--data", "q.json"], "read from one file of JSON Lines"),
         (["--model", "photos"], "--model: no model can be loaded from photos: it has no config.json"),
         (["--model", "nowhere"], "there is no such folder"),
     ],

@@ -154,7 +154,7 @@ def test_a_dry_run_trains_and_writes_nothing(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["training.optim=nope"], "training: nope is not a valid OptimizerNames"),
+        (["training.optim=nope"], "training: optim cannot be 'nope'"),
         (["training.output_dir=/proc/nowhere/run"], "/proc/nowhere/run: No such file or directory"),
         (["data.max_length=3"], "none is left to train on"),
         (["--overwrite", "training.resume_from_checkpoint=true"], "leave one out"),

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vlmpo.data.dataset import open_pairs, open_records
+from vlmpo.data.dataset import SourceInfo, open_pairs, open_records
 from vlmpo.data.index.store import Cache
 from vlmpo.data.readers.spec import FileSpec, SourceSpec, file_specs
 from vlmpo.errors import DataError, ModelError, RecordError, first_line, shorten
@@ -103,17 +103,19 @@ def look_at(path: str) -> FoundData:
     if any(spec.kind == "hub" for spec in specs):
         return FoundData(path, "hub")
     absolute = os.path.abspath(os.path.expanduser(path))
+    infos: Sequence[SourceInfo] = ()
     try:
         infos = open_pairs([SourceSpec(path)], need_rejected=False).infos
     except DataError:
         head = _first_records(specs[0]) if len(specs) == 1 else []
         if not (head and "question" in head[0] and "chosen" not in head[0]):
             raise
-        if specs[0].kind != "lines":
+    if all(info.format == "questions" for info in infos):
+        if [spec.kind for spec in specs] != ["lines"]:
             raise DataError(
-                f"{path}: holds questions, which are read from JSON Lines alone; write one object a line into a .jsonl "
-                "file"
-            ) from None
+                f"{path}: holds questions, which are read from one file of JSON Lines; write one object a line into a "
+                ".jsonl file"
+            )
         return FoundData(absolute, "questions", "questions", len(open_records(specs[0], Cache())))
     titles = ", ".join(dict.fromkeys(info.title for info in infos))
     return FoundData(absolute, "pairs", titles, sum(info.records for info in infos))
