@@ -40,6 +40,11 @@ NOISE = (
         "the Trainer puts them right by itself; the package's own check of the chat template names the end token",
     ),
     Noise(
+        "transformers.trainer_utils",
+        r"mtime may not be reliable on this filesystem",
+        "checkpoints are then sorted by their steps, as they should be; those written in one second look so",
+    ),
+    Noise(
         "transformers.tokenization_utils_base",
         r"Token indices sequence length is longer than the specified maximum sequence length",
         "texts are measured before they are cut or dropped: data.max_length and the model's own limit are checked",

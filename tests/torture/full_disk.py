@@ -19,6 +19,7 @@ from tests.torture.moments import files_below
 from tests.torture.outcome import Outcome, differences
 from tests.torture.scene import RESUME, Scene
 from tests.torture.starts import Ended, Start, can_mount, run
+from vlmpo.report.write import PICTURE_FILE, REPORT_FILE
 
 
 class Place(NamedTuple):
@@ -88,7 +89,9 @@ def full_case(scene: Scene, name: str, number: int, rng: random.Random) -> Outco
 def _run_full(start: Start, here: Path, place: Place, whole: Path) -> Ended:
     if place.limit or not can_mount():
         return run(replace(start, largest_file=place.limit or FALLBACK))
-    size = int(sum(size for _, size, _ in files_below(whole)) * place.share)
+    # A report that cannot be written ends no run, and it is larger than all the rest.
+    needed = [size for path, size, _ in files_below(whole) if Path(path).name not in (REPORT_FILE, PICTURE_FILE)]
+    size = int(sum(needed) * place.share)
     ended = run(replace(start, way="process", tmpfs=(here, size)))
     stash = here.with_name(f"{here.name}.stash")
     shutil.copytree(stash, here, dirs_exist_ok=True)

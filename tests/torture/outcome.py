@@ -88,8 +88,9 @@ def first_step(output: str) -> int | None:
     """The first step that a start printed: it went on from the one before."""
     for line in output.replace("\r", "\n").splitlines():
         words = line.split()
-        if len(words) > 2 and words[0] == "step" and words[1].isdecimal() and words[2] == "loss":
-            return int(words[1])
+        step, _, steps = words[1].partition("/") if len(words) > 2 else ("", "", "")
+        if step.isdecimal() and steps.isdecimal() and (words[0], words[2]) == ("step", "loss"):
+            return int(step)
     return None
 
 

@@ -85,8 +85,8 @@ def test_how_a_start_may_end(ended: Ended, faults: list[str]) -> None:
 
 
 def test_the_step_it_went_on_from() -> None:
-    assert first_step("warning\nstep 7  loss 1.0\nstep 8  loss 1.0\n") == 7
-    assert first_step("step by step\n") is None
+    assert first_step("warning\nstep 7/12  loss 1.0\nstep 8/12  loss 1.0\n") == 7
+    assert first_step("step by step\neval  step 3/12  loss 1.0\n") is None
 
 
 def test_moments(tmp_path: Path) -> None:
