@@ -50,7 +50,7 @@ def test_the_part_in_miniature() -> None:
     run = SimpleNamespace(device=CPU, miniature=True, left=lambda: 100.0)
     part = gpu_alignment.part_attention(run)
     json.dumps(part)
-    assert set(part["fastest"].values()) == {"segments"}
+    assert set(part["fastest"].values()) <= {"segments", "segments, cuDNN"}  # which are the same on a CPU
     for found in part["shapes"].values():
         assert 1e-4 < found["segments"]["error_norm"] < 0.01  # rounding shows, and no more
         assert "_flash_attention_forward" in found["torch"]["error"]
