@@ -305,3 +305,7 @@ def test_a_recipe_in_json_is_one(place: Path) -> None:
     result = CliRunner().invoke(app, ["train", "r.json"])
     assert "r.json: loss.beta: expected a valid number" in result.stderr
     assert load_recipe(place / "train.yaml").model.path == "some/model"
+
+
+def test_a_number_beyond_all_floats_is_no_weight() -> None:
+    assert "loss_weights" in refused(MINIMAL + f"loss_type: sigmoid\nloss_weights: 1{400 * '0'}")

@@ -85,7 +85,7 @@ def _items(value: Any) -> list[Any]:
 def _number(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an int may be too large for any float
         return None
 
 

@@ -138,7 +138,9 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "optimizer"), [(torch.float32, "adamw"), (torch.bfloat16, "sgd")])
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"), [pytest.param(torch.float32, "adamw", marks=pytest.mark.long), (torch.bfloat16, "sgd")]
+)
 def test_every_arm_runs_and_starts_at_the_same_loss(dtype: torch.dtype, optimizer: str) -> None:
     """In float32 those that compute the same agree to 1e-5; TRL scores the line break behind a turn too."""
     setting = gpu_arms.Setting(MINIATURE, dtype, optimizer, 2, False, CPU, steps=2, seconds=120, warm_up=1)

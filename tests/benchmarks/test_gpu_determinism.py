@@ -13,7 +13,7 @@ from benchmarks import gpu_check, gpu_determinism
 CPU = torch.device("cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_part_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")  # of this process: the other has its own
     found = gpu_determinism.part_determinism(gpu_check.Run(CPU, True, time.perf_counter() + 120))

@@ -7,7 +7,7 @@ import torch
 from benchmarks.gpu_memory import Alone, part_memory
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_in_miniature() -> None:
     figures = part_memory(Alone(torch.device("cpu"), miniature=True))
     assert figures["passed"]

@@ -11,7 +11,7 @@ import torch
 from benchmarks import gpu_precision
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_way_is_measured() -> None:
     run = SimpleNamespace(device=torch.device("cpu"), miniature=True, left=lambda: math.inf)
     figures = gpu_precision.part_precision(run)

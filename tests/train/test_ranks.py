@@ -384,6 +384,7 @@ def test_one_damaged_shard_is_found_by_all_ranks(tmp_path: Path) -> None:
         assert all(f"checkpoint-{step} is damaged: {file} has changed" in first for step in (1, 2))
 
 
+@pytest.mark.long
 def test_ranks_that_find_no_sound_checkpoint_end_with_one_message(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
     write_data(tmp_path, records(4))
     training = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1}
