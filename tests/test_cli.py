@@ -14,8 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.paths import REPO
-from vlmpo.cli import _exit_codes, app
+from vlmpo.cli import app
 from vlmpo.errors import RecipeError, RecordError
+from vlmpo.exit_codes import exit_codes
 
 MINIMAL = "model: {path: some/model}\ndata: {train: [pairs.jsonl]}\nbuild: {questions: q.jsonl}\n"
 
@@ -214,6 +215,6 @@ def test_a_rank_leaves_its_group_at_the_end(tmp_path):
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    with _exit_codes():
+    with exit_codes():
         assert torch.distributed.is_initialized()
     assert not torch.distributed.is_initialized()

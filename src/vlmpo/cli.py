@@ -6,11 +6,7 @@ Exit codes: 0 done; 2 the recipe, the data, the arguments or the disk are at fau
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
-import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -22,12 +18,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vlmpo.argument_kinds import check_recipe_argument, check_run_argument, check_sections, looks_like_path, no_command
-from vlmpo.errors import RecipeError, RunError, VlmpoError, first_line
-from vlmpo.fileio import disk_problem
-from vlmpo.interrupt import SIGNALS, Interrupted, ignore_signals, watching
-from vlmpo.log import print_error, shown
+from vlmpo.errors import RecipeError
+from vlmpo.exit_codes import complain, exit_codes
+from vlmpo.interrupt import SIGNALS, ignore_signals
 from vlmpo.options import answer_options
-from vlmpo.quiet import hold_back_noise
 from vlmpo.recipe import Recipe
 from vlmpo.recipe_yaml import load_recipe
 
@@ -38,7 +32,7 @@ class _RecipeCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)} | {"--help"}
         if (told := answer_options(args, known)) is not None:
-            _complain(RecipeError(told))
+            complain(RecipeError(told))
             raise typer.Exit(2)
         return super().parse_args(ctx, args)
 
@@ -48,7 +42,7 @@ class _Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands and looks_like_path(args[0]):
-            with _exit_codes():
+            with exit_codes():
                 raise RecipeError(no_command(str(ctx.command_path), Path(args[0])))
         return super().resolve_command(ctx, args)
 
@@ -103,7 +97,7 @@ def init(
 
     What is not named is looked for in the current folder. Prints the commands to go on with.
     """
-    with _exit_codes():
+    with exit_codes():
         from vlmpo.commands.init import init as run
 
         run(data, model, output)
@@ -241,7 +235,7 @@ def merge(
 
     Writes a whole model and its processor, which transformers can load, to the output folder.
     """
-    with _exit_codes():
+    with exit_codes():
         check_run_argument("merge", adapter)
         from vlmpo.commands.merge import merge as run
 
@@ -267,7 +261,7 @@ def chat(
 
     On a terminal questions follow one another; from a pipe each line is a question of its own.
     """
-    with _exit_codes():
+    with exit_codes():
         from vlmpo.commands.chat import chat as run_chat
 
         run_chat(run, images or [], temperature, max_new_tokens, web)
@@ -286,7 +280,7 @@ def serve(
 
     Works beside a CPU build of torch too, where transformers serve itself does not start.
     """
-    with _exit_codes():
+    with exit_codes():
         from vlmpo.commands.serve import serve as run
 
         run(model, host, port)
@@ -307,7 +301,7 @@ def report(
     An HTML page that needs no network, report.html, and a picture of the main curves, report.png. Training, evaluation
     and demo write it by themselves.
     """
-    with _exit_codes():
+    with exit_codes():
         for folder in runs:
             check_run_argument("report", folder)
         from vlmpo.commands.report import report as run
@@ -324,7 +318,7 @@ def demo(
 
     Draws a small visual task, builds a tiny InternVL, warms it up and aligns it with MPO; takes minutes on two cores.
     """
-    with _exit_codes():
+    with exit_codes():
         from vlmpo.commands.demo import demo as run
 
         run(output, seed)
@@ -335,113 +329,14 @@ _RESUME = "training.resume_from_checkpoint=true"
 
 @contextmanager
 def _parsed(command: str, recipe: Path, overrides: list[str] | None, go_on: Sequence[str] = ()) -> Iterator[Recipe]:
-    """Yield the recipe; see :func:`_exit_codes`. ``go_on`` is what an interrupted command goes on with."""
+    """Yield the recipe; see :func:`exit_codes`. ``go_on`` is what an interrupted command goes on with."""
     key = _RESUME.partition("=")[0]
     kept = [override for override in overrides or [] if override.partition("=")[0] != key or not go_on]
-    with _exit_codes(f"vlmpo {command} {shlex.join([str(recipe), *kept, *go_on])}"):
+    with exit_codes(f"vlmpo {command} {shlex.join([str(recipe), *kept, *go_on])}"):
         check_recipe_argument(command, recipe)
         parsed = load_recipe(recipe, overrides or [])
         check_sections(command, recipe, parsed)
         yield parsed
-
-
-@contextmanager
-def _exit_codes(go_on: str | None = None) -> Iterator[None]:
-    """Turn an exception or a signal into its message and exit code; at the end leave the process group.
-
-    Args:
-        go_on: the command by which this one goes on after an interruption, if it can.
-    """
-    hold_back_noise()
-    with watching():  # to the end: a launcher sends signals while messages are printed
-        try:
-            with _one_line():
-                yield
-                _leave_process_group(destroy=True)
-        except Interrupted as stop:
-            _say_how_to_go_on(stop, go_on)
-            _leave_process_group(destroy=False)
-            raise typer.Exit(128 + stop.signum) from None
-        except VlmpoError as error:
-            _complain(error)
-            _leave_process_group(destroy=False)  # other ranks may be within a collective
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            raise  # `vlmpo inspect ... | head`: typer closes down quietly
-        except Exception:
-            sys.stderr.write(shown(traceback.format_exc()))
-            raise typer.Exit(1) from None
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn errors of the system, and of a rank that has ended, into errors for the user."""
-    try:
-        yield
-    except (VlmpoError, BrokenPipeError):
-        raise
-    except Exception as error:
-        found = _for_the_user(error)
-        if found is None:
-            raise
-        raise found from error
-
-
-def _for_the_user(error: Exception) -> BaseException | None:
-    """Return the one line that an error of the system is worth; None for our own fault, which has a traceback."""
-    found: RunError | None = None
-    if (problem := disk_problem(error)) is not None or isinstance(error, OSError):
-        place = getattr(error, "filename", None)
-        reason = problem or getattr(error, "strerror", None) or first_line(error)
-        found = RunError(f"{os.fsdecode(place)}: {reason}" if isinstance(place, str | bytes) else reason)
-    elif isinstance(error, RuntimeError) and _is_lost_rank(error):
-        found = RunError(
-            f"another rank has ended ({first_line(error)[:200]}); its own message says why. No checkpoint was written"
-        )
-    if found is not None:
-        found.met_by = "rank"
-    return found
-
-
-def _is_lost_rank(error: RuntimeError) -> bool:
-    """Return whether a collective failed. gloo raises plain RuntimeErrors."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return False
-    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout", "NCCL")
-    return type(error).__name__.startswith("Dist") or any(word in str(error) for word in words)
-
-
-def _say_how_to_go_on(stop: Interrupted, go_on: str | None) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        _let_first_rank_finish()
-        return
-    launcher = ", by the launcher that started this run" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    reached = "" if stop.step is None else f" after step {stop.step}, whose checkpoint is written"
-    print_error(f"{stop}", f"{reached}; to go on{launcher}: {go_on}" if go_on else reached)
-
-
-def _let_first_rank_finish() -> None:
-    """Wait while the rank that prints does so: the launcher ends the job when the first rank exits."""
-    time.sleep(1.0)
-
-
-def _leave_process_group(*, destroy: bool) -> None:
-    if "torch.distributed" in sys.modules:  # else there is no group: the command has not come so far
-        from vlmpo.train.sharding import leave_process_group
-
-        leave_process_group(destroy=destroy)
-
-
-def _complain(error: VlmpoError) -> None:
-    """Print the error on stderr: once a job, once a node, or on the one rank that met it; see ``VlmpoError.met_by``."""
-    rank = os.environ.get("RANK", "0")
-    first_of_node = os.environ.get("LOCAL_RANK") == "0"
-    if not (rank == "0" or error.met_by == "rank" or (error.met_by == "node" and first_of_node)):
-        _let_first_rank_finish()
-        return
-    print_error("error: " if rank == "0" else f"error on rank {rank}: ", str(error))
 
 
 def main() -> None:
