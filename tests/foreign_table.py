@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.paths import REPO
-from vlmpo.foreign_keys import ROWS, Row
+from vlmpo.foreign_table import ROWS, Row
 
 FILE = REPO / "docs" / "other_tools.md"
 

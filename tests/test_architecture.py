@@ -18,7 +18,7 @@ SOURCE = REPO / "src" / "vlmpo"
 # gathers the public names: it is the top floor, and no other module imports from it.
 FLOORS = [
     {"compat", "errors", "fileio", "hashing", "interrupt", "log", "quiet", "recipe", "recipe_yaml", "settings", "stats"}
-    | {"argument_kinds", "foreign_keys", "options", "torchvision_shim"},
+    | {"argument_kinds", "foreign_keys", "foreign_table", "options", "torchvision_shim"},
     {"data", "verifiers", "loss", "report"},
     {"models"},
     {"tree"},
@@ -26,7 +26,7 @@ FLOORS = [
     {"pairs", "evaluate"},
     {"testing", "demo"},
     {"commands"},
-    {"cli"},
+    {"cli", "exit_codes"},
     {"__init__", "__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

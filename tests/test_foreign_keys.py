@@ -17,9 +17,9 @@ from vlmpo import MPOConfig
 from vlmpo.cli import app
 from vlmpo.commands.config import check_training_keys
 from vlmpo.errors import RecipeError
-from vlmpo.foreign_keys import ROWS, TABLE, training_fields
+from vlmpo.foreign_table import ROWS, TABLE
 from vlmpo.options import answer_options
-from vlmpo.recipe import EXTRA_TRAINING_KEYS, SECTIONS
+from vlmpo.recipe import EXTRA_TRAINING_KEYS, SECTIONS, training_fields
 from vlmpo.recipe_yaml import load_recipe, parse_recipe
 
 MINIMAL = "model: {path: some/model}\ndata: {train: [pairs.jsonl]}\n"

@@ -14,8 +14,7 @@ from tests.paths import REPO
 from vlmpo.commands.adapter_settings import lora_config
 from vlmpo.commands.config import check_training_keys
 from vlmpo.errors import RecipeError
-from vlmpo.foreign_keys import training_fields
-from vlmpo.recipe import EXTRA_TRAINING_KEYS
+from vlmpo.recipe import EXTRA_TRAINING_KEYS, training_fields
 from vlmpo.recipe_yaml import dump_recipe, load_recipe, parse_recipe
 
 MINIMAL = "model: {path: some/model}\ndata: {train: [pairs.jsonl]}\n"

@@ -6,18 +6,21 @@ other libraries: :func:`check_keys` compares them with the known ones once those
 
 from __future__ import annotations
 
+import ast
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vlmpo import settings
 from vlmpo.errors import RecipeError
-from vlmpo.foreign_keys import answers, training_fields
+from vlmpo.foreign_keys import answers
 
 # Keys that `training` accepts in addition to the fields of transformers.TrainingArguments.
 EXTRA_TRAINING_KEYS = ("max_tokens_per_row", "learning_rates", "ema_decay", "precision", "deterministic")
@@ -345,3 +348,16 @@ def places() -> Mapping[str, str]:
     found = {key: f"{section}." for section in reversed(SECTIONS) if section for key in SECTIONS[section].model_fields}
     # `seed` is a key of build too, and training's is meant more often
     return {**found, **dict.fromkeys((*training_fields(), *EXTRA_TRAINING_KEYS), "training.")}
+
+
+@functools.cache
+def training_fields() -> frozenset[str]:
+    """Return the fields of transformers.TrainingArguments, read from its source: importing it takes seconds."""
+    found = importlib.util.find_spec("transformers")  # finds the folder, imports nothing
+    if found is None or found.origin is None:
+        return frozenset()
+    source = Path(found.origin).parent.joinpath("training_args.py").read_text(encoding="utf-8")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    body = next((node.body for node in classes if node.name == "TrainingArguments"), [])
+    lines = [line for line in body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
+    return frozenset(line.target.id for line in lines if not line.target.id.startswith("_"))  # type: ignore[union-attr]

@@ -18,8 +18,9 @@ import yaml
 from pydantic import ValidationError
 
 from vlmpo.errors import RecipeError, first_line
-from vlmpo.foreign_keys import ALL_KEYS, MEANT_BY_SECTION, Answer, answers, training_fields
-from vlmpo.recipe import EXTRA_TRAINING_KEYS, SECTIONS, Recipe, in_file, nearest, unknown_keys
+from vlmpo.foreign_keys import MEANT_BY_SECTION, Answer, answers
+from vlmpo.foreign_table import ALL_KEYS
+from vlmpo.recipe import EXTRA_TRAINING_KEYS, SECTIONS, Recipe, in_file, nearest, training_fields, unknown_keys
 from vlmpo.settings import MPO_WEIGHTS
 
 
