@@ -23,7 +23,7 @@ from vlmpo.log import print_line
 from vlmpo.recipe import Recipe
 from vlmpo.train.checkpoint import damage
 from vlmpo.train.checkpoint_io import checkpoints_in
-from vlmpo.train.device_memory import free_bytes, pending_bytes
+from vlmpo.train.device_memory import free_bytes, in_units, pending_bytes
 from vlmpo.train.memory_choice import LOOKED_AT, ranks_of_machine
 from vlmpo.train.resume import choose_checkpoint
 from vlmpo.train.trainer import MPOTrainer
@@ -132,13 +132,9 @@ def _memory(trainer: MPOTrainer) -> list[str]:
         tokens, patches = probe.largest()
         name = f"a row of the largest of {LOOKED_AT} pairs ({tokens} tokens, {patches} patches), measured"
         sizes.append((name, row.peak(tokens, patches)))
-    free = _in_units(free_bytes(device, ranks_of_machine()))
-    lines = [f"memory: {', '.join(f'{_in_units(size)} {name}' for name, size in sizes)}; {free} are free on {device}"]
+    free = in_units(free_bytes(device, ranks_of_machine()))
+    lines = [f"memory: {', '.join(f'{in_units(size)} {name}' for name, size in sizes)}; {free} are free on {device}"]
     return [*lines, choice.line] if choice is not None and choice.line else lines
-
-
-def _in_units(size: int) -> str:
-    return f"{size / 1024**3:.1f} GiB" if size >= 1024**3 / 10 else f"{size / 1024**2:.1f} MiB"
 
 
 def _what_would_happen(

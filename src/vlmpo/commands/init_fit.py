@@ -29,12 +29,12 @@ from vlmpo.models.loading import load_processor
 from vlmpo.recipe import Recipe
 from vlmpo.train.batching import tree_of
 from vlmpo.train.counts import PairCounts
+from vlmpo.train.device_memory import in_units
 
 ENCODED = 200  # pairs encoded for their lengths
 _MISSING = {"missing_image", "missing_video"}
 _EVALUATED = 500  # held-out pairs that are enough
 _ROUND = 256  # tokens
-_GIB = 1024**3
 
 
 @dataclass
@@ -346,7 +346,7 @@ def _fit_memory(path: str, config: Any, encoded: Encoded, result: Fit) -> None:
         except Exception as error:  # of a family that asks for values
             result.notes.append(f"memory: not estimated for this model ({type(error).__name__}){machine}")
             return
-        line = f"{way}: about {_in_units(found.resident)} for {found.parts}, {_in_units(found.peak)} for a row, of the "
+        line = f"{way}: about {in_units(found.resident)} for {found.parts}, {in_units(found.peak)} for a row, of the "
         line += f"{found.where}, estimated"
         if found.fits:
             break
@@ -358,7 +358,3 @@ def _fit_memory(path: str, config: Any, encoded: Encoded, result: Fit) -> None:
             "memory: even that does not fit here: train on more or larger cards (docs/distributed.md), lower "
             "data.max_tiles, or take a smaller model"
         )
-
-
-def _in_units(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB / 10 else f"{size / 1024**2:.1f} MiB"

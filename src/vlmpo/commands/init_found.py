@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from vlmpo.data.dataset import SourceInfo, open_pairs, open_records
+from vlmpo.data.dataset import SourceInfo, head_of, open_pairs, open_records
 from vlmpo.data.index.store import Cache
-from vlmpo.data.readers.spec import FileSpec, SourceSpec, file_specs
-from vlmpo.errors import DataError, ModelError, RecordError, first_line, shorten
+from vlmpo.data.readers.spec import SourceSpec, file_specs
+from vlmpo.errors import DataError, ModelError, first_line, shorten
 from vlmpo.models.adapters import is_adapter
 from vlmpo.models.checkpoint_files import means_folder, why_unloadable
 
@@ -22,7 +21,6 @@ _NOT_ENTERED = {"runs", "wandb", "node_modules", "site-packages", "venv", "__pyc
 _OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")
 _SHARD = re.compile(r"([-_.]?)\d+(-of-\d+)?(?=\.parquet$)", re.IGNORECASE)
 _FOR_EVALUATION = re.compile(r"(^|[-_./])(eval|test|val|valid|validation|dev|held[-_]?out)([-_.]|$)", re.IGNORECASE)
-_HEAD = 8  # records by which questions are told
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def look_at(path: str) -> FoundData:
     try:
         infos = open_pairs([SourceSpec(path)], need_rejected=False).infos
     except DataError:
-        head = _first_records(specs[0]) if len(specs) == 1 else []
+        head = head_of(open_records(specs[0], Cache())) if len(specs) == 1 else []
         if not (head and "question" in head[0] and "chosen" not in head[0]):
             raise
     if all(info.format == "questions" for info in infos):
@@ -121,16 +119,6 @@ def look_at(path: str) -> FoundData:
     return FoundData(absolute, "pairs", titles, sum(info.records for info in infos))
 
 
-def _first_records(spec: FileSpec) -> list[Mapping[str, Any]]:
-    """Return those of the first few records that can be read."""
-    records = open_records(spec, Cache())
-    head: list[Mapping[str, Any]] = []
-    for index in range(min(_HEAD, len(records))):
-        with suppress(RecordError):
-            head.append(records.record(index))
-    return head
-
-
 def _data_sets_in(folder: str) -> tuple[list[FoundData], list[str]]:
     """Return the data sets in and near below a folder, and for the files that are none a line each."""
     paths = [path for path in _entries(folder) if path.lower().endswith(_DATA) and os.path.isfile(path)]
@@ -142,7 +130,8 @@ def _data_sets_in(folder: str) -> tuple[list[FoundData], list[str]]:
         try:
             found = look_at(path)
             specs = file_specs(SourceSpec(path), [], need_rejected=False)
-            if not any(_first_records(spec) for spec in specs):  # logs and the like: whoever names them is told more
+            # logs and the like: whoever names them is told more
+            if not any(head_of(open_records(spec, Cache())) for spec in specs):
                 raise DataError(f"no record can be read in {path}")
         except (DataError, OSError) as error:
             refused.append(shorten(first_line(error), 400))

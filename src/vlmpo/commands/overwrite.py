@@ -13,6 +13,9 @@ from pathlib import Path
 from vlmpo.commands.folder_lock import refuse_if_held
 from vlmpo.commands.run_folder import MANIFEST, WRITTEN, read_manifest, refuse_inputs
 from vlmpo.errors import RecipeError, RunError, shorten
+from vlmpo.report.files import AGAINST, ANSWERS, ANSWERS_BEFORE
+from vlmpo.report.kept import KEPT_FILE
+from vlmpo.report.write import PICTURE_FILE, REPORT_FILE
 from vlmpo.train.checkpoint import read_state
 from vlmpo.train.checkpoint_io import PARTIAL_FOLDER, PARTIAL_MODEL, STATE_FILE, checkpoints_in, files_in
 from vlmpo.train.ema import AVERAGE_FOLDER
@@ -29,10 +32,10 @@ _MODEL = (
 _WEIGHTS = re.compile(
     r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?"
 )
-_REPORT = ("report.html", "report.png", "report_data.json", "answers.jsonl", "answers_before.jsonl")
+_REPORT = (REPORT_FILE, PICTURE_FILE, KEPT_FILE, ANSWERS, ANSWERS_BEFORE)
 _RUN = (MANIFEST, "recipe.yaml", "metrics.jsonl", "trainer_state.json", *_REPORT)
 _RESULTS = ("all_results.json", "train_results.json", "eval_results.json")
-_OF_EVALUATION = ("evaluation.json", "against_answers.jsonl", *_REPORT)
+_OF_EVALUATION = ("evaluation.json", AGAINST, *_REPORT)
 _LEFT_BY_A_KILL = re.compile(r".+\.[0-9a-f]{32}\.partial")  # of vlmpo.fileio
 
 

@@ -172,7 +172,7 @@ def _load(trained: Trained, path: str, *, quantized: bool) -> Any:
 def load_reference(trained: Trained, model: Any) -> Reference | None:
     """Return the reference of ``model``, which ``trained`` names; None, said in one line, if there is none to show.
 
-    Where the adapter switched off is the reference, nothing is loaded; else a second model, if memory is left for it.
+    If the adapter switched off is the reference, nothing is loaded; else a second model, if memory is left for it.
     """
     if trained.reference is None:
         logger.info("reference: none is known for a model that no run here made; it answers alone")

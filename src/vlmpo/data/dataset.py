@@ -47,7 +47,7 @@ def open_records(spec: FileSpec, cache: Cache) -> Records:
     return JsonRecords(spec.path, is_array=spec.kind == "array", cache=cache)
 
 
-def _head(records: Records) -> list[Mapping[str, Any]]:
+def head_of(records: Records) -> list[Mapping[str, Any]]:
     """Read the first few records, without those that cannot be read."""
     head: list[Mapping[str, Any]] = []
     for index in range(min(HEAD, len(records))):
@@ -94,7 +94,7 @@ class _Source:
         self._index: RecordIndex | None = None  # the last one made
         self.records = records
         # The copy opens the file for itself, so that a change of the file before the first real read is noticed.
-        head = _head(copy.copy(self.records))
+        head = head_of(copy.copy(self.records))
         self.recognised = recognise(head, spec.format, spec.path, need_rejected=need_rejected)
         if isinstance(self.records, JsonRecords) and not self.recognised.format.is_ranking:
             self.records = self.records.with_numbers_as_written()  # answers: 2.50 is not 2.5

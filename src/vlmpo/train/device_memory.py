@@ -42,6 +42,11 @@ def _left_of_group() -> int:
     return limit - held + files
 
 
+def in_units(size: int) -> str:
+    """Return a number of bytes in GiB, or in MiB if it is small."""
+    return f"{size / 1024**3:.1f} GiB" if size >= 1024**3 / 10 else f"{size / 1024**2:.1f} MiB"
+
+
 def pending_bytes(model: nn.Module, optimizer: Any) -> int:
     """Return what a step takes beside its rows and has not been allocated yet: gradients and optimizer states."""
     trained = [_local(parameter) for parameter in model.parameters() if parameter.requires_grad]

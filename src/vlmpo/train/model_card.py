@@ -318,16 +318,13 @@ def objective_fields(args: Any) -> dict[str, Any]:
 def describe_model(model: Any, processor: Any, reference: Any) -> dict[str, Any]:
     """Return the fields of RunSummary that policy, processor and reference give."""
     config = unwrap_peft(model).config
-    words = "a frozen model"
-    if isinstance(reference, AdapterReference):
-        words = "the model with its adapter off" if reference.frozen is None else "the model under its first adapter"
     return {
         "with_shim": torchvision_shim.is_in_use(),
         "base_model": compat.name_or_path(config),
         "adapter": is_peft(model),
         "reads_images": compat.is_image_text_config(config),
         "processor_class": "AutoProcessor" if hasattr(processor, "tokenizer") else "AutoTokenizer",
-        "reference": words,
+        "reference": reference.words if isinstance(reference, AdapterReference) else "a frozen model",
     }
 
 

@@ -140,5 +140,5 @@ def reference_words(reference: Reference | None) -> str:
     if isinstance(reference, CachedReference):
         return f"cache of log-probs in {reference.store.folder}"
     if isinstance(reference, AdapterReference):
-        return "the model with its adapter off" if reference.frozen is None else "the model under its first adapter"
+        return reference.words
     return "a frozen model, kept beside the one that trains"

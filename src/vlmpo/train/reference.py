@@ -145,6 +145,11 @@ class AdapterReference:
         self.frozen = frozen
         self._hash: str | None = None
 
+    @property
+    def words(self) -> str:
+        """What is read, in words."""
+        return "the model with its adapter off" if self.frozen is None else "the model under its first adapter"
+
     def response_logps(self, micro_batch: MicroBatch) -> Tensor:
         """Return ``[responses]``, without gradient."""
         return sum_by_response(self.token_logps(micro_batch), micro_batch.rows)
