@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import time
 import types
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from tests.paths import REPO
@@ -218,3 +220,30 @@ def test_a_rank_leaves_its_group_at_the_end(tmp_path):
     with exit_codes():
         assert torch.distributed.is_initialized()
     assert not torch.distributed.is_initialized()
+
+
+def test_a_signal_that_a_library_catches_is_no_error_of_ours(capsys) -> None:
+    """A library that is imported may catch the interruption, and fails later as it is half there."""
+
+    def run() -> None:
+        with exit_codes("vlmpo train r.yaml"):
+            with contextlib.suppress(SystemExit):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1.0)
+            raise RuntimeError("module has no attribute")
+
+    with pytest.raises(typer.Exit) as end:
+        run()
+    assert end.value.exit_code == 143
+    assert capsys.readouterr().err == "interrupted by SIGTERM; to go on: vlmpo train r.yaml\n"
+
+
+def test_a_torch_that_is_half_imported_is_left_alone(monkeypatch) -> None:
+    """What an interrupted import of torch leaves: its submodules, and no torch."""
+    monkeypatch.delitem(sys.modules, "torch")
+    half = types.ModuleType("torch.distributed")
+    monkeypatch.setitem(sys.modules, "torch.distributed", half)
+    with pytest.raises(typer.Exit) as end, exit_codes():
+        raise RecipeError("beta: must be positive")
+    assert end.value.exit_code == 2
+    assert "torch" not in sys.modules

@@ -13,7 +13,7 @@ import typer
 
 from vlmpo.errors import RunError, VlmpoError, first_line
 from vlmpo.fileio import disk_problem
-from vlmpo.interrupt import Interrupted, watching
+from vlmpo.interrupt import Interrupted, swallowed, watching
 from vlmpo.log import print_error, shown
 from vlmpo.quiet import hold_back_noise
 
@@ -53,11 +53,10 @@ def _one_line() -> Iterator[None]:
     """Turn errors of the system, and of a rank that has ended, into errors for the user."""
     try:
         yield
-    except (VlmpoError, BrokenPipeError):
-        raise
     except Exception as error:
-        found = _for_the_user(error)
-        if found is None:
+        if signum := swallowed():  # a library caught the interruption in its import, and is half there
+            raise Interrupted(signum) from None
+        if isinstance(error, VlmpoError | BrokenPipeError) or (found := _for_the_user(error)) is None:
             raise
         raise found from error
 
@@ -101,10 +100,19 @@ def _let_first_rank_finish() -> None:
 
 
 def _leave_process_group(*, destroy: bool) -> None:
-    if "torch.distributed" in sys.modules:  # else there is no group: the command has not come so far
-        from vlmpo.train.sharding import leave_process_group
+    """Give gloo's threads time to finish, if there is a process group, and then destroy it if ``destroy`` is set.
 
-        leave_process_group(destroy=destroy)
+    A thread that frees the last collective's tensors while the interpreter shuts down aborts the process: the exit code
+    is lost, and the launcher kills the first rank, which may still be writing the model. The thread needs the
+    interpreter's lock, and gets it while this one sleeps. (Joining the threads by dropping every reference to the group
+    can deadlock: torch holds the lock there.)
+    """
+    # Nothing is imported here: an import that was interrupted is half there, and fails when it is taken up again.
+    distributed = sys.modules.get("torch.distributed") if "torch" in sys.modules else None
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        time.sleep(0.5)
+        if destroy:
+            distributed.destroy_process_group()
 
 
 def complain(error: VlmpoError) -> None:

@@ -56,7 +56,7 @@ class _Watch:
         self.owner = os.getpid()
         self._first = 0.0
         self._deadline: float | None = None
-        self._final = False  # a checkpoint is written: nothing cuts the last lines short
+        self.final = False  # a checkpoint is written: nothing cuts the last lines short
         self._reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         self.thread = threading.Thread(target=self._enforce, name="vlmpo-signals", daemon=True)
@@ -71,8 +71,8 @@ class _Watch:
         """Raise Interrupted, once; the thread ends the process if that takes too long."""
         if self.raised:
             return
-        self.raised, self._final = True, step is not None
-        self._deadline = time.monotonic() + (3 * _GRACE if self._final else _GRACE)
+        self.raised, self.final = True, step is not None
+        self._deadline = time.monotonic() + (3 * _GRACE if self.final else _GRACE)
         with contextlib.suppress(OSError):
             os.write(self.writer, bytes([signal.SIGCHLD]))  # wakes the thread, which does not know the deadline yet
         raise Interrupted(self.signum, step)
@@ -105,7 +105,7 @@ class _Watch:
                 _say(f"{name}: the step is finished and a checkpoint written; a second {name} ends the run at once")
             else:
                 self._deadline = self._deadline or now + _GRACE
-        elif now - self._first >= REPEAT and not self._final:
+        elif now - self._first >= REPEAT and not self.final:
             self._end()
 
     def _end(self) -> None:
@@ -113,7 +113,7 @@ class _Watch:
         with contextlib.suppress(Exception):
             for child in multiprocessing.active_children():
                 child.kill()
-        if not self._final:
+        if not self.final:
             _say(f"interrupted by {signal.Signals(self.signum).name}: ended at once")
         os._exit(128 + self.signum)
 
@@ -184,6 +184,11 @@ def _deferring(value: bool) -> Iterator[None]:
 def requested() -> int:
     """Return the signal that has come, 0 if none has."""
     return 0 if _watch is None else _watch.signum
+
+
+def swallowed() -> int:
+    """Return the signal that :class:`Interrupted` was raised for at once, 0 if none: an error after it is its trace."""
+    return _watch.signum if _watch is not None and _watch.raised and not _watch.final else 0
 
 
 def stop(signum: int, step: int) -> None:

@@ -8,7 +8,6 @@ over ranks to the half-precision type; both stay in float32 here.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -200,17 +199,3 @@ def full_tensor(tensor: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return detached
-
-
-def leave_process_group(*, destroy: bool) -> None:
-    """Give gloo's threads time to finish, if there is a process group, and then destroy it if ``destroy`` is set.
-
-    A thread that frees the last collective's tensors while the interpreter shuts down aborts the process: the exit code
-    is lost, and the launcher kills the first rank, which may still be writing the model. The thread needs the
-    interpreter's lock, and gets it while this one sleeps. (Joining the threads by dropping every reference to the group
-    can deadlock: torch holds the lock there.)
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        time.sleep(0.5)
-        if destroy:
-            torch.distributed.destroy_process_group()
