@@ -116,14 +116,16 @@ def run_part(name: str, run: Run) -> None:
     print(f"{name}: {state} ({time.perf_counter() - begun:.0f} s)", flush=True)
 
 
-def check(output: Path, device: torch.device, miniature: bool, only: list[str] | None) -> bool:
+def check(
+    output: Path, device: torch.device, miniature: bool, only: list[str] | None, all_seconds: float | None = None
+) -> bool:
     """Run the parts, or ``only`` some with the time of all; return whether all checks passed.
 
     The device's name belongs to every run.
     """
-    started = time.perf_counter()
+    started, all_seconds = time.perf_counter(), ALL_SECONDS if all_seconds is None else all_seconds
     chosen = {name: part for name, part in PARTS.items() if not only or name in (*only, "device")}
-    more = max(1.0, ALL_SECONDS / sum(seconds for seconds, *_ in chosen.values()))
+    more = max(1.0, all_seconds / sum(seconds for seconds, *_ in chosen.values()))
     record: Figures = {"miniature": miniature, "parts": {}, "passed": True}
 
     def flush() -> None:
@@ -132,7 +134,7 @@ def check(output: Path, device: torch.device, miniature: bool, only: list[str] |
 
     for name, (seconds, *_) in chosen.items():
         begun = time.perf_counter()
-        deadline = begun + min(seconds * more, started + ALL_SECONDS - begun)
+        deadline = begun + min(seconds * more, started + all_seconds - begun)
         run = Run(device, miniature, deadline, record["parts"].setdefault(name, {}), flush)
         run_part(name, run)
         flush()
@@ -146,6 +148,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument("--miniature", action="store_true", help="tiny sizes, on any device")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=None, help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--seconds", type=float, default=ALL_SECONDS, help="for all parts (default: %(default)s)")
     options = parser.parse_args()
     unknown = [name for name in options.parts or () if name not in PARTS]
     if unknown:
@@ -154,7 +157,7 @@ def main() -> None:
         sys.exit("no CUDA device here; --miniature runs the parts at tiny sizes without one")
     warnings.simplefilter("ignore")  # of libraries, once an arm
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    sys.exit(0 if check(options.output, device, options.miniature, options.parts) else 1)
+    sys.exit(0 if check(options.output, device, options.miniature, options.parts, options.seconds) else 1)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "plain": (),
     "+ RMSNorm": ("rms_norm",),
     "+ gated MLP": ("rms_norm", "glu"),
-    "+ LayerNorm of the tower": ("rms_norm", "glu", "layer_norm"),
-    "+ rotary": ("rms_norm", "glu", "layer_norm", "rotary"),
+    "+ MLP of the tower": ("rms_norm", "glu", "mlp"),
+    "+ LayerNorm of the tower": ("rms_norm", "glu", "mlp", "layer_norm"),
+    "+ rotary": ("rms_norm", "glu", "mlp", "layer_norm", "rotary"),
 }
 Figures = dict[str, Any]
 
@@ -101,8 +102,16 @@ def modules(miniature: bool) -> Iterator[tuple[str, Any, int]]:
     with torch.device("meta"):
         gemma = Gemma3MLP(Gemma3TextConfig(hidden_size=wide, intermediate_size=4 * wide))
     yield f"Gemma 3 ({4 * wide})", gemma, tokens
+    yield "InternViT", _plain_mlp(32 if miniature else 1024), patches
     yield "InternViT", nn.LayerNorm(32 if miniature else 1024), patches
     yield "14 heads of 64, 2 of keys", _attention(), tokens
+
+
+def _plain_mlp(width: int) -> Any:
+    from transformers import InternVLVisionConfig
+    from transformers.models.internvl.modeling_internvl import InternVLVisionMLP
+
+    return InternVLVisionMLP(InternVLVisionConfig(hidden_size=width, intermediate_size=4 * width))
 
 
 def _attention() -> Any:

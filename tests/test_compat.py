@@ -251,6 +251,33 @@ def test_fast_bf16(monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, mos
 # ---- nobody else uses private names ----
 
 
+def test_hooks_on_saved_tensors_are_seen() -> None:
+    assert not compat.saved_tensors_are_hooked()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert compat.saved_tensors_are_hooked()
+    assert not compat.saved_tensors_are_hooked()
+
+
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_grows_in_place_unless_the_user_has_set_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    settings: list[str] = []
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(given, "max_split_size_mb:512")
+    name = "_accelerator_setAllocatorSettings"
+    holder = torch._C if hasattr(torch._C, name) else torch.cuda.memory
+    monkeypatch.setattr(holder, name if holder is torch._C else "_set_allocator_settings", settings.append)
+    compat.use_expandable_segments()
+    assert settings == []  # no CUDA here
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compat.use_expandable_segments()
+    assert settings == ([] if given else ["expandable_segments:True"])
+
+
 def test_operations_are_seen_with_what_they_are_given_and_return():
     seen = []
     weight = torch.ones(2, requires_grad=True)

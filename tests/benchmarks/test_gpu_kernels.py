@@ -22,7 +22,7 @@ def run(seconds: float = 100.0) -> Run:
 def test_every_kind_is_measured_and_the_model_reads_the_same() -> None:
     found = gpu_kernels.part_kernels(run())
     assert found["passed"]
-    assert {name.partition(":")[0] for name in found["kinds"]} == {"rms_norm", "glu", "layer_norm", "rotary"}
+    assert {name.partition(":")[0] for name in found["kinds"]} == {"rms_norm", "glu", "mlp", "layer_norm", "rotary"}
     for figures in found["kinds"].values():
         assert figures["fault"] is None
         for way in ("plain", "kernel", "torch"):
@@ -34,7 +34,7 @@ def test_every_kind_is_measured_and_the_model_reads_the_same() -> None:
     assert list(stages) == list(STAGES)
     assert stages["plain"]["modules"] == {}
     # Two layers in either tower: two norms each and one behind the last, or in front of the projector.
-    assert stages["+ rotary"]["modules"] == {"rms_norm": 5, "glu": 2, "layer_norm": 5, "rotary": 2}
+    assert stages["+ rotary"]["modules"] == {"rms_norm": 5, "glu": 2, "mlp": 2, "layer_norm": 5, "rotary": 2}
     assert all(stage["difference"] < 0.1 for stage in stages.values())
     assert stages["plain"]["milliseconds"] * (1 - sum(stage["gain"] for stage in stages.values())) == pytest.approx(
         stages["+ rotary"]["milliseconds"]

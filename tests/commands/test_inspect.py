@@ -267,7 +267,7 @@ def test_memory_is_estimated_for_a_card_that_is_not_there(recipe_file, tokenizer
     assert "and the reference" not in " ".join(on_card("reference.kind=cache").split())
     assert "computed again, a few tiles at a time" in " ".join(on_card("model.vision_memory=recompute").split())
     fixed = on_card("training.max_tokens_per_row=100", "training.gradient_checkpointing=true", "training.bf16=true")
-    assert "memory, estimated: the largest pair here takes about 0.0 GiB of 70.6" in " ".join(fixed.split())
+    assert "memory, estimated: the largest pair here takes about 0.0 GiB of 74.6" in " ".join(fixed.split())
     adapted = on_card("model.lora={r: 4}", "model.freeze=[vision_tower]")
     assert "memory, estimated: rows of up to " in " ".join(adapted.split())
 

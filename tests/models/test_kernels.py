@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import weakref
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +26,11 @@ from vlmpo.models.kernel_check import kinds_that_agree, why_not
 from vlmpo.models.kernels import Functions, Kernels, bind, fusable, is_bound, unbind
 from vlmpo.tree.forward import install
 
-ALL = ("rms_norm", "glu", "layer_norm", "rotary")
+ALL = ("rms_norm", "glu", "mlp", "layer_norm", "rotary")
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 NORMS = {name: fused for name, fused in families._FUSED.items() if fused.kind == "rms_norm"}
+PLAIN_MLPS = [name for name, fused in families._FUSED.items() if fused.kind == "mlp"]
 MLPS = [name for name, fused in families._FUSED.items() if fused.kind == "glu"]
 
 
@@ -84,15 +86,64 @@ def test_every_mlp_of_the_table_is_computed_as_its_class_does(name: str, activat
     assert relative(fused(states), module(states)) < 1e-6
 
 
+def plain_mlp(name: str) -> Any:
+    config = SimpleNamespace(hidden_size=24, intermediate_size=40, hidden_act="gelu")
+    given = (24, 40, "quick_gelu") if name == "qwen2_vl.VisionMlp" else (config,)
+    return class_of(name)(*given)
+
+
+@pytest.mark.parametrize("name", PLAIN_MLPS)
+def test_every_plain_mlp_of_the_table_is_computed_as_its_class_does(name: str) -> None:
+    """To the bit, gradients too; and the activation is not kept: it is made again once, in the backward pass."""
+    plain, row = plain_mlp(name), families._FUSED[name]
+    assert why_not(plain, row, FUNCTIONS, device=CPU, dtypes={torch.float32, torch.bfloat16}) is None
+    fused, calls = copy.deepcopy(plain), []
+    getattr(fused, row.parts[1]).register_forward_hook(lambda *_: calls.append(1))
+    bind(fused, row, FUNCTIONS)
+    results = []
+    for module in (plain, fused):
+        states = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = module(states)
+        forwards = len(calls)
+        out.square().sum().backward()
+        results.append([out, states.grad, *(p.grad for p in module.parameters())])
+    assert (forwards, len(calls)) == (1, 2)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_what_an_mlp_multiplies_last_is_not_kept() -> None:
+    """It is gone once the forward pass is over; hooks of another, such as checkpointing's, get it as they always do."""
+    module = mlp("qwen2.Qwen2MLP")
+    bind(module, Fused("glu"), FUNCTIONS)
+    states = torch.randn(1, 7, 24, requires_grad=True)
+    products: list[Any] = []
+    module.down_proj.register_forward_pre_hook(lambda _, given: products.append(weakref.ref(given[0])))
+    plain = mlp("qwen2.Qwen2MLP")
+    plain.load_state_dict(module.state_dict())
+    plain.down_proj.register_forward_pre_hook(lambda _, given: products.append(weakref.ref(given[0])))
+    out, expected = module(states), plain(states)
+    ours, theirs = (product() for product in products)
+    assert ours is None
+    assert theirs is not None
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        module(states)
+    assert saved.count((7, 40)) == 1  # the product, as the last matrix keeps it
+    out.sum().backward()
+    gradient, states.grad = states.grad, None
+    expected.sum().backward()
+    assert relative(gradient, states.grad) < 1e-6
+
+
 def test_the_table_holds_each_class_that_computes_so() -> None:
     """A class of a tested family whose code is that of a class in the table is in the table itself."""
-    packages = {name.split(".")[0] for name in (*NORMS, *MLPS)}
+    packages = {name.split(".")[0] for name in (*NORMS, *MLPS, *PLAIN_MLPS)}
     for package in packages:
         module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
         for kind in vars(module).values():
             if isinstance(kind, type) and kind.__module__ == module.__name__ and issubclass(kind, nn.Module):
                 code = kind.forward.__code__.co_code, kind.forward.__code__.co_names
-                for name in (*NORMS, *MLPS):
+                for name in (*NORMS, *MLPS, *PLAIN_MLPS):
                     own = class_of(name).forward.__code__
                     if code == (own.co_code, own.co_names):
                         assert f"{package}.{kind.__name__}" in families._FUSED
@@ -103,7 +154,7 @@ def test_counts_by_hand() -> None:
     model = FAMILIES["internvl-qwen2"].model(0)
     vision, text = model.config.vision_config.num_hidden_layers, model.config.text_config.num_hidden_layers
     found = bound(model)
-    assert found == {"rms_norm": 2 * text + 1, "glu": text, "rotary": text, "layer_norm": 2 * vision + 1}
+    assert found == {"rms_norm": 2 * text + 1, "glu": text, "mlp": vision, "rotary": text, "layer_norm": 2 * vision + 1}
     gemma = bound(FAMILIES["gemma3-text"].model(0))
     assert gemma == {"rms_norm": 2 * 6 + 1, "glu": 2}  # four norms a layer, and those of queries and keys
     qwen = bound(FAMILIES["qwen2.5-vl"].model(0), ("glu", "rms_norm"))

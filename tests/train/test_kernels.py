@@ -45,17 +45,18 @@ def kinds_in(model: Any) -> set[str]:
     return {type(module).__name__ for module in model.modules() if is_bound(module)}
 
 
-ALL = {"Qwen2RMSNorm", "Qwen2MLP", "Qwen2Attention"}
+ALL = {"Qwen2RMSNorm", "Qwen2MLP", "InternVLVisionMLP", "Qwen2Attention"}
 
 
 def test_one_line_says_what_is_used(tmp_path: Path, standins: None, said: list[str]) -> None:
     run = trainer(tmp_path, pairs(2))
-    layers = run.model.config.text_config.num_hidden_layers
+    layers, tower = run.model.config.text_config.num_hidden_layers, run.model.config.vision_config.num_hidden_layers
     assert said == [
-        f"kernels: stand-in 1 for {layers} gated MLPs and {2 * layers + 1} RMS norms and {layers} rotations"
+        f"kernels: stand-in 1 for {layers} gated MLPs and {tower} plain MLPs and {2 * layers + 1} RMS norms and "
+        f"{layers} rotations"
     ]
     assert kinds_in(run.model) == kinds_in(run.reference.model) == ALL
-    assert run.settings()["chosen.kernels"] == ["glu", "rms_norm", "rotary"]
+    assert run.settings()["chosen.kernels"] == ["glu", "mlp", "rms_norm", "rotary"]
     assert run.settings()["model.kernels"] == "auto"
 
 
@@ -82,7 +83,7 @@ def test_a_kernel_that_differs_is_left_out_and_said_so(
 ) -> None:
     monkeypatch.setattr(kernel_choice, "load_functions", lambda: wrong("silu_mul", 0.1))
     run = trainer(tmp_path, pairs(2))
-    assert kinds_in(run.model) == {"Qwen2RMSNorm", "Qwen2Attention"}
+    assert kinds_in(run.model) == ALL - {"Qwen2MLP"}
     assert said[0].startswith("kernels: glu is left to the plain modules: Qwen2MLP of ")
     assert "in float32 is off by" in said[0]
     assert said[1].startswith("kernels: stand-in 1 for ")
@@ -266,14 +267,19 @@ def test_a_resumed_run_uses_what_it_began_with(tmp_path: Path, standins: None, m
     monkeypatch.setattr(kernel_choice, "load_functions", lambda: wrong("silu_mul", 0.1))
     whole = trainer(tmp_path / "whole", pairs(4), **settings)
     whole.train()
-    assert read_state(tmp_path / "whole" / "checkpoint-1")["settings"]["chosen.kernels"] == ["rms_norm", "rotary"]
+    chosen = read_state(tmp_path / "whole" / "checkpoint-1")["settings"]["chosen.kernels"]
+    assert chosen == [
+        "mlp",
+        "rms_norm",
+        "rotary",
+    ]
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-2")
     monkeypatch.setattr(kernel_choice, "load_functions", lambda: FUNCTIONS)
     resumed = trainer(tmp_path / "cut", pairs(4), **settings)
     assert kinds_in(resumed.model) == ALL
     resumed.train(resume_from_checkpoint=True)
-    assert kinds_in(resumed.model) == kinds_in(resumed.reference.model) == {"Qwen2RMSNorm", "Qwen2Attention"}
+    assert kinds_in(resumed.model) == kinds_in(resumed.reference.model) == ALL - {"Qwen2MLP"}
     assert torch.equal(flat_weights(resumed.model), flat_weights(whole.model))
     assert "chosen.kernels" not in resumed.checkpoints.history[-1]["changes"]
 
@@ -289,7 +295,7 @@ def test_a_machine_without_them_goes_on_and_notes_it(
     resumed = trainer(tmp_path, pairs(4), **settings)
     with caplog.at_level(logging.INFO):
         resumed.train(resume_from_checkpoint=True)
-    assert resumed.checkpoints.history[-1]["changes"]["chosen.kernels"] == [["glu", "rms_norm", "rotary"], []]
+    assert resumed.checkpoints.history[-1]["changes"]["chosen.kernels"] == [["glu", "mlp", "rms_norm", "rotary"], []]
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def test_two_ranks_with_kernels_equal_one_without(tmp_path: Path, found: Any, na
     folder, runs = found
     single, moved = in_one_process(tmp_path, RUNS[name])
     for rank in runs[name]:
-        assert rank["bound"] == 9  # two gated MLPs, five norms, two rotations
+        assert rank["bound"] == 10  # two gated MLPs and a plain one, five norms, two rotations
         assert CLASS[name.partition("_")[0]] in rank["wrapper"]
     weights = [rank["weights"] for rank in runs[name]]
     assert torch.equal(*weights)

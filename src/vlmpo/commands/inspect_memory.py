@@ -18,8 +18,8 @@ from vlmpo.train.config import asked_precision
 from vlmpo.train.device_memory import free_bytes
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import RowMemory
-from vlmpo.train.memory_choice import MARGIN, MemoryChoice, Situation, settled
-from vlmpo.train.memory_estimate import estimate_rows, meta_model
+from vlmpo.train.memory_choice import MemoryChoice, Situation, full_row, room_of, settled
+from vlmpo.train.memory_estimate import estimate_rows, estimate_with_kernels, meta_model
 from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import count_patches
 from vlmpo.tree.vision_blocks import can_read_in_blocks, trains_tower
@@ -85,10 +85,21 @@ def estimate_memory(
     in_blocks = can_read_in_blocks(base) and trains_tower(base)
     device = torch.device("cpu" if card is None and not _has_card(recipe) else "cuda")
     tokens, vision = recipe.training.get("max_tokens_per_row", "auto"), recipe.model.vision_memory
-    situation = Situation(device, tokens, vision, pairs_at_once, in_blocks, can_measure=True, ranks_here=1)
+    situation = Situation(
+        device,
+        tokens,
+        vision,
+        pairs_at_once,
+        in_blocks,
+        can_measure=True,
+        ranks_here=1,
+        full_row=full_row(base.config.get_text_config().hidden_size),
+    )
     total = _total(device, card)
-    room = int((1 - MARGIN) * (total - resident))
+    room = room_of(device, total - resident)
     largest = pair.num_tokens, count_patches(pair, count_patch_pixels(base))
+    if device.type == "cuda" and recipe.model.kernels != "off":
+        estimate_with_kernels(base)
     factor = _AUTOCAST if precision == "autocast" and recipe.model.dtype == "float32" else 1.0
 
     def look(recompute: bool) -> tuple[RowMemory, int]:

@@ -89,18 +89,20 @@ class Fused:
     """Says which fused kernel computes what the modules of one class compute, and how; see vlmpo.models.kernels.
 
     Attributes:
-        kind: ``rms_norm``; ``glu``, a gated MLP ``down(act(gate(x)) * up(x))``; ``layer_norm``; ``rotary``, an
-            attention that rotates queries and keys by halves.
+        kind: ``rms_norm``; ``glu``, a gated MLP ``down(act(gate(x)) * up(x))``; ``mlp``, a plain one
+            ``second(act(first(x)))``; ``layer_norm``; ``rotary``, an attention that rotates queries and keys by halves.
         eps: the attribute of a norm that holds its epsilon.
         offset: what a norm adds to its weight.
         casting: ``llama``: normalised in float32, cast back, then multiplied by the weight; ``gemma``: all of it in
             float32, cast at the end.
+        parts: the attributes of a plain MLP: first matrix, activation, second matrix.
     """
 
-    kind: Literal["rms_norm", "glu", "layer_norm", "rotary"]
+    kind: Literal["rms_norm", "glu", "mlp", "layer_norm", "rotary"]
     eps: str = "variance_epsilon"
     offset: float = 0.0
     casting: Literal["llama", "gemma"] = "llama"
+    parts: tuple[str, str, str] = ("fc1", "activation_fn", "fc2")
 
 
 # By package of transformers and class, of version 5.23. Not here: Cohere's norms, which have a mean and no bias;
@@ -130,6 +132,18 @@ _FUSED = {
             *("qwen3_vl.Qwen3VLTextMLP", "qwen3_vl_moe.Qwen3VLMoeTextMLP"),
         ),
         Fused("glu"),
+    ),
+    **dict.fromkeys(
+        (
+            *("clip.CLIPMLP", "idefics3.Idefics3VisionMLP", "internvl.InternVLVisionMLP", "siglip.SiglipMLP"),
+            "smolvlm.SmolVLMVisionMLP",
+        ),
+        Fused("mlp"),
+    ),
+    "qwen2_vl.VisionMlp": Fused("mlp", parts=("fc1", "act", "fc2")),
+    **dict.fromkeys(
+        ("qwen3_vl.Qwen3VLVisionMLP", "qwen3_vl_moe.Qwen3VLMoeVisionMLP", "qwen3_5.Qwen3_5VisionMLP"),
+        Fused("mlp", parts=("linear_fc1", "act_fn", "linear_fc2")),
     ),
     "torch.LayerNorm": Fused("layer_norm", eps="eps"),
     **dict.fromkeys(

@@ -113,8 +113,9 @@ def width_of(module: Any, fused: Fused) -> int:
     """Return the last dimension that a kernel reads; 0 for rotations, whose width is not the module's own."""
     if fused.kind == "rotary":
         return 0
-    if fused.kind == "glu":
-        return int(module.gate_proj.out_features)
+    if fused.kind in ("glu", "mlp"):
+        first = module.gate_proj if fused.kind == "glu" else getattr(module, fused.parts[0])
+        return int(first.out_features)
     weight = module.weight
     return int(getattr(weight, "ds_shape", weight.shape)[-1])  # under ZeRO-3 a weight here is empty
 
@@ -135,6 +136,9 @@ def cases_of(
     elif fused.kind == "glu":
         states = [noise(1, tokens, width), noise(1, tokens, width)]
         yield Case(label, _on_projections(module, type(module).forward), _on_projections(module, forward), states)
+    elif fused.kind == "mlp":
+        plain, ours = (_on_first(module, fused.parts, each) for each in (type(module).forward, forward))
+        yield Case(label, plain, ours, [noise(1, tokens, width)])
     else:
         weights = [0.1 * noise(width) + (1.0 - fused.offset)]
         weights += [noise(width)] if fused.kind == "layer_norm" else []
@@ -157,10 +161,28 @@ class _Given(nn.Module):
 
 def _on_projections(module: Any, forward: Callable[..., Any]) -> Function:
     def function(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-        parts = {"gate_proj": _Given(gate), "up_proj": _Given(up), "down_proj": nn.Identity()}
+        parts = {"gate_proj": _Given(gate), "up_proj": _Given(up), "down_proj": _Square()}
         return (forward(_shell(module, modules={**parts, "act_fn": module.act_fn}), None),)
 
     return function
+
+
+def _on_first(module: Any, parts: tuple[str, str, str], forward: Callable[..., Any]) -> Function:
+    first, activation, second = parts
+
+    def function(inner: Tensor) -> tuple[Tensor, ...]:
+        # The second matrix keeps what it is given, as a projection does.
+        given = {first: _Given(inner), activation: getattr(module, activation), second: _Square()}
+        return (forward(_shell(module, modules=given), None),)
+
+    return function
+
+
+class _Square(nn.Module):
+    """Squares what it is given: its gradient needs the very values."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states * states
 
 
 def _on_weights(module: Any, forward: Callable[..., Any]) -> Function:

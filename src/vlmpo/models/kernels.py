@@ -1,4 +1,4 @@
-"""Compute norms, gated MLPs and rotations by fused kernels, liger-kernel's or torch's, bound to a model's own modules.
+"""Compute norms, MLPs and rotations by fused kernels, liger-kernel's or torch's, bound to a model's own modules.
 
 liger-kernel's own patches replace classes and functions of transformers for the whole process, so they are never
 called. Here a module gets a bound method ``forward`` of its own. Hooks, gathered weights, adapters, checkpointing and
@@ -25,10 +25,17 @@ from transformers.activations import GELUTanh, SiLUActivation
 from vlmpo import compat
 from vlmpo.models.adapters import unwrap_peft
 from vlmpo.models.families import FAMILIES, Fused, family_of, fused_of
+from vlmpo.models.made_again import made_again
 
 # The kinds that a run uses. A kind that does not pay is taken out here; vlmpo.models.families lists what each is for.
-USED = ("rms_norm", "glu", "rotary")
-_NOUNS = {"rms_norm": "RMS norms", "glu": "gated MLPs", "layer_norm": "layer norms", "rotary": "rotations"}
+USED = ("rms_norm", "glu", "mlp", "rotary")
+_NOUNS = {
+    "rms_norm": "RMS norms",
+    "glu": "gated MLPs",
+    "mlp": "plain MLPs",
+    "layer_norm": "layer norms",
+    "rotary": "rotations",
+}
 # States of at least so many features are normed by torch's own kernel: one launch where liger-kernel has three, and as
 # fast. Narrow ones, heads of an attention, it reads at a quarter of liger-kernel's speed (benchmarks/results/gpu.md).
 _WIDE = 512
@@ -120,6 +127,8 @@ def _is_plain(module: Any, fused: Fused) -> bool:
         return False
     if fused.kind == "glu":
         return _product(module.act_fn) is not None
+    if fused.kind == "mlp":
+        return all(hasattr(module, part) for part in fused.parts)
     if fused.kind == "layer_norm":
         return module.weight is not None and module.bias is not None and len(module.normalized_shape) == 1
     return True
@@ -179,9 +188,26 @@ def _layer_norm(kind: Any, fused: Fused, functions: Functions) -> Forward:
 def _glu(kind: Any, fused: Fused, functions: Functions) -> Forward:
     def forward(self: Any, states: Tensor) -> Any:
         gate, up = self.gate_proj(states), self.up_proj(states)
-        if functions.can_read(gate, up):
-            return self.down_proj(getattr(functions, _product(self.act_fn) or "")(gate, up))
-        return self.down_proj(self.act_fn(gate) * up)
+        if not functions.can_read(gate, up):
+            return self.down_proj(self.act_fn(gate) * up)
+        multiply = getattr(functions, _product(self.act_fn) or "")
+        product = multiply(gate, up)
+        with made_again(product, lambda: multiply(gate, up)):
+            return self.down_proj(product)
+
+    return forward
+
+
+def _mlp(kind: Any, fused: Fused, functions: Functions) -> Forward:
+    first, activation, second = fused.parts
+
+    def forward(self: Any, states: Tensor) -> Any:
+        inner, activate = getattr(self, first)(states), getattr(self, activation)
+        active = activate(inner)
+        if not functions.can_read(active):
+            return getattr(self, second)(active)
+        with made_again(active, lambda: activate(inner)):
+            return getattr(self, second)(active)
 
     return forward
 
@@ -201,6 +227,7 @@ def _rotary(kind: Any, fused: Fused, functions: Functions) -> Forward:
 _FORWARDS: dict[str, Callable[[Any, Fused, Functions], Forward]] = {
     "rms_norm": _rms_norm,
     "glu": _glu,
+    "mlp": _mlp,
     "layer_norm": _layer_norm,
     "rotary": _rotary,
 }

@@ -22,7 +22,9 @@ from vlmpo.tree.packing import RowBound
 # long in one row as in two (0.99 and 1.01 times the seconds, online and cached), which take a sixth less memory.
 ROW_TOKENS = {"cpu": 1024, "cuda": 16384}
 FULL_ROW = 8192  # tokens of a row with which a GPU is busy: to make room for larger ones nothing is computed again
-MARGIN = 0.1  # of what is free stays so: memory is not handed out without gaps
+_WIDE = 2048  # of text layers at least so wide half as many keep it busy
+_MARGINS = {"cuda": 0.05}  # of what is free stays so: memory is not handed out without gaps, on CUDA nearly
+_MARGIN = 0.1
 LOOKED_AT = 8  # pairs, spread over the data set, of which the largest is measured
 _SMALL = 0.1  # of a CPU's free memory: a model whose weights take less is not measured
 _GIB = 1024**3
@@ -31,6 +33,16 @@ _GIB = 1024**3
 def row_tokens(device: str) -> int:
     """Return the tokens of a row on a ``device`` of that type if nothing is measured."""
     return ROW_TOKENS.get(device, ROW_TOKENS["cuda"])
+
+
+def full_row(width: int) -> int:
+    """Return the tokens of a row with which a GPU is busy, if the text layers are so wide."""
+    return FULL_ROW if width < _WIDE else FULL_ROW // 2
+
+
+def room_of(device: torch.device, free: int) -> int:
+    """Return how many of the ``free`` bytes of ``device`` a row may take."""
+    return int((1 - _MARGINS.get(device.type, _MARGIN)) * free)
 
 
 def fixed_tokens(tokens: int | str | None, device: torch.device) -> int | None:
@@ -84,6 +96,7 @@ class Situation:
         can_recompute: whether the tower can be read in blocks, and trains.
         can_measure: whether rows can be read alone before the first step (not under FSDP or DeepSpeed).
         ranks_here: ranks that share this machine's memory.
+        full_row: tokens of a row with which a GPU is busy.
     """
 
     device: torch.device
@@ -93,6 +106,7 @@ class Situation:
     can_recompute: bool
     can_measure: bool
     ranks_here: int
+    full_row: int = FULL_ROW
 
     @property
     def asked(self) -> list[Any]:
@@ -140,7 +154,7 @@ def choose_memory(
 
     def look(recompute: bool) -> tuple[RowMemory | None, int]:
         memory = _measured(probe, recompute)
-        room = int((1 - MARGIN) * (free_bytes(s.device, s.ranks_here) - pending()))
+        room = room_of(s.device, free_bytes(s.device, s.ranks_here) - pending())
         found = gather((memory, room))
         measured = [memory for memory, _ in found if memory is not None]
         return _largest(measured) if len(measured) == len(found) else None, min(room for _, room in found)
@@ -158,7 +172,7 @@ def settled(
         largest: tokens and patches of the largest of some pairs.
         look: returns what rows take, with the tower in blocks or not, and how many bytes there are for a row.
     """
-    rows = s.tokens if isinstance(s.tokens, int) else FULL_ROW
+    rows = s.tokens if isinstance(s.tokens, int) else s.full_row
     row = [max(min(s.pairs_at_once, rows // max(largest[0], 1)), 1) * size for size in largest]
     tried = ["keep", "recompute"] if s.vision == "auto" and s.can_recompute else [s.vision]
     vision, memory, room = "keep", None, 0

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForI
 
 from vlmpo import compat
 from vlmpo.models.families import logit_scale_and_softcap
+from vlmpo.models.kernels import USED, Functions, Kernels
 from vlmpo.models.vision import encode_images
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import LiveBytes, RowMemory, measure_rows
@@ -67,6 +68,40 @@ def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool) -> Any:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps what a fused gated product keeps, and computes nothing; its gradients lie over gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        gate, up = ctx.saved_tensors
+        return gate, up
+
+
+def _norm(states: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
+    return nn.functional.rms_norm(states, weight.shape, weight, eps)
+
+
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return query.view_as(query), key.view_as(key)  # in place
+
+
+def _layer_norm(states: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return nn.functional.layer_norm(states, weight.shape, weight, bias, eps)
+
+
+_KERNELS = Functions("shapes", "meta", _norm, _Gated.apply, _Gated.apply, _layer_norm, _rotate)
+
+
+def estimate_with_kernels(model: Any) -> None:
+    """Let a model from :func:`meta_model` keep what it keeps with fused kernels (vlmpo.models.kernels)."""
+    Kernels(USED, _KERNELS).bind(model)
 
 
 def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool) -> RowMemory:

@@ -17,6 +17,7 @@ from vlmpo.train.memory_choice import (
     Situation,
     choose_memory,
     describe_choice,
+    full_row,
     ranks_of_machine,
     refuse_blocks,
 )
@@ -92,6 +93,7 @@ class RowsInMemory:
             can_recompute=self._can_recompute(),
             can_measure=not share_passes,
             ranks_here=ranks_of_machine(),
+            full_row=full_row(policy.config.get_text_config().hidden_size),
         )
         earlier = MemoryChoice.from_json(known.get("chosen", self.before).get("memory"), situation.asked)
         self.choice = earlier or choose_memory(situation, probe=probe(), pending=pending, gather=self._ranks.all_gather)

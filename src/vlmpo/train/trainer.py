@@ -184,6 +184,7 @@ class MPOTrainer(Trainer):
         refuse_unused(data_collator=data_collator, compute_metrics=compute_metrics)
         args = args if args is not None else MPOConfig(output_dir="runs/mpo")
         check_arguments(args, peft_config)
+        compat.use_expandable_segments()
         model, ref_model, processing_class = load_named(model, ref_model, processing_class)
         refuse_shared_weights(model, ref_model)
         if peft_config is not None:
