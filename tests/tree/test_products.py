@@ -35,20 +35,23 @@ def distance(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(4, 4, 70, 70, 3), (8, 2, 90, 90, 1), (8, 4, 20, 110, 1), (6, 2, 1, 40, 1)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scores", [2**20, 1])  # all heads at a time, and one
+@pytest.mark.parametrize("kept", [0, 100])  # probabilities made again, and kept
 def test_it_is_as_exact_as_sdpa(
-    shape: tuple[int, ...], masked: bool, scores: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], masked: bool, scores: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "_SCORES", scores)
+    monkeypatch.setattr(products, "_KEPT", kept)
     given = states(*shape)
     _, _, queries, keys, _ = shape
     mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries) if masked else None
+    hidden = None if mask is None else torch.zeros(queries, keys).masked_fill(~mask, float("-inf"))
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
 
     exact = with_gradients(sdpa, [state.double() for state in given])
     theirs = with_gradients(sdpa, given)
-    ours = with_gradients(lambda query, key, value: attend_by_products(query, key, value, mask, 0.3), given)
+    ours = with_gradients(lambda query, key, value: attend_by_products(query, key, value, hidden, 0.3), given)
     for mine, other, true in zip(ours, theirs, exact, strict=True):
         assert mine.shape == true.shape
         assert distance(mine, true) < max(2 * distance(other, true), 5e-3)

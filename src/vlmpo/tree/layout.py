@@ -152,6 +152,7 @@ class RowLayout:
         self.positions: Tensor | None = None
         self.features: Any = None
         self._masks: dict[tuple[Any, ...], Tensor | None] = {}
+        self._hidden: dict[int, Tensor] = {}
         self._segments: dict[torch.device, Segments] = {}
 
     @classmethod
@@ -219,6 +220,13 @@ class RowLayout:
         mask_or_none = self._masks[key]
         assert mask_or_none is not None
         return mask_or_none
+
+    def hidden(self, mask: Tensor) -> Tensor:
+        """Return a mask of this layout as what is added to scores, float32: -inf where it is False, else 0."""
+        if id(mask) not in self._hidden:  # the mask lives as long as the layout
+            hidden = torch.zeros(mask.shape, device=mask.device)
+            self._hidden[id(mask)] = hidden.masked_fill_(~mask, float("-inf"))
+        return self._hidden[id(mask)]
 
 
 _TEXT_TENSORS = ("input_ids", "position_ids", "logit_positions", "targets", "response_index")

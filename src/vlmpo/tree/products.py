@@ -1,12 +1,15 @@
 """Attend on a CPU in bfloat16 by matrix products, a few heads at a time.
 
 There torch's SDPA takes up to twice as long, most of it backward: it converts tile by tile what matrix products read
-as it is. As in it, scores and their softmax are float32, and no scores are kept for the backward pass. Heads are taken
-so few at a time that their scores stay in the cache of a core.
+as it is. As in it, scores and their softmax are float32. Heads are taken so few at a time that their scores stay in the
+cache of a core. Probabilities are kept for the backward pass if they are small, as those of a tile are, else
+made again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 TOWER_ATTENTION = "vlmpo_tower"  # the attention of vision layers
 
+_KEPT = 10  # keys for each entry of a head up to which probabilities are kept: 2.5 times what attention keeps anyway
 # Scores at a time, and the most of one segment: above it SDPA, which leaves out what a causal mask hides, is faster.
 # Measured on two cores with avx512_bf16 at heads of 32, 64 and 128, 257 to 2000 tokens.
 _SCORES = 2**20
@@ -32,13 +36,14 @@ def can_attend(query: Tensor, key: Tensor, *, masked: bool) -> bool:
 
 
 def attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scaling: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, scaling: float | None = None
 ) -> Tensor:
     """Attend as SDPA does with ``enable_gqa``.
 
     Args:
         query: ``[batch, heads, queries, head]``; key, value: ``[batch, kv_heads, keys, head]``.
-        mask: ``[queries, keys]`` bool, True if a query sees a key; None: all are seen.
+        hidden: ``[queries, keys]`` float32, added to the scores: -inf if a query does not see a key, else 0; None: all
+            are seen.
         scaling: of the scores; None: ``head ** -0.5``.
 
     Returns:
@@ -46,12 +51,13 @@ def attend_by_products(
     """
     batch, heads, queries, size = query.shape
     together = batch * key.shape[1]  # the query heads of one key head are read with it, one below the other
-    attended: Tensor = _Products.apply(
+    attended, _ = _Products.apply(
         query.reshape(together, -1, size),
         key.reshape(together, -1, size),
         value.reshape(together, -1, value.shape[3]),
-        mask,
+        hidden,
         size**-0.5 if scaling is None else scaling,
+        torch.is_grad_enabled() and key.shape[2] <= _KEPT * size,
     )
     return attended.view(batch, heads, queries, value.shape[3])
 
@@ -92,55 +98,78 @@ def register() -> None:
 
 
 class _Products(torch.autograd.Function):
-    """Attention of ``[heads, queries, head]`` to ``[heads, keys, head]``, the probabilities computed again backward."""
+    """Attention of ``[heads, queries, head]`` to ``[heads, keys, head]``; returns the probabilities too if ``keep``.
+
+    Without them the backward pass computes them again.
+    """
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        scores = _Scores(query, key, mask, scaling)
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        scores = _Scores(query, key, hidden, scaling)
         out = query.new_empty((*query.shape[:2], value.shape[2]))
+        kept = query.new_empty((*query.shape[:2], key.shape[1])) if keep else None
         for some in scores.blocks():
-            torch.bmm(scores.probs(some), value[some], out=out[some])
-        return out
+            probs = scores.probs(some, None if kept is None else kept[some])
+            torch.bmm(probs, value[some], out=out[some])
+        return out, kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        query, key, value, mask, ctx.scaling = inputs
-        ctx.save_for_backward(query, key, value, mask, output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        query, key, value, hidden, ctx.scaling, _ = inputs
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # of the probabilities
+        ctx.save_for_backward(query, key, value, hidden, *output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, out = ctx.saved_tensors
-        scores, grad = _Scores(query, key, mask, ctx.scaling), grad.contiguous()
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        query, key, value, hidden, out, kept = ctx.saved_tensors
+        scores, grad = _Scores(query, key, hidden, ctx.scaling), grad.contiguous()
         # Softmax: each score's own part less the row's mean, which is the output times its gradient.
         means = (grad.float() * out.float()).sum(dim=2, keepdim=True)
         to_query, to_key, to_value = (torch.empty_like(states) for states in (query, key, value))
         for some in scores.blocks():
-            probs = scores.probs(some)
+            probs = scores.probs(some) if kept is None else kept[some]
             torch.bmm(probs.mT, grad[some], out=to_value[some])
-            to_scores = torch.bmm(grad[some], value[some].mT).float()
-            to_scores = to_scores.sub_(means[some]).mul_(probs).to(query.dtype)
+            with _in_bfloat16():
+                to_scores = torch.baddbmm(means[some], grad[some].float(), value[some].float().mT, beta=-1)
+            to_scores = to_scores.mul_(probs).to(query.dtype)
             torch.bmm(to_scores, key[some], out=to_query[some])
             torch.bmm(to_scores.mT, query[some], out=to_key[some])
-        return to_query.mul_(ctx.scaling), to_key.mul_(ctx.scaling), to_value, None, None
+        return to_query.mul_(ctx.scaling), to_key.mul_(ctx.scaling), to_value, None, None, None
+
+
+@contextmanager
+def _in_bfloat16() -> Iterator[None]:
+    """Compute products of float32 matrices whose values are bfloat16's from these: exact, in half the time."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _Scores:
     """Makes the probabilities of a few heads at a time."""
 
-    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
-        self._query, self._key, self._dtype = query.float().mul_(scaling), key.float(), query.dtype
-        self._hidden = None  # what is added to the scores of one key head, ``[query heads * queries, keys]``
-        if mask is not None:
-            hidden = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
-            self._hidden = hidden.repeat(query.shape[1] // mask.shape[0], 1)
+    def __init__(self, query: Tensor, key: Tensor, hidden: Tensor | None, scaling: float) -> None:
+        self._query, self._key, self._hidden, self._scaling = query, key, hidden, scaling
 
     def blocks(self) -> list[slice]:
         """Return which heads are taken together."""
         size = max(_SCORES // max(self._query.shape[1] * self._key.shape[1], 1), 1)
         return [slice(at, at + size) for at in range(0, self._query.shape[0], size)]
 
-    def probs(self, some: slice) -> Tensor:
-        """Return the probabilities of these heads, ``[some, query heads * queries, keys]``."""
-        query, key = self._query[some], self._key[some].mT
-        scores = torch.bmm(query, key) if self._hidden is None else torch.baddbmm(self._hidden, query, key)
-        return torch.softmax(scores, dim=2).to(self._dtype)
+    def probs(self, some: slice, out: Tensor | None = None) -> Tensor:
+        """Return the probabilities of these heads, ``[some, query heads * queries, keys]``, in ``out`` if given."""
+        query, key = self._query[some].float(), self._key[some].float().mT
+        with _in_bfloat16():
+            scores = torch.baddbmm(query.new_empty(1), query, key, beta=0, alpha=self._scaling)
+        if self._hidden is not None:
+            scores.view(-1, *self._hidden.shape).add_(self._hidden)  # of every query head
+        probs = torch.softmax(scores, dim=2)
+        return probs.to(self._query.dtype) if out is None else out.copy_(probs)

@@ -43,7 +43,7 @@ def in_segments(
     grouped = groups > 1 and query.device.type == "cpu"  # there SDPA reads grouped heads without a copy
     if groups > 1 and not grouped:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = functools.partial(_attend_to_segment, scaling=scaling, grouped=grouped)
+    attend = functools.partial(_attend_to_segment, layout=layout, scaling=scaling, grouped=grouped)
     sizes = [size for span in layout.spans for size in (span.prompt + span.responses[0], *span.responses[1:])]
     # Split rather than sliced: the gradient of a split is one concatenation, that of a slice a row of zeros.
     segments = iter(zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True))
@@ -74,11 +74,11 @@ def in_segments(
 
 
 def _attend_to_segment(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float | None, grouped: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, *, layout: RowLayout, scaling: float | None, grouped: bool
 ) -> Tensor:
     """Attend under ``mask``; None: causally."""
     if mask is not None and can_attend(query, key, masked=True):
-        return attend_by_products(query, key, value, mask, scaling)
+        return attend_by_products(query, key, value, layout.hidden(mask), scaling)
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
