@@ -227,7 +227,7 @@ def test_rows_are_estimated_if_the_model_is_there(recipe_file, tokenizer):
     # 3 pairs as 2 + 1: two rows for three pairs, 4/3 of a row for the two of a step
     assert "rows per optimizer step: about 1.3 (prompts shared)" in text
     assert "optimizer steps per epoch: 2" in text
-    assert "tokens read at once: at most 1024 (training.max_tokens_per_row); the longest pair here has " in text
+    assert "tokens read at once: at most 2048 (training.max_tokens_per_row); the longest pair here has " in text
     assert is_shared(load_recipe(recipe_file, ["model.attention=separate"])) is False
 
 
@@ -255,7 +255,7 @@ def test_memory_is_estimated_for_a_card_that_is_not_there(recipe_file, tokenizer
     build_model(tokenizer, SIZE).config.save_pretrained(recipe.model.path)
     here = printed(recipe, pairs=0)
     assert " GiB that are free here for weights, gradients, optimizer states and the reference" in here
-    assert "tokens read at once: at most 1024 " in here
+    assert "tokens read at once: at most 2048 " in here
 
     def on_card(*overrides: str) -> str:
         return printed(load_recipe(recipe_file, list(overrides)), pairs=0, card=80.0)
@@ -263,7 +263,7 @@ def test_memory_is_estimated_for_a_card_that_is_not_there(recipe_file, tokenizer
     text = " ".join(on_card().split())
     assert "memory: 0.0 GiB of the 78 GiB of the card for weights, gradients, optimizer states and the ref" in text
     assert "memory, estimated: rows of up to " in text
-    assert "tokens read at once: at most 1024 " not in text
+    assert "tokens read at once: at most 2048 " not in text
     assert "and the reference" not in " ".join(on_card("reference.kind=cache").split())
     assert "computed again, a few tiles at a time" in " ".join(on_card("model.vision_memory=recompute").split())
     fixed = on_card("training.max_tokens_per_row=100", "training.gradient_checkpointing=true", "training.bf16=true")

@@ -117,7 +117,7 @@ def test_what_a_run_has_chosen_is_in_its_manifest(tmp_path: Path, checkpoint: Pa
     chosen = manifest(tmp_path)["chosen"]["memory"]
     assert chosen["vision"] == "recompute"
     assert chosen["asked"] == ["auto", "recompute"]
-    assert chosen["bound"]["most"] == 1024
+    assert chosen["bound"]["most"] == 2048
     state = json.loads((tmp_path / "run" / "checkpoint-2" / STATE_FILE).read_text())
     assert state["settings"]["chosen"]["memory"] == chosen
 

@@ -282,12 +282,12 @@ def test_ranks_take_the_smallest_room_and_the_largest_need(monkeypatch: pytest.M
 def test_a_small_model_on_a_cpu_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = Told(KEEP)
     choice = choose(monkeypatch, probe, free=60 * GIB, device=CPU)  # a weight of 1 GB
-    assert choice.bound == RowBound(1024)
+    assert choice.bound == RowBound(2048)
     assert probe.asked == []
     assert choice.line == ""
     bound = choose(monkeypatch, Told(KEEP), free=5 * GIB, device=CPU, can_recompute=False).bound
-    assert bound.limits[-1] == (1, 0, 1024)
-    assert bound.cost_of(1024, 0) == SHARES  # never more than 1024 tokens, and less if memory says so
+    assert bound.limits[-1] == (1, 0, 2048)
+    assert bound.cost_of(2048, 0) == SHARES  # never more than 2048 tokens, and less if memory says so
 
 
 def test_a_choice_is_taken_over_if_the_same_was_asked() -> None:
