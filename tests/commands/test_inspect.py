@@ -261,13 +261,13 @@ def test_memory_is_estimated_for_a_card_that_is_not_there(recipe_file, tokenizer
         return printed(load_recipe(recipe_file, list(overrides)), pairs=0, card=80.0)
 
     text = " ".join(on_card().split())
-    assert "memory: 0.0 GiB of the 78 GiB of the card for weights, gradients, optimizer states and the ref" in text
+    assert " MiB of the 78 GiB of the card for weights, gradients, optimizer states and the ref" in text
     assert "memory, estimated: rows of up to " in text
     assert "tokens read at once: at most 2048 " not in text
     assert "and the reference" not in " ".join(on_card("reference.kind=cache").split())
     assert "computed again, a few tiles at a time" in " ".join(on_card("model.vision_memory=recompute").split())
     fixed = on_card("training.max_tokens_per_row=100", "training.gradient_checkpointing=true", "training.bf16=true")
-    assert "memory, estimated: the largest pair here takes about 0.0 GiB of 74.6" in " ".join(fixed.split())
+    assert "memory, estimated: the largest pair here takes about " in " ".join(fixed.split())
     adapted = on_card("model.lora={r: 4}", "model.freeze=[vision_tower]")
     assert "memory, estimated: rows of up to " in " ".join(adapted.split())
 
@@ -278,7 +278,7 @@ def test_a_pair_that_does_not_fit_is_said(recipe_file, tokenizer, monkeypatch):
     monkeypatch.setattr(inspect_memory, "_CONTEXT", 80 * 2**30 - 300_000)  # 300 kB are left of the card
     text = " ".join(printed(recipe, pairs=0, card=80.0).split())
     assert "memory: the largest pair here (" in text
-    assert " does not fit: it takes about 0.0 GiB" in text
+    assert " does not fit: it takes about " in text
 
 
 def test_what_decides_the_memory():

@@ -37,6 +37,13 @@ def test_one_run_and_several(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_output_that_is_named_like_a_file_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--output", str(tmp_path / "mine.html")])
+    assert result.exit_code == 2
+    assert "is a folder, which gets report.html and report.png" in result.output
+    assert not (tmp_path / "mine.html").exists()
+
+
 def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert result.exit_code == 2

@@ -49,4 +49,10 @@ def test_it_is_drawn_in_both_themes_without_a_message(tmp_path: Path, hostile: b
             assert browser.evaluate("document.getElementById('theme').getAttribute('aria-pressed')") == "false"
             assert "owned" not in browser.evaluate("document.title")
         assert browser.problems == []
+        browser.evaluate("document.querySelector('.tokens').textContent = 'word '.repeat(2000)")
+        browser.evaluate("window.dispatchEvent(new Event('resize'))")
+        assert browser.evaluate("document.querySelector('.tokens').matches('.cut:not(.end)[tabindex]')")
+        browser.evaluate("document.querySelector('.tokens').scrollTop = 1e6")
+        browser.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        assert browser.evaluate("document.querySelector('.tokens').matches('.cut.end[tabindex]')")
         assert {url.split(":")[0] for url in browser.requests} <= {"file", "data"}

@@ -224,7 +224,7 @@ def test_tokens_are_coloured_by_how_far_they_moved():
     assert [token.css for token in chosen.tokens] == ["", "up1", "up2", "up3", "more"]
     assert [token.css for token in rejected.tokens] == ["", "down1", "down2", "down3", "more"]
     assert chosen.tokens[2].title == "+0.50 nats: -0.50, reference -1.00"
-    assert chosen.tokens[-1].text == " … 1 more tokens"
+    assert chosen.tokens[-1].text == " … 1 more token"
     assert "most raised: “word” +4.00, “word” +2.00, “word” +0.50" in chosen.summary
     assert "+6.61 nats" in chosen.summary
     assert view.image_note == "2 more images or videos are not shown"

@@ -15,7 +15,7 @@ from vlmpo.models.adapters import put_adapter_on, unwrap_peft
 from vlmpo.models.loading import freeze_parts
 from vlmpo.recipe import Recipe
 from vlmpo.train.config import asked_precision
-from vlmpo.train.device_memory import free_bytes
+from vlmpo.train.device_memory import free_bytes, in_units
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import RowMemory
 from vlmpo.train.memory_choice import MemoryChoice, Situation, full_row, room_of, settled
@@ -129,13 +129,13 @@ def describe_memory(
         raise
     except Exception as error:  # of a family that asks for values; its data can be inspected all the same
         return [f"memory: not estimated for this model ({type(error).__name__})"], None
-    lines = [f"memory: {found.resident / _GIB:.1f} GiB of the {found.where} for {found.parts}"]
+    lines = [f"memory: {in_units(found.resident)} of the {found.where} for {found.parts}"]
     choice, largest = found.choice, found.largest
     if not found.fits:
-        needs = f"{found.peak / _GIB:.1f} GiB, and there are {max(found.room, 0) / _GIB:.1f} GiB for a row"
+        needs = f"{in_units(found.peak)}, and there are {in_units(max(found.room, 0))} for a row"
         sizes = f"{largest[0]} tokens, {largest[1]} patches"
         return [*lines, f"memory: the largest pair here ({sizes}) does not fit: it takes about {needs}"], None
-    took = f"the largest pair here takes about {found.peak / _GIB:.1f} GiB of {found.room / _GIB:.1f}"
+    took = f"the largest pair here takes about {in_units(found.peak)} of {in_units(found.room)}"
     lines.append(f"memory, estimated: {choice.line or took}")
     cost = choice.bound.cost_of(*largest)
     return lines, max((choice.bound.most or 0) * largest[0] // max(cost, 1), 1) if choice.bound.limits else None

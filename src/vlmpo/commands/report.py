@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from vlmpo.errors import first_line
+from vlmpo.errors import RunError, first_line
 from vlmpo.fileio import writing
 from vlmpo.interrupt import Interrupted
 from vlmpo.log import logger, print_line
-from vlmpo.report.write import REPORT_FILE, write_report
+from vlmpo.report.write import PICTURE_FILE, REPORT_FILE, write_report
 
 SHARE_OF_TIME = 0.02  # of a run's, for scoring pairs again
 _EVERY = 180.0  # seconds between two reports of a run that is under way
@@ -29,8 +29,13 @@ def report(runs: Sequence[Path], output: Path | None = None) -> None:
         output: the folder to write into; None: the run's own, or that which holds all runs.
 
     Raises:
-        RunError: a folder holds nothing to report on, or the disk is full, read-only or gone.
+        RunError: a folder holds nothing to report on, the output is named like a file, or the disk is full, read-only
+            or gone.
     """
+    if output is not None and output.suffix in (".html", ".png"):
+        raise RunError(
+            f"--output is a folder, which gets {REPORT_FILE} and {PICTURE_FILE}; {output} is named like a file"
+        )
     if output is None:
         output = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve().parent for run in runs]))
     with writing(output):

@@ -24,7 +24,8 @@ class ScoredResponse:
     """Holds one response as policy and reference score it at the end of training.
 
     Attributes:
-        tokens: of each shown token its text, the policy's log-prob and the reference's (None: only sums are known).
+        tokens: of each shown token its text, the policy's log-prob and the reference's (None: only sums are known);
+            tokens that make one character together count as one.
         num_tokens: scored tokens, those that are not shown included.
         policy, reference: log-prob of the whole response, in nats.
     """

@@ -106,7 +106,7 @@ def _response(title: str, response: ScoredResponse, most: int) -> ResponseView:
         named = ["the reference is kept as sums, so that no token can be coloured"]
     tokens = [_token(*token) for token in response.tokens[:most]]
     if (more := response.num_tokens - len(tokens)) > 0:
-        tokens.append(Token(f" … {more} more tokens", "more", ""))
+        tokens.append(Token(f" … {more} more token{'s' * (more != 1)}", "more", ""))
     return ResponseView(title, tokens, "; ".join([summary, *named]))
 
 

@@ -76,6 +76,20 @@
     }
   };
 
+  // Texts that are taller than their boxes fade out at the bottom, and can be scrolled by keyboard.
+  const markCut = () => {
+    for (const box of document.querySelectorAll(".tokens, .prompt")) {
+      const cut = box.scrollHeight > box.clientHeight + 1;
+      box.classList.toggle("cut", cut);
+      box.classList.toggle("end", box.scrollTop + box.clientHeight >= box.scrollHeight - 2);
+      if (cut) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    }
+  };
+  window.addEventListener("resize", markCut);
+  for (const event of ["toggle", "scroll"]) document.addEventListener(event, markCut, true);
+  markCut();
+
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const button = document.getElementById("theme");
   const isDark = () => (page.dataset.theme || (dark.matches ? "dark" : "light")) === "dark";

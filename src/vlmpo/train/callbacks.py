@@ -108,13 +108,15 @@ class StepClock(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._seconds:
-            logger.info(waiting_line(self._waited / self._seconds, "of all steps' time", args.dataloader_num_workers))
+            share = self._waited / self._seconds
+            advice = not self._warned  # once is enough
+            logger.info(waiting_line(share, "of all steps' time", args.dataloader_num_workers, advice))
 
 
-def waiting_line(share: float, of_what: str, workers: int) -> str:
-    """Format the share of time spent waiting for data, and what to do if it is too much."""
+def waiting_line(share: float, of_what: str, workers: int, advice: bool = True) -> str:
+    """Format the share of time spent waiting for data, and with ``advice`` what to do if it is too much."""
     line = f"waiting for data: {share:.1%} {of_what}"
-    if share <= StepClock.TOO_LONG:
+    if share <= StepClock.TOO_LONG or not advice:
         return line
     cores = cores_of_a_rank()
     if workers < cores:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from vlmpo.errors import RunError
-from vlmpo.train.device_memory import free_bytes
+from vlmpo.train.device_memory import free_bytes, in_units
 from vlmpo.train.memory import RowMemory, is_out_of_memory
 from vlmpo.tree.packing import RowBound
 
@@ -27,7 +27,6 @@ _MARGINS = {"cuda": 0.05}  # of what is free stays so: memory is not handed out 
 _MARGIN = 0.1
 LOOKED_AT = 8  # pairs, spread over the data set, of which the largest is measured
 _SMALL = 0.1  # of a CPU's free memory: a model whose weights take less is not measured
-_GIB = 1024**3
 
 
 def row_tokens(device: str) -> int:
@@ -228,9 +227,9 @@ def rows_line(bound: RowBound, memory: RowMemory, room: int, largest: tuple[int,
     cost = bound.cost_of(*largest)
     pairs = (bound.most or 0) // max(cost, 1)
     tokens = max((bound.most or 0) * largest[0] // max(cost, 1), largest[0])
-    each = f"a pair of {largest[0]} tokens and {largest[1]} patches takes {memory.peak(*largest) / _GIB:.1f} GiB"
+    each = f"a pair of {largest[0]} tokens and {largest[1]} patches takes {in_units(memory.peak(*largest))}"
     fits = f"{pairs} such pairs" if pairs > 1 else "one such pair"
-    return f"rows of up to {tokens} tokens ({fits}): {each} of the {room / _GIB:.1f} GiB there are for a row"
+    return f"rows of up to {tokens} tokens ({fits}): {each} of the {in_units(room)} there are for a row"
 
 
 def describe_choice(choice: MemoryChoice | None, known: bool) -> str:

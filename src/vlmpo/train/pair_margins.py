@@ -207,10 +207,11 @@ def score_responses(
         mine = which == response
         known = None if of_reference is None else of_reference[mine].tolist()
         logps = of_policy[mine].tolist()
+        shown = pieces(targets[mine].tolist()[:_TOKENS_SHOWN], logps, known, decode)
         responses.append(
             ScoredResponse(
-                tokens=pieces(targets[mine].tolist()[:_TOKENS_SHOWN], logps, known, decode),
-                num_tokens=len(logps),
+                tokens=shown,
+                num_tokens=len(shown) + max(len(logps) - _TOKENS_SHOWN, 0),
                 policy=sum(logps),
                 reference=sums[response],
             )
