@@ -144,7 +144,7 @@ class _Products(torch.autograd.Function):
 @contextmanager
 def _in_bfloat16() -> Iterator[None]:
     """Compute products of float32 matrices whose values are bfloat16's from these: exact, in half the time."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # since torch 2.9
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
