@@ -33,6 +33,15 @@ def test_a_second_process_is_told_who_holds_it(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()  # nothing came into it
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(RunError, match=r"training.output_dir: the folder .*/file/run cannot be made: Not a directory"),
+        locked(tmp_path / "file" / "run", "train", KEY),
+    ):
+        pass
+
+
 def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
     (tmp_path / "_train.lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 1, "since": "ever"}))
     with locked(tmp_path, "train", KEY):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from huggingface_hub import constants
 
 from tests.commands.test_train import call
 from tests.zoo import FAMILIES
 from vlmpo.errors import ModelError
+from vlmpo.models import checkpoint_files
+from vlmpo.models.adapters import is_adapter
 from vlmpo.models.loading import load_model, load_processor
 
 FAMILY = FAMILIES["internvl-qwen2"]
@@ -151,6 +155,32 @@ def test_no_folder_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "runs").mkdir()  # "runs/sft" might be a name on the hub, but not here
     for missing in (tmp_path / "nowhere", "./nowhere", "a/b/c", "runs/sft"):
         assert all("there is no such folder" in said for said in refusals(missing))
+
+
+def test_a_name_is_not_looked_for_where_there_is_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, at once, unless the Hub's cache has it, a proxy asks for it, or the Hub has an address."""
+    asked: list[str] = []
+
+    def no_address(host: str, *_: Any) -> None:
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
+    monkeypatch.setattr(checkpoint_files, "getproxies", dict)
+    monkeypatch.setattr(checkpoint_files.socket, "getaddrinfo", no_address)
+    for said in refusals("someone/model"):
+        assert "there is no such folder here, and it cannot be looked for on the Hub: hub.example cannot be" in said
+    assert not is_adapter("someone/model")
+    assert set(asked) == {"hub.example"}
+    assert not checkpoint_files.can_be_looked_for("someone/model")
+    (tmp_path / "cache" / "models--someone--model").mkdir(parents=True)
+    assert checkpoint_files.can_be_looked_for("someone/model")
+    assert not checkpoint_files.can_be_looked_for("other/model")
+    monkeypatch.setattr(checkpoint_files, "getproxies", lambda: {"https": "http://proxy.example"})
+    assert checkpoint_files.can_be_looked_for("other/model")
 
 
 def test_only_an_adapter(tmp_path: Path, whole: Path) -> None:

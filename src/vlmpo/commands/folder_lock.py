@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmpo.errors import RunError
+from vlmpo.fileio import disk_problem
 
 HEARTBEAT = 10.0  # seconds between two signs of life of the process that holds a folder
 STALE = 60.0  # seconds without one, after which a process on another host takes it over
@@ -34,10 +35,14 @@ def locked(folder: Path, command: str, key: str) -> Iterator[None]:
         key: the recipe key that names the folder, for the message.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds it, or it cannot be made.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = disk_problem(error) or os.strerror(error.errno or 0)
+        raise RunError(f"{key}: the folder {folder} cannot be made: {reason}; name another one") from error
     path = folder / f"_{command}.lock"
     descriptor = _acquire(path, folder, command, key)
     _held.add(descriptor)

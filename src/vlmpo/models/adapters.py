@@ -23,7 +23,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from vlmpo import compat
 from vlmpo.errors import ModelError, RecipeError, first_line
 from vlmpo.log import logger
-from vlmpo.models.checkpoint_files import means_folder
+from vlmpo.models.checkpoint_files import can_be_looked_for
 
 REPEATABLE_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
 # Inits under which a fresh LoRA adapter changes nothing: its second factor is 0, and the base stays as it is.
@@ -35,7 +35,7 @@ _STARTS_AT_BASE = (True, "gaussian")
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Return whether a folder or hub name holds a PEFT adapter."""
-    if not os.path.isdir(path) and means_folder(os.fspath(path)):
+    if not os.path.isdir(path) and not can_be_looked_for(os.fspath(path)):
         return False  # the Hub would be asked for it, again and again
     try:
         return find_adapter_config_file(os.fspath(path)) is not None

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from vlmpo.errors import first_line
@@ -40,14 +44,37 @@ def why_unloadable(path: str, *, processor_only: bool = False, trust_remote_code
         return "it is a file; name the folder of a checkpoint"
     elif means_folder(path):
         return "there is no such folder"
+    elif (host := _unreachable_hub(path)) is not None:
+        return f"there is no such folder here, and it cannot be looked for on the Hub: {host} cannot be reached"
     config = _read_config(path)
     return config if isinstance(config, str) else why_foreign(config, trust_remote_code=trust_remote_code)
+
+
+def can_be_looked_for(path: str) -> bool:
+    """Return whether ``path``, which is not here, is no folder's name and the Hub can be asked for it."""
+    return not means_folder(path) and _unreachable_hub(path) is None
 
 
 def means_folder(path: str) -> bool:
     """Return whether what is not there was meant to be a folder here: by its form, or as the folder above is here."""
     above = os.path.dirname(path)
     return os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1 or os.path.isdir(above)
+
+
+def _unreachable_hub(name: str) -> str | None:
+    """Return the Hub's host if it has no address here and nothing of ``name`` is in the cache, else None.
+
+    Libraries would ask five times, for the better part of a minute. Behind a proxy it need not have an address.
+    """
+    host = urlsplit(constants.ENDPOINT).hostname
+    cached = os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}"))
+    if cached or constants.HF_HUB_OFFLINE or getproxies() or not host:
+        return None
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return host
+    return None
 
 
 def why_foreign(config: dict[str, Any], *, trust_remote_code: bool = False) -> str | None:
