@@ -18,8 +18,8 @@ from vlmpo.commands.run_data import none_left, open_run_data
 from vlmpo.data.dataset import PairDataset, open_pairs
 from vlmpo.data.encode.processors import own_tiles, tile_kind
 from vlmpo.data.index.filter import Screening, screen, split_hold_out
-from vlmpo.data.index.near_root import find_root
 from vlmpo.data.readers.json import JsonRecords
+from vlmpo.data.readers.near_root import find_root
 from vlmpo.data.readers.questions import QuestionSet, read_questions
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.errors import DataError, RecipeError, RecordError, VlmpoError, examples_by_reason, first_line, first_records

@@ -13,17 +13,15 @@ from numpy.typing import NDArray
 
 from vlmpo.data.dataset import PairDataset, ScannedSource
 from vlmpo.data.encode.images import missing_file
-from vlmpo.data.formats.paths import is_below
-from vlmpo.data.index.near_root import find_root
 from vlmpo.data.index.record_index import Hashes, Indices, RecordIndex
 from vlmpo.data.index.scan import Progress
 from vlmpo.data.index.store import ignore
+from vlmpo.data.readers.near_root import LOOKED_FOR, root_of
 from vlmpo.errors import RecipeError
 from vlmpo.hashing import stable_hash
 
 # A folder of which fewer files are wanted is not listed: it may hold millions of others.
 MIN_LISTED = 32
-_LOOKED_FOR = 3  # missing files by which another image root is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +118,8 @@ def find_missing(index: RecordIndex) -> dict[int, tuple[str, str]]:
 
 def _better_root(source: ScannedSource, missing: dict[int, tuple[str, str]]) -> str | None:
     """Look near a source's image root for the first of its missing files."""
-    paths = [medium.name for _, medium in source.index.describe(np.array(sorted(missing)[:_LOOKED_FOR]))]
-    names = [os.path.relpath(path, source.image_root) for path in paths if is_below(path, source.image_root)]
-    return find_root(source.image_root, names) if names else None
+    paths = [medium.name for _, medium in source.index.describe(np.array(sorted(missing)[:LOOKED_FOR]))]
+    return root_of(paths, source.image_root)
 
 
 def _files_in(folder: str, names: Container[str]) -> set[str]:

@@ -16,6 +16,7 @@ from vlmpo.data.formats.media import is_empty, read_media
 from vlmpo.data.formats.turns import text_turn
 from vlmpo.data.formats.unread import refuse_unread_media
 from vlmpo.data.readers.json import JsonRecords, WrittenNumber
+from vlmpo.data.readers.near_root import no_folder, root_of
 from vlmpo.data.records import Question, check_length, json_kind, one_record, text_field
 from vlmpo.errors import DataError, RecordError, printable, shorten
 from vlmpo.hashing import content_hash
@@ -83,12 +84,12 @@ def read_questions(
         raise DataError(f"no such file of questions: {path}")
     root = os.path.abspath(os.path.expanduser(image_root)) if image_root is not None else os.path.dirname(path)
     if not os.path.isdir(root):
-        raise DataError(f"{path}: image_root {root} is not a folder")
+        raise DataError(f"{path}: {no_folder(root)}")
     result = QuestionSet([], [])
     first_seen: dict[str, str] = {}
     splits: Counter[str] = Counter()
     lines = JsonRecords(path, numbers_as_written=True)
-    paths = PathRules(confine=confine)
+    paths, missing = PathRules(confine=confine), list[str]()
     for number in range(len(lines)):
         origin = lines.origin(number)
         try:
@@ -97,7 +98,8 @@ def read_questions(
             if split is not None and record.get("split") != split:
                 continue
             with one_record(origin):
-                question, unread = _question(record, RecordContext(origin, image_root=root, paths=paths), need_answer)
+                context = RecordContext(origin, image_root=root, paths=paths)
+                question, unread = _question(record, context, need_answer, missing)
             if question.id in first_seen:
                 first = first_seen[question.id]
                 remedy = "give every question an id of its own, or none"
@@ -108,6 +110,8 @@ def read_questions(
             result.unread.update(unread)
         except RecordError as error:
             result.dropped.append(error)
+    if 2 * len(missing) > len(result.questions) + len(result.dropped) and (near := root_of(missing, root)) is not None:
+        result.dropped[:] = [_with_root(error, near) for error in result.dropped]
     if split is not None and split not in splits:
         known = ", ".join(f"{name} ({count})" for name, count in splits.most_common(8))
         raise DataError(f"{path}: no record of split {split!r}; there are {known or 'none at all'}")
@@ -116,8 +120,18 @@ def read_questions(
     return result
 
 
-def _question(record: dict[str, Any], context: RecordContext, need_answer: bool) -> tuple[Question, list[str]]:
-    """Return the question of a record, and the keys of which nothing was read."""
+def _with_root(error: RecordError, near: str) -> RecordError:
+    """Return an error of a missing file with the folder that has the files; any other as it is."""
+    if error.reason not in ("missing_image", "missing_video"):
+        return error
+    detail = f"{error.detail}; its files are in {near}: name that as its image_root"
+    return RecordError(error.reason, error.origin, detail)
+
+
+def _question(
+    record: dict[str, Any], context: RecordContext, need_answer: bool, missing: list[str]
+) -> tuple[Question, list[str]]:
+    """Return the question of a record, and the keys of which nothing was read; add a missing file to ``missing``."""
     origin = context.origin
     images, videos, media_keys = read_media(record, context)
     if not images and not videos:
@@ -137,6 +151,7 @@ def _question(record: dict[str, Any], context: RecordContext, need_answer: bool)
     for kind, media in (("image", images), ("video", videos)):
         for medium in media:
             if isinstance(medium, str) and not os.path.isfile(medium):
+                missing.append(medium)
                 raise missing_file(medium, origin, kind)
     # Without an id: a hash of the record's own text alone, whatever the place of the data.
     names = [_name(medium, context.image_root) for medium in (*images, *videos)]

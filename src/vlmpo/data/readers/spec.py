@@ -16,6 +16,7 @@ from vlmpo.data.formats.paths import is_really_below
 from vlmpo.data.readers.arrow import SAVED_SPLITS, download_folders
 from vlmpo.data.readers.dataset_info import is_dataset_info, read_entry, unknown_keys
 from vlmpo.data.readers.json import refuse_other_encodings
+from vlmpo.data.readers.near_root import no_folder
 from vlmpo.data.records import BOM, MAX_LINE_BYTES, json_kind
 from vlmpo.errors import DataError, shorten, shorten_path
 
@@ -160,7 +161,7 @@ def _path_rules(spec: SourceSpec, is_hub: bool, info_folder: str | None = None) 
 def _image_root(spec: SourceSpec, default: str) -> str:
     root = os.path.abspath(os.path.expanduser(spec.image_root or default))
     if not os.path.isdir(root):
-        raise DataError(f"{spec.path}: image_root {root} is not a folder")
+        raise DataError(f"{spec.path}: {no_folder(root)}")
     return root
 
 

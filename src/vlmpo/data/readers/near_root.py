@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 
+from vlmpo.data.formats.paths import is_below
+
+LOOKED_FOR = 3  # missing files by which another image root is known
 _LEVELS_UP, _LEVELS_DOWN, _MOST_FOLDERS = 2, 3, 2000
+
+
+def root_of(paths: Sequence[str], root: str) -> str | None:
+    """Return the folder near ``root`` that holds what was missing below it; None if there is none, or nothing was.
+
+    Args:
+        paths: of missing files; the first few decide.
+        root: an existing folder.
+    """
+    names = [os.path.relpath(path, root) for path in paths[:LOOKED_FOR] if is_below(path, root)]
+    return find_root(root, names) if names else None
+
+
+def no_folder(root: str) -> str:
+    """Return words on an image root that does not exist, and the folder beside it that may be meant."""
+    above, name = os.path.split(root)
+    beside = [os.path.basename(folder) for folder in _folders(above, 1)][1:] if os.path.isdir(above) else []
+    near = get_close_matches(name, beside, n=1)
+    return f"image_root {root} is not a folder" + (f"; did you mean {os.path.join(above, near[0])}?" if near else "")
 
 
 def find_root(root: str, names: Sequence[str]) -> str | None:
@@ -29,10 +52,10 @@ def find_root(root: str, names: Sequence[str]) -> str | None:
     return None
 
 
-def _folders(top: str) -> Iterator[str]:
+def _folders(top: str, levels: int = _LEVELS_DOWN) -> Iterator[str]:
     """Yield ``top`` and the folders below it, nearest first."""
     level = [top]
-    for _ in range(1 + _LEVELS_DOWN):
+    for _ in range(1 + levels):
         yield from level
         below: list[str] = []
         for folder in level:
