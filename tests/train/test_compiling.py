@@ -12,9 +12,14 @@ from tests.training import logged, pairs, trainer
 from vlmpo.errors import RecipeError
 from vlmpo.train import compiling
 
+CHECKPOINTING = {"gradient_checkpointing": True}
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"reference_kind": "cache"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, *(pytest.param(each, marks=pytest.mark.long) for each in (CHECKPOINTING, {"reference_kind": "cache"}))],
+)
 def test_training_is_as_without(settings: dict[str, Any], tmp_path: Path) -> None:
     torch.compiler.reset()
     losses = []
