@@ -219,7 +219,9 @@ def write(output: Path, results: dict[str, dict[str, Any]]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-    command = "python -m benchmarks.bench " + " ".join(f'"{arg}"' if " " in arg else arg for arg in sys.argv[1:])
+    where = {"--output", str(output)}  # a folder of this machine says nothing to a reader
+    arguments = [arg for arg in sys.argv[1:] if arg not in where]
+    command = "python -m benchmarks.bench " + " ".join(f'"{arg}"' if " " in arg else arg for arg in arguments)
     record = {"command": command.strip(), "machine": machine, "shapes": results}
     (output / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
     each = [(f"{name}, {kind}", figures) for name, by in results.items() for kind, figures in by.items()]

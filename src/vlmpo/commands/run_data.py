@@ -12,6 +12,7 @@ import numpy as np
 from vlmpo.data.dataset import PairDataset, SourceInfo, open_pairs
 from vlmpo.data.index.filter import screen, split_hold_out
 from vlmpo.data.index.overlap import Item, find_overlaps
+from vlmpo.data.readers.near_root import has_files, with_root
 from vlmpo.data.readers.spec import SourceSpec
 from vlmpo.data.records import Question
 from vlmpo.errors import DataError, RecipeError, RecordError
@@ -19,8 +20,6 @@ from vlmpo.log import Progress, logger, print_line, print_table
 from vlmpo.loss import needs_reference
 from vlmpo.recipe import Recipe, Source
 from vlmpo.train.counts import PairCounts, nothing_left
-
-_MISSING = ("missing_image", "missing_video")
 
 
 @dataclass
@@ -117,18 +116,16 @@ def _screen(recipe: Recipe, data: PairDataset) -> tuple[np.ndarray, PairCounts, 
     with Progress("reading records", 0, "records", transient=True) as progress:
         screening = screen(data, progress=progress.update, waiting=_report_waiting)
     pair_counts = PairCounts()
-    found = {name: f"its files are in {root}: name that as its image_root" for name, root in screening.roots.items()}
     for drop in screening.dropped:
-        detail = drop.detail
-        if drop.reason in _MISSING and (elsewhere := found.get(data.source(drop.index))):
-            detail = f"{detail}; {elsewhere}"
-        error = RecordError(drop.reason, drop.origin, detail)
+        error = RecordError(drop.reason, drop.origin, drop.detail)
+        if (near := screening.roots.get(data.source(drop.index))) is not None:
+            error = with_root(error, near)
         if recipe.data.on_bad_record == "fail":
             error.met_by = "node"  # every rank reads the same files
             raise error
         pair_counts.drop(data.source(drop.index), error)
-    for name, elsewhere in found.items():
-        logger.info(f"data set {name}: {elsewhere}")
+    for name, near in screening.roots.items():
+        logger.info(f"data set {name}: {has_files(near)}")
     read = Counter({name: count for name, count in screening.read.items() if count})
     return screening.kept, pair_counts, read
 

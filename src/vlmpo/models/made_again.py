@@ -39,10 +39,11 @@ def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or compat.saved_tensors_are_hooked():
         yield
         return
-    memory, dtype = [tensor.untyped_storage()], tensor.dtype
+    memory: torch.UntypedStorage | None = tensor.untyped_storage()
+    dtype = tensor.dtype
 
     def pack(saved: Tensor) -> Tensor | _Place:
-        if saved.dtype != dtype or all(saved.untyped_storage() is not each for each in memory):
+        if saved.dtype != dtype or saved.untyped_storage() is not memory:
             return saved
         return _Place(saved.size(), saved.stride(), int(saved.storage_offset()))
 
@@ -54,4 +55,4 @@ def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
-    memory.clear()  # autograd holds ``pack`` as long as what was saved
+    memory = None  # autograd holds ``pack`` as long as what was saved

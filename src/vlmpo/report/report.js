@@ -77,17 +77,19 @@
   };
 
   // Texts that are taller than their boxes fade out at the bottom, and can be scrolled by keyboard.
+  const markEnd = (box) => box.classList.toggle("end", box.scrollTop + box.clientHeight >= box.scrollHeight - 2);
   const markCut = () => {
     for (const box of document.querySelectorAll(".tokens, .prompt")) {
       const cut = box.scrollHeight > box.clientHeight + 1;
       box.classList.toggle("cut", cut);
-      box.classList.toggle("end", box.scrollTop + box.clientHeight >= box.scrollHeight - 2);
       if (cut) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
+      markEnd(box);
     }
   };
   window.addEventListener("resize", markCut);
-  for (const event of ["toggle", "scroll"]) document.addEventListener(event, markCut, true);
+  document.addEventListener("toggle", markCut, true);
+  document.addEventListener("scroll", ({ target }) => target !== document && markEnd(target), true);
   markCut();
 
   const dark = window.matchMedia("(prefers-color-scheme: dark)");

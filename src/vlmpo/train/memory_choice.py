@@ -35,7 +35,7 @@ def row_tokens(device: str) -> int:
 
 
 def full_row(width: int) -> int:
-    """Return the tokens of a row with which a GPU is busy, if the text layers are so wide."""
+    """Return the tokens of a row that keep a GPU busy, for text layers of this width."""
     return FULL_ROW if width < _WIDE else FULL_ROW // 2
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
 from vlmpo.data.formats.paths import is_below
+from vlmpo.errors import RecordError
 
+_MISSING = ("missing_image", "missing_video")
 LOOKED_FOR = 3  # missing files by which another image root is known
 _LEVELS_UP, _LEVELS_DOWN, _MOST_FOLDERS = 2, 3, 2000
 
@@ -21,6 +23,18 @@ def root_of(paths: Sequence[str], root: str) -> str | None:
     """
     names = [os.path.relpath(path, root) for path in paths[:LOOKED_FOR] if is_below(path, root)]
     return find_root(root, names) if names else None
+
+
+def with_root(error: RecordError, near: str) -> RecordError:
+    """Return the error of a missing file with the folder that has its files; any other error as it is."""
+    if error.reason not in _MISSING:
+        return error
+    return RecordError(error.reason, error.origin, f"{error.detail}; {has_files(near)}")
+
+
+def has_files(near: str) -> str:
+    """Return words on a folder that was found."""
+    return f"its files are in {near}: name that as its image_root"
 
 
 def no_folder(root: str) -> str:

@@ -16,7 +16,7 @@ from vlmpo.data.formats.media import is_empty, read_media
 from vlmpo.data.formats.turns import text_turn
 from vlmpo.data.formats.unread import refuse_unread_media
 from vlmpo.data.readers.json import JsonRecords, WrittenNumber
-from vlmpo.data.readers.near_root import no_folder, root_of
+from vlmpo.data.readers.near_root import no_folder, root_of, with_root
 from vlmpo.data.records import Question, check_length, json_kind, one_record, text_field
 from vlmpo.errors import DataError, RecordError, printable, shorten
 from vlmpo.hashing import content_hash
@@ -111,21 +111,13 @@ def read_questions(
         except RecordError as error:
             result.dropped.append(error)
     if 2 * len(missing) > len(result.questions) + len(result.dropped) and (near := root_of(missing, root)) is not None:
-        result.dropped[:] = [_with_root(error, near) for error in result.dropped]
+        result.dropped[:] = [with_root(error, near) for error in result.dropped]
     if split is not None and split not in splits:
         known = ", ".join(f"{name} ({count})" for name, count in splits.most_common(8))
         raise DataError(f"{path}: no record of split {split!r}; there are {known or 'none at all'}")
     if not result.questions and not result.dropped:
         raise DataError(f"{path}: no record in it; write one JSON object a line")
     return result
-
-
-def _with_root(error: RecordError, near: str) -> RecordError:
-    """Return an error of a missing file with the folder that has the files; any other as it is."""
-    if error.reason not in ("missing_image", "missing_video"):
-        return error
-    detail = f"{error.detail}; its files are in {near}: name that as its image_root"
-    return RecordError(error.reason, error.origin, detail)
 
 
 def _question(
