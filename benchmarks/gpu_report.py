@@ -19,6 +19,7 @@ from benchmarks.gpu_run import Figures
 SHOWN = 40  # figures of a part without a table of its own
 _PASSING = ("first loss", "waiting for data", "reference: its log-probs")  # what every run says
 _CHECKS = ("device", "alignment", "parity", "start")
+_ENOUGH = 10  # steps of a median by which a goal is judged without a remark
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,21 @@ class Goal:
         wanted: the bound in words.
         figure: what was measured, in words.
         met: whether it was reached; None if it was not measured.
+        steps: the fewest that one of its seconds is the median of; None: it is no time.
     """
 
     what: str
     wanted: str
     figure: str
     met: bool | None
+    steps: int | None = None
 
     @property
     def verdict(self) -> str:
-        """Return ``met``, ``NOT met`` or ``not measured``."""
-        return {True: "met", False: "NOT met", None: "not measured"}[self.met]
+        """Return ``met``, ``NOT met`` or ``not measured``, and on how few steps."""
+        few = self.met is not None and self.steps is not None and self.steps < _ENOUGH
+        remark = f", on {self.steps} step{'s' if self.steps != 1 else ''}" if few else ""
+        return {True: "met", False: "NOT met", None: "not measured"}[self.met] + remark
 
 
 def arms_of(record: Figures, part: str) -> list[Figures]:
@@ -69,26 +74,33 @@ def _same(one: Figures, other: Figures) -> bool:
 
 
 def goals(record: Figures) -> list[Goal]:
-    """Return everything that was to be reached, measured or not."""
+    """Return everything that was to be reached, measured or not: in miniature nothing is."""
+    record = {"parts": {}} if record.get("miniature") else record
     found: list[Goal] = []
     for part, pairs, shares, times in (("8B", 4, (0.36, 0.45), (2.0, 2.6)), ("1B", 8, (0.24, 0.30), None)):
         arms = arms_of(record, part)
         for number, kind in enumerate(("online", "cached")):
             about, arm = f"{part}, {pairs} pairs a step, {kind}", find(arms, f"vlmpo, {kind}")
-            found.append(_at_least(f"{about}: MFU of the step", arm and arm.get("mfu"), shares[number], "{:.1%}"))
+            share = arm and arm.get("mfu")
+            found.append(_at_least(f"{about}: MFU of the step", share, shares[number], "{:.1%}", _fewest(arm)))
             if times is not None:
                 peer = None if arm is None else peer_of(arms, arm)
                 speed = arm["pairs_per_second"] / peer["pairs_per_second"] if arm and peer else None
                 beside = f" ({peer['arm']}{_with(peer)}, {peer['seconds']:.3f} s)" if peer else ""
-                found.append(_at_least(f"{about}: to TRL's fastest", speed, times[number], "{:.2f}x", beside))
+                what, steps = f"{about}: to TRL's fastest", _fewest(arm, peer)
+                found.append(_at_least(what, speed, times[number], "{:.2f}x", steps, beside))
     return [*found, *_peaks(arms_of(record, "peaks-8B"))]
 
 
-def _at_least(what: str, figure: float | None, bound: float, form: str, beside: str = "") -> Goal:
+def _fewest(*arms: Figures | None) -> int | None:
+    return min((arm["steps"] for arm in arms if arm), default=None)
+
+
+def _at_least(what: str, figure: float | None, bound: float, form: str, steps: int | None, beside: str = "") -> Goal:
     wanted = f"at least {form.format(bound)}"
     if figure is None:
         return Goal(what, wanted, "-", None)
-    return Goal(what, wanted, form.format(figure) + beside, figure >= bound)
+    return Goal(what, wanted, form.format(figure) + beside, figure >= bound, steps)
 
 
 def _peaks(arms: list[Figures]) -> Iterator[Goal]:
@@ -250,7 +262,7 @@ def _short(text: str) -> str:
 
 def summary(record: Figures) -> str:
     """Return the goals and the checks in a few plain lines."""
-    lines = [f"{goal.verdict:12} {goal.what}: {goal.figure} (wanted {goal.wanted})" for goal in goals(record)]
+    lines = [f"{goal.verdict:22} {goal.what}: {goal.figure} (wanted {goal.wanted})" for goal in goals(record)]
     return "\n".join(["== what was to be reached", *lines, "== checks", *checks(record)])
 
 

@@ -58,6 +58,16 @@ def test_goals_by_hand() -> None:
     assert "of 64.0 with Liger" in found["8B, 1 pair, cached: peak memory to TRL's"].figure
 
 
+def test_a_goal_says_on_how_few_steps_it_was_judged_and_in_miniature_none_is() -> None:
+    few = record()
+    few["parts"]["8B"]["arms"][0]["steps"] = 3
+    few["parts"]["8B"]["arms"][4]["steps"] = 1  # TRL's fastest, beside both arms
+    assert [goal.verdict for goal in gpu_report.goals(few)][:4] == [
+        *("met, on 3 steps", "met, on 1 step", "NOT met", "NOT met, on 1 step")
+    ]
+    assert {goal.verdict for goal in gpu_report.goals(few | {"miniature": True})} == {"not measured"}
+
+
 def test_the_report_names_card_peer_and_what_has_no_figures() -> None:
     text = gpu_report.markdown(record())
     assert text.startswith("# GPU check: NVIDIA H100 80GB HBM3 (79.2 GiB)\n")
