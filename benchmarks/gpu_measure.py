@@ -77,8 +77,8 @@ def _heard() -> Iterator[list[str]]:
 
 def measure(arm: Arm, setting: Setting) -> dict[str, Any]:
     """Measure one arm; return its figures, or the error if it cannot run (out of memory is a result)."""
+    _clean_memory(setting.device)  # of the arm before, which may take its time
     started = time.perf_counter()
-    _clean_memory(setting.device)
     steps = Steps(setting, started)
     with tempfile.TemporaryDirectory() as folder, _heard() as said, _weights_not_hashed(), _switches_kept():
         try:
