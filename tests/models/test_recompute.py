@@ -116,10 +116,19 @@ def test_a_frozen_tower_takes_no_part_in_the_backward_pass(tmp_path: Path, lora:
 
 # ---- the recipe's keys ----
 
+HOW = [{"every_n_layers": 2}, {"every_n_layers": 3, "offload": True}, {"offload": True}]
+KINDS = ["full", "lora", "bf16"]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{"every_n_layers": 2}, {"every_n_layers": 3, "offload": True}, {"offload": True}])
-@pytest.mark.parametrize("kind", ["full", "lora", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        pytest.param(kind, how, marks=[] if HOW.index(how) == KINDS.index(kind) else pytest.mark.long)
+        for kind in KINDS
+        for how in HOW
+    ],
+)
 def test_a_run_passes_them_on(tmp_path: Path, how: dict[str, Any], kind: str) -> None:
     steps = []
     for name, on in (("plain", False), ("recomputed", True)):

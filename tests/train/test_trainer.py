@@ -59,8 +59,13 @@ def test_every_promised_metric_is_logged(tmp_path: Path) -> None:
         assert all(math.isfinite(line[name]) for name in promised.split())
 
 
-@pytest.mark.parametrize("reward_shift", ["previous", "none"])
-@pytest.mark.parametrize("nll_reduction", ["sequence", "token"])
+@pytest.mark.parametrize(
+    ("reward_shift", "nll_reduction"),
+    [
+        *(("previous", "sequence"), ("none", "token")),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in (("previous", "token"), ("none", "sequence"))),
+    ],
+)
 def test_the_batch_layout_changes_nothing(tmp_path: Path, reward_shift: str, nll_reduction: str) -> None:
     """The same 8 pairs a step as 8x1, 4x2, 2x4, 1x8, as one row or many, shared or separate: two steps in float64."""
     layouts = {
