@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from benchmarks.memory import compare
 
+from tests.tiny_models import SIZE
 from tests.tiny_models import model as tiny_model
 from tests.training import logged, pairs, trainer
 from tests.zoo import FAMILIES, Family, encoded_pairs
@@ -26,6 +28,7 @@ from vlmpo.train.memory_choice import (
     spread,
 )
 from vlmpo.train.memory_estimate import estimate_rows, estimate_with_kernels, meta_model
+from vlmpo.tree import vision_blocks
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, build_row
 from vlmpo.tree.packing import SHARES, RowBound, count_patches, pack
@@ -120,6 +123,32 @@ def test_blocks_of_tiles_take_less_and_more_tiles_hardly_more() -> None:
     again = rows_take()
     assert again.phases[0].per_token == kept.phases[0].per_token
     assert again.phases[0].per_patch < 0.6 * kept.phases[0].per_patch
+
+
+@pytest.mark.parametrize("way", ["keep", "frozen tower", "checkpointed", "blocks"])
+def test_longer_rows_take_what_a_few_small_ones_predict(way: str) -> None:
+    """A pair has fewer tiles than a block; the gradients of the tower are there before a row is measured."""
+    model = tiny_model(size=replace(SIZE, vision_layers=8, vision_hidden=96)).train()
+    install(model, True)
+    tower = vision_tower_of(model)
+    assert tower is not None
+    if way == "frozen tower":
+        tower.requires_grad_(False)
+    elif way == "checkpointed":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    read_in_blocks(model, on=way == "blocks")
+    pair, pixels = tree_of(encoded_pairs("internvl-qwen2")["one image"]), count_patch_pixels(model)
+    shorter = replace(pair, responses=tuple(ids[:1] for ids in pair.responses))  # more patches a token than the pair
+    memory = measure_rows(
+        lambda trees: read(model, trees, True), pair, tower=tower, meter=LiveBytes(), patch_pixels=pixels
+    )
+    for row in ([pair], [pair] * 9, [shorter] * 9):
+        meter = LiveBytes()
+        with meter:
+            meter.start()
+            read(model, row, True).backward()
+        tokens, patches = sum(tree.num_tokens for tree in row), sum(count_patches(tree, pixels) for tree in row)
+        assert abs(memory.peak(tokens, patches) / meter.peak() - 1) < 0.15
 
 
 def test_live_bytes_counts_what_is_alive() -> None:
@@ -370,8 +399,6 @@ def test_a_run_measures_first_and_is_then_the_run_it_would_have_been(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["copy", "cache"])
 def test_rewards_start_at_zero_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    from vlmpo.tree import vision_blocks
-
     monkeypatch.setattr(vision_blocks, "BLOCK_TILES", 1)
     settings: dict[str, Any] = {"reference_kind": kind, "reference_cache_dir": str(tmp_path / "cache")}
     run = trainer(tmp_path / "run", pairs(6), vision_memory="recompute", model=tiny_model(), **settings)

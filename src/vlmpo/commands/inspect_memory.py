@@ -103,7 +103,8 @@ def estimate_memory(
     factor = _AUTOCAST if precision == "autocast" and recipe.model.dtype == "float32" else 1.0
 
     def look(recompute: bool) -> tuple[RowMemory, int]:
-        return estimate_rows(base, pair, recompute=recompute, shared=shared).times(factor), room
+        memory = estimate_rows(base, pair, recompute=recompute, shared=shared, device_type=device.type)
+        return memory.times(factor), room
 
     choice, memory = settled(situation, largest, look)
     assert memory is not None

@@ -104,7 +104,9 @@ def estimate_with_kernels(model: Any) -> None:
     Kernels(USED, _KERNELS).bind(model)
 
 
-def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool) -> RowMemory:
+def estimate_rows(
+    model: Any, pair: PromptTree, *, recompute: bool, shared: bool, device_type: str = "cuda"
+) -> RowMemory:
     """Return what rows take with ``model``, from :func:`meta_model`; trained parameters require gradients.
 
     Args:
@@ -112,6 +114,7 @@ def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool
         pair: the largest of some real pairs.
         recompute: whether the vision tower is read in blocks of tiles.
         shared: whether rows share prompts.
+        device_type: of the device to train on: it decides how much of the vocabulary is read at once.
 
     Raises:
         RuntimeError, ValueError, NotImplementedError, TypeError: the model asks for values, which there are none of.
@@ -120,7 +123,7 @@ def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool
         read_in_blocks(model, recompute)
     with compat.shapes_alone():
         return measure_rows(
-            lambda trees: _read(model, trees, shared),
+            lambda trees: _read(model, trees, shared, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"])),
             pair,
             tower=vision_tower_of(model),
             meter=LiveBytes(),
@@ -128,11 +131,11 @@ def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool
         )
 
 
-def _read(model: Any, trees: Sequence[PromptTree], shared: bool) -> Tensor:
-    return torch.stack([_read_row(model, row) for row in rows_of(trees, shared)]).sum()
+def _read(model: Any, trees: Sequence[PromptTree], shared: bool, chunk_elements: int) -> Tensor:
+    return torch.stack([_read_row(model, row, chunk_elements) for row in rows_of(trees, shared)]).sum()
 
 
-def _read_row(model: Any, row: PackedRow) -> Tensor:
+def _read_row(model: Any, row: PackedRow, chunk_elements: int) -> Tensor:
     embeds = model.get_input_embeddings()(row.input_ids.to(_META))
     if row.vision:
         vision = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in row.vision.items()}
@@ -146,6 +149,6 @@ def _read_row(model: Any, row: PackedRow) -> Tensor:
     scored, targets = row.logit_positions.to(_META), row.targets.to(_META)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        return token_logps(hidden[scored], head, targets, logit_transform=transform).sum()
+        return token_logps(hidden[scored], head, targets, chunk_elements, transform).sum()
     # The function behind: around it autocast is switched off, which knows no meta device.
-    return linear_token_logps(hidden[scored], head.weight, head.bias, targets, CHUNK_ELEMENTS["cuda"], transform).sum()
+    return linear_token_logps(hidden[scored], head.weight, head.bias, targets, chunk_elements, transform).sum()
