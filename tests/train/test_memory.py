@@ -327,6 +327,17 @@ def test_a_choice_is_taken_over_if_the_same_was_asked() -> None:
         assert MemoryChoice.from_json(damaged, ["auto", "auto"]) is None
 
 
+def test_a_choice_knows_which_bound_held_at_which_step() -> None:
+    first = MemoryChoice([400, "auto"], RowBound(400))
+    twice = first.lowered(RowBound(200), 3).lowered(RowBound(100), 3)  # both at the third step
+    then = twice.lowered(RowBound(50), 7)
+    assert [then.bound_at(step).most for step in range(9)] == [400, 400, 400, 100, 100, 100, 100, 50, 50]
+    sooner = then.lowered(RowBound(80), 5)  # made again with less memory
+    assert [sooner.bound_at(step).most for step in range(9)] == [400, 400, 400, 100, 100, 80, 80, 80, 80]
+    assert sooner.out_of_memory == 4
+    assert MemoryChoice.from_json(sooner.to_json(), [400, "auto"]) == sooner
+
+
 @pytest.mark.slow
 def test_gradients_and_states_that_are_not_there_yet() -> None:
     model = torch.nn.Linear(10, 10, bias=False)

@@ -169,13 +169,14 @@ def test_a_pair_that_does_not_fit_alone_ends_the_run_with_its_name(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_lower_bound_is_kept_in_the_checkpoint_and_taken_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_lower_bound_is_kept_in_checkpoints_and_taken_over_at_its_step(tmp_path: Path, step: int) -> None:
     settings = {"data": pairs(16), "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
-    failing = Failing(0)
-    weights, _, run = finished(tmp_path / "run", prepare=lambda run: in_backward(run, failing), **settings)
-    checkpoint = tmp_path / "run" / "checkpoint-2"
-    kept = read_state(checkpoint)["settings"]["chosen"]["memory"]
+    failing = Failing(step - 1)
+    weights, logs, run = finished(tmp_path / "run", prepare=lambda run: in_backward(run, failing), **settings)
+    kept = read_state(tmp_path / "run" / "checkpoint-4")["settings"]["chosen"]["memory"]
     assert kept["out_of_memory"] == 1
+    assert kept["earlier"] == [[step - 1, RowBound(400).to_json()]]
     assert RowBound.from_json(kept["bound"]) == run.data_collator.bound
     settings.pop("data")
     again = trainer(
@@ -184,9 +185,10 @@ def test_a_lower_bound_is_kept_in_the_checkpoint_and_taken_over(tmp_path: Path) 
         **{"per_device_train_batch_size": 4, "max_tokens_per_row": 400, "optim": "sgd", "learning_rate": 1e-2},
         **settings,
     )
-    again.train(resume_from_checkpoint=str(checkpoint))
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert again.data_collator.bound == run.data_collator.bound
     assert torch.equal(flat_weights(again.model), weights)
+    assert numbers(tmp_path / "run") == logs
 
 
 @pytest.mark.slow

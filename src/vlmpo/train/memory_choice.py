@@ -58,18 +58,30 @@ class MemoryChoice:
         bound: of rows.
         vision: ``keep`` or ``recompute``.
         out_of_memory: how often a row did not fit, so that the bound was lowered.
+        earlier: bounds that held before, each up to an optimizer step, this one included.
     """
 
     asked: list[Any]
     bound: RowBound
     vision: str = "keep"
     out_of_memory: int = 0
+    earlier: tuple[tuple[int, RowBound], ...] = ()
     line: str = field(default="", compare=False)
+
+    def bound_at(self, step: int) -> RowBound:
+        """Return the bound under which optimizer step ``step``, from 1, is made; of 0: what was chosen at first."""
+        return next((bound for last, bound in self.earlier if step <= last), self.bound)
+
+    def lowered(self, bound: RowBound, step: int) -> MemoryChoice:
+        """Return the choice with ``bound`` from optimizer step ``step`` on."""
+        held = *(entry for entry in self.earlier if entry[0] < step - 1), (step - 1, self.bound_at(step - 1))
+        return replace(self, bound=bound, out_of_memory=self.out_of_memory + 1, earlier=held)
 
     def to_json(self) -> dict[str, Any]:
         """Return it in plain JSON values."""
         values = {"asked": self.asked, "vision": self.vision, "out_of_memory": self.out_of_memory}
-        return {**values, "bound": self.bound.to_json()}
+        earlier = [[last, bound.to_json()] for last, bound in self.earlier]
+        return {**values, "bound": self.bound.to_json(), "earlier": earlier}
 
     @classmethod
     def from_json(cls, values: Any, asked: list[Any]) -> MemoryChoice | None:
@@ -78,7 +90,8 @@ class MemoryChoice:
             if values["asked"] != asked:
                 return None
             bound = RowBound.from_json(values["bound"])
-            return cls(asked, bound, str(values["vision"]), int(values["out_of_memory"]))
+            earlier = tuple((int(last), RowBound.from_json(held)) for last, held in values.get("earlier", ()))
+            return cls(asked, bound, str(values["vision"]), int(values["out_of_memory"]), earlier)
         except (KeyError, TypeError, ValueError):
             return None
 

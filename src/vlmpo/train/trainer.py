@@ -32,7 +32,7 @@ from vlmpo.quiet import hold_back_noise
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, StepClock
-from vlmpo.train.checkpoint import load_weights, read_state, restore_state, settings_as_given, steps_done
+from vlmpo.train.checkpoint import last_choices, load_weights, read_state, restore_state, settings_as_given, steps_done
 from vlmpo.train.checkpoint_io import TRAINER_FILE, model_beside, rotate
 from vlmpo.train.compiling import check_backend, compile_policy, compile_text_layers
 from vlmpo.train.config import MPOConfig
@@ -436,6 +436,7 @@ class MPOTrainer(Trainer):
         """Choose what rows hold; ``known``: the settings of the checkpoint that is resumed from."""
         self.row_memory.choose(
             known,
+            done=self._steps_before,
             pairs_at_once=compat.batch_size_per_device(self),
             probe=self.row_probe,
             pending=functools.partial(pending_bytes, self.model, self.optimizer),
@@ -491,6 +492,7 @@ class MPOTrainer(Trainer):
     ) -> tuple[list[Batch], dict[str, float]]:
         """Return the batches of one optimizer step and its denominators, summed over ranks before any forward."""
         self.clock.start()
+        self.row_memory.begin_step(self.state.global_step + 1)
         if self.masters is not None:
             self.masters.moved()
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -951,6 +953,7 @@ class MPOTrainer(Trainer):
             self.average.start_from(checkpoint)
         self._steps_before, self._loss_known = 0, True
         if checkpoint:
+            self.row_memory.before = self.row_memory.before or last_choices(Path(checkpoint).parent)
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
             before_first_step.append(functools.partial(self._go_on, state))
