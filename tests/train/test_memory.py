@@ -217,6 +217,18 @@ def test_a_batch_packed_again_is_what_the_collator_packs() -> None:
             assert all(torch.equal(row.vision[name], same.vision[name]) for name in row.vision)
 
 
+def test_pairs_of_one_prompt_that_were_divided_keep_their_order() -> None:
+    """A loader's worker divides them under the bound that it knows, two a row: one and three, two and four."""
+    pair = encoded_pairs("internvl-qwen2")["text only"]
+    items = [replace(pair, chosen_ids=torch.arange(20) + at, origin=str(at)) for at in range(4)]
+    cost = tree_of(items[0]).num_tokens
+    divided, small = Collator(None, True, group=4), Collator(None, True, group=4)
+    divided.bound, small.bound = (RowBound(cost * pairs, divide=True) for pairs in (2, 1))
+    assert [part.origins for part in divided(items).micro_batches] == [["0", "2"], ["1", "3"]]
+    again, expected = small.again(divided(items)), small(items)
+    assert [part.origins for part in again.micro_batches] == [part.origins for part in expected.micro_batches]
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.shared], ids=lambda family: family.name)
 def test_every_family_s_batches_can_be_packed_again(family: Family) -> None:
     items = list(encoded_pairs(family.name).values())
