@@ -158,6 +158,14 @@ class Collator:
         groups.sort(key=lambda group: group.place)
         return replace(batch, micro_batches=self._micro_batches(groups), bound=self.bound)
 
+    def halved(self, micro_batch: MicroBatch) -> list[MicroBatch]:
+        """Return the pairs of ``micro_batch``, which is on the host, in two or more; in one if it is a single pair."""
+        groups = groups_of(micro_batch, self.shared)
+        if len(groups) == 1:
+            groups = _divided(groups[0])
+        size = -(-len(groups) // 2) if self.shared else 1
+        return [_micro_batch(groups[at : at + size], self.shared) for at in range(0, len(groups), size)]
+
     def _micro_batches(self, groups: Sequence[PromptGroup]) -> list[MicroBatch]:
         """Lay groups, in the order of a batch, out in rows."""
         most, cost = self.bound.most, self.bound.cost
