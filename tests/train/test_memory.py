@@ -125,23 +125,28 @@ def test_blocks_of_tiles_take_less_and_more_tiles_hardly_more() -> None:
     assert again.phases[0].per_patch < 0.6 * kept.phases[0].per_patch
 
 
-@pytest.mark.parametrize("way", ["keep", "frozen tower", "checkpointed", "blocks"])
+@pytest.mark.parametrize("way", ["keep", "frozen tower", "checkpointed", "blocks", "bf16"])
 def test_longer_rows_take_what_a_few_small_ones_predict(way: str) -> None:
     """A pair has fewer tiles than a block; the gradients of the tower are there before a row is measured."""
-    model = tiny_model(size=replace(SIZE, vision_layers=8, vision_hidden=96)).train()
+    dtype = torch.bfloat16 if way == "bf16" else torch.float32
+    model = tiny_model(size=replace(SIZE, vision_layers=8, vision_hidden=96), dtype=dtype).train()
+    bare = meta_model(model.config, dtype, checkpointing=way == "checkpointed")
     install(model, True)
     tower = vision_tower_of(model)
     assert tower is not None
     if way == "frozen tower":
         tower.requires_grad_(False)
+        bare.model.vision_tower.requires_grad_(False)
     elif way == "checkpointed":
         model.activation_checkpointing_enable({"use_reentrant": False})
     read_in_blocks(model, on=way == "blocks")
     pair, pixels = tree_of(encoded_pairs("internvl-qwen2")["one image"]), count_patch_pixels(model)
+    pair = replace(pair, vision={name: tensor.to(dtype) for name, tensor in pair.vision.items()})
     shorter = replace(pair, responses=tuple(ids[:1] for ids in pair.responses))  # more patches a token than the pair
     memory = measure_rows(
         lambda trees: read(model, trees, True), pair, tower=tower, meter=LiveBytes(), patch_pixels=pixels
     )
+    estimate = estimate_rows(bare, pair, recompute=way == "blocks", shared=True, device_type="cpu")
     for row in ([pair], [pair] * 9, [shorter] * 9):
         meter = LiveBytes()
         with meter:
@@ -149,6 +154,7 @@ def test_longer_rows_take_what_a_few_small_ones_predict(way: str) -> None:
             read(model, row, True).backward()
         tokens, patches = sum(tree.num_tokens for tree in row), sum(count_patches(tree, pixels) for tree in row)
         assert abs(memory.peak(tokens, patches) / meter.peak() - 1) < 0.15
+        assert abs(estimate.peak(tokens, patches) / meter.peak() - 1) < 0.15
 
 
 def test_live_bytes_counts_what_is_alive() -> None:

@@ -23,9 +23,11 @@ from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import LiveBytes, RowMemory, measure_rows
 from vlmpo.tree.chunked_logprobs import CHUNK_ELEMENTS, LogitTransform, linear_token_logps, token_logps
 from vlmpo.tree.layout import PackedRow, PromptTree, rows_of
+from vlmpo.tree.products import keeps_probabilities
 from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, vision_tower_of
 
 _ATTENTION = "vlmpo_memory_estimate"
+_CPU_TOWER = "vlmpo_memory_estimate_cpu_tower"
 _META = torch.device("meta")
 
 
@@ -33,22 +35,32 @@ class _Attention(torch.autograd.Function):
     """Keeps what a fused attention keeps, and computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keeps_probabilities: bool) -> Tensor:
         batch, heads, tokens, _ = query.shape
         out = query.new_empty(batch, tokens, heads, value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, tokens, dtype=torch.float32))
+        kept = [query.new_empty(batch, heads, tokens, dtype=torch.float32)]
+        if keeps_probabilities:
+            kept.append(query.new_empty(batch, heads, tokens, key.shape[2]))
+        ctx.save_for_backward(query, key, value, out, *kept)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    out: Tensor = _Attention.apply(query, key, value)
+    out: Tensor = _Attention.apply(query, key, value, False)
+    return out, None
+
+
+def _attend_in_cpu_tower(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    out: Tensor = _Attention.apply(query, key, value, keeps_probabilities(query, key))
     return out, None
 
 
@@ -61,6 +73,7 @@ def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool) -> Any:
         checkpointing: whether each layer's activations are computed again.
     """
     AttentionInterface.register(_ATTENTION, _attend)
+    AttentionInterface.register(_CPU_TOWER, _attend_in_cpu_tower)
     kind: Any = AutoModelForImageTextToText if compat.is_image_text_config(config) else AutoModelForCausalLM
     with _META:
         # A copy: transformers writes the attention's name into the config, and would change the model it belongs to.
@@ -114,13 +127,16 @@ def estimate_rows(
         pair: the largest of some real pairs.
         recompute: whether the vision tower is read in blocks of tiles.
         shared: whether rows share prompts.
-        device_type: of the device to train on: it decides how much of the vocabulary is read at once.
+        device_type: of the device to train on: it decides how much of the vocabulary is read at once, and what vision
+            layers keep.
 
     Raises:
         RuntimeError, ValueError, NotImplementedError, TypeError: the model asks for values, which there are none of.
     """
     if can_read_in_blocks(model):
         read_in_blocks(model, recompute)
+    if getattr(model.config, "vision_config", None) is not None:
+        model.set_attn_implementation({"vision_config": _CPU_TOWER if device_type == "cpu" else _ATTENTION})
     with compat.shapes_alone():
         return measure_rows(
             lambda trees: _read(model, trees, shared, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"])),

@@ -87,7 +87,7 @@ class StepAgain:
         try:
             yield attempt
         except Exception as error:
-            if not is_out_of_memory(error):
+            if attempt.reading is None or not is_out_of_memory(error):
                 raise
             attempt.failure = first_line(error)
         if attempt.failure is not None:
