@@ -125,20 +125,21 @@ def test_blocks_of_tiles_take_less_and_more_tiles_hardly_more() -> None:
     assert again.phases[0].per_patch < 0.6 * kept.phases[0].per_patch
 
 
-@pytest.mark.parametrize("way", ["keep", "frozen tower", "checkpointed", "blocks", "bf16"])
+@pytest.mark.parametrize("way", ["keep", "frozen tower", "checkpointed", "every second layer", "blocks", "bf16"])
 def test_longer_rows_take_what_a_few_small_ones_predict(way: str) -> None:
     """A pair has fewer tiles than a block; the gradients of the tower are there before a row is measured."""
     dtype = torch.bfloat16 if way == "bf16" else torch.float32
     model = tiny_model(size=replace(SIZE, vision_layers=8, vision_hidden=96), dtype=dtype).train()
-    bare = meta_model(model.config, dtype, checkpointing=way == "checkpointed")
+    every = {"checkpointed": 1, "every second layer": 2}.get(way, 0)
+    bare = meta_model(model.config, dtype, checkpointing=bool(every), every_n_layers=every)
     install(model, True)
     tower = vision_tower_of(model)
     assert tower is not None
     if way == "frozen tower":
         tower.requires_grad_(False)
         bare.model.vision_tower.requires_grad_(False)
-    elif way == "checkpointed":
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    elif every:
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
     read_in_blocks(model, on=way == "blocks")
     pair, pixels = tree_of(encoded_pairs("internvl-qwen2")["one image"]), count_patch_pixels(model)
     pair = replace(pair, vision={name: tensor.to(dtype) for name, tensor in pair.vision.items()})

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForI
 from vlmpo import compat
 from vlmpo.models.families import logit_scale_and_softcap
 from vlmpo.models.kernels import USED, Functions, Kernels
+from vlmpo.models.recompute import free_inputs_of_gradients
 from vlmpo.models.vision import encode_images
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import LiveBytes, RowMemory, measure_rows
@@ -64,13 +65,14 @@ def _attend_in_cpu_tower(
     return out, None
 
 
-def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool) -> Any:
+def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool, every_n_layers: int = 1) -> Any:
     """Make the model of ``config`` on the meta device, ready to be trained.
 
     Args:
         config: of a whole model, not changed.
         dtype: in which passes compute.
-        checkpointing: whether each layer's activations are computed again.
+        checkpointing: whether layers' activations are computed again.
+        every_n_layers: of which layers.
     """
     AttentionInterface.register(_ATTENTION, _attend)
     AttentionInterface.register(_CPU_TOWER, _attend_in_cpu_tower)
@@ -79,7 +81,8 @@ def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool) -> Any:
         # A copy: transformers writes the attention's name into the config, and would change the model it belongs to.
         model = kind.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=_ATTENTION)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every_n_layers)
+        free_inputs_of_gradients(model)
     return model.train()
 
 
