@@ -354,7 +354,11 @@ def test_a_choice_knows_which_bound_held_at_which_step() -> None:
     sooner = then.lowered(RowBound(80), 5)  # made again with less memory
     assert [sooner.bound_at(step).most for step in range(9)] == [400, 400, 400, 100, 100, 80, 80, 80, 80]
     assert sooner.out_of_memory == 4
-    assert MemoryChoice.from_json(sooner.to_json(), [400, "auto"]) == sooner
+    made = replace(sooner, trying=0)
+    assert MemoryChoice.from_json(made.to_json(), [400, "auto"]) == made
+    back = MemoryChoice.from_json(sooner.to_json(), [400, "auto"])  # the run ended within the fifth step
+    assert back is not None
+    assert [back.bound_at(step).most for step in range(9)] == [400, 400, 400, 100, 100, 100, 100, 100, 100]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -113,6 +114,12 @@ class RowsInMemory:
         self._step = step
         if self.choice is not None and self.choice.bound_at(step) != self.choice.bound_at(step - 1):
             self._collator.bound = self.choice.bound_at(step)
+
+    def end_step(self) -> None:
+        """Keep a bound that was lowered in the step under way: all its rows have been read."""
+        if self.choice is not None and self.choice.trying:
+            self.choice = replace(self.choice, trying=0)
+            self.on_change()
 
     def chosen(self) -> Settings:
         """Return what is chosen, in plain JSON values; a run that goes on takes it over."""

@@ -690,6 +690,7 @@ class MPOTrainer(Trainer):
             for parameter in model.parameters():
                 parameter.grad = None
         self.delta.end_step()  # the losses of the optimizer step are all computed
+        self.row_memory.end_step()
         self.sums.values["steps"] += 1
         self.sums.values["empty_steps"] += self.watch.step_is_empty
         return norm
