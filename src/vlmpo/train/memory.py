@@ -24,6 +24,8 @@ from vlmpo.tree.vision_blocks import patches_of_a_block
 # What messages of torch, cuBLAS, cuDNN and MPS have in common if memory is out; of some there is no class of error.
 _SIGNS = ("out of memory", "allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
+_MOST_IN_A_BLOCK = 4  # pairs that are read in one row to fill a block of tiles
+
 Read = Callable[[Sequence[PromptTree]], Tensor]  # reads trees in one row with the policy; returns a loss
 
 
@@ -206,6 +208,8 @@ def measure_rows(
         block = patches_of_a_block(tower, pair.vision, patch_pixels)
         one = _peaks(read, [pair], tower, meter)
         count = max(-(-block // patches), 1)  # pairs that fill a block
+        if count > _MOST_IN_A_BLOCK:  # small images of a tower that lists patches: as if it read them all at once
+            count = 1
         some = _if_it_fits(read, [pair] * count, tower, meter) if count > 1 else one
         if some is None:
             count, some = 1, one
