@@ -70,7 +70,8 @@ def compare(size: VlmSize = SIZE, shapes: Sequence[tuple[int, bool]] = SHAPES) -
             tower = vision_tower_of(model)
             measured = measure_rows(read, trees[0], tower=tower, meter=meter, patch_pixels=pixels)
             bare = meta_model(config, torch.float32, checkpointing=False)
-            known[recompute] = measured, estimate_rows(bare, trees[0], recompute=recompute, shared=True)
+            estimated_rows = estimate_rows(bare, trees[0], recompute=recompute, shared=True, device_type="cpu")
+            known[recompute] = measured, estimated_rows
         row = trees[:count]
         tokens, patches = sum(tree.num_tokens for tree in row), sum(count_patches(tree, pixels) for tree in row)
         peak = allocated_peak(lambda row=row: read(row).backward())  # type: ignore[misc]

@@ -68,6 +68,8 @@ def _for_the_user(error: Exception) -> BaseException | None:
         place = getattr(error, "filename", None)
         reason = problem or getattr(error, "strerror", None) or first_line(error)
         found = RunError(f"{os.fsdecode(place)}: {reason}" if isinstance(place, str | bytes) else reason)
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported
+        found = RunError(f"out of memory ({first_line(error)})")
     elif isinstance(error, RuntimeError) and _is_lost_rank(error):
         found = RunError(
             f"another rank has ended ({first_line(error)[:200]}); its own message says why. No checkpoint was written"

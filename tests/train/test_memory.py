@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from benchmarks.memory import compare
 
+from tests.tiny_models import SIZE
 from tests.tiny_models import model as tiny_model
 from tests.training import logged, pairs, trainer
 from tests.zoo import FAMILIES, Family, encoded_pairs
@@ -26,6 +28,7 @@ from vlmpo.train.memory_choice import (
     spread,
 )
 from vlmpo.train.memory_estimate import estimate_rows, estimate_with_kernels, meta_model
+from vlmpo.tree import vision_blocks
 from vlmpo.tree.forward import install
 from vlmpo.tree.layout import PromptTree, build_row
 from vlmpo.tree.packing import SHARES, RowBound, count_patches, pack
@@ -122,6 +125,39 @@ def test_blocks_of_tiles_take_less_and_more_tiles_hardly_more() -> None:
     assert again.phases[0].per_patch < 0.6 * kept.phases[0].per_patch
 
 
+@pytest.mark.parametrize("way", ["keep", "frozen tower", "checkpointed", "every second layer", "blocks", "bf16"])
+def test_longer_rows_take_what_a_few_small_ones_predict(way: str) -> None:
+    """A pair has fewer tiles than a block; the gradients of the tower are there before a row is measured."""
+    dtype = torch.bfloat16 if way == "bf16" else torch.float32
+    model = tiny_model(size=replace(SIZE, vision_layers=8, vision_hidden=96), dtype=dtype).train()
+    every = {"checkpointed": 1, "every second layer": 2}.get(way, 0)
+    bare = meta_model(model.config, dtype, checkpointing=bool(every), every_n_layers=every)
+    install(model, True)
+    tower = vision_tower_of(model)
+    assert tower is not None
+    if way == "frozen tower":
+        tower.requires_grad_(False)
+        bare.model.vision_tower.requires_grad_(False)
+    elif every:
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    read_in_blocks(model, on=way == "blocks")
+    pair, pixels = tree_of(encoded_pairs("internvl-qwen2")["one image"]), count_patch_pixels(model)
+    pair = replace(pair, vision={name: tensor.to(dtype) for name, tensor in pair.vision.items()})
+    shorter = replace(pair, responses=tuple(ids[:1] for ids in pair.responses))  # more patches a token than the pair
+    memory = measure_rows(
+        lambda trees: read(model, trees, True), pair, tower=tower, meter=LiveBytes(), patch_pixels=pixels
+    )
+    estimate = estimate_rows(bare, pair, recompute=way == "blocks", shared=True, device_type="cpu")
+    for row in ([pair], [pair] * 9, [shorter] * 9):
+        meter = LiveBytes()
+        with meter:
+            meter.start()
+            read(model, row, True).backward()
+        tokens, patches = sum(tree.num_tokens for tree in row), sum(count_patches(tree, pixels) for tree in row)
+        assert abs(memory.peak(tokens, patches) / meter.peak() - 1) < 0.15
+        assert abs(estimate.peak(tokens, patches) / meter.peak() - 1) < 0.15
+
+
 def test_live_bytes_counts_what_is_alive() -> None:
     meter = LiveBytes()
     weight = torch.ones(256)  # 1024 bytes, there before
@@ -186,6 +222,18 @@ def test_a_batch_packed_again_is_what_the_collator_packs() -> None:
             assert torch.equal(row.input_ids, same.input_ids)
             assert row.vision.keys() == same.vision.keys()
             assert all(torch.equal(row.vision[name], same.vision[name]) for name in row.vision)
+
+
+def test_pairs_of_one_prompt_that_were_divided_keep_their_order() -> None:
+    """A loader's worker divides them under the bound that it knows, two a row: one and three, two and four."""
+    pair = encoded_pairs("internvl-qwen2")["text only"]
+    items = [replace(pair, chosen_ids=torch.arange(20) + at, origin=str(at)) for at in range(4)]
+    cost = tree_of(items[0]).num_tokens
+    divided, small = Collator(None, True, group=4), Collator(None, True, group=4)
+    divided.bound, small.bound = (RowBound(cost * pairs, divide=True) for pairs in (2, 1))
+    assert [part.origins for part in divided(items).micro_batches] == [["0", "2"], ["1", "3"]]
+    again, expected = small.again(divided(items)), small(items)
+    assert [part.origins for part in again.micro_batches] == [part.origins for part in expected.micro_batches]
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.shared], ids=lambda family: family.name)
@@ -298,6 +346,21 @@ def test_a_choice_is_taken_over_if_the_same_was_asked() -> None:
         assert MemoryChoice.from_json(damaged, ["auto", "auto"]) is None
 
 
+def test_a_choice_knows_which_bound_held_at_which_step() -> None:
+    first = MemoryChoice([400, "auto"], RowBound(400))
+    twice = first.lowered(RowBound(200), 3).lowered(RowBound(100), 3)  # both at the third step
+    then = twice.lowered(RowBound(50), 7)
+    assert [then.bound_at(step).most for step in range(9)] == [400, 400, 400, 100, 100, 100, 100, 50, 50]
+    sooner = then.lowered(RowBound(80), 5)  # made again with less memory
+    assert [sooner.bound_at(step).most for step in range(9)] == [400, 400, 400, 100, 100, 80, 80, 80, 80]
+    assert sooner.out_of_memory == 4
+    made = replace(sooner, trying=0)
+    assert MemoryChoice.from_json(made.to_json(), [400, "auto"]) == made
+    back = MemoryChoice.from_json(sooner.to_json(), [400, "auto"])  # the run ended within the fifth step
+    assert back is not None
+    assert [back.bound_at(step).most for step in range(9)] == [400, 400, 400, 100, 100, 100, 100, 100, 100]
+
+
 @pytest.mark.slow
 def test_gradients_and_states_that_are_not_there_yet() -> None:
     model = torch.nn.Linear(10, 10, bias=False)
@@ -370,8 +433,6 @@ def test_a_run_measures_first_and_is_then_the_run_it_would_have_been(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["copy", "cache"])
 def test_rewards_start_at_zero_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    from vlmpo.tree import vision_blocks
-
     monkeypatch.setattr(vision_blocks, "BLOCK_TILES", 1)
     settings: dict[str, Any] = {"reference_kind": kind, "reference_cache_dir": str(tmp_path / "cache")}
     run = trainer(tmp_path / "run", pairs(6), vision_memory="recompute", model=tiny_model(), **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from tests.training import AfterSteps, flat_weights, logged, pairs, relative, tr
 from tests.zoo import encoded_pairs
 from vlmpo import MPOTrainer
 from vlmpo.errors import RunError
-from vlmpo.train.batching import Collator
+from vlmpo.train.batching import Collator, lay_out, tree_of
 from vlmpo.train.checkpoint import read_state
 from vlmpo.train.memory import is_out_of_memory
 from vlmpo.train.out_of_memory import StepAgain
 from vlmpo.train.sharding import unwrapped
+from vlmpo.tree.dummies import append_dummy, dummy_row
 from vlmpo.tree.packing import RowBound
 
 TIMES = {
@@ -169,13 +171,14 @@ def test_a_pair_that_does_not_fit_alone_ends_the_run_with_its_name(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_lower_bound_is_kept_in_the_checkpoint_and_taken_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_lower_bound_is_kept_in_checkpoints_and_taken_over_at_its_step(tmp_path: Path, step: int) -> None:
     settings = {"data": pairs(16), "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
-    failing = Failing(0)
-    weights, _, run = finished(tmp_path / "run", prepare=lambda run: in_backward(run, failing), **settings)
-    checkpoint = tmp_path / "run" / "checkpoint-2"
-    kept = read_state(checkpoint)["settings"]["chosen"]["memory"]
+    failing = Failing(step - 1)
+    weights, logs, run = finished(tmp_path / "run", prepare=lambda run: in_backward(run, failing), **settings)
+    kept = read_state(tmp_path / "run" / "checkpoint-4")["settings"]["chosen"]["memory"]
     assert kept["out_of_memory"] == 1
+    assert kept["earlier"] == [[step - 1, RowBound(400).to_json()]]
     assert RowBound.from_json(kept["bound"]) == run.data_collator.bound
     settings.pop("data")
     again = trainer(
@@ -184,9 +187,10 @@ def test_a_lower_bound_is_kept_in_the_checkpoint_and_taken_over(tmp_path: Path) 
         **{"per_device_train_batch_size": 4, "max_tokens_per_row": 400, "optim": "sgd", "learning_rate": 1e-2},
         **settings,
     )
-    again.train(resume_from_checkpoint=str(checkpoint))
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert again.data_collator.bound == run.data_collator.bound
     assert torch.equal(flat_weights(again.model), weights)
+    assert numbers(tmp_path / "run") == logs
 
 
 @pytest.mark.slow
@@ -230,6 +234,79 @@ def test_on_many_ranks_the_message_names_the_largest_pair_and_a_bound() -> None:
     )
     assert caught.value.met_by == "rank"
     assert collator.bound == RowBound(None)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_row_with_a_dummy_image_is_named_too(shared: bool) -> None:
+    """One of many ranks: its last row has no image of its own, and gets one so that it reads as the others do."""
+    family = encoded_pairs("internvl-qwen2")
+    again = StepAgain(
+        Collator(None, shared), alone=False, whole=False, patch_pixels=196, remedies=str, lowered=lambda: None
+    )
+    row = Collator(None, shared)([family["text only"]]).micro_batches[0]
+    row = replace(row, rows=[append_dummy(of_row, tree_of(family["one image"])) for of_row in row.rows])
+    with pytest.raises(RunError, match=r"a pair of \d+ tokens and 0 image patches, is out of memory"):
+        fail(again, row)
+    with pytest.raises(RunError, match="a row of no pair, which keeps ranks in step, is out of memory"):
+        fail(again, replace(lay_out([]), rows=[dummy_row(tree_of(family["one image"]))]))
+
+
+def fail(again: StepAgain, reading: Any) -> None:
+    with again.watched() as attempt:
+        attempt.reading = reading
+        raise FULL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["copy", "cache"])
+def test_an_evaluation_reads_a_row_that_does_not_fit_in_parts(tmp_path: Path, kind: str) -> None:
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "group_by_prompt": 2}
+    settings |= {"reference_kind": kind, "dtype": torch.float64, "data": pairs(4)}
+    one = random_pair(3)
+    held_out = [*pairs(4, 30), one, replace(one, rejected="two", origin="memory:other")]
+    whole, _, _ = finished(
+        tmp_path / "whole", **settings, eval_dataset=held_out, reference_cache_dir=str(tmp_path / "a")
+    )
+
+    def failing(run: MPOTrainer) -> None:
+        fails = Failing(0, times=2)
+        layers(run)[1].register_forward_pre_hook(
+            lambda module, _: fails() if run.state.max_steps and not module.training else None
+        )
+
+    cache = str(tmp_path / "b")
+    weights, _, run = finished(
+        tmp_path / "failed", prepare=failing, **settings, eval_dataset=held_out, reference_cache_dir=cache
+    )
+    assert torch.equal(weights, whole)
+    assert run.data_collator.bound == RowBound(400)
+    found, expected = (evaluations(tmp_path / name) for name in ("failed", "whole"))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def evaluations(folder: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        name: value
+        for line in lines
+        for name, value in line.items()
+        if name.startswith("eval_") and not name.endswith(("runtime", "per_second"))
+    }
+
+
+@pytest.mark.slow
+def test_what_is_scored_before_training_is_read_in_parts_too(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"reference_kind": "cache", "reference_cache_dir": str(tmp_path / "cache")}
+    run = trainer(tmp_path / "run", pairs(4), per_device_train_batch_size=4, **settings)
+    model = run.reference.load()  # type: ignore[union-attr]
+    model.model.model.language_model.layers[1].register_forward_pre_hook(Failing(0, times=2))
+    assert run.precompute_reference() == {"known": 0, "computed": 8, "dropped": 0}
+    alone = trainer(tmp_path / "alone", pairs(1))
+    layers(alone)[1].register_forward_pre_hook(Failing(0, times=99))
+    with pytest.raises(RunError, match="out of memory outside of a training row"):
+        alone.train()
+    with pytest.raises(RunError, match=r"memory:0: a pair of \d+ tokens .* set a lower data\.max_tiles"):
+        alone.evaluate(pairs(1))
 
 
 def test_other_errors_pass() -> None:

@@ -103,7 +103,8 @@ def estimate_memory(
     factor = _AUTOCAST if precision == "autocast" and recipe.model.dtype == "float32" else 1.0
 
     def look(recompute: bool) -> tuple[RowMemory, int]:
-        return estimate_rows(base, pair, recompute=recompute, shared=shared).times(factor), room
+        memory = estimate_rows(base, pair, recompute=recompute, shared=shared, device_type=device.type)
+        return memory.times(factor), room
 
     choice, memory = settled(situation, largest, look)
     assert memory is not None
@@ -171,7 +172,9 @@ def _model(recipe: Recipe, config: Any, precision: str) -> Any:
     training = recipe.training
     half = recipe.model.dtype == "bfloat16" or precision != "float32"
     checkpointing = any(training.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
-    model = meta_model(config, torch.bfloat16 if half else torch.float32, checkpointing)
+    names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+    every = max((training.get(name) or {}).get("every_n_layers", 1) for name in names)
+    model = meta_model(config, torch.bfloat16 if half else torch.float32, checkpointing, every)
     freeze_parts(model, recipe.model.freeze)
     adapter = lora_config(recipe)
     return model if adapter is None else put_adapter_on(model, adapter).train()

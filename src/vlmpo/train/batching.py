@@ -29,7 +29,7 @@ class MicroBatch:
         sources, origins: each pair's data set and ``file:line``.
         keys: for each response a hash of the data that decide its log-prob (prompt, images, tokens); empty unless the
             collator is ``keyed``.
-        groups: for each tree its place in the batch and its number of pairs, which are consecutive.
+        groups: for each tree the place of its first pair in the batch and its number of pairs, which are consecutive.
     """
 
     rows: list[PackedRow]
@@ -106,8 +106,8 @@ class PairName(NamedTuple):
 class PromptGroup(NamedTuple):
     """Holds pairs of one prompt, their tree, and the index in it of each pair's chosen and rejected response.
 
-    ``rejected`` is empty in supervised fine-tuning, ``keys`` unless responses have keys; ``place`` is the group's in
-    its batch.
+    ``rejected`` is empty in supervised fine-tuning, ``keys`` unless responses have keys; ``place`` is that of its
+    first pair in the batch.
     """
 
     pairs: list[PairName]
@@ -145,7 +145,7 @@ class Collator:
         runs = split_runs(
             range(len(pairs)), max(1, self.group), lambda one, other: _same_prompt(pairs[one], pairs[other])
         )
-        groups = [_group([pairs[index] for index in indices], place, self.keyed) for place, indices in enumerate(runs)]
+        groups = [_group([pairs[index] for index in indices], indices[0], self.keyed) for indices in runs]
         notices = {kind: remark for pair in pairs for kind, remark in pair.notices.items()}
         dropped = [item for item in items if isinstance(item, Unusable)]
         return Batch(self._micro_batches(groups), dropped, notices, self.bound)
@@ -157,6 +157,14 @@ class Collator:
         groups = [group for part in batch.micro_batches for group in groups_of(part, self.shared)]
         groups.sort(key=lambda group: group.place)
         return replace(batch, micro_batches=self._micro_batches(groups), bound=self.bound)
+
+    def halved(self, micro_batch: MicroBatch) -> list[MicroBatch]:
+        """Return the pairs of ``micro_batch``, which is on the host, in two or more; in one if it is a single pair."""
+        groups = groups_of(micro_batch, self.shared)
+        if len(groups) == 1:
+            groups = _divided(groups[0])
+        size = -(-len(groups) // 2) if self.shared else 1
+        return [_micro_batch(groups[at : at + size], self.shared) for at in range(0, len(groups), size)]
 
     def _micro_batches(self, groups: Sequence[PromptGroup]) -> list[MicroBatch]:
         """Lay groups, in the order of a batch, out in rows."""
@@ -199,7 +207,7 @@ def _divided(group: PromptGroup) -> list[PromptGroup]:
         tree = replace(group.tree, responses=tuple(group.tree.responses[index] for index in used))
         rejected = [used.index(index) for index in group.rejected[at : at + 1]]
         keys = [group.keys[index] for index in used] if group.keys else []
-        parts.append(PromptGroup([pair], tree, [0], rejected, keys, group.place))
+        parts.append(PromptGroup([pair], tree, [0], rejected, keys, group.place + at))
     return parts
 
 

@@ -131,11 +131,11 @@ class CachedReference:
         keys = [content_key(context, key) for key in micro_batch.keys]
         stored = [self._stored(key) for key in keys]
         missing = stored.count(None)
+        lengths = micro_batch.response_lengths
+        logps = self.load().response_logps(micro_batch) if self._any_rank(missing > 0) else None
         self.misses += missing
         self.hits += len(keys) - missing
-        lengths = micro_batch.response_lengths
-        if self._any_rank(missing > 0):
-            logps = self.load().response_logps(micro_batch)
+        if logps is not None:
             if missing:  # dummy responses, the last ones, have no key
                 scored = zip(keys, map(Scored, logps.tolist(), lengths), strict=False)
                 sound = {key: score for key, score in scored if math.isfinite(score.logp)}
@@ -348,14 +348,14 @@ def precompute(
     *,
     training: Iterable[Batch],
     evaluation: Iterable[Batch],
-    prepare: Callable[[MicroBatch], MicroBatch],
+    score: Callable[[MicroBatch], Iterable[tuple[MicroBatch, Tensor]]],
 ) -> dict[str, int]:
     """Put the reference's log-probs of training and evaluation pairs into its store.
 
     Args:
         reference: the reference with the store.
         training, evaluation: batches of this rank, as many as the other ranks have.
-        prepare: moves a micro-batch to the device.
+        score: yields the reference's log-probs for a micro-batch, or for parts of it.
 
     Returns:
         How many responses were ``known`` and how many ``computed``, and evaluation pairs ``dropped``, on this rank.
@@ -367,7 +367,8 @@ def precompute(
 
     def read(batch: Batch) -> None:
         for micro_batch in batch.micro_batches:
-            _refuse_non_finite(micro_batch, reference.response_logps(prepare(micro_batch)))
+            for part, logps in score(micro_batch):
+                _refuse_non_finite(part, logps)
 
     with torch.no_grad():
         for batch in training:

@@ -290,3 +290,13 @@ def steps_done(checkpoint: str | os.PathLike[str]) -> int | None:
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     """Return the newest complete ``checkpoint-N`` in ``output_dir``, sound or not; None if there is none."""
     return next((folder for folder in checkpoints_in(output_dir) if (folder / STATE_FILE).is_file()), None)
+
+
+def last_choices(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what the run in ``output_dir`` had chosen by its newest checkpoint; empty if that cannot be read."""
+    newest = last_complete_checkpoint(output_dir)
+    try:
+        state = {} if newest is None else read_state(newest)
+    except RunError:
+        return {}
+    return (state.get("settings") or {}).get("chosen") or {}

@@ -12,7 +12,8 @@ from vlmpo.models.mode import in_mode
 from vlmpo.train.batching import Batch, MicroBatch
 from vlmpo.train.metrics import ScoredPair, evaluation_metrics
 
-Score = Callable[[MicroBatch], tuple[Tensor, Tensor | None]]  # policy's and reference's log-probs, [responses]
+Logps = tuple[Tensor, Tensor | None]  # policy's and reference's, [responses]
+Score = Callable[[MicroBatch], Iterable[tuple[MicroBatch, Logps]]]
 
 
 def evaluate_pairs(
@@ -29,7 +30,7 @@ def evaluate_pairs(
     Args:
         batches: batches of this rank, as many as the other ranks have.
         model: the policy; it is put into evaluation mode while it is read.
-        score: returns the log-probs of policy and reference for a micro-batch.
+        score: yields the log-probs of policy and reference for a micro-batch, or for parts of it.
         gather: returns the object that each rank gives.
         loss_settings: keywords of :func:`vlmpo.loss.mpo_loss`.
         reward_shift: delta's present value.
@@ -40,7 +41,8 @@ def evaluate_pairs(
         for batch in batches:
             dropped += len(batch.dropped)
             for micro_batch in batch.micro_batches:
-                scored += _scored(micro_batch, *score(micro_batch))
+                for part, logps in score(micro_batch):
+                    scored += _scored(part, *logps)
     ranks = gather((scored, dropped))
     pairs = [pair for of_rank, _ in ranks for pair in of_rank]
     dropped = sum(count for _, count in ranks)

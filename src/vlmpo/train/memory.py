@@ -7,6 +7,7 @@ each grows with tokens and patches, so that a few small rows tell what a large o
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,23 +19,41 @@ from torch import Tensor, nn
 from vlmpo import compat
 from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import SHARES, RowBound, count_patches
+from vlmpo.tree.vision_blocks import patches_of_a_block
 
 # What messages of torch, cuBLAS, cuDNN and MPS have in common if memory is out; of some there is no class of error.
 _SIGNS = ("out of memory", "allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+
+_MOST_IN_A_BLOCK = 4  # pairs that are read in one row to fill a block of tiles
 
 Read = Callable[[Sequence[PromptTree]], Tensor]  # reads trees in one row with the policy; returns a loss
 
 
 class Phase(NamedTuple):
-    """Holds the peak of one phase of a pass: ``constant + per_token * tokens + per_patch * patches`` bytes."""
+    """Holds the peak of one phase of a pass: ``constant + per_token * tokens + per_patch * patches`` bytes.
+
+    And, if the vision tower is read in blocks of up to ``block`` patches, ``in_block`` bytes for each patch of one.
+    """
 
     constant: int
     per_token: int
     per_patch: int
+    in_block: int = 0
+    block: int = 0
 
     def peak(self, tokens: int, patches: int) -> int:
         """Return the bytes that a row of this size takes."""
-        return self.constant + self.per_token * tokens + self.per_patch * patches
+        of_block = self.in_block * min(patches, self.block)
+        return self.constant + self.per_token * tokens + self.per_patch * patches + of_block
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that a row takes whatever it holds, a whole block of tiles among them."""
+        return self.constant + self.in_block * self.block
+
+    def times(self, factor: float) -> Phase:
+        """Return the peak if everything takes ``factor`` times as much."""
+        return Phase(*(int(factor * size) for size in self))._replace(block=self.block)
 
 
 class RowMemory(NamedTuple):
@@ -49,11 +68,11 @@ class RowMemory(NamedTuple):
 
     def times(self, factor: float) -> RowMemory:
         """Return what rows take if everything takes ``factor`` times as much."""
-        return self._replace(phases=tuple(Phase(*(int(factor * value) for value in phase)) for phase in self.phases))
+        return self._replace(phases=tuple(phase.times(factor) for phase in self.phases))
 
     def bound(self, room: int) -> RowBound:
         """Return the bound of rows for which there are ``room`` bytes; rows of single pairs if that is too little."""
-        limits = tuple((p.per_token, p.per_patch, max(room - p.constant, 0)) for p in self.phases)
+        limits = tuple((p.per_token, p.per_patch, max(room - p.fixed, 0)) for p in self.phases)
         return RowBound(SHARES if all(room for *_, room in limits) else 0, limits, self.patch_pixels)
 
 
@@ -160,10 +179,11 @@ def meter_for(device: torch.device) -> Meter:
 def measure_rows(
     read: Read, pair: PromptTree, *, tower: nn.Module | None, meter: Meter, patch_pixels: int
 ) -> RowMemory:
-    """Read rows of one and of two pairs forward and backward, with and without images; return what rows take.
+    """Read a few rows forward and backward, of text alone and with images; return what rows take.
 
-    A row that is out of memory counts as one that takes no more than the row before does, in proportion. Gradients
-    must be dropped afterwards.
+    They are of one and of two pairs; of more pairs with images where the tower is read in blocks, as a longer row has
+    no larger block than one that fills a block does. A row that is out of memory counts as one that takes no more than
+    the row before does, in proportion. Gradients must be dropped afterwards.
 
     Args:
         read: reads trees in one row.
@@ -178,19 +198,46 @@ def measure_rows(
     text = _without_images(pair)
     tokens, patches = pair.num_tokens, count_patches(pair, patch_pixels)
     with meter:
-        _peaks(read, [text], None, meter)  # kernels load, and gradients get the memory that they have in a step
+        _peaks(read, [pair], None, meter)  # kernels load, and gradients get the memory that they have in a step
         short, _ = _peaks(read, [text], None, meter)
-        long = _second(read, text, None, meter)
+        long = _if_it_fits(read, [text] * 2, None, meter)
         per_token = (short if long is None else max(long[0] - short, 0)) // tokens
         before = Phase(max(short - per_token * tokens, 0), per_token, 0)
         if not patches:
             return RowMemory((before,), patch_pixels)
-        all_there, text_gone = _peaks(read, [pair], tower, meter)
-        two = _second(read, pair, tower, meter)
-    before = before._replace(per_patch=max(all_there - short, 0) // patches)
-    # Of the text's part only the gradient of the images' features is left: as much as there are patches.
-    per_patch = (text_gone if two is None else max(two[1] - text_gone, 0)) // patches
-    return RowMemory((before, Phase(max(text_gone - per_patch * patches, 0), 0, per_patch)), patch_pixels)
+        block = patches_of_a_block(tower, pair.vision, patch_pixels)
+        one = _peaks(read, [pair], tower, meter)
+        count = max(-(-block // patches), 1)  # pairs that fill a block
+        if count > _MOST_IN_A_BLOCK:  # small images of a tower that lists patches: as if it read them all at once
+            count = 1
+        some = _if_it_fits(read, [pair] * count, tower, meter) if count > 1 else one
+        if some is None:
+            count, some = 1, one
+        two = _if_it_fits(read, [pair] * (2 * count), tower, meter)
+    there = count * patches
+    before = before._replace(per_patch=max(some[0] - before.peak(count * tokens, 0), 0) // there)
+    if some[1] is None:  # no gradient goes into the tower: all there is to a pass is its first phase
+        return RowMemory((before,), patch_pixels)
+    behind = _behind(some[1], None if two is None else two[1], there)
+    if count > 1 and block > patches and one[1] is not None:
+        behind = _with_block(behind, one[1], patches, block)
+    return RowMemory((before, behind), patch_pixels)
+
+
+def _behind(some: int, twice: int | None, patches: int) -> Phase:
+    """Return the phase behind the tower's output, from its peaks with ``patches`` and with twice as many.
+
+    Of the text's part only the gradient of the images' features is left: as much as there are patches.
+    """
+    per_patch = (some if twice is None else max(twice - some, 0)) // patches
+    return Phase(max(some - per_patch * patches, 0), 0, per_patch)
+
+
+def _with_block(phase: Phase, one: int, patches: int, block: int) -> Phase:
+    """Return ``phase``, whose constant holds a block, with the block apart; ``patches`` alone take ``one`` bytes."""
+    in_block = max(phase.peak(0, patches) - one, 0) // (block - patches)
+    in_block = min(in_block, phase.constant // block)
+    return phase._replace(constant=phase.constant - in_block * block, in_block=in_block, block=block)
 
 
 def _without_images(tree: PromptTree) -> PromptTree:
@@ -201,18 +248,24 @@ def _without_images(tree: PromptTree) -> PromptTree:
     return PromptTree(ids, tree.responses, token_types=types)
 
 
-def _second(read: Read, tree: PromptTree, tower: nn.Module | None, meter: Meter) -> tuple[int, int] | None:
-    """Return the peaks of a row of ``tree`` twice; None if it is out of memory."""
+def _if_it_fits(
+    read: Read, trees: Sequence[PromptTree], tower: nn.Module | None, meter: Meter
+) -> tuple[int, int | None] | None:
+    """Return the peaks of a row of ``trees``; None if it is out of memory."""
     try:
-        return _peaks(read, [tree, tree], tower, meter)
+        return _peaks(read, trees, tower, meter)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+    gc.collect()  # what the failed pass has left would be freed within the next, which would seem to take less
     return None
 
 
-def _peaks(read: Read, trees: Sequence[PromptTree], tower: nn.Module | None, meter: Meter) -> tuple[int, int]:
-    """Return the peak until the gradient reaches the tower's output, and the one behind that, both from the start."""
+def _peaks(read: Read, trees: Sequence[PromptTree], tower: nn.Module | None, meter: Meter) -> tuple[int, int | None]:
+    """Return the peak until the gradient reaches the tower's output, and the one behind that, both from the start.
+
+    The second is None if no gradient comes there.
+    """
     first: list[int] = []
 
     def reached(_: Tensor) -> None:
@@ -233,4 +286,4 @@ def _peaks(read: Read, trees: Sequence[PromptTree], tower: nn.Module | None, met
         if handle is not None:
             handle.remove()
     last = meter.peak()
-    return (first[0], last) if first else (last, last)
+    return (first[0], last) if first else (last, None)

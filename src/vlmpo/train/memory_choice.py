@@ -58,27 +58,55 @@ class MemoryChoice:
         bound: of rows.
         vision: ``keep`` or ``recompute``.
         out_of_memory: how often a row did not fit, so that the bound was lowered.
+        earlier: bounds that held before, each up to an optimizer step, this one included.
+        trying: the step that is made again with a lower bound, until all its rows have been read; else 0.
     """
 
     asked: list[Any]
     bound: RowBound
     vision: str = "keep"
     out_of_memory: int = 0
+    earlier: tuple[tuple[int, RowBound], ...] = ()
+    trying: int = 0
     line: str = field(default="", compare=False)
+
+    def bound_at(self, step: int) -> RowBound:
+        """Return the bound under which optimizer step ``step``, from 1, is made; of 0: what was chosen at first."""
+        return next((bound for last, bound in self.earlier if step <= last), self.bound)
+
+    def lowered(self, bound: RowBound, step: int) -> MemoryChoice:
+        """Return the choice with ``bound`` from optimizer step ``step`` on."""
+        held = *self._before(step), (step - 1, self.bound_at(step - 1))
+        return replace(self, bound=bound, out_of_memory=self.out_of_memory + 1, earlier=held, trying=step)
+
+    def _before(self, step: int) -> tuple[tuple[int, RowBound], ...]:
+        """Return those of ``earlier`` that were left before optimizer step ``step``."""
+        return tuple(entry for entry in self.earlier if entry[0] < step - 1)
+
+    def without(self, step: int) -> MemoryChoice:
+        """Return the choice as it was before optimizer step ``step``."""
+        return replace(self, bound=self.bound_at(step - 1), earlier=self._before(step), trying=0)
 
     def to_json(self) -> dict[str, Any]:
         """Return it in plain JSON values."""
         values = {"asked": self.asked, "vision": self.vision, "out_of_memory": self.out_of_memory}
-        return {**values, "bound": self.bound.to_json()}
+        earlier = [[last, bound.to_json()] for last, bound in self.earlier]
+        return {**values, "bound": self.bound.to_json(), "earlier": earlier, "trying": self.trying}
 
     @classmethod
     def from_json(cls, values: Any, asked: list[Any]) -> MemoryChoice | None:
-        """Return what an earlier session of the run chose; None if it was asked for something else, or is damaged."""
+        """Return what an earlier session of the run chose; None if it was asked for something else, or is damaged.
+
+        Without a bound that it was only trying: whether the step could be made with it is not known.
+        """
         try:
             if values["asked"] != asked:
                 return None
             bound = RowBound.from_json(values["bound"])
-            return cls(asked, bound, str(values["vision"]), int(values["out_of_memory"]))
+            earlier = tuple((int(last), RowBound.from_json(held)) for last, held in values.get("earlier", ()))
+            choice = cls(asked, bound, str(values["vision"]), int(values["out_of_memory"]), earlier)
+            tried = int(values.get("trying", 0))
+            return choice.without(tried) if tried else choice
         except (KeyError, TypeError, ValueError):
             return None
 

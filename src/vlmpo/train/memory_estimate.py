@@ -18,14 +18,17 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForI
 from vlmpo import compat
 from vlmpo.models.families import logit_scale_and_softcap
 from vlmpo.models.kernels import USED, Functions, Kernels
+from vlmpo.models.recompute import free_inputs_of_gradients
 from vlmpo.models.vision import encode_images
 from vlmpo.train.lengths import count_patch_pixels
 from vlmpo.train.memory import LiveBytes, RowMemory, measure_rows
 from vlmpo.tree.chunked_logprobs import CHUNK_ELEMENTS, LogitTransform, linear_token_logps, token_logps
 from vlmpo.tree.layout import PackedRow, PromptTree, rows_of
+from vlmpo.tree.products import keeps_probabilities
 from vlmpo.tree.vision_blocks import can_read_in_blocks, read_in_blocks, vision_tower_of
 
 _ATTENTION = "vlmpo_memory_estimate"
+_CPU_TOWER = "vlmpo_memory_estimate_cpu_tower"
 _META = torch.device("meta")
 
 
@@ -33,40 +36,53 @@ class _Attention(torch.autograd.Function):
     """Keeps what a fused attention keeps, and computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keeps_probabilities: bool) -> Tensor:
         batch, heads, tokens, _ = query.shape
         out = query.new_empty(batch, tokens, heads, value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, tokens, dtype=torch.float32))
+        kept = [query.new_empty(batch, heads, tokens, dtype=torch.float32)]
+        if keeps_probabilities:
+            kept.append(query.new_empty(batch, heads, tokens, key.shape[2]))
+        ctx.save_for_backward(query, key, value, out, *kept)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    out: Tensor = _Attention.apply(query, key, value)
+    out: Tensor = _Attention.apply(query, key, value, False)
     return out, None
 
 
-def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool) -> Any:
+def _attend_in_cpu_tower(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    out: Tensor = _Attention.apply(query, key, value, keeps_probabilities(query, key))
+    return out, None
+
+
+def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool, every_n_layers: int = 1) -> Any:
     """Make the model of ``config`` on the meta device, ready to be trained.
 
     Args:
         config: of a whole model, not changed.
         dtype: in which passes compute.
-        checkpointing: whether each layer's activations are computed again.
+        checkpointing: whether layers' activations are computed again.
+        every_n_layers: of which layers.
     """
     AttentionInterface.register(_ATTENTION, _attend)
+    AttentionInterface.register(_CPU_TOWER, _attend_in_cpu_tower)
     kind: Any = AutoModelForImageTextToText if compat.is_image_text_config(config) else AutoModelForCausalLM
     with _META:
         # A copy: transformers writes the attention's name into the config, and would change the model it belongs to.
         model = kind.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=_ATTENTION)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every_n_layers)
+        free_inputs_of_gradients(model)
     return model.train()
 
 
@@ -104,7 +120,9 @@ def estimate_with_kernels(model: Any) -> None:
     Kernels(USED, _KERNELS).bind(model)
 
 
-def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool) -> RowMemory:
+def estimate_rows(
+    model: Any, pair: PromptTree, *, recompute: bool, shared: bool, device_type: str = "cuda"
+) -> RowMemory:
     """Return what rows take with ``model``, from :func:`meta_model`; trained parameters require gradients.
 
     Args:
@@ -112,15 +130,19 @@ def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool
         pair: the largest of some real pairs.
         recompute: whether the vision tower is read in blocks of tiles.
         shared: whether rows share prompts.
+        device_type: of the device to train on: it decides how much of the vocabulary is read at once, and what vision
+            layers keep.
 
     Raises:
         RuntimeError, ValueError, NotImplementedError, TypeError: the model asks for values, which there are none of.
     """
     if can_read_in_blocks(model):
         read_in_blocks(model, recompute)
+    if getattr(model.config, "vision_config", None) is not None:
+        model.set_attn_implementation({"vision_config": _CPU_TOWER if device_type == "cpu" else _ATTENTION})
     with compat.shapes_alone():
         return measure_rows(
-            lambda trees: _read(model, trees, shared),
+            lambda trees: _read(model, trees, shared, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"])),
             pair,
             tower=vision_tower_of(model),
             meter=LiveBytes(),
@@ -128,11 +150,11 @@ def estimate_rows(model: Any, pair: PromptTree, *, recompute: bool, shared: bool
         )
 
 
-def _read(model: Any, trees: Sequence[PromptTree], shared: bool) -> Tensor:
-    return torch.stack([_read_row(model, row) for row in rows_of(trees, shared)]).sum()
+def _read(model: Any, trees: Sequence[PromptTree], shared: bool, chunk_elements: int) -> Tensor:
+    return torch.stack([_read_row(model, row, chunk_elements) for row in rows_of(trees, shared)]).sum()
 
 
-def _read_row(model: Any, row: PackedRow) -> Tensor:
+def _read_row(model: Any, row: PackedRow, chunk_elements: int) -> Tensor:
     embeds = model.get_input_embeddings()(row.input_ids.to(_META))
     if row.vision:
         vision = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in row.vision.items()}
@@ -146,6 +168,6 @@ def _read_row(model: Any, row: PackedRow) -> Tensor:
     scored, targets = row.logit_positions.to(_META), row.targets.to(_META)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        return token_logps(hidden[scored], head, targets, logit_transform=transform).sum()
+        return token_logps(hidden[scored], head, targets, chunk_elements, transform).sum()
     # The function behind: around it autocast is switched off, which knows no meta device.
-    return linear_token_logps(hidden[scored], head.weight, head.bias, targets, CHUNK_ELEMENTS["cuda"], transform).sum()
+    return linear_token_logps(hidden[scored], head.weight, head.bias, targets, chunk_elements, transform).sum()

@@ -12,7 +12,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,9 @@ _ELSEWHERE = (
     "training.per_device_eval_batch_size or training.max_tokens_per_row, set training.optim: adamw_bnb_8bit or "
     "adafactor, model.lora or reference.kind: cache, or shard the model (training.fsdp)"
 )
+_TO_SCORE = "a lower data.max_tiles or data.max_length, model.dtype: bfloat16, or shard the model (training.fsdp)"
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -84,11 +87,37 @@ class StepAgain:
         try:
             yield attempt
         except Exception as error:
-            if not is_out_of_memory(error):
+            if attempt.reading is None or not is_out_of_memory(error):
                 raise
             attempt.failure = first_line(error)
         if attempt.failure is not None:
             self._halve(attempt.reading, attempt.failure)
+
+    def read_in_parts(
+        self, micro_batch: MicroBatch, read: Callable[[MicroBatch], Result]
+    ) -> Iterator[tuple[MicroBatch, Result]]:
+        """Yield a micro-batch and what ``read``, a pass without gradient, returns; of its halves if memory is out.
+
+        The bound stays as it is: such a pass takes less than a training row, which it is for.
+
+        Raises:
+            RunError: a single pair is out of memory, or a row on one of many ranks.
+        """
+        try:
+            result = read(micro_batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        else:
+            yield micro_batch, result
+            return
+        parts = self._collator.halved(micro_batch) if self._alone else []
+        if len(parts) < 2:
+            raise self._failed(f"{self._describe(micro_batch)}, is out of memory ({reason}); set {_TO_SCORE}")
+        free_what_is_left()
+        for part in parts:
+            yield from self.read_in_parts(part, read)
 
     def _halve(self, failed: MicroBatch | None, reason: str) -> None:
         """Lower the bound to half of the row that has failed, or raise RunError."""
@@ -109,26 +138,35 @@ class StepAgain:
 
     def _error(self, failed: MicroBatch, reason: str) -> RunError:
         """Return the error of a row that cannot be made smaller; it names the largest pair."""
-        groups = groups_of(failed, self._collator.shared) if not self._whole and failed.groups else []
-        largest = max(groups, key=lambda group: group.tree.num_tokens, default=None)
-        if largest is None:
-            names = ", ".join(failed.origins[:3])
-            what = f"a micro-batch of {len(failed)} pairs and {failed.num_tokens} tokens, {names}"
-        else:
-            patches = count_patches(largest.tree, self._patch_pixels)
-            name = largest.pairs[0].origin or "a pair without a place"
-            what = f"{name}: a pair of {largest.tree.num_tokens} tokens and {patches} image patches"
-            if len(failed) > 1:
-                what += f", in a row of {len(failed)} pairs and {failed.num_tokens} tokens"
         remedies = self._remedies()
         if len(failed) > 1 and self._whole:
             remedies = f"lower training.per_device_train_batch_size (reward_shift: running reads it whole), {remedies}"
         elif len(failed) > 1 and not self._alone:
             remedies = f"training.max_tokens_per_row: {max(failed.num_tokens // 2, 1)}, {remedies}"
-        error = RunError(f"{what}, is out of memory ({reason}); set {remedies}")
+        what = self._describe(failed, whole=self._whole)
+        return self._failed(f"{what}, is out of memory ({reason}); set {remedies}")
+
+    def _failed(self, text: str) -> RunError:
+        error = RunError(text)
         if not self._alone:
             error.met_by = "rank"
         return error
+
+    def _describe(self, failed: MicroBatch, whole: bool = False) -> str:
+        """Return the largest pair of a row in words; ``whole``: that row is a batch, of which some pairs are named."""
+        if not len(failed):
+            return "a row of no pair, which keeps ranks in step"
+        groups = groups_of(failed, self._collator.shared) if not whole and failed.groups else []
+        largest = max(groups, key=lambda group: group.tree.num_tokens, default=None)
+        if largest is None:
+            names = ", ".join(failed.origins[:3])
+            return f"a micro-batch of {len(failed)} pairs and {failed.num_tokens} tokens, {names}"
+        patches = count_patches(largest.tree, self._patch_pixels)
+        name = largest.pairs[0].origin or "a pair without a place"
+        what = f"{name}: a pair of {largest.tree.num_tokens} tokens and {patches} image patches"
+        if len(failed) > 1:
+            what += f", in a row of {len(failed)} pairs and {failed.num_tokens} tokens"
+        return what
 
 
 def size_of(bound: RowBound, failed: MicroBatch, groups: list[PromptGroup]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -40,8 +41,8 @@ class RowsInMemory:
     Attributes:
         choice: what is chosen; None until training has begun.
         words: it in words; empty until then.
-        before: what an earlier session of the run has chosen, as :meth:`chosen` returns it; a checkpoint's goes before
-            it.
+        before: what an earlier session of the run has chosen at last, as :meth:`chosen` returns it. A checkpoint's goes
+            before it if the two differ in what was done up to there.
         on_change: called whenever :meth:`chosen` changes.
         step_again: lowers the bound if a row is out of memory.
     """
@@ -53,6 +54,7 @@ class RowsInMemory:
         self._ranks = ranks
         self.choice: MemoryChoice | None = None
         self.words = ""
+        self._step = 0
         self.before: Settings = {}
         self.on_change: Callable[[], None] = lambda: None
         self.step_again = StepAgain(
@@ -68,6 +70,7 @@ class RowsInMemory:
         self,
         known: Settings,
         *,
+        done: int,
         pairs_at_once: int,
         probe: Callable[[], Probe],
         pending: Callable[[], int],
@@ -77,6 +80,7 @@ class RowsInMemory:
 
         Args:
             known: the settings of the checkpoint that is resumed from; empty without one.
+            done: its optimizer steps.
             pairs_at_once: pairs of a micro-batch.
             probe: makes what reads rows before the first step.
             pending: returns the bytes that will be allocated beside rows.
@@ -95,19 +99,46 @@ class RowsInMemory:
             ranks_here=ranks_of_machine(),
             full_row=full_row(policy.config.get_text_config().hidden_size),
         )
-        earlier = MemoryChoice.from_json(known.get("chosen", self.before).get("memory"), situation.asked)
+        earlier = self._chosen_before(known, done, situation.asked)
         self.choice = earlier or choose_memory(situation, probe=probe(), pending=pending, gather=self._ranks.all_gather)
         self.words = describe_choice(self.choice, known=earlier is not None)
-        self._collator.bound = self.choice.bound
+        self._collator.bound = self.choice.bound_at(done)
         if in_blocks:
             read_in_blocks(policy, self.choice.vision == "recompute")
             if reference is not None:
                 reference.read_in_blocks(self.choice.vision == "recompute")
         self.on_change()
 
+    def begin_step(self, step: int) -> None:
+        """Lower the bound if an earlier session of the run did so at optimizer step ``step``."""
+        self._step = step
+        if self.choice is not None and self.choice.bound_at(step) != self.choice.bound_at(step - 1):
+            self._collator.bound = self.choice.bound_at(step)
+
+    def end_step(self) -> None:
+        """Keep a bound that was lowered in the step under way: all its rows have been read."""
+        if self.choice is not None and self.choice.trying:
+            self.choice = replace(self.choice, trying=0)
+            self.on_change()
+
     def chosen(self) -> Settings:
         """Return what is chosen, in plain JSON values; a run that goes on takes it over."""
         return {} if self.choice is None else {"memory": self.choice.to_json()}
+
+    def _chosen_before(self, known: Settings, done: int, asked: list[Any]) -> MemoryChoice | None:
+        """Return what earlier sessions chose, None if nothing; arguments as of :meth:`choose`.
+
+        The run's last word tells of rows that were out of memory after the checkpoint, too: its steps are made again
+        as they were.
+        """
+        last = MemoryChoice.from_json(self.before.get("memory"), asked)
+        if "chosen" not in known:
+            return last
+        then = MemoryChoice.from_json(known["chosen"].get("memory"), asked)
+        if then is None or last is None:
+            return then
+        same = (then.vision, then.bound_at(done)) == (last.vision, last.bound_at(done))
+        return last if same else then
 
     def _can_recompute(self) -> bool:
         policy = unwrap_peft(self._model)
@@ -121,6 +152,5 @@ class RowsInMemory:
 
     def _note_lower_bound(self) -> None:
         if self.choice is not None:
-            times = self.choice.out_of_memory + 1
-            self.choice = replace(self.choice, bound=self._collator.bound, out_of_memory=times)
+            self.choice = self.choice.lowered(self._collator.bound, self._step)
         self.on_change()

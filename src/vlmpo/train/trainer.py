@@ -32,7 +32,7 @@ from vlmpo.quiet import hold_back_noise
 from vlmpo.train.batching import Batch, Collator, MicroBatch, merge
 from vlmpo.train.cached_reference import CachedReference, open_cached_reference, precompute
 from vlmpo.train.callbacks import BeforeFirstStep, MetricsFile, StepClock
-from vlmpo.train.checkpoint import load_weights, read_state, restore_state, settings_as_given, steps_done
+from vlmpo.train.checkpoint import last_choices, load_weights, read_state, restore_state, settings_as_given, steps_done
 from vlmpo.train.checkpoint_io import TRAINER_FILE, model_beside, rotate
 from vlmpo.train.compiling import check_backend, compile_policy, compile_text_layers
 from vlmpo.train.config import MPOConfig
@@ -436,6 +436,7 @@ class MPOTrainer(Trainer):
         """Choose what rows hold; ``known``: the settings of the checkpoint that is resumed from."""
         self.row_memory.choose(
             known,
+            done=self._steps_before,
             pairs_at_once=compat.batch_size_per_device(self),
             probe=self.row_probe,
             pending=functools.partial(pending_bytes, self.model, self.optimizer),
@@ -491,6 +492,7 @@ class MPOTrainer(Trainer):
     ) -> tuple[list[Batch], dict[str, float]]:
         """Return the batches of one optimizer step and its denominators, summed over ranks before any forward."""
         self.clock.start()
+        self.row_memory.begin_step(self.state.global_step + 1)
         if self.masters is not None:
             self.masters.moved()
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -688,6 +690,7 @@ class MPOTrainer(Trainer):
             for parameter in model.parameters():
                 parameter.grad = None
         self.delta.end_step()  # the losses of the optimizer step are all computed
+        self.row_memory.end_step()
         self.sums.values["steps"] += 1
         self.sums.values["empty_steps"] += self.watch.step_is_empty
         return norm
@@ -730,7 +733,7 @@ class MPOTrainer(Trainer):
             RecordError: some rank met a bad record under ``on_bad_record="fail"``; all of them raise it.
             RunError: the wrapper of the run cannot score before training.
         """
-        with interrupt.at_once(), deterministic_run(self.args.deterministic):
+        with interrupt.at_once(), explained(), deterministic_run(self.args.deterministic):
             return self._evaluate_sets(eval_dataset, metric_key_prefix)
 
     def _evaluate_sets(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -740,11 +743,15 @@ class MPOTrainer(Trainer):
         metrics: dict[str, float] = {}
         seen: dict[str, dict[str, float]] = {}
         model = self._model_to_score()
+
+        def score(on_host: MicroBatch) -> Any:
+            return self._response_logps(model, self._prepare_inputs(on_host))[:2]
+
         for name, part in sets.items():
             seen[f"{metric_key_prefix}{name.replace('_', ' ', 1)}"] = found = evaluate_pairs(
                 self.ranks.in_step(self.get_eval_dataloader(part), model, self._fail_on_bad),
                 model,
-                score=lambda part: self._response_logps(model, self._prepare_inputs(part))[:2],
+                score=functools.partial(self.row_memory.step_again.read_in_parts, read=score),
                 gather=self.ranks.all_gather,
                 loss_settings=self.args.loss_settings,
                 reward_shift=self.reward_shift.value,
@@ -816,7 +823,8 @@ class MPOTrainer(Trainer):
             DataError: no pair can be used.
             RunError: a log-prob is not finite.
         """
-        if not isinstance(self.reference, CachedReference):
+        reference = self.reference
+        if not isinstance(reference, CachedReference):
             raise RecipeError("loss.weights: only nll is on, which needs no reference, so there is nothing to keep")
         # Which pairs an epoch leaves out under dataloader_drop_last depends on the seed: all of them are read.
         for line in self._precision_line:
@@ -827,12 +835,16 @@ class MPOTrainer(Trainer):
         evaluation = self.eval_dataset
         sets = evaluation.values() if isinstance(evaluation, dict) else [] if evaluation is None else [evaluation]
         loaders = itertools.chain.from_iterable(self.get_eval_dataloader(data) for data in sets)
-        with deterministic_run(self.args.deterministic):
+
+        def score(on_host: MicroBatch) -> Tensor:
+            return reference.response_logps(self._prepare_inputs(on_host))
+
+        with explained(), deterministic_run(self.args.deterministic):
             counts = precompute(
-                self.reference,
+                reference,
                 training=map(self._counted, training),
                 evaluation=self.ranks.in_step(loaders, self.model, self._fail_on_bad),
-                prepare=self._prepare_inputs,
+                score=functools.partial(self.row_memory.step_again.read_in_parts, read=score),
             )
         pair_counts = self.all_pair_counts()
         if not pair_counts.used.total():
@@ -943,7 +955,8 @@ class MPOTrainer(Trainer):
         if self.ranks.share_passes:  # the weights can be read only once they are wrapped
             before_first_step.insert(0, self._check_rows)
         else:
-            self._check_rows()
+            with explained():
+                self._check_rows()
         state = read_state(checkpoint) if checkpoint else {}
         before_first_step.append(functools.partial(self._choose_rows, state.get("settings") or {}))
         self.settle_best_metric()
@@ -951,6 +964,7 @@ class MPOTrainer(Trainer):
             self.average.start_from(checkpoint)
         self._steps_before, self._loss_known = 0, True
         if checkpoint:
+            self.row_memory.before = self.row_memory.before or last_choices(Path(checkpoint).parent)
             self._steps_before = steps_done(checkpoint) or 0
             self.metrics_file.kept = state.get("metrics_lines")
             before_first_step.append(functools.partial(self._go_on, state))

@@ -334,10 +334,12 @@ def build_row(trees: Sequence[PromptTree]) -> PackedRow:
 
 
 def trees_of(row: PackedRow) -> list[PromptTree]:
-    """Return the trees that ``row``, without dummies, was built of; needed only if it turns out too large to read."""
+    """Return the trees that ``row`` was built of, without a dummy; needed only if it turns out too large to read."""
     trees = []
-    vision = split_vision(row.vision, row.vision_counts)
-    for span, of_tree in zip(row.layout.spans, vision, strict=True):
+    count = len(row.vision_counts)
+    # A dummy is behind all trees, and in a row that has no image but the dummy's.
+    vision = [{}] * count if row.dummy_tokens else split_vision(row.vision, row.vision_counts)
+    for span, of_tree in zip(row.layout.spans[:count], vision, strict=True):
         prompt, *responses = row.input_ids[0, span.start :].split(
             [span.prompt, *span.responses, row.layout.num_tokens - span.start - span.prompt - sum(span.responses)]
         )[:-1]

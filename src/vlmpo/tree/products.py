@@ -35,6 +35,12 @@ def can_attend(query: Tensor, key: Tensor, *, masked: bool) -> bool:
     return query.shape[2] * key.shape[2] <= (_MOST_MASKED if masked else _MOST)
 
 
+def keeps_probabilities(query: Tensor, key: Tensor) -> bool:
+    """Return whether a vision layer on a CPU would keep all probabilities of these states for its backward pass."""
+    few = key.shape[2] <= _KEPT * query.shape[3] and query.shape[2] * key.shape[2] <= _MOST
+    return few and query.dtype == torch.bfloat16
+
+
 def attend_by_products(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, scaling: float | None = None
 ) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,26 @@ def read_in_blocks(model: Any, on: bool) -> None:
             del tower.forward
         else:
             tower.forward = plain
+
+
+def patches_of_a_block(tower: Any, vision: Mapping[str, Tensor], patch_pixels: int) -> int:
+    """Return the patches that ``tower`` reads at a time of many images like those in ``vision``; 0: of all at once.
+
+    Args:
+        tower: from :func:`vision_tower_of`.
+        vision: a prompt's vision tensors, by name; at least one picture or frame.
+        patch_pixels: pixels of a patch.
+    """
+    if tower is None or _PLAIN not in vars(tower):
+        return 0
+    grid = next((tensor for name, tensor in vision.items() if name.endswith("grid_thw")), None)
+    if grid is None:
+        height, width = next(tensor for name, tensor in vision.items() if name.startswith("pixel_values")).shape[-2:]
+        return BLOCK_TILES * (height * width // patch_pixels)
+    sizes = grid.prod(dim=-1).tolist()
+    sizes *= 1 + BLOCK_PATCHES // max(sum(sizes), 1)
+    images = iter(sizes)
+    return max(sum(itertools.islice(images, count)) for count in _runs(sizes, BLOCK_PATCHES))
 
 
 def _arguments_of(tower: nn.Module) -> list[str] | None:
