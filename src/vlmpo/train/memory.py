@@ -177,7 +177,13 @@ def meter_for(device: torch.device) -> Meter:
 
 
 def measure_rows(
-    read: Read, pair: PromptTree, *, tower: nn.Module | None, meter: Meter, patch_pixels: int
+    read: Read,
+    pair: PromptTree,
+    *,
+    tower: nn.Module | None,
+    meter: Meter,
+    patch_pixels: int,
+    most_pairs: int = _MOST_IN_A_BLOCK,
 ) -> RowMemory:
     """Read a few rows forward and backward, of text alone and with images; return what rows take.
 
@@ -191,6 +197,7 @@ def measure_rows(
         tower: the vision tower, None if there is none.
         meter: of the device.
         patch_pixels: pixels of a patch of the tower.
+        most_pairs: that a row will hold: to fill a block no more are read, and twice as many beside.
 
     Raises:
         RuntimeError: out of memory in a row of one pair.
@@ -210,6 +217,7 @@ def measure_rows(
         count = max(-(-block // patches), 1)  # pairs that fill a block
         if count > _MOST_IN_A_BLOCK:  # small images of a tower that lists patches: as if it read them all at once
             count = 1
+        count = min(count, most_pairs)
         some = _if_it_fits(read, [pair] * count, tower, meter) if count > 1 else one
         if some is None:
             count, some = 1, one

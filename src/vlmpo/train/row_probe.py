@@ -34,6 +34,7 @@ class RowProbe:
         shared: whether rows share prompts.
         with_router: whether the loss of routers is read too.
         prepare: moves a micro-batch to the device.
+        pairs_at_once: pairs of a micro-batch.
         accelerator: of the run.
     """
 
@@ -46,6 +47,7 @@ class RowProbe:
         shared: bool,
         with_router: bool,
         prepare: Callable[[MicroBatch], MicroBatch],
+        pairs_at_once: int,
         accelerator: Any,
     ) -> None:
         self._pairs = pairs
@@ -54,6 +56,7 @@ class RowProbe:
         self._shared = shared
         self._with_router = with_router
         self._prepare = prepare
+        self._pairs_at_once = pairs_at_once
         self._accelerator = accelerator
         self._patch_pixels = count_patch_pixels(policy)
         self._tree: PromptTree | None = None
@@ -103,6 +106,7 @@ class RowProbe:
                     tower=vision_tower_of(self._policy),
                     meter=meter_for(device),
                     patch_pixels=self._patch_pixels,
+                    most_pairs=self._pairs_at_once,
                 )
         finally:
             for buffer, before in running:

@@ -429,6 +429,7 @@ class MPOTrainer(Trainer):
             shared=self.shared,
             with_router=self.router_coefficient is not None,
             prepare=self._prepare_inputs,
+            pairs_at_once=compat.batch_size_per_device(self),
             accelerator=self.accelerator,
         )
 
