@@ -242,6 +242,22 @@ def test_the_first_rewards_are_zero(tmp_path: Path, kind: str) -> None:
         )  # it names the weights that were given
 
 
+def test_a_given_reference_stays_as_it_is(tmp_path: Path) -> None:
+    """It may be given to a second run, and a frozen tower may belong to it and to the policy."""
+    model, given = tiny_model(), tiny_model()
+    given.model.vision_tower = model.model.vision_tower.requires_grad_(False)
+    weights = [(weight, weight.detach().clone()) for weight in (*model.parameters(), *given.parameters())]
+    first, second = (
+        trainer(tmp_path, pairs(2), model=model, ref_model=given, precision=precision)
+        for precision in ("bf16", "float32")
+    )
+    for weight, before in weights:
+        assert torch.equal(weight, before)
+        assert weight.dtype == torch.float32
+    assert {weight.dtype for weight in first.reference.model.parameters()} == {HALF}
+    assert first.reference.weights_hash() == second.reference.weights_hash()
+
+
 @pytest.mark.slow
 def test_gradients_are_those_of_autocast_but_for_rounding(tmp_path: Path) -> None:
     steps = {}
