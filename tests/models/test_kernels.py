@@ -436,6 +436,57 @@ def test_a_function_that_is_wrong_is_found(function: str, fault: str) -> None:
     assert "\n" not in reason
 
 
+class _Louder(torch.autograd.Function):
+    """Returns what it is given; its gradient is 1 % too large."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 1.01 * grads[0]
+
+
+def _gradient_of(place: int) -> Any:
+    def made(right: Any) -> Any:
+        return lambda *given: right(*given[:place], _Louder.apply(given[place]), *given[place + 1 :])
+
+    return made
+
+
+def _at_one_size(right: Any) -> Any:
+    def rotary(query: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        own = query.shape[1] == 2 and query.shape[-1] == 16  # heads and their size of the tiny model
+        query, key = right(query, *others)
+        return query * (1.01 if own else 1.0), key
+
+    return rotary
+
+
+HIDDEN_FAULTS: dict[str, tuple[str, Any]] = {
+    "1 % of one gradient of a gated MLP": ("silu_mul", _gradient_of(1)),
+    "1 % of the gradient of a norm's weight": ("rms_norm", _gradient_of(1)),
+    "another epsilon": (
+        "rms_norm",
+        lambda right: lambda states, weight, eps, *rest: right(states, weight, 1e-12, *rest),
+    ),
+    "1 % of queries, at one size of heads": ("rotary", _at_one_size),
+}
+
+
+@pytest.mark.parametrize("fault", HIDDEN_FAULTS)
+def test_what_rounding_and_other_sizes_hide_is_found(fault: str) -> None:
+    """In a run that computes in bf16, whose rounding is as large as these faults."""
+    function, change = HIDDEN_FAULTS[fault]
+    kind = "glu" if function == "silu_mul" else function
+    functions = Functions(**{**vars(FUNCTIONS), function: change(getattr(FUNCTIONS, function))})
+    model = FAMILIES["internvl-qwen2"].model(0)
+    for given, wrong_there in ((FUNCTIONS, False), (functions, True)):
+        found = kinds_that_agree([model], (kind,), given, device=CPU, dtypes={torch.bfloat16})
+        assert ("off by" in (found[kind] or "")) == wrong_there
+
+
 def test_the_check_leaves_model_and_random_numbers_alone() -> None:
     model = FAMILIES["internvl-qwen2"].model(0)
     model.model.language_model.norm.register_forward_pre_hook(lambda *_: pytest.fail("a hook of the model fired"))
