@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import pickle
 import weakref
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -222,6 +223,20 @@ def test_a_deep_copy_reads_its_own_weights() -> None:
             parameter.zero_()
         assert torch.equal(plain_logps(model, "internvl-qwen2", kinds), expected)
         assert not torch.equal(plain_logps(twin, "internvl-qwen2", kinds), expected)
+
+
+def test_pickled_it_reads_as_its_classes_do_and_can_be_bound_again() -> None:
+    name = "qwen2-text"
+    rows = rows_of(FAMILIES[name], list(encoded_pairs(name))).rows
+    ours, plain = two(name)
+    again = pickle.loads(pickle.dumps(ours))
+    kinds = list(encoded_pairs(name))
+    with torch.no_grad():
+        assert torch.equal(plain_logps(again, name, kinds), plain_logps(FAMILIES[name].model(0), name, kinds))
+        install(again, FAMILIES[name].shared)
+        assert torch.equal(again(packed_rows=rows), plain(packed_rows=rows))
+        assert bound(again) == bound(ours)
+        assert torch.equal(again(packed_rows=rows), ours(packed_rows=rows))
 
 
 def test_unbound_it_is_the_model_it_was_and_saves_the_same(tmp_path: Any) -> None:
