@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from tests.tiny_models import model as tiny_model
@@ -152,6 +152,26 @@ def test_models_of_other_weights_are_left_as_they_were(
     assert choose_precision(config(tmp_path), quantised, None) == "quantised"
     with pytest.raises(RecipeError, match="these are quantised; set precision: autocast"):
         choose_precision(config(tmp_path, precision="bf16"), quantised, None)
+
+
+def test_an_adapter_with_matrices_of_its_own_is_under_autocast(
+    tmp_path: Path, fast: Callable[[bool], None], said: list[str]
+) -> None:
+    """PEFT's VeRA multiplies states by buffers, which no rounding is put in the place of."""
+    adapted = get_peft_model(tiny_model(), VeraConfig(r=2, target_modules=["q_proj"]))
+    for yes, settings, chosen in (
+        (True, {}, "autocast"),
+        (True, {"bf16": True}, "autocast"),
+        (True, {"precision": "float32"}, "float32"),
+        (False, {}, "float32"),
+    ):
+        fast(yes)
+        args = config(tmp_path, **settings)
+        assert choose_precision(args, adapted, None) == chosen
+        assert args.mixed_precision == ("bf16" if chosen == "autocast" else "no")
+    assert "(for a VeRA adapter, whose random matrices" in said[0]
+    with pytest.raises(RecipeError, match=r"training.precision: bf16 cannot read a VeRA adapter"):
+        choose_precision(config(tmp_path, precision="bf16"), adapted, None)
 
 
 # ---- going on ----
