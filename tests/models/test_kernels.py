@@ -410,6 +410,24 @@ def test_torch_compile_reads_a_bound_module_without_a_break() -> None:
     assert torch.equal(torch.compile(fused, backend="eager", fullgraph=True)(states), module(states))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_compile_reads_a_bound_rotation(dtype: torch.dtype) -> None:
+    """Also where the kernel cannot read the states, as under autocast, and the plain rotation is called by ours."""
+    plain = FAMILIES["qwen2-text"].model(0).model.layers[0].self_attn.to(dtype)
+    fused = copy.deepcopy(plain)
+    calls = {"rotary": lambda query, key, cos, sin: (2 * query, 3 * key)}
+    bind(fused, Fused("rotary"), Functions(**{**vars(FUNCTIONS), **calls}))
+    angles = torch.randn(1, 5, plain.head_dim, dtype=dtype)
+    given = {
+        "hidden_states": torch.randn(1, 5, plain.config.hidden_size, dtype=dtype),
+        "position_embeddings": (angles.cos(), angles.sin()),
+        "attention_mask": None,
+    }
+    layer = torch.compile(lambda **given: fused(**given)[0], backend="eager", fullgraph=True)  # as one calls it
+    assert torch.equal(layer(**given), fused(**given)[0])
+    assert torch.equal(fused(**given)[0], plain(**given)[0]) == (dtype == torch.float64)
+
+
 # ---- the check at the start ----
 
 
