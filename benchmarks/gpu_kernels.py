@@ -118,7 +118,7 @@ def _attention() -> Any:
     from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-    return Qwen2Attention(Qwen2Config(hidden_size=64, num_attention_heads=2, num_key_value_heads=1), 0)
+    return Qwen2Attention(Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2), 0)
 
 
 def figures_of(case: Case, kind: Fused, run: Run) -> Figures:

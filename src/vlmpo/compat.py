@@ -92,10 +92,12 @@ def rotation_of(kind: type) -> Callable[..., Any]:
 def rotating_by(kind: type, rotate: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward of an attention class with ``rotate`` in the place of :func:`rotation_of`.
 
-    The class and its module stay as they are: the function's code is read with globals of its own.
+    The class and its module stay as they are: the function's code is read with globals of its own. They have no name:
+    by it torch.compile would look up the module's rotation for its guards.
     """
     forward = _forward_of(kind)
     scope = {**forward.__globals__, "apply_rotary_pos_emb": rotate}
+    del scope["__name__"]
     made = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made

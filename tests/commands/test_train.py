@@ -12,10 +12,13 @@ import yaml
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from typer.testing import CliRunner
 
+from tests.fused_standins import FUNCTIONS, wrong
 from tests.tiny_models import model, noise_image, processor, random_pair
 from tests.training import logged
 from vlmpo.cli import app
+from vlmpo.train import kernel_choice
 from vlmpo.train.checkpoint import STATE_FILE
+from vlmpo.train.trainer import MPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -317,8 +320,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_one_command_any_number_of_times(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing, killed before the first checkpoint, killed before the model is saved, finished, more steps."""
-    from vlmpo.train.trainer import MPOTrainer
-
     write_data(tmp_path, records(8))
     recipe = write_recipe(tmp_path, checkpoint, training={"save_strategy": "steps", "save_steps": 2, "max_steps": 3})
     run = tmp_path / "run"
@@ -348,6 +349,27 @@ def test_one_command_any_number_of_times(tmp_path: Path, checkpoint: Path, monke
     assert (written["status"], written["steps"]) == ("finished", 4)
     assert written["history"][-1]["changes"] == {"training.max_steps": [3, 4]}
     assert written["data"]["sets"]["noise"]["not_reached"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_anew_takes_the_kernels_it_had(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun where one kernel was left out, and failed before a checkpoint, it starts anew on a machine that has all."""
+    write_data(tmp_path, records(4))
+    recipe = write_recipe(tmp_path, checkpoint)
+    monkeypatch.setattr(kernel_choice, "why_unusable", lambda device: None)
+    monkeypatch.setattr(kernel_choice, "load_functions", lambda: wrong("silu_mul", 0.1))
+    with monkeypatch.context() as patched:
+        patched.setattr(MPOTrainer, "training_step", lambda *_, **__: 1 / 0)
+        assert call("train", recipe).exit_code == 1
+    kernels = manifest(tmp_path)["chosen"]["kernels"]
+    assert kernels == {"asked": "auto", "kinds": ["mlp", "rms_norm", "rotary"]}
+    monkeypatch.setattr(kernel_choice, "load_functions", lambda: FUNCTIONS)
+    done = call("train", recipe, RESUME)
+    assert done.exit_code == 0, done.output
+    assert manifest(tmp_path)["chosen"]["kernels"] == kernels
+    assert manifest(tmp_path)["model"]["kernels"] == "stand-in 1 mlp,rms_norm,rotary"
 
 
 def killed_at_the_end(real: Any) -> Any:

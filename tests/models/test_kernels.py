@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import pickle
 import weakref
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -224,6 +225,20 @@ def test_a_deep_copy_reads_its_own_weights() -> None:
         assert not torch.equal(plain_logps(twin, "internvl-qwen2", kinds), expected)
 
 
+def test_pickled_it_reads_as_its_classes_do_and_can_be_bound_again() -> None:
+    name = "qwen2-text"
+    rows = rows_of(FAMILIES[name], list(encoded_pairs(name))).rows
+    ours, plain = two(name)
+    again = pickle.loads(pickle.dumps(ours))
+    kinds = list(encoded_pairs(name))
+    with torch.no_grad():
+        assert torch.equal(plain_logps(again, name, kinds), plain_logps(FAMILIES[name].model(0), name, kinds))
+        install(again, FAMILIES[name].shared)
+        assert torch.equal(again(packed_rows=rows), plain(packed_rows=rows))
+        assert bound(again) == bound(ours)
+        assert torch.equal(again(packed_rows=rows), ours(packed_rows=rows))
+
+
 def test_unbound_it_is_the_model_it_was_and_saves_the_same(tmp_path: Any) -> None:
     model = FAMILIES["qwen3-text"].model(0)
     keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
@@ -395,6 +410,24 @@ def test_torch_compile_reads_a_bound_module_without_a_break() -> None:
     assert torch.equal(torch.compile(fused, backend="eager", fullgraph=True)(states), module(states))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_compile_reads_a_bound_rotation(dtype: torch.dtype) -> None:
+    """Also where the kernel cannot read the states, as under autocast, and the plain rotation is called by ours."""
+    plain = FAMILIES["qwen2-text"].model(0).model.layers[0].self_attn.to(dtype)
+    fused = copy.deepcopy(plain)
+    calls = {"rotary": lambda query, key, cos, sin: (2 * query, 3 * key)}
+    bind(fused, Fused("rotary"), Functions(**{**vars(FUNCTIONS), **calls}))
+    angles = torch.randn(1, 5, plain.head_dim, dtype=dtype)
+    given = {
+        "hidden_states": torch.randn(1, 5, plain.config.hidden_size, dtype=dtype),
+        "position_embeddings": (angles.cos(), angles.sin()),
+        "attention_mask": None,
+    }
+    layer = torch.compile(lambda **given: fused(**given)[0], backend="eager", fullgraph=True)  # as one calls it
+    assert torch.equal(layer(**given), fused(**given)[0])
+    assert torch.equal(fused(**given)[0], plain(**given)[0]) == (dtype == torch.float64)
+
+
 # ---- the check at the start ----
 
 
@@ -434,6 +467,57 @@ def test_a_function_that_is_wrong_is_found(function: str, fault: str) -> None:
     reason = found[kind] or ""
     assert "RuntimeError: no compiler" in reason if fault == "an error" else "off by" in reason
     assert "\n" not in reason
+
+
+class _Louder(torch.autograd.Function):
+    """Returns what it is given; its gradient is 1 % too large."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 1.01 * grads[0]
+
+
+def _gradient_of(place: int) -> Any:
+    def made(right: Any) -> Any:
+        return lambda *given: right(*given[:place], _Louder.apply(given[place]), *given[place + 1 :])
+
+    return made
+
+
+def _at_one_size(right: Any) -> Any:
+    def rotary(query: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        own = query.shape[1] == 2 and query.shape[-1] == 16  # heads and their size of the tiny model
+        query, key = right(query, *others)
+        return query * (1.01 if own else 1.0), key
+
+    return rotary
+
+
+HIDDEN_FAULTS: dict[str, tuple[str, Any]] = {
+    "1 % of one gradient of a gated MLP": ("silu_mul", _gradient_of(1)),
+    "1 % of the gradient of a norm's weight": ("rms_norm", _gradient_of(1)),
+    "another epsilon": (
+        "rms_norm",
+        lambda right: lambda states, weight, eps, *rest: right(states, weight, 1e-12, *rest),
+    ),
+    "1 % of queries, at one size of heads": ("rotary", _at_one_size),
+}
+
+
+@pytest.mark.parametrize("fault", HIDDEN_FAULTS)
+def test_what_rounding_and_other_sizes_hide_is_found(fault: str) -> None:
+    """In a run that computes in bf16, whose rounding is as large as these faults."""
+    function, change = HIDDEN_FAULTS[fault]
+    kind = "glu" if function == "silu_mul" else function
+    functions = Functions(**{**vars(FUNCTIONS), function: change(getattr(FUNCTIONS, function))})
+    model = FAMILIES["internvl-qwen2"].model(0)
+    for given, wrong_there in ((FUNCTIONS, False), (functions, True)):
+        found = kinds_that_agree([model], (kind,), given, device=CPU, dtypes={torch.bfloat16})
+        assert ("off by" in (found[kind] or "")) == wrong_there
 
 
 def test_the_check_leaves_model_and_random_numbers_alone() -> None:

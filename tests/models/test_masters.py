@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.tiny_models import SIZE, image_tree, noise_image
@@ -186,6 +187,30 @@ def test_what_does_not_train_has_no_gradient() -> None:
     model.model.vision_tower.requires_grad_(False)
     backward(model, [row()])
     assert all((p.grad is None) == ("vision_tower" in name) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["mixtral-text", "qwen3-moe-text"])
+def test_adapters_of_experts_read_and_learn_as_with_rounded_weights(name: str) -> None:
+    """PEFT puts a parametrisation in the place of such a weight in each pass, and the weight back after it."""
+    models = []
+    for prepare in (with_masters, rounded):
+        torch.manual_seed(0)
+        settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(FAMILIES[name].model(0), settings, autocast_adapter_dtype=False)
+        prepare(adapted.get_base_model())
+        models.append(adapted)
+    mine, plain = models
+    places = {key: id(p) for key, p in mine.named_parameters()}
+    rows = lay_out([next(iter(encoded_pairs(name).values()))], True).rows
+    for _ in range(2):
+        backward(mine.get_base_model(), rows)
+        response_logps(plain, rows).sum().backward()
+    assert {key: id(p) for key, p in mine.named_parameters()} == places
+    assert torch.equal(response_logps(mine, rows), response_logps(plain, rows))
+    ours, theirs = gradients(mine), gradients(plain)
+    assert ours.keys() == theirs.keys()
+    assert any("experts" in key for key in ours)
+    assert all(relative(ours[key], theirs[key].float()) < 1e-2 for key in ours if theirs[key].any())
 
 
 def test_a_layers_gradients_do_not_wait_for_the_end_of_the_backward_pass() -> None:

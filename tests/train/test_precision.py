@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from tests.tiny_models import model as tiny_model
@@ -154,6 +154,26 @@ def test_models_of_other_weights_are_left_as_they_were(
         choose_precision(config(tmp_path, precision="bf16"), quantised, None)
 
 
+def test_an_adapter_with_matrices_of_its_own_is_under_autocast(
+    tmp_path: Path, fast: Callable[[bool], None], said: list[str]
+) -> None:
+    """PEFT's VeRA multiplies states by buffers, which no rounding is put in the place of."""
+    adapted = get_peft_model(tiny_model(), VeraConfig(r=2, target_modules=["q_proj"]))
+    for yes, settings, chosen in (
+        (True, {}, "autocast"),
+        (True, {"bf16": True}, "autocast"),
+        (True, {"precision": "float32"}, "float32"),
+        (False, {}, "float32"),
+    ):
+        fast(yes)
+        args = config(tmp_path, **settings)
+        assert choose_precision(args, adapted, None) == chosen
+        assert args.mixed_precision == ("bf16" if chosen == "autocast" else "no")
+    assert "(for a VeRA adapter, whose random matrices" in said[0]
+    with pytest.raises(RecipeError, match=r"training.precision: bf16 cannot read a VeRA adapter"):
+        choose_precision(config(tmp_path, precision="bf16"), adapted, None)
+
+
 # ---- going on ----
 
 
@@ -240,6 +260,22 @@ def test_the_first_rewards_are_zero(tmp_path: Path, kind: str) -> None:
         assert trainer(tmp_path / "again", pairs(2), precision="float32").reference.weights_hash() == (
             run.reference.weights_hash()
         )  # it names the weights that were given
+
+
+def test_a_given_reference_stays_as_it_is(tmp_path: Path) -> None:
+    """It may be given to a second run, and a frozen tower may belong to it and to the policy."""
+    model, given = tiny_model(), tiny_model()
+    given.model.vision_tower = model.model.vision_tower.requires_grad_(False)
+    weights = [(weight, weight.detach().clone()) for weight in (*model.parameters(), *given.parameters())]
+    first, second = (
+        trainer(tmp_path, pairs(2), model=model, ref_model=given, precision=precision)
+        for precision in ("bf16", "float32")
+    )
+    for weight, before in weights:
+        assert torch.equal(weight, before)
+        assert weight.dtype == torch.float32
+    assert {weight.dtype for weight in first.reference.model.parameters()} == {HALF}
+    assert first.reference.weights_hash() == second.reference.weights_hash()
 
 
 @pytest.mark.slow

@@ -110,6 +110,7 @@ def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None, overw
         logger.info(f"--overwrite: deleting {old.describe()}")
         delete(old)
     checkpoint = trainer.checkpoints.choose(args.resume_from_checkpoint or None)
+    _reuse_choices(trainer, (before or {}).get("chosen") or {}, started_anew=checkpoint is None)
     manifest["model"]["kernels"] = trainer.kernels.key  # those of the checkpoint, if there is one
     known = (before or {}).get("history") or []
     manifest["history"] = [*known, *(entry for entry in trainer.checkpoints.history if entry not in known)]
@@ -118,7 +119,6 @@ def _train(recipe: Recipe, args: MPOConfig, before: dict[str, Any] | None, overw
     if trainer.accelerator.is_main_process:
         replace_json(folder / MANIFEST, {**manifest, "status": "running"})
         replace_text(folder / "recipe.yaml", dump_recipe(recipe))
-    trainer.row_memory.before = (before or {}).get("chosen") or {}
     trainer.row_memory.on_change = lambda: _note_choice(folder, trainer, manifest)
     trainer.read_pairs = manifest["data"]["sets"]
     trainer.keep_margins()
@@ -162,9 +162,18 @@ def cache(recipe: Recipe) -> None:
     )
 
 
+def _reuse_choices(trainer: MPOTrainer, chosen: dict[str, Any], *, started_anew: bool) -> None:
+    """Choose again what an earlier start of the run chose for itself; a checkpoint it goes on from goes before that."""
+    trainer.row_memory.before = chosen
+    kernels = chosen.get("kernels") or {}
+    if started_anew and kernels.get("asked") == trainer.args.kernels:
+        trainer.kernels.use(kernels["kinds"])
+
+
 def _note_choice(folder: Path, trainer: MPOTrainer, manifest: dict[str, Any]) -> None:
     """Put what the run has chosen for itself into its manifest."""
-    manifest["chosen"] = trainer.row_memory.chosen()
+    kernels = {"asked": trainer.args.kernels, "kinds": trainer.kernels.kinds}
+    manifest["chosen"] = {**trainer.row_memory.chosen(), "kernels": kernels}
     if trainer.accelerator.is_main_process:
         replace_json(folder / MANIFEST, {**manifest, "status": "running"})
 

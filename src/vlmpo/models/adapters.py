@@ -139,6 +139,11 @@ def unwrap_peft(model: Any) -> Any:
     return model.get_base_model() if is_peft(model) else model
 
 
+def keeps_float32_matrices(model: Any) -> bool:
+    """Return whether an adapter of ``model`` multiplies states by float32 buffers of its own (PEFT's VeRA)."""
+    return is_peft(model) and any(config.peft_type.value == "VERA" for config in model.peft_config.values())
+
+
 def active_adapter(model: Any) -> str:
     """Return the name of the one adapter of a PEFT model that is on. Raise ModelError if several are."""
     active = model.active_adapters

@@ -17,7 +17,7 @@ from vlmpo.models.kernels import Functions, fusable, fused_forward
 TOKENS = 2048
 _MANY = 40_000  # rows of a narrow norm, one a head: kernels read them in another way
 _NARROW = 256
-_HEADS, _HEAD = 14, 64  # of the queries to rotate
+_FAINT = 512  # rows of a norm whose variance is as small as its epsilon
 _ROUNDING = 1e-5  # relative, beside twice the plain module's own
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -49,7 +49,7 @@ def kinds_that_agree(
         kinds: see vlmpo.models.families.Fused.
         functions: the kernels.
         device: where to compare.
-        dtypes: the types that the run computes in.
+        dtypes: the types that the run computes in; float32 is compared too, as its rounding hides no fault.
     """
     seen: set[Any] = set()
     found: dict[str, str | None] = {}
@@ -68,7 +68,7 @@ def why_not(
     """Return where the kernel and the plain module differ by more than rounding, or its error; None if they agree."""
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            for dtype in sorted(dtypes, key=str):
+            for dtype in sorted({*dtypes, torch.float32}, key=str):
                 for case in cases_of(module, fused, functions, device):
                     if (fault := disagreement(case, dtype)) is not None:
                         return fault
@@ -110,9 +110,9 @@ def with_gradients(function: Function, inputs: list[Tensor], dtype: torch.dtype)
 
 
 def width_of(module: Any, fused: Fused) -> int:
-    """Return the last dimension that a kernel reads; 0 for rotations, whose width is not the module's own."""
+    """Return the last dimension that a kernel reads."""
     if fused.kind == "rotary":
-        return 0
+        return int(module.head_dim)
     if fused.kind in ("glu", "mlp"):
         first = module.gate_proj if fused.kind == "glu" else getattr(module, fused.parts[0])
         return int(first.out_features)
@@ -142,9 +142,10 @@ def cases_of(
     else:
         weights = [0.1 * noise(width) + (1.0 - fused.offset)]
         weights += [noise(width)] if fused.kind == "layer_norm" else []
-        many = (_MANY,) if fused.kind == "rms_norm" and width <= _NARROW else ()
-        for rows in (tokens, *many):
-            inputs = [noise(1, rows, width), *weights]
+        cases = {tokens: 1.0, _FAINT: getattr(module, fused.eps) ** 0.5}
+        cases |= {_MANY: 1.0} if fused.kind == "rms_norm" and width <= _NARROW else {}
+        for rows, scale in cases.items():
+            inputs = [scale * noise(1, rows, width), *weights]
             yield Case(label, _on_weights(module, type(module).forward), _on_weights(module, forward), inputs)
 
 
@@ -202,7 +203,8 @@ def _shell(module: Any, *, parameters: dict[str, Any] | None = None, modules: di
 
 
 def _rotation(module: Any, functions: Functions, noise: Callable[..., Tensor], tokens: int) -> Case:
-    angles = noise(1, tokens, _HEAD // 2)
+    head = width_of(module, Fused("rotary"))
+    angles = noise(1, tokens, head // 2)
     angles = torch.cat([angles, angles], dim=-1)
     plain = compat.rotation_of(type(module))
 
@@ -213,5 +215,6 @@ def _rotation(module: Any, functions: Functions, noise: Callable[..., Tensor], t
 
         return function
 
-    states = [noise(1, tokens, heads, _HEAD) for heads in (_HEADS, 2)]
-    return Case(f"{type(module).__name__}'s rotation", by(plain), by(functions.rotary), states)
+    heads = [int(matrix.out_features) // head for matrix in (module.q_proj, module.k_proj)]
+    states = [noise(1, tokens, number, head) for number in heads]
+    return Case(f"{type(module).__name__}'s rotation of {head}", by(plain), by(functions.rotary), states)

@@ -123,7 +123,7 @@ def fusable(model: Any) -> Iterator[tuple[nn.Module, Fused]]:
 
 def _is_plain(module: Any, fused: Fused) -> bool:
     """Return whether the module has what a kernel needs, and nothing but a kernel has replaced its forward."""
-    if not is_bound(module) and "forward" in vars(module):
+    if not is_bound(module) and "forward" in vars(module) and not was_pickled(module):
         return False
     if fused.kind == "glu":
         return _product(module.act_fn) is not None
@@ -144,6 +144,14 @@ def _product(activation: Any) -> str | None:
 def is_bound(module: Any) -> bool:
     """Return whether a kernel computes ``module``."""
     return hasattr(vars(module).get("forward"), "vlmpo_kernel")
+
+
+def was_pickled(module: Any) -> bool:
+    """Return whether a forward of the module's own was lost in pickling: a bound method is kept by its name alone.
+
+    Unpickled, the module holds its class's forward in that place.
+    """
+    return getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
 
 
 def bind(module: Any, fused: Fused, functions: Functions) -> None:

@@ -8,6 +8,7 @@ go on seeing float32 leaves, whose gradients are float32 and are added up in flo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -94,7 +95,7 @@ class Masters:
         with torch.inference_mode(False), torch.no_grad():
             masters = list(dict.fromkeys(master for _, _, master in self._places))
             old = self._roundings
-            self._roundings = {m: old[m] if _fits(old.get(m), m) else torch.empty_like(m, dtype=HALF) for m in masters}
+            self._roundings = {m: old[m] if _fits(old.get(m), m) else _place_for(m) for m in masters}
             compat.copy_each(list(self._roundings.values()), masters)
         self._made_of = self._state()
 
@@ -135,6 +136,11 @@ def _layer_of(name: str) -> str:
     return ".".join(parts[: number + 1])
 
 
+def _place_for(master: nn.Parameter) -> nn.Parameter:
+    """Return room for a rounding. PEFT's adapters of experts put in its place only what is a parameter itself."""
+    return nn.Parameter(torch.empty_like(master, dtype=HALF), requires_grad=False)
+
+
 def _fits(rounding: Tensor | None, master: Tensor) -> bool:
     return rounding is not None and rounding.shape == master.shape and rounding.device == master.device
 
@@ -144,6 +150,20 @@ def round_weights(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(HALF)
+
+
+def rounded_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` that reads as masters do, sharing the weights that are not rounded; it stays as it is.
+
+    Its float32 weights are never copied as such, which would take three times the memory.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    roundings = [_place_for(t) if isinstance(t, nn.Parameter) and t.dtype == torch.float32 else t for t in tensors]
+    with torch.no_grad():
+        for rounding, tensor in zip(roundings, tensors, strict=True):
+            if rounding is not tensor:
+                rounding.copy_(tensor)
+    return copy.deepcopy(model, {id(tensor): new for tensor, new in zip(tensors, roundings, strict=True)})
 
 
 def can_be_masters(model: nn.Module) -> bool:

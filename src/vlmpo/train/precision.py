@@ -21,6 +21,7 @@ from transformers.training_args import ParallelMode
 from vlmpo import compat
 from vlmpo.errors import RecipeError, RunError
 from vlmpo.log import logger
+from vlmpo.models.adapters import keeps_float32_matrices
 from vlmpo.models.masters import can_be_masters
 from vlmpo.train.checkpoint import read_state
 from vlmpo.train.checkpoint_io import checkpoints_in
@@ -55,6 +56,11 @@ def choose_precision(
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         return {"bf16": "bf16", "fp16": "autocast"}.get(args.mixed_precision, "float32")
     chosen, why = _choice(args, model, before or ("", ""))
+    if chosen == "bf16" and keeps_float32_matrices(model):
+        adapter = "a VeRA adapter, whose random matrices are no weights and stay float32"
+        if args.precision == "bf16":
+            raise RecipeError(f"training.precision: bf16 cannot read {adapter}; set autocast, or leave it out")
+        chosen, why = "autocast", f"for {adapter}"
     if args.world_size > 1:  # nodes may differ
         chosen, why = broadcast_object_list([(chosen, why)])[0]
     half = "fp16" if args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16" else "bf16"

@@ -23,7 +23,7 @@ from vlmpo.models.adapters import (
     use_adapter,
 )
 from vlmpo.models.kernels import Kernels
-from vlmpo.models.masters import round_weights
+from vlmpo.models.masters import round_weights, rounded_copy
 from vlmpo.train.batching import MicroBatch
 from vlmpo.train.host_weights import HostWeights, can_rest
 from vlmpo.train.sharding import full_tensor, is_partitioned, prepare_frozen, release, unwrapped
@@ -206,8 +206,13 @@ def online_reference(
     kind = choose_kind(kind, policy, given, fresh_adapter)
     if kind != "copy":
         return AdapterReference(policy, add_frozen_adapter(policy) if kind == "frozen_adapter" else None)
-    model = frozen_copy(policy, kernels) if given is None else freeze(given, shared, kernels)
-    return copy_reference(model, accelerator, rounded)
+    if given is None:
+        return copy_reference(frozen_copy(policy, kernels), accelerator, rounded)
+    if not rounded:
+        return copy_reference(freeze(given, shared, kernels), accelerator, rounded)
+    # Rounded in place it would be lost to its owner, who may give it to another run or share its tower with the policy.
+    model = freeze(rounded_copy(given), shared, kernels)
+    return CopyReference(prepare_frozen(accelerator, model), _hash_of(given))
 
 
 def frozen_copy(policy: Any, kernels: Kernels) -> nn.Module:

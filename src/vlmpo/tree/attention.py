@@ -84,6 +84,8 @@ def shared_prompt_attention(
         query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
         return attend_in_one_call(layout.kernel, query, key, value, layout.parts, scaling)[None], None
     if torch.compiler.is_compiling():
+        # A compiled layer runs without autocast, whose conversions it has traced: none is inside of an operator.
+        query, key, value = (states.to(dtype) for states in (query, key, value))
         return attend_as_one_op(query, key, value, layout, scaling, window), None
     return in_segments(query, key, value, layout, scaling, window).transpose(1, 2).contiguous(), None
 

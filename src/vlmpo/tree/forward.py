@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vlmpo import compat
 from vlmpo.models.families import logit_scale_and_softcap
+from vlmpo.models.kernels import was_pickled
 from vlmpo.models.masters import HALF, Masters
 from vlmpo.tree import products
 from vlmpo.tree.attention import ATTENTION_NAME, layout_arguments, register
@@ -110,12 +111,17 @@ def install(model: Any, shared: bool) -> None:
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and "forward" not in vars(head):
         head.__class__ = ScoringHead
-    if "_vlmpo" in vars(model):
+    if is_installed(model):
         model._vlmpo.shared = shared
     else:
         model._vlmpo = Patch(model.forward, shared)
         # A bound method, so that a deep copy of the model (a frozen reference) reads its own weights.
         model.forward = types.MethodType(_patched(type(model).forward), model)
+
+
+def is_installed(model: Any) -> bool:
+    """Return whether ``model`` is patched; one that was pickled since is not."""
+    return "_vlmpo" in vars(model) and not was_pickled(model)
 
 
 @contextmanager
@@ -124,7 +130,7 @@ def installed(model: Any, shared: bool) -> Iterator[bool]:
 
     A model that is patched already is left as it is, whatever ``shared`` is.
     """
-    if "_vlmpo" in vars(model):
+    if is_installed(model):
         yield uses_shared_rows(model)
         return
     forward = vars(model).get("forward")  # of the instance; None: the class's
