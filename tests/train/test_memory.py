@@ -342,6 +342,9 @@ def test_a_choice_is_taken_over_if_the_same_was_asked() -> None:
     choice = MemoryChoice(["auto", "auto"], RowBound(SHARES, ((1, 2, 3),), 196, divide=True), "recompute", 2)
     assert MemoryChoice.from_json(choice.to_json(), ["auto", "auto"]) == choice
     assert MemoryChoice.from_json(choice.to_json(), [4096, "auto"]) is None
+    usual = Situation(CARD, "auto", "auto", 8, True, can_measure=True, ranks_here=1)
+    assert MemoryChoice.from_json(choice.to_json(), usual.asked) == choice
+    assert MemoryChoice.from_json(choice.to_json(), replace(usual, every_n_layers=2).asked) is None
     for damaged in (None, {}, {"asked": ["auto", "auto"], "bound": 1}):
         assert MemoryChoice.from_json(damaged, ["auto", "auto"]) is None
 

@@ -73,6 +73,7 @@ def test_what_the_settings_ask_for(settings: tuple[str, bool | None, bool], aske
         ({"precision": "bf16", "fp16": True}, "precision: bf16 contradicts fp16: true"),
         ({"precision": "float32", "fp16": True}, "precision: float32 contradicts fp16: true"),
         ({"bf16": True, "fp16": True}, "bf16: true contradicts fp16: true"),
+        ({"bf16_full_eval": True}, "bf16_full_eval: evaluations compute as training does"),
         ({"precision": "fp8"}, "precision must be one of auto, float32, bf16, autocast, not 'fp8'"),
     ],
 )
@@ -81,12 +82,15 @@ def test_contradictions_are_refused(tmp_path: Path, settings: dict[str, Any], me
         config(tmp_path, **settings)
 
 
-def test_a_launchers_setting_counts_if_nothing_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launchers_setting_counts_if_nothing_else_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert asked_precision("auto", None, False) == "bf16"
     assert asked_precision("auto", False, False) == asked_precision("float32", None, False) == "float32"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what it sets by default
     assert asked_precision("auto", None, False) == "auto"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(RecipeError, match="mixed_precision: fp8, which the launcher asks for"):
+        choose_precision(config(tmp_path), tiny_model(), None)
 
 
 # ---- what is chosen ----
@@ -122,8 +126,9 @@ def test_what_is_asked_for_goes_before_the_hardware(
             args = config(tmp_path, **settings)
             assert choose_precision(args, tiny_model(), None) == chosen
             assert args.mixed_precision == by_accelerate
-    assert all("(training.bf16)" in line for line in said)  # what was asked for needs no reason
-    assert len(said) == 2
+    asked_for = "(training.bf16)", "(fp16 is for GPUs; on a CPU it converts nothing)"
+    assert all(line.endswith(asked_for) for line in said)  # what was asked for, and is done, needs no reason
+    assert len(said) == 2 * 3
 
 
 def test_models_of_other_weights_are_left_as_they_were(

@@ -225,6 +225,9 @@ class MPOConfig(TrainingArguments):
             raise ValueError(f"group_by_prompt must be at least 0, not {self.group_by_prompt}")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: evaluations compute as training does; leave it out, and see precision")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not MPO's; set label_smoothing (loss.label_smoothing)")
         if not 0.0 <= self.label_smoothing < 0.5:

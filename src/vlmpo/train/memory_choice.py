@@ -54,7 +54,7 @@ class MemoryChoice:
     """Holds what a run has chosen, and what it was asked for.
 
     Attributes:
-        asked: ``max_tokens_per_row`` and ``vision_memory`` as they are set.
+        asked: ``max_tokens_per_row`` and ``vision_memory`` as set, and which layers are computed again, if any.
         bound: of rows.
         vision: ``keep`` or ``recompute``.
         out_of_memory: how often a row did not fit, so that the bound was lowered.
@@ -124,6 +124,7 @@ class Situation:
         can_measure: whether rows can be read alone before the first step (not under FSDP or DeepSpeed).
         ranks_here: ranks that share this machine's memory.
         full_row: tokens of a row with which a GPU is busy.
+        every_n_layers: which of the model's layers are computed again; 0: none.
     """
 
     device: torch.device
@@ -134,11 +135,12 @@ class Situation:
     can_measure: bool
     ranks_here: int
     full_row: int = FULL_ROW
+    every_n_layers: int = 0
 
     @property
     def asked(self) -> list[Any]:
         """What a choice is only good for."""
-        return [self.tokens, self.vision]
+        return [self.tokens, self.vision, *([self.every_n_layers] if self.every_n_layers else [])]
 
 
 class Probe(Protocol):

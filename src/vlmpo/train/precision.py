@@ -51,8 +51,10 @@ def choose_precision(
         say: called with a line if the precision is not just what was asked for; None: it is logged.
 
     Raises:
-        RecipeError: ``precision`` asks for what the model's weights do not allow.
+        RecipeError: ``precision`` asks for what the model's weights do not allow, or a launcher for fp8.
     """
+    if args.mixed_precision == "fp8":
+        raise RecipeError("mixed_precision: fp8, which the launcher asks for, is not known here; bf16 and fp16 are")
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         return {"bf16": "bf16", "fp16": "autocast"}.get(args.mixed_precision, "float32")
     chosen, why = _choice(args, model, before or ("", ""))
@@ -63,6 +65,8 @@ def choose_precision(
         chosen, why = "autocast", f"for {adapter}"
     if args.world_size > 1:  # nodes may differ
         chosen, why = broadcast_object_list([(chosen, why)])[0]
+    if args.fp16 and not why and args.device.type == "cpu":
+        why = "fp16 is for GPUs; on a CPU it converts nothing"
     half = "fp16" if args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16" else "bf16"
     by_accelerate = chosen == "autocast" or (chosen == "bf16" and is_sharded(args))
     args.mixed_precision = half if by_accelerate else "no"

@@ -98,6 +98,7 @@ class RowsInMemory:
             can_measure=not share_passes,
             ranks_here=ranks_of_machine(),
             full_row=full_row(policy.config.get_text_config().hidden_size),
+            every_n_layers=_every_n_layers(args),
         )
         earlier = self._chosen_before(known, done, situation.asked)
         self.choice = earlier or choose_memory(situation, probe=probe(), pending=pending, gather=self._ranks.all_gather)
@@ -154,3 +155,10 @@ class RowsInMemory:
         if self.choice is not None:
             self.choice = self.choice.lowered(self._collator.bound, self._step)
         self.on_change()
+
+
+def _every_n_layers(args: MPOConfig) -> int:
+    """Return of which layers activations are computed again; 0: of none."""
+    if not (args.activation_checkpointing or args.gradient_checkpointing):
+        return 0
+    return int((args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1))
