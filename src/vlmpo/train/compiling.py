@@ -17,6 +17,8 @@ from vlmpo.errors import RecipeError, first_line
 from vlmpo.log import logger
 from vlmpo.models.adapters import unwrap_peft
 
+_GRAPHS = 64  # of a text layer; a run of Gemma 3 or Qwen3.5 has ten, and torch stops compiling in silence at eight
+
 
 def check_backend(args: TrainingArguments) -> None:
     """Raise RecipeError if the settings name a compiler that does not exist."""
@@ -51,9 +53,16 @@ def compile_policy(accelerator: Any, model: Any, args: TrainingArguments) -> Non
 
 
 def compile_text_layers(model: Any, args: TrainingArguments) -> int:
-    """Compile the text layers of ``model`` in place if the settings ask for it; return their number."""
+    """Compile the text layers of ``model`` in place if the settings ask for it; return their number.
+
+    The graphs of all layers, models and runs of a process count together: policy and reference, with gradients and
+    without, each kind of layer. torch keeps as many as it is told here; of two models alike one would else be read
+    without a compiler, and rewards start off 0.
+    """
     if not args.torch_compile:
         return 0
+    limits: Any = torch.compiler.config
+    limits.recompile_limit = max(limits.recompile_limit, _GRAPHS)
     base = unwrap_peft(model)
     wholes = compat.layers_to_wrap(base)
     layers = [
