@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from tests.training import config, pairs, trainer
+from vlmpo.errors import RunError
+from vlmpo.train.out_of_memory import explained
 from vlmpo.train.readers import choose_readers, cores_of_a_rank
 from vlmpo.train.sampler import PairBatchSampler, PairLoader
 
@@ -44,6 +46,24 @@ def test_a_number_that_is_given_stays(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config(tmp_path).dataloader_num_workers is None
     assert trainer(tmp_path, pairs(2)).args.dataloader_num_workers == 5
     assert trainer(tmp_path, pairs(2), dataloader_num_workers=0).args.dataloader_num_workers == 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Killed. ",
+        "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that workers are out of memory.",
+    ],
+)
+def test_a_reader_that_was_killed_is_one_line(message: str) -> None:
+    with (
+        pytest.raises(RunError, match=r"reads data was killed: DataLoader worker .*[a-z]\. Mostly .*num_workers"),
+        explained(),
+    ):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explained():
+        raise RuntimeError("shapes")
 
 
 # ---- reading ahead ----

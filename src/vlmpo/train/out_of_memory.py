@@ -20,6 +20,7 @@ from vlmpo.errors import RunError, first_line
 from vlmpo.log import logger
 from vlmpo.train.batching import Collator, MicroBatch, PromptGroup, groups_of
 from vlmpo.train.memory import is_out_of_memory
+from vlmpo.train.readers import ended_reader
 from vlmpo.tree.packing import RowBound, count_patches
 
 _ELSEWHERE = (
@@ -196,12 +197,18 @@ def remedies(settings: Any, *, trains_tower: bool, recomputes: bool, adapter: bo
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn an error of memory in the body, a run, into RunError. Rows of a step have errors of their own."""
+    """Turn an error of memory in the body, a run, into RunError: a reader that was killed for it too.
+
+    Rows of a step have errors of their own.
+    """
     try:
         yield
     except RunError:
         raise
     except Exception as error:
-        if not is_out_of_memory(error):
+        reader = ended_reader(error)
+        if reader is None and not is_out_of_memory(error):
             raise
-        raise RunError(_ELSEWHERE.format(reason=first_line(error))) from error
+        told = RunError(reader or _ELSEWHERE.format(reason=first_line(error)))
+        told.met_by = "rank" if reader else told.met_by
+        raise told from error
