@@ -110,6 +110,7 @@ def run_part(name: str, run: Run) -> None:
             run.figures.update(load(module, function)(run))
         except Exception:
             run.figures.update({"error": traceback.format_exc()[-2000:], "passed": False})
+    run.figures.pop("unfinished", None)
     run.figures.setdefault("seconds", time.perf_counter() - begun)
     words = {None: "done", True: "passed", False: "FAILED"}[run.figures.get("passed")]
     state = run.figures.get("left_out") or run.figures.get("error") or words
@@ -129,17 +130,22 @@ def check(
     record: Figures = {"miniature": miniature, "parts": {}, "passed": True}
 
     def flush() -> None:
-        record["passed"] = all(part.get("passed", True) for part in record["parts"].values())
+        record["passed"] = gpu_report.passed(record)
         gpu_report.write(record, output)
 
     for name, (seconds, *_) in chosen.items():
         begun = time.perf_counter()
         deadline = begun + min(seconds * more, started + all_seconds - begun)
-        run = Run(device, miniature, deadline, record["parts"].setdefault(name, {}), flush)
+        run = Run(device, miniature, deadline, record["parts"].setdefault(name, {"unfinished": True}), flush)
+        flush()  # if the run is killed in this part, that is what stays of it
         run_part(name, run)
         flush()
     print(gpu_report.summary(record), flush=True)
     return bool(record["passed"])
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def main() -> None:
@@ -147,14 +153,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument("--miniature", action="store_true", help="tiny sizes, on any device")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=None, help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--parts", type=_names, default=None, help=f"some of {','.join(PARTS)}")
     parser.add_argument("--seconds", type=float, default=ALL_SECONDS, help="for all parts (default: %(default)s)")
     options = parser.parse_args()
     unknown = [name for name in options.parts or () if name not in PARTS]
     if unknown:
-        parser.error(f"--parts: there is no {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        parser.error(f"--parts: there is no {', '.join(map(repr, unknown))}; there are {', '.join(PARTS)}")
+    if not options.seconds > 0:
+        parser.error(f"--seconds: {options.seconds:g} is no time")
     if not torch.cuda.is_available() and not options.miniature:
         sys.exit("no CUDA device here; --miniature runs the parts at tiny sizes without one")
+    try:  # before minutes of a card are spent
+        gpu_report.write({"miniature": options.miniature, "parts": {}, "passed": False}, options.output)
+    except OSError as fault:
+        parser.error(f"--output: {fault}")
     warnings.simplefilter("ignore")  # of libraries, once an arm
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     sys.exit(0 if check(options.output, device, options.miniature, options.parts, options.seconds) else 1)

@@ -2,19 +2,21 @@
 
     python -m benchmarks.gpu_report RUN/gpu.json OTHER_RUN/gpu.json --output benchmarks/results
 
-writes ``gpu.json`` and ``gpu.md``; a part that several runs have is the last one's.
+writes ``gpu.json`` and ``gpu.md``; a part that several runs have is the last one's that came to its end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_run import Figures
+from vlmpo.fileio import replace_text
 
 SHOWN = 40  # figures of a part without a table of its own
 _PASSING = ("first loss", "waiting for data", "reference: its log-probs")  # what every run says
@@ -234,6 +236,8 @@ def checks(record: Figures) -> list[str]:
             state = f"FAILED, {_short(str(part['error']).strip().splitlines()[-1])}"
         if "left_out" in part:
             state = f"left out, {part['left_out']}"
+        if "unfinished" in part:
+            state = "NOT finished, the run ended within it"
         without = [arm for arm in part.get("arms", ()) if "error" in arm]
         tail = f"; {len(without)} of {len(part['arms'])} arms have no figures" if without else ""
         lines.append(f"- {name}: {state}{tail}")
@@ -270,21 +274,56 @@ def summary(record: Figures) -> str:
 
 
 def write(record: Figures, folder: Path) -> None:
-    """Write ``gpu.json`` and ``gpu.md``."""
+    """Write ``gpu.json`` and ``gpu.md``, each in one step: a run that is killed leaves whole ones.
+
+    Raises:
+        OSError: ``folder`` cannot be written to.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "gpu.md").write_text(markdown(record) + "\n")
+    replace_text(folder / "gpu.json", json.dumps(record, indent=1) + "\n")
+    replace_text(folder / "gpu.md", markdown(record) + "\n")
+
+
+def read(path: Path) -> Figures:
+    """Return the record of a run.
+
+    Raises:
+        ValueError: the file holds none.
+        OSError: it cannot be read.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as fault:
+        raise ValueError(f"{path}: not JSON ({fault})") from fault
+    if not (isinstance(record, dict) and isinstance(record.get("parts"), dict) and "miniature" in record):
+        raise ValueError(f"{path}: not a gpu.json of benchmarks.gpu_check")
+    return record
+
+
+def passed(record: Figures) -> bool:
+    """Return whether no part of a record has failed or was cut short."""
+    return all(part.get("passed", True) and "unfinished" not in part for part in record["parts"].values())
 
 
 def merged(records: list[Figures]) -> Figures:
-    """Return one record with the parts of all, each with the name of its card; later ones go before earlier ones."""
+    """Return one record with the parts of all, each with the name of its card.
+
+    Later ones go before earlier ones, but one that was left out or cut short only before others like it. A record may
+    itself be of several runs.
+    """
     parts: dict[str, Figures] = {}
     for record in records:
         card = record["parts"].get("device", {})
         name = f"{card['name']} ({card['gib']:.1f} GiB)" if "name" in card else "?"
-        parts |= {part: {**figures, "card": name} for part, figures in record["parts"].items()}
-    passed = all(part.get("passed", True) for part in parts.values())
-    return {"miniature": any(record["miniature"] for record in records), "parts": parts, "passed": passed}
+        for part, figures in record["parts"].items():
+            if part not in parts or _has_ended(figures) or not _has_ended(parts[part]):
+                parts[part] = {"card": name, **figures}
+    whole: Figures = {"miniature": any(record["miniature"] for record in records), "parts": parts}
+    return {**whole, "passed": passed(whole)}
+
+
+def _has_ended(part: Figures) -> bool:
+    return "left_out" not in part and "unfinished" not in part
 
 
 def main() -> None:
@@ -293,8 +332,11 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="gpu.json of each run, the oldest first")
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     options = parser.parse_args()
-    record = merged([json.loads(path.read_text()) for path in options.runs])
-    write(record, options.output)
+    try:
+        record = merged([read(path) for path in options.runs])
+        write(record, options.output)
+    except (OSError, ValueError) as fault:
+        sys.exit(f"error: {fault}")
     print(summary(record))
 
 

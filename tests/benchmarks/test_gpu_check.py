@@ -107,6 +107,7 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     def fails(run: Run) -> dict[str, Any]:
         run.figures["before"] = 1
         run.flush()
+        assert parts_in(tmp_path)["bad"] == {"unfinished": True, "before": 1}  # all that is there if it is killed now
         raise RuntimeError("no luck")
 
     given: list[float] = []
@@ -125,6 +126,7 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert not record["passed"]
     assert "no luck" in record["parts"]["bad"]["error"]
     assert record["parts"]["bad"]["before"] == 1
+    assert not any("unfinished" in part for part in record["parts"].values())
     assert record["parts"]["device"]["torch"] == torch.__version__
     assert given == pytest.approx([88.0], abs=1.0)  # of 440 seconds for 25 that were asked for, a fifth
     assert record["parts"]["new"]["left_out"] == "there is no benchmarks/not_yet.py"
@@ -132,6 +134,25 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu_check, "ALL_SECONDS", 0.0)
     assert gpu_check.check(tmp_path, CPU, True, ["late"])  # what was left out is not wrong
     assert parts_in(tmp_path)["late"]["left_out"] == "no time was left"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--parts", "device,"], "there is no ''"),
+        (["--seconds", "nan"], "nan is no time"),
+        (["--parts", " device , head"], "File exists"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_before_anything_runs(
+    given: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--miniature", "--output", str(tmp_path / "file"), *given])
+    monkeypatch.setattr(gpu_check, "check", None)
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- arms ----

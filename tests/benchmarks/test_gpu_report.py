@@ -111,3 +111,29 @@ def test_runs_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert "### 8B\n\nOn NVIDIA H100 80GB HBM3 (79.2 GiB).\n" in text
     assert "### peaks-8B\n\n| model" in text
+    cut_short = {"miniature": False, "parts": {"8B": {"unfinished": True}, "head": {"left_out": "no time was left"}}}
+    again = gpu_report.merged([both, {**cut_short, "parts": {**cut_short["parts"], "1B": {"unfinished": True}}}])
+    assert {name: part["card"] for name, part in again["parts"].items() if name in both["parts"]} == {
+        name: part["card"] for name, part in both["parts"].items()
+    }
+    assert again["parts"]["8B"] == both["parts"]["8B"]
+    assert "- 1B: NOT finished, the run ended within it" in gpu_report.checks(again)
+    assert not gpu_report.passed({"parts": {"1B": {"unfinished": True}}})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [('{"a', "not JSON"), ("[]", "not a gpu.json"), (None, "No such file"), ("{}", "not a gpu.json")]
+)
+def test_what_cannot_be_read_or_written_is_one_line(
+    text: str | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "gpu.json"
+    if text is not None:
+        run.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["gpu_report", str(run), "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=f"error: .*{told}"):
+        gpu_report.main()
+    run.write_text(json.dumps(record()))
+    monkeypatch.setattr(sys, "argv", ["gpu_report", str(run), "--output", str(run)])
+    with pytest.raises(SystemExit, match=r"error: .*File exists"):
+        gpu_report.main()
