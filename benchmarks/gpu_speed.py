@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,12 +129,19 @@ def has_liger(run: Run) -> bool:
 
 
 def agreement(run: Run) -> Figures:
-    """Return the part's outcome: whether the losses of the first steps of vlmpo's and TRL's arms agree."""
+    """Return the part's outcome: whether the losses of the first steps of vlmpo's and TRL's arms agree.
+
+    Of a part that has no two arms to compare, nothing is said.
+    """
     losses: dict[Any, list[float]] = {}
     for arm in run.figures.get("arms", ()):
         if "error" not in arm and arm["arm"] != "floor" and "grouped" not in arm["arm"]:
             losses.setdefault((arm["size"], arm["pairs"]), []).append(arm["first_logs"]["loss"])
-    apart = max((max(each) / min(each) - 1 for each in losses.values()), default=0.0)
+    compared = [each for each in losses.values() if len(each) > 1]
+    if not compared:
+        return {}
+    finite = all(map(math.isfinite, itertools.chain.from_iterable(compared)))  # max and min pass over NaN
+    apart = max(max(each) / min(each) - 1 for each in compared) if finite else math.inf
     return {"losses_apart": apart, "passed": apart < APART}
 
 

@@ -264,8 +264,11 @@ def test_first_losses_that_differ_fail_a_part() -> None:
         {**about, "arm": "vlmpo, cached", "error": "out of memory"},
     ]
     assert gpu_speed.agreement(run) == {"losses_apart": pytest.approx(0.004), "passed": True}
-    run.figures["arms"][1]["first_logs"]["loss"] = 10.1
-    assert not gpu_speed.agreement(run)["passed"]
+    for wrong in (10.1, math.nan):
+        run.figures["arms"][1]["first_logs"]["loss"] = wrong
+        assert not gpu_speed.agreement(run)["passed"]
+    run.figures["arms"][1]["error"] = "out of memory"
+    assert gpu_speed.agreement(run) == {}  # nothing was compared
 
 
 # ---- phases ----
