@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,22 @@ def test_a_run_keeps_the_margins_of_its_loss_and_scores_pairs_as_plain_scoring_d
         moved = [policy - reference for policy, reference in zip(final_logps[at], initial_logps[at], strict=True)]
         assert pair.margin == pytest.approx(0.1 * (moved[0] - moved[1]), abs=1e-6)
         assert len(pair.images) == pair.num_media
+    assert_pairs_out_of_memory_are_left_out(run, [pair.origin for pair in kept.pairs])
+
+
+def assert_pairs_out_of_memory_are_left_out(run: Any, origins: list[str]) -> None:
+    """On all ranks: the first pair if it is out of memory here, and any that is so on another rank."""
+
+    def full(*_: object) -> None:
+        hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = run.model.register_forward_pre_hook(full)
+    run.score_kept_pairs(share=1.0)
+    assert [pair.origin for pair in run.margins.kept.pairs] == origins[1:]
+    run.ranks.all_gather = lambda found: [found, "CUDA out of memory"] if isinstance(found, str) else [found]
+    run.score_kept_pairs(share=1.0)
+    assert run.margins.kept.pairs == []
 
 
 @pytest.mark.slow

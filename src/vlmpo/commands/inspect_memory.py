@@ -79,11 +79,11 @@ def estimate_memory(
         Exception: of any kind, from a model that asks for values, of which there are none.
     """
     precision = _precision(recipe, card)
-    model = _model(recipe, config, precision)
+    device = torch.device("cpu" if card is None and not _has_card(recipe) else "cuda")
+    model = _model(recipe, config, precision, device)
     resident, parts = _resident(recipe, model, precision)
     base = unwrap_peft(model)
     in_blocks = can_read_in_blocks(base) and trains_tower(base)
-    device = torch.device("cpu" if card is None and not _has_card(recipe) else "cuda")
     tokens, vision = recipe.training.get("max_tokens_per_row", "auto"), recipe.model.vision_memory
     situation = Situation(
         device,
@@ -167,14 +167,16 @@ def _precision(recipe: Recipe, card: float | None) -> str:
     return "bf16" if fast else "float32"
 
 
-def _model(recipe: Recipe, config: Any, precision: str) -> Any:
+def _model(recipe: Recipe, config: Any, precision: str, device: torch.device) -> Any:
     """Return the model without values, its parts frozen and its adapter on it as the recipe says."""
     training = recipe.training
     half = recipe.model.dtype == "bfloat16" or precision != "float32"
     checkpointing = any(training.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
     names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-    every = max((training.get(name) or {}).get("every_n_layers", 1) for name in names)
-    model = meta_model(config, torch.bfloat16 if half else torch.float32, checkpointing, every)
+    given = [training.get(name) or {} for name in names]
+    every = max(settings.get("every_n_layers", 1) for settings in given)
+    offload = device.type != "cpu" and any(settings.get("offload", False) for settings in given)
+    model = meta_model(config, torch.bfloat16 if half else torch.float32, checkpointing, every, offload)
     freeze_parts(model, recipe.model.freeze)
     adapter = lora_config(recipe)
     return model if adapter is None else put_adapter_on(model, adapter).train()

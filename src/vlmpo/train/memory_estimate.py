@@ -8,12 +8,14 @@ their output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmpo import compat
 from vlmpo.models.families import logit_scale_and_softcap
@@ -65,7 +67,9 @@ def _attend_in_cpu_tower(
     return out, None
 
 
-def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool, every_n_layers: int = 1) -> Any:
+def meta_model(
+    config: Any, dtype: torch.dtype, checkpointing: bool, every_n_layers: int = 1, offload: bool = False
+) -> Any:
     """Make the model of ``config`` on the meta device, ready to be trained.
 
     Args:
@@ -73,6 +77,7 @@ def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool, every_n_lay
         dtype: in which passes compute.
         checkpointing: whether layers' activations are computed again.
         every_n_layers: of which layers.
+        offload: whether what enters these layers is kept in host memory.
     """
     AttentionInterface.register(_ATTENTION, _attend)
     AttentionInterface.register(_CPU_TOWER, _attend_in_cpu_tower)
@@ -83,7 +88,25 @@ def meta_model(config: Any, dtype: torch.dtype, checkpointing: bool, every_n_lay
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every_n_layers)
         free_inputs_of_gradients(model)
+        if offload:
+            _keep_inputs_elsewhere(model)
     return model.train()
+
+
+def _keep_inputs_elsewhere(model: Any) -> None:
+    """Let recomputed layers keep no memory of what enters them, which a real run would keep on the host."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            plain: Any = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = partial(_checkpoint_elsewhere, plain)  # type: ignore[assignment]
+
+
+def _checkpoint_elsewhere(checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+    def leave(tensor: Tensor) -> Callable[[], Tensor]:
+        return partial(torch.empty, tensor.shape, dtype=tensor.dtype, device=_META)
+
+    with torch.autograd.graph.saved_tensors_hooks(leave, lambda make: make()):
+        return checkpoint(*args, **kwargs)
 
 
 class _Gated(torch.autograd.Function):
@@ -100,8 +123,23 @@ class _Gated(torch.autograd.Function):
         return gate, up
 
 
+class _Norm(torch.autograd.Function):
+    """Keeps what a fused RMS norm keeps, and computes nothing; torch's own has no kernel for the meta device."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(states, weight, states.new_empty(states.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(states)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        states, weight, _ = ctx.saved_tensors
+        return torch.empty_like(states), torch.empty_like(weight)
+
+
 def _norm(states: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
-    return nn.functional.rms_norm(states, weight.shape, weight, eps)
+    out: Tensor = _Norm.apply(states, weight)
+    return out
 
 
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

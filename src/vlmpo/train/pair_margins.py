@@ -19,12 +19,15 @@ from transformers import TrainerCallback
 from vlmpo.data.encode.encoder import EncodedPair, EncodedPairs
 from vlmpo.data.encode.images import open_image
 from vlmpo.data.records import PreferencePair
-from vlmpo.errors import RecordError
+from vlmpo.errors import RecordError, first_line
 from vlmpo.fileio import writing
+from vlmpo.log import logger
 from vlmpo.loss import LossOutput
 from vlmpo.models.mode import in_mode
 from vlmpo.report.kept import KeptData, ScoredPair, ScoredResponse, read_kept
 from vlmpo.train.batching import MicroBatch, lay_out
+from vlmpo.train.memory import is_out_of_memory
+from vlmpo.train.out_of_memory import free_what_is_left
 from vlmpo.train.reference import Reference
 from vlmpo.tree.forward import sum_by_response
 
@@ -34,6 +37,8 @@ _IMAGES_SHOWN = 4  # of a pair
 _THUMBNAIL = 320  # pixels of the longer side
 _MOST_READ = 20_000  # records, in search of a pair
 _MIN_SECONDS = 1.0  # of scoring pairs again, however short the run
+
+Scored = tuple[ScoredResponse, ScoredResponse]  # the chosen and the rejected response of a pair
 
 
 class PairMargins(TrainerCallback):
@@ -115,6 +120,8 @@ def score_pairs(
 ) -> list[ScoredPair]:
     """Score pairs by policy and reference, token by token. All ranks call this together and score the same pairs.
 
+    A pair that is out of memory on some rank is left out.
+
     Args:
         extremes: origin, kind, and step and margin when last seen; as many are scored as ``seconds`` allow.
         pairs: encodes the pairs of ``dataset``.
@@ -129,6 +136,10 @@ def score_pairs(
         decode: returns the text of token ids.
         seconds: how long it may take.
     """
+
+    def score(on_host: MicroBatch) -> Scored:
+        return score_responses(prepare(on_host), policy, reference, decode)
+
     index = find_pairs(dataset, {origin for origin, *_ in extremes})
     found = []
     started = time.perf_counter()
@@ -142,8 +153,13 @@ def score_pairs(
             if not all(of_rank for of_rank, _ in ranks):
                 continue
             assert isinstance(encoded, EncodedPair)
-            micro_batch = prepare(lay_out([encoded], shared, keyed))
-            chosen, rejected = score_responses(micro_batch, policy, reference, decode)
+            scored, reason = _if_it_fits(score, lay_out([encoded], shared, keyed))
+            # A rank that went on alone would leave the others waiting for it.
+            if reasons := [text for text in gather(reason) if text]:
+                logger.info(f"note: {origin} is not among the report's single pairs: out of memory ({reasons[0]})")
+                continue
+            assert scored is not None
+            chosen, rejected = scored
             record = dataset[index[origin]]
             difference = (chosen.policy - chosen.reference) - (rejected.policy - rejected.reference)
             found.append(
@@ -162,6 +178,18 @@ def score_pairs(
                 )
             )
     return [pair for pair in found if math.isfinite(pair.margin)]
+
+
+def _if_it_fits(score: Callable[[MicroBatch], Scored], on_host: MicroBatch) -> tuple[Scored | None, str]:
+    """Return what ``score`` returns, and why it returned nothing, if memory is out."""
+    try:
+        return score(on_host), ""
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    free_what_is_left()
+    return None, reason
 
 
 def find_pairs(dataset: Any, origins: set[str]) -> dict[str, int]:
@@ -186,7 +214,7 @@ def find_pairs(dataset: Any, origins: set[str]) -> dict[str, int]:
 
 def score_responses(
     micro_batch: MicroBatch, policy: nn.Module, reference: Reference, decode: Callable[[list[int]], str]
-) -> tuple[ScoredResponse, ScoredResponse]:
+) -> Scored:
     """Return the chosen and the rejected response of the one pair in ``micro_batch``, as both models score them."""
     rows = micro_batch.rows
     of_policy: Tensor = policy(packed_rows=rows)  # [scored]
