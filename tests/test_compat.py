@@ -181,6 +181,22 @@ def test_names_of_torch() -> None:
     assert not compat.is_batch_norm(torch.nn.LayerNorm(1))
 
 
+def test_a_layer_is_computed_again_by_what_one_gives() -> None:
+    model = build(0, "llama").train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    layer = model.get_decoder().layers[0]
+    calls = []
+
+    def around(checkpoint, *args, **kwargs):
+        calls.append(checkpoint)
+        return checkpoint(*args, **kwargs)
+
+    compat.checkpoint_by(layer, around)
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert len(calls) == 1
+    assert layer.self_attn.q_proj.weight.grad is not None
+
+
 def test_a_modules_parameters_can_be_replaced() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.ReLU(), torch.nn.Linear(1, 1))
     places = compat.parameter_places(model)

@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 # ---- transformers: models, configs and processors ----
@@ -295,6 +296,14 @@ def is_batch_norm(module: Any) -> bool:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     return isinstance(module, _BatchNorm)
+
+
+def checkpoint_by(layer: Any, around: Callable[..., Any]) -> None:
+    """Have a layer that is computed again do so by ``around(checkpoint, ...)``, given what did it before.
+
+    transformers' layers keep the function in ``_gradient_checkpointing_func``.
+    """
+    layer._gradient_checkpointing_func = partial(around, layer._gradient_checkpointing_func)
 
 
 def parameter_places(model: Any) -> list[tuple[dict[str, Any], str, Any]]:

@@ -97,8 +97,7 @@ def _keep_inputs_elsewhere(model: Any) -> None:
     """Let recomputed layers keep no memory of what enters them, which a real run would keep on the host."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-            plain: Any = layer._gradient_checkpointing_func
-            layer._gradient_checkpointing_func = partial(_checkpoint_elsewhere, plain)  # type: ignore[assignment]
+            compat.checkpoint_by(layer, _checkpoint_elsewhere)
 
 
 def _checkpoint_elsewhere(checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
