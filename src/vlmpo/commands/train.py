@@ -166,8 +166,8 @@ def _reuse_choices(trainer: MPOTrainer, chosen: dict[str, Any], *, started_anew:
     """Choose again what an earlier start of the run chose for itself; a checkpoint it goes on from goes before that."""
     trainer.row_memory.before = chosen
     kernels = chosen.get("kernels") or {}
-    if started_anew and kernels.get("asked") == trainer.args.kernels:
-        trainer.kernels.use(kernels["kinds"])
+    if started_anew:
+        trainer.reuse_kernels(kernels.get("kinds"), kernels.get("asked"))
 
 
 def _note_choice(folder: Path, trainer: MPOTrainer, manifest: dict[str, Any]) -> None:

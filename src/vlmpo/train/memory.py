@@ -11,12 +11,13 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vlmpo import compat
+from vlmpo.errors import first_line
 from vlmpo.tree.layout import PromptTree
 from vlmpo.tree.packing import SHARES, RowBound, count_patches
 from vlmpo.tree.vision_blocks import patches_of_a_block
@@ -26,6 +27,7 @@ _SIGNS = ("out of memory", "allocate memory", "not enough memory", "STATUS_ALLOC
 
 _MOST_IN_A_BLOCK = 4  # pairs that are read in one row to fill a block of tiles
 
+Result = TypeVar("Result")
 Read = Callable[[Sequence[PromptTree]], Tensor]  # reads trees in one row with the policy; returns a loss
 
 
@@ -81,6 +83,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def free_what_is_left() -> None:
+    """Free what a pass that failed has made, which cycles may hold, so that its memory is whole again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def if_it_fits(call: Callable[[], Result]) -> tuple[Result | None, str]:
+    """Return what ``call`` returns; if memory is out, None and why. Nothing of a call that failed is left."""
+    try:
+        return call(), ""
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    free_what_is_left()  # the error, which holds the call's tensors, is gone here
+    return None, reason
 
 
 # ---- meters ----
@@ -207,7 +228,7 @@ def measure_rows(
     with meter:
         _peaks(read, [pair], None, meter)  # kernels load, and gradients get the memory that they have in a step
         short, _ = _peaks(read, [text], None, meter)
-        long = _if_it_fits(read, [text] * 2, None, meter)
+        long, _ = if_it_fits(lambda: _peaks(read, [text] * 2, None, meter))
         per_token = (short if long is None else max(long[0] - short, 0)) // tokens
         before = Phase(max(short - per_token * tokens, 0), per_token, 0)
         if not patches:
@@ -218,10 +239,10 @@ def measure_rows(
         if count > _MOST_IN_A_BLOCK:  # small images of a tower that lists patches: as if it read them all at once
             count = 1
         count = min(count, most_pairs)
-        some = _if_it_fits(read, [pair] * count, tower, meter) if count > 1 else one
+        some, _ = if_it_fits(lambda: _peaks(read, [pair] * count, tower, meter)) if count > 1 else (one, "")
         if some is None:
             count, some = 1, one
-        two = _if_it_fits(read, [pair] * (2 * count), tower, meter)
+        two, _ = if_it_fits(lambda: _peaks(read, [pair] * (2 * count), tower, meter))
     there = count * patches
     before = before._replace(per_patch=max(some[0] - before.peak(count * tokens, 0), 0) // there)
     if some[1] is None:  # no gradient goes into the tower: all there is to a pass is its first phase
@@ -254,19 +275,6 @@ def _without_images(tree: PromptTree) -> PromptTree:
     ids = ids.repeat(-(-tree.prompt_ids.numel() // ids.numel()))[: tree.prompt_ids.numel()]
     types = {name: torch.zeros_like(marks) for name, marks in tree.token_types.items()}
     return PromptTree(ids, tree.responses, token_types=types)
-
-
-def _if_it_fits(
-    read: Read, trees: Sequence[PromptTree], tower: nn.Module | None, meter: Meter
-) -> tuple[int, int | None] | None:
-    """Return the peaks of a row of ``trees``; None if it is out of memory."""
-    try:
-        return _peaks(read, trees, tower, meter)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    gc.collect()  # what the failed pass has left would be freed within the next, which would seem to take less
-    return None
 
 
 def _peaks(read: Read, trees: Sequence[PromptTree], tower: nn.Module | None, meter: Meter) -> tuple[int, int | None]:

@@ -15,7 +15,7 @@ import torch
 
 from vlmpo.errors import RunError
 from vlmpo.train.device_memory import free_bytes, in_units
-from vlmpo.train.memory import RowMemory, is_out_of_memory
+from vlmpo.train.memory import RowMemory, if_it_fits
 from vlmpo.tree.packing import RowBound
 
 # Tokens of a row if nothing is measured. A GPU needs many at once to be busy; on a CPU two pairs of 7 tiles in one row
@@ -215,12 +215,7 @@ def settled(
 
 def _measured(probe: Probe, recompute: bool) -> RowMemory | None:
     """Return what rows take; None if not even one pair fits."""
-    try:
-        return probe.measure(recompute)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    return None
+    return if_it_fits(lambda: probe.measure(recompute))[0]
 
 
 def _largest(of_ranks: Sequence[RowMemory]) -> RowMemory:

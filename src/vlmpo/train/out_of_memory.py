@@ -8,18 +8,15 @@ back to where they were. The step is then, bit by bit, that of a run whose rows 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from vlmpo.errors import RunError, first_line
 from vlmpo.log import logger
 from vlmpo.train.batching import Collator, MicroBatch, PromptGroup, groups_of
-from vlmpo.train.memory import is_out_of_memory
+from vlmpo.train.memory import Result, if_it_fits, is_out_of_memory
 from vlmpo.train.readers import ended_reader
 from vlmpo.tree.packing import RowBound, count_patches
 
@@ -30,8 +27,6 @@ _ELSEWHERE = (
 )
 _TO_SCORE = "a lower data.max_tiles or data.max_length, model.dtype: bfloat16, or shard the model (training.fsdp)"
 
-Result = TypeVar("Result")
-
 
 @dataclass
 class Attempt:
@@ -39,13 +34,6 @@ class Attempt:
 
     reading: MicroBatch | None = None
     failure: str | None = None
-
-
-def free_what_is_left() -> None:
-    """Free what a pass that failed has made, which cycles may hold, so that its memory is whole again."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class StepAgain:
@@ -104,19 +92,13 @@ class StepAgain:
         Raises:
             RunError: a single pair is out of memory, or a row on one of many ranks.
         """
-        try:
-            result = read(micro_batch)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = first_line(error)
-        else:
+        result, reason = if_it_fits(lambda: read(micro_batch))
+        if result is not None:
             yield micro_batch, result
             return
         parts = self._collator.halved(micro_batch) if self._alone else []
         if len(parts) < 2:
             raise self._failed(f"{self._describe(micro_batch)}, is out of memory ({reason}); set {_TO_SCORE}")
-        free_what_is_left()
         for part in parts:
             yield from self.read_in_parts(part, read)
 
@@ -206,9 +188,10 @@ def explained() -> Iterator[None]:
     except RunError:
         raise
     except Exception as error:
-        reader = ended_reader(error)
-        if reader is None and not is_out_of_memory(error):
+        if (reader := ended_reader(error)) is not None:
+            told = RunError(reader)
+            told.met_by = "rank"
+            raise told from error
+        if not is_out_of_memory(error):
             raise
-        told = RunError(reader or _ELSEWHERE.format(reason=first_line(error)))
-        told.met_by = "rank" if reader else told.met_by
-        raise told from error
+        raise RunError(_ELSEWHERE.format(reason=first_line(error))) from error

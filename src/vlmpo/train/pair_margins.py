@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,14 @@ from transformers import TrainerCallback
 from vlmpo.data.encode.encoder import EncodedPair, EncodedPairs
 from vlmpo.data.encode.images import open_image
 from vlmpo.data.records import PreferencePair
-from vlmpo.errors import RecordError, first_line
+from vlmpo.errors import RecordError
 from vlmpo.fileio import writing
 from vlmpo.log import logger
 from vlmpo.loss import LossOutput
 from vlmpo.models.mode import in_mode
 from vlmpo.report.kept import KeptData, ScoredPair, ScoredResponse, read_kept
 from vlmpo.train.batching import MicroBatch, lay_out
-from vlmpo.train.memory import is_out_of_memory
-from vlmpo.train.out_of_memory import free_what_is_left
+from vlmpo.train.memory import if_it_fits
 from vlmpo.train.reference import Reference
 from vlmpo.tree.forward import sum_by_response
 
@@ -153,7 +153,7 @@ def score_pairs(
             if not all(of_rank for of_rank, _ in ranks):
                 continue
             assert isinstance(encoded, EncodedPair)
-            scored, reason = _if_it_fits(score, lay_out([encoded], shared, keyed))
+            scored, reason = if_it_fits(partial(score, lay_out([encoded], shared, keyed)))
             # A rank that went on alone would leave the others waiting for it.
             if reasons := [text for text in gather(reason) if text]:
                 logger.info(f"note: {origin} is not among the report's single pairs: out of memory ({reasons[0]})")
@@ -178,18 +178,6 @@ def score_pairs(
                 )
             )
     return [pair for pair in found if math.isfinite(pair.margin)]
-
-
-def _if_it_fits(score: Callable[[MicroBatch], Scored], on_host: MicroBatch) -> tuple[Scored | None, str]:
-    """Return what ``score`` returns, and why it returned nothing, if memory is out."""
-    try:
-        return score(on_host), ""
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-    free_what_is_left()
-    return None, reason
 
 
 def find_pairs(dataset: Any, origins: set[str]) -> dict[str, int]:

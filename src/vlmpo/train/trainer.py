@@ -57,6 +57,7 @@ from vlmpo.train.inputs import (
 from vlmpo.train.kernel_choice import CHOSEN, choose_kernels
 from vlmpo.train.launcher import one_of_several, refuse_unseen_ranks
 from vlmpo.train.loaders import LoaderFactory
+from vlmpo.train.memory import free_what_is_left
 from vlmpo.train.memory_choice import fixed_tokens
 from vlmpo.train.metrics import (
     StepSums,
@@ -79,7 +80,7 @@ from vlmpo.train.model_card import (
     training_settings,
 )
 from vlmpo.train.opening import Opening, device_name, reference_words, sizes_of_some
-from vlmpo.train.out_of_memory import explained, free_what_is_left
+from vlmpo.train.out_of_memory import explained
 from vlmpo.train.pair_margins import PairMargins, decoder, score_pairs
 from vlmpo.train.param_groups import PartRates, count_by_part
 from vlmpo.train.precision import (
@@ -745,7 +746,7 @@ class MPOTrainer(Trainer):
         seen: dict[str, dict[str, float]] = {}
         model = self._model_to_score()
 
-        def score(on_host: MicroBatch) -> Any:
+        def score(on_host: MicroBatch) -> tuple[Tensor, Tensor | None]:
             return self._response_logps(model, self._prepare_inputs(on_host))[:2]
 
         for name, part in sets.items():
@@ -1003,8 +1004,12 @@ class MPOTrainer(Trainer):
 
     def _reuse_choices(self, before: Settings) -> None:
         """Choose again what the run that is resumed chose, if it was asked for the same."""
-        if CHOSEN in before and before.get("model.kernels") == self.args.kernels:
-            self.kernels.use(before[CHOSEN])
+        self.reuse_kernels(before.get(CHOSEN), before.get("model.kernels"))
+
+    def reuse_kernels(self, kinds: list[str] | None, asked: Any) -> None:
+        """Use the kernels that an earlier session of the run chose, if it was asked for the same."""
+        if kinds is not None and asked == self.args.kernels:
+            self.kernels.use(kinds)
 
     def planned_steps(self) -> int:
         """Return the optimizer steps of the whole run."""

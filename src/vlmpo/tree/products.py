@@ -37,8 +37,13 @@ def can_attend(query: Tensor, key: Tensor, *, masked: bool) -> bool:
 
 def keeps_probabilities(query: Tensor, key: Tensor) -> bool:
     """Return whether a vision layer on a CPU would keep all probabilities of these states for its backward pass."""
-    few = key.shape[2] <= _KEPT * query.shape[3] and query.shape[2] * key.shape[2] <= _MOST
-    return few and query.dtype == torch.bfloat16
+    by_products = query.shape[2] * key.shape[2] <= _MOST and query.dtype == torch.bfloat16
+    return by_products and _few(query, key)
+
+
+def _few(query: Tensor, key: Tensor) -> bool:
+    """Return whether there are so few keys that their probabilities are kept."""
+    return key.shape[2] <= _KEPT * query.shape[3]
 
 
 def attend_by_products(
@@ -63,7 +68,7 @@ def attend_by_products(
         value.reshape(together, -1, value.shape[3]),
         hidden,
         size**-0.5 if scaling is None else scaling,
-        torch.is_grad_enabled() and key.shape[2] <= _KEPT * size,
+        torch.is_grad_enabled() and _few(query, key),
     )
     return attended.view(batch, heads, queries, value.shape[3])
 
